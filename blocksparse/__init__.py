@@ -1,0 +1,3 @@
+from . import reference
+from .geometry import ConvGeometry
+from .pattern import BSRPattern

@@ -1,0 +1,116 @@
+"""ConvGeometry: the integers of one convolution, N C H W x K R S -> N K P Q, checked once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+Pair = tuple[int, int]
+
+
+def pair(value: int | Sequence[int], name: str, who: str, least: int) -> Pair:
+    """`value` as two ints (height, width), each at least `least`; otherwise a ValueError that names it."""
+    both = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, Sequence) else ()
+    if (
+        len(both) != 2
+        or not all(isinstance(v, int) and not isinstance(v, bool) for v in both)
+        or min(both) < least
+    ):
+        raise ValueError(
+            f"{who}: {name} is {value!r}; it needs an int >= {least}, or two of them (height, width)"
+        )
+    return both[0], both[1]
+
+
+@dataclass(frozen=True, slots=True)
+class ConvGeometry:
+    """Sizes of a 2-d convolution without groups.
+
+    x is [N, C, H, W], the filter bank [K, C, R, S], y is [N, K, P, Q] with
+    P = (H + 2*padding[0] - dilation[0]*(R - 1) - 1) // stride[0] + 1, and Q likewise along W.
+    A tap is one kernel offset (r, s), numbered r*S + s.
+    """
+
+    n: int
+    c: int
+    h: int
+    w: int
+    k: int
+    r: int
+    s: int
+    stride: Pair = (1, 1)
+    padding: Pair = (0, 0)
+    dilation: Pair = (1, 1)
+
+    @classmethod
+    def of(
+        cls,
+        x_shape: Sequence[int],
+        weight_shape: Sequence[int],
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] = 0,
+        dilation: int | Sequence[int] = 1,
+        who: str = "ConvGeometry.of()",
+    ) -> ConvGeometry:
+        """Checked geometry of `x_shape` [N, C, H, W] under `weight_shape` [K, C, R, S].
+
+        Raises ValueError, with `who` in front, for shapes that are not 4-d, channels that differ, strides,
+        paddings or dilations out of range, and a kernel that is larger than the padded input.
+        """
+        if len(x_shape) != 4:
+            raise ValueError(
+                f"{who}: x has shape {tuple(x_shape)}; it needs 4 dimensions [N, C, H, W]"
+                " (unsqueeze(0) a single image)"
+            )
+        if len(weight_shape) != 4:
+            raise ValueError(
+                f"{who}: the filter bank has shape {tuple(weight_shape)}; it needs [K, C, R, S]"
+            )
+        n, c, h, w = x_shape
+        k, weight_c, r, s = weight_shape
+        if c != weight_c:
+            raise ValueError(
+                f"{who}: x has {c} channels (shape {tuple(x_shape)});"
+                f" the filter bank {tuple(weight_shape)} = (K, C, R, S) needs {weight_c}"
+            )
+        geometry = cls(
+            n, c, h, w, k, r, s,
+            pair(stride, "stride", who, 1), pair(padding, "padding", who, 0), pair(dilation, "dilation", who, 1),
+        )  # fmt: skip
+        if geometry.p < 1 or geometry.q < 1:
+            raise ValueError(
+                f"{who}: y would be {geometry.p} x {geometry.q}: the input {h} x {w} with padding"
+                f" {geometry.padding} is smaller than the {r} x {s} kernel at dilation {geometry.dilation}"
+            )
+        return geometry
+
+    @property
+    def p(self) -> int:
+        return (self.h + 2 * self.padding[0] - self.dilation[0] * (self.r - 1) - 1) // self.stride[0] + 1
+
+    @property
+    def q(self) -> int:
+        return (self.w + 2 * self.padding[1] - self.dilation[1] * (self.s - 1) - 1) // self.stride[1] + 1
+
+    @property
+    def x_shape(self) -> tuple[int, int, int, int]:
+        return self.n, self.c, self.h, self.w
+
+    @property
+    def y_shape(self) -> tuple[int, int, int, int]:
+        return self.n, self.k, self.p, self.q
+
+    @property
+    def weight_shape(self) -> tuple[int, int, int, int]:
+        return self.k, self.c, self.r, self.s
+
+    @property
+    def taps(self) -> int:
+        return self.r * self.s
+
+    def __str__(self) -> str:
+        return (
+            f"x {self.n}x{self.c}x{self.h}x{self.w} * {self.k}x{self.c}x{self.r}x{self.s}"
+            f" -> y {self.n}x{self.k}x{self.p}x{self.q}"
+            f" (stride {self.stride}, padding {self.padding}, dilation {self.dilation})"
+        )

@@ -1,0 +1,102 @@
+"""IndexTables: the one int32 buffer that holds every table a kernel needs, and its layout.
+
+The buffer's size depends only on (filter bank shape, blocksize, nnzb, row order or none), never on which blocks
+are stored. So a new pattern of equal nnzb is written over the old one in place: pointers, grids, compiled code and
+captured CUDA graphs stay valid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+ALIGN = 4  # every table starts at a multiple of four int32: 16 bytes
+
+
+class IndexTables(NamedTuple):
+    """Views into the packed buffer. Kb = K/bk block-rows, Cb = C/bc channel blocks, T = R*S taps.
+
+    The transposed tables list the same blocks for dgrad: the filter bank rotated by 180 degrees with K and C swapped
+    has block-row c_block and block-col tap*Kb + k_block, and block t_perm[i] of `values`, transposed. No value moves.
+    """
+
+    packed: Tensor  # the whole buffer
+    indptr: Tensor  # [Kb + 1]    blocks of block-row b are indptr[b] .. indptr[b + 1]
+    indices: Tensor  # [nnzb]     tap*Cb + c_block, ascending within a block-row
+    rows: Tensor  # [nnzb]        block-row of each block (with indices: wgrad's coordinates)
+    t_indptr: Tensor  # [Cb*T + 1]  transposed entries of (c_block, tap) are t_indptr[c_block*T + tap] .. [+ 1]
+    t_indices: Tensor  # [nnzb]   tap*Kb + k_block, ascending within a channel block
+    t_perm: Tensor  # [nnzb]      which block of `values` this transposed entry is
+    row_order: Tensor | None  # [K] filter of each BSR row; None: row i is filter i
+
+
+def lengths(weight_shape: Sequence[int], blocksize: Sequence[int], nnzb: int) -> list[int]:
+    """Lengths of the tables in the order of IndexTables, without row_order."""
+    k, c, r, s = weight_shape
+    bk, bc = blocksize
+    return [k // bk + 1, nnzb, nnzb, (c // bc) * r * s + 1, nnzb, nnzb]
+
+
+def _starts(sizes: Sequence[int]) -> list[int]:
+    starts = [0]
+    for size in sizes:
+        starts.append(starts[-1] + -(-size // ALIGN) * ALIGN)
+    return starts
+
+
+def packed_size(weight_shape: Sequence[int], blocksize: Sequence[int], nnzb: int, row_order: bool) -> int:
+    """Number of int32 in the packed buffer."""
+    return _starts(lengths(weight_shape, blocksize, nnzb) + ([weight_shape[0]] if row_order else []))[-1]
+
+
+def pack(
+    weight_shape: Sequence[int],
+    blocksize: Sequence[int],
+    indptr: Tensor,
+    indices: Tensor,
+    row_order: Tensor | None,
+) -> Tensor:
+    """The packed buffer of a valid BSR index, on the index's device."""
+    k, c, r, s = weight_shape
+    bk, bc = blocksize
+    k_blocks, c_blocks, taps = k // bk, c // bc, r * s
+    counts = indptr[1:] - indptr[:-1]
+    rows = torch.repeat_interleave(
+        torch.arange(k_blocks, device=indices.device), counts, output_size=indices.numel()
+    )
+    cell = (indices % c_blocks) * taps + indices // c_blocks  # (c_block, tap)
+    # Stable, and blocks are stored by ascending block-row: ties stay in ascending k_block.
+    cell_sorted, t_perm = torch.sort(cell, stable=True)
+    t_indices = (indices // c_blocks * k_blocks + rows)[t_perm]
+    t_indptr = torch.searchsorted(
+        cell_sorted, torch.arange(c_blocks * taps + 1, device=indices.device, dtype=cell_sorted.dtype)
+    )
+    tables = [indptr, indices, rows, t_indptr, t_indices, t_perm]
+    if row_order is not None:
+        tables.append(row_order)
+    starts = _starts([t.numel() for t in tables])
+    packed = torch.zeros(starts[-1], dtype=torch.int32, device=indices.device)
+    for start, table in zip(starts, tables, strict=False):
+        packed[start : start + table.numel()] = table
+    return packed
+
+
+def unpack(
+    packed: Tensor, weight_shape: Sequence[int], blocksize: Sequence[int], nnzb: int, who: str = "unpack()"
+) -> IndexTables:
+    """Views of the tables in `packed`; ValueError when its size cannot be this layout."""
+    sizes = lengths(weight_shape, blocksize, nnzb)
+    plain, ordered = (packed_size(weight_shape, blocksize, nnzb, flag) for flag in (False, True))
+    if packed.dtype != torch.int32 or packed.dim() != 1 or packed.numel() not in (plain, ordered):
+        raise ValueError(
+            f"{who}: the packed index is {packed.dtype} {tuple(packed.shape)}; a filter bank {tuple(weight_shape)} with"
+            f" {nnzb} blocks of {tuple(blocksize)} needs int32 ({plain},), or ({ordered},) with a row order."
+            " Take it from BSRPattern.index"
+        )
+    starts = _starts(sizes)
+    views = [packed[start : start + size] for start, size in zip(starts, sizes, strict=False)]
+    order = packed[starts[-1] : starts[-1] + weight_shape[0]] if packed.numel() == ordered != plain else None
+    return IndexTables(packed, *views, order)

@@ -1,0 +1,501 @@
+"""BSRPattern: which blocks of a filter bank are stored."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import index
+
+if TYPE_CHECKING:
+    import numpy as np
+
+INT32_MAX = 2**31 - 1
+
+
+class BSRPattern:
+    """Which blocks of a filter bank [K, C, R, S] are stored: an immutable BSR index.
+
+    The filter bank is read as the matrix K x (R*S*C) with tap-major columns, column = (r*S + s)*C + c, and cut into
+    blocks of (bk, bc). `indptr`, `indices` and `blocksize` mean what they mean in scipy.sparse.bsr_array: the blocks
+    of block-row b are indptr[b] .. indptr[b+1], each at block-col indices[i] = tap*(C/bc) + c_block, ascending and
+    without duplicates. A block never straddles two taps, so the input gradient uses the same blocks, transposed,
+    under a permuted index. Row i of the matrix is filter row_order[i] (None: filter i).
+
+    The values are one tensor [nnzb, bk, bc] kept outside the pattern (`values_from_dense`, `to_dense`).
+
+    Args:
+        shape: (K, C, R, S) of the filter bank.
+        blocksize: (bk, bc); bk divides K, bc divides C.
+        indptr: [K/bk + 1] integers (tensor, numpy array or list).
+        indices: [nnzb] integers.
+        row_order: a permutation of range(K), or None. The identity is stored as None.
+
+    Raises:
+        ValueError: the arrays are not such an index. They are always checked fully; the message says what is wrong.
+        TypeError: an array does not hold integers.
+    """
+
+    __slots__ = ("_blocksize", "_index", "_nnzb", "_shape")
+    _shape: tuple[int, int, int, int]
+    _blocksize: tuple[int, int]
+    _nnzb: int
+    _index: Tensor
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        blocksize: Sequence[int],
+        indptr: Tensor | np.ndarray | Sequence[int],
+        indices: Tensor | np.ndarray | Sequence[int],
+        row_order: Tensor | np.ndarray | Sequence[int] | None = None,
+    ) -> None:
+        who = "BSRPattern()"
+        shape, blocksize = _check_sizes(shape, blocksize, who)
+        indices = _integers(indices, "indices", who)
+        indptr = _integers(indptr, "indptr", who).to(indices.device)
+        order = _check_row_order(row_order, shape[0], indices.device, who)
+        _check_arrays(shape, blocksize, indptr, indices, who)
+        self._set(shape, blocksize, indptr, indices, order)
+
+    def _set(
+        self,
+        shape: tuple[int, int, int, int],
+        blocksize: tuple[int, int],
+        indptr: Tensor,
+        indices: Tensor,
+        row_order: Tensor | None,
+    ) -> None:
+        object.__setattr__(self, "_shape", shape)
+        object.__setattr__(self, "_blocksize", blocksize)
+        object.__setattr__(self, "_nnzb", indices.numel())
+        object.__setattr__(self, "_index", index.pack(shape, blocksize, indptr, indices, row_order))
+
+    @classmethod
+    def _trusted(
+        cls,
+        shape: tuple[int, int, int, int],
+        blocksize: tuple[int, int],
+        indptr: Tensor,
+        indices: Tensor,
+        row_order: Tensor | None,
+    ) -> BSRPattern:
+        """A pattern from arrays that are valid by construction: not checked again."""
+        pattern = cls.__new__(cls)
+        pattern._set(shape, blocksize, indptr, indices, row_order)
+        return pattern
+
+    # ------------------------------------------------------------------ constructors
+
+    @classmethod
+    def from_mask(
+        cls,
+        mask: Tensor,
+        blocksize: Sequence[int],
+        row_order: Tensor | np.ndarray | Sequence[int] | None = None,
+    ) -> BSRPattern:
+        """The pattern that stores every block with at least one True cell.
+
+        Args:
+            mask: bool [K, C, R, S], in filter order; the pattern lives on its device.
+            blocksize: (bk, bc); bk divides K, bc divides C.
+            row_order: which filter each BSR row is: blocks are cut after filters are put in this order.
+        """
+        who = "BSRPattern.from_mask()"
+        mask = torch.as_tensor(mask)
+        if mask.dtype != torch.bool:
+            raise TypeError(f"{who}: mask has dtype {mask.dtype}; it needs torch.bool (for weights: weight != 0)")
+        shape, blocksize = _check_sizes(mask.shape, blocksize, who)
+        order = _check_row_order(row_order, shape[0], mask.device, who)
+        (k, c, r, s), (bk, bc) = shape, blocksize
+        if order is not None:
+            mask = mask[order]
+        # Byte max-reductions over one axis at a time vectorise; any() over several axes does not.
+        cells = mask.contiguous().view(torch.uint8).view(k // bk, bk, c * r * s)
+        cells = cells.amax(1) if bk > 1 else cells[:, 0]
+        cells = cells.view(k // bk, c // bc, bc, r * s)
+        cells = cells.amax(2) if bc > 1 else cells[:, :, 0]
+        stored = cells.transpose(1, 2).reshape(k // bk, -1) != 0
+        return cls._from_stored(shape, blocksize, stored, order)
+
+    @classmethod
+    def random(
+        cls,
+        shape: Sequence[int],
+        blocksize: Sequence[int],
+        density: float,
+        generator: torch.Generator | None = None,
+    ) -> BSRPattern:
+        """Exactly round(density * blocks) blocks, uniformly at random, on the generator's device (default: CPU)."""
+        who = "BSRPattern.random()"
+        shape, blocksize = _check_sizes(shape, blocksize, who)
+        if not 0 <= density <= 1:
+            raise ValueError(f"{who}: density is {density!r}; it needs a number in [0, 1]")
+        rows, cols = _grid(shape, blocksize)
+        device = generator.device if generator is not None else torch.device("cpu")
+        chosen = torch.randperm(rows * cols, generator=generator, device=device)[: round(density * rows * cols)]
+        stored = torch.zeros(rows * cols, dtype=torch.bool, device=device)
+        stored[chosen] = True
+        return cls._from_stored(shape, blocksize, stored.view(rows, cols), None)
+
+    @classmethod
+    def full(cls, shape: Sequence[int], blocksize: Sequence[int]) -> BSRPattern:
+        """Every block stored: a dense filter bank in BSR form."""
+        shape, blocksize = _check_sizes(shape, blocksize, "BSRPattern.full()")
+        return cls._from_stored(shape, blocksize, torch.ones(_grid(shape, blocksize), dtype=torch.bool), None)
+
+    @classmethod
+    def _from_stored(
+        cls,
+        shape: tuple[int, int, int, int],
+        blocksize: tuple[int, int],
+        stored: Tensor,
+        row_order: Tensor | None,
+    ) -> BSRPattern:
+        """From a bool matrix [K/bk, R*S*C/bc] of stored blocks: sorted and free of duplicates by construction."""
+        indptr = torch.zeros(stored.shape[0] + 1, dtype=torch.int64, device=stored.device)
+        torch.cumsum(stored.sum(1), 0, out=indptr[1:])
+        indices = stored.flatten().nonzero().flatten() % stored.shape[1]
+        return cls._trusted(shape, blocksize, indptr, indices, row_order)
+
+    # ------------------------------------------------------------------ what it is
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(K, C, R, S) of the filter bank."""
+        return self._shape
+
+    @property
+    def blocksize(self) -> tuple[int, int]:
+        """(bk, bc): filters and input channels of one block."""
+        return self._blocksize
+
+    @property
+    def nnzb(self) -> int:
+        """Number of stored blocks."""
+        return self._nnzb
+
+    @property
+    def density(self) -> float:
+        """Stored blocks / all blocks."""
+        rows, cols = _grid(self._shape, self._blocksize)
+        return self._nnzb / (rows * cols)
+
+    @property
+    def device(self) -> torch.device:
+        return self._index.device
+
+    @property
+    def index(self) -> Tensor:
+        """The packed int32 buffer of all index tables (see blocksparse.index). Not a copy: never write to it."""
+        return self._index
+
+    @property
+    def _tables(self) -> index.IndexTables:
+        return index.unpack(self._index, self._shape, self._blocksize, self._nnzb)
+
+    @property
+    def indptr(self) -> Tensor:
+        """int32 [K/bk + 1]; a copy, so that the pattern stays what it is."""
+        return self._tables.indptr.clone()
+
+    @property
+    def indices(self) -> Tensor:
+        """int32 [nnzb], tap*(C/bc) + c_block; a copy."""
+        return self._tables.indices.clone()
+
+    @property
+    def row_order(self) -> Tensor | None:
+        """int32 [K], the filter that each BSR row is; a copy. None: row i is filter i."""
+        order = self._tables.row_order
+        return None if order is None else order.clone()
+
+    def to(self, device: torch.device | str) -> BSRPattern:
+        """The same pattern with its index on `device` (itself when it is there already)."""
+        packed = self._index.to(device)
+        if packed is self._index:
+            return self
+        return BSRPattern._from_index(self._shape, self._blocksize, self._nnzb, packed)
+
+    @classmethod
+    def _from_index(
+        cls, shape: tuple[int, int, int, int], blocksize: tuple[int, int], nnzb: int, packed: Tensor
+    ) -> BSRPattern:
+        """Around a packed buffer that `pack` made and that nobody will write to."""
+        pattern = cls.__new__(cls)
+        object.__setattr__(pattern, "_shape", shape)
+        object.__setattr__(pattern, "_blocksize", blocksize)
+        object.__setattr__(pattern, "_nnzb", nnzb)
+        object.__setattr__(pattern, "_index", packed)
+        return pattern
+
+    # ------------------------------------------------------------------ values
+
+    def _coordinates(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(block-row, c_block, tap) of every stored block, int64."""
+        tables = self._tables
+        cols = tables.indices.long()
+        c_blocks = self._shape[1] // self._blocksize[1]
+        return tables.rows.long(), cols % c_blocks, cols // c_blocks
+
+    def values_from_dense(self, weight: Tensor) -> Tensor:
+        """The stored blocks [nnzb, bk, bc] of a dense filter bank [K, C, R, S]; what lies outside is left behind.
+
+        Differentiable; dtype and device follow `weight`, whose device must be the pattern's.
+        """
+        who = "BSRPattern.values_from_dense()"
+        if tuple(weight.shape) != self._shape:
+            raise ValueError(f"{who}: weight has shape {tuple(weight.shape)}; the pattern needs {self._shape}")
+        _check_device(weight, "weight", self.device, who)
+        (k, c, r, s), (bk, bc) = self._shape, self._blocksize
+        order = self._tables.row_order
+        if order is not None:
+            weight = weight[order.long()]
+        rows, c_block, tap = self._coordinates()
+        return weight.reshape(k // bk, bk, c // bc, bc, r * s)[rows, :, c_block, :, tap]
+
+    def to_dense(self, values: Tensor) -> Tensor:
+        """The dense filter bank [K, C, R, S] with `values` [nnzb, bk, bc] in their places and zeros elsewhere.
+
+        Differentiable; the inverse of `values_from_dense` on the stored blocks.
+        """
+        self.check_values(values, "BSRPattern.to_dense()")
+        (k, c, r, s), (bk, bc) = self._shape, self._blocksize
+        blocks = values.new_zeros((k // bk, c // bc, r * s, bk, bc))
+        rows, c_block, tap = self._coordinates()
+        blocks = blocks.index_put((rows, c_block, tap), values)
+        weight = blocks.permute(0, 3, 1, 4, 2).reshape(k, c, r, s)
+        order = self._tables.row_order
+        return weight if order is None else weight[torch.argsort(order)]
+
+    def to_mask(self) -> Tensor:
+        """bool [K, C, R, S]: True in every cell of a stored block."""
+        return self.to_dense(
+            torch.ones((self._nnzb, *self._blocksize), dtype=torch.bool, device=self.device)
+        )
+
+    def check_values(self, values: Tensor, who: str) -> None:
+        """ValueError unless `values` is [nnzb, bk, bc] on the pattern's device."""
+        needed = (self._nnzb, *self._blocksize)
+        if tuple(values.shape) != needed:
+            raise ValueError(
+                f"{who}: values has shape {tuple(values.shape)}; pattern needs {needed} = (nnzb, bk, bc)"
+            )
+        _check_device(values, "values", self.device, who)
+
+    # ------------------------------------------------------------------ other libraries' BSR
+
+    def to_scipy(self, values: Tensor) -> Any:
+        """scipy.sparse.bsr_array of the K x (R*S*C) matrix, in BSR row order (row_order is not applied)."""
+        from scipy.sparse import bsr_array  # scipy is needed here alone
+
+        self.check_values(values, "BSRPattern.to_scipy()")
+        k, c, r, s = self._shape
+        tables = self._tables
+        arrays = (values.detach(), tables.indices, tables.indptr)
+        return bsr_array(
+            tuple(a.cpu().numpy().copy() for a in arrays), shape=(k, r * s * c), blocksize=self._blocksize
+        )
+
+    @classmethod
+    def from_scipy(
+        cls, m: Any, shape: Sequence[int], row_order: Tensor | np.ndarray | Sequence[int] | None = None
+    ) -> tuple[BSRPattern, Tensor]:
+        """(pattern, values) of a scipy BSR matrix K x (R*S*C) with tap-major columns, rows in BSR row order.
+
+        Blocks out of order are sorted in a copy; duplicates and corrupted indices are refused (ValueError).
+        """
+        who = "BSRPattern.from_scipy()"
+        if getattr(m, "format", None) != "bsr":
+            raise TypeError(f"{who}: m is {type(m).__name__}; it needs a scipy bsr_array (m.tobsr(blocksize))")
+        data = torch.as_tensor(m.data.copy())
+        return cls._from_bsr(shape, m.shape, m.indptr, m.indices, data, row_order, who)
+
+    def to_torch(self, values: Tensor) -> Tensor:
+        """torch.sparse_bsr tensor of the K x (R*S*C) matrix, in BSR row order, sharing `values`."""
+        self.check_values(values, "BSRPattern.to_torch()")
+        k, c, r, s = self._shape
+        return torch.sparse_bsr_tensor(
+            self.indptr, self.indices, values, size=(k, r * s * c), check_invariants=False
+        )
+
+    @classmethod
+    def from_torch(
+        cls, t: Tensor, shape: Sequence[int], row_order: Tensor | np.ndarray | Sequence[int] | None = None
+    ) -> tuple[BSRPattern, Tensor]:
+        """(pattern, values) of a torch.sparse_bsr tensor K x (R*S*C); sorted in a copy, duplicates refused."""
+        who = "BSRPattern.from_torch()"
+        if t.layout != torch.sparse_bsr or t.dim() != 2 or t.values().dim() != 3:
+            raise TypeError(
+                f"{who}: t is {t.layout} with {t.dim()} dimensions; it needs a plain 2-d torch.sparse_bsr tensor"
+                " (dense.to_sparse_bsr(blocksize))"
+            )
+        return cls._from_bsr(
+            shape, tuple(t.shape), t.crow_indices(), t.col_indices(), t.values().detach().clone(), row_order, who
+        )
+
+    @classmethod
+    def _from_bsr(
+        cls,
+        shape: Sequence[int],
+        matrix_shape: tuple[int, ...],
+        indptr: Tensor | np.ndarray,
+        indices: Tensor | np.ndarray,
+        data: Tensor,
+        row_order: Tensor | np.ndarray | Sequence[int] | None,
+        who: str,
+    ) -> tuple[BSRPattern, Tensor]:
+        shape, blocksize = _check_sizes(shape, data.shape[1:], who)
+        k, c, r, s = shape
+        if tuple(matrix_shape) != (k, r * s * c):
+            raise ValueError(
+                f"{who}: the matrix is {tuple(matrix_shape)}; shape {shape} needs {(k, r * s * c)} = (K, R*S*C)"
+            )
+        cols = _integers(indices, "indices", who).to(data.device)
+        ptr = _integers(indptr, "indptr", who).to(data.device)
+        _check_indptr(ptr, shape[0] // blocksize[0], cols.numel(), who)
+        _check_range(cols, _grid(shape, blocksize)[1], who)
+        rows = torch.repeat_interleave(torch.arange(ptr.numel() - 1, device=ptr.device), ptr[1:] - ptr[:-1])
+        sort = torch.argsort(rows * _grid(shape, blocksize)[1] + cols)
+        cols = cols[sort]
+        _check_arrays(shape, blocksize, ptr, cols, who)
+        order = _check_row_order(row_order, k, data.device, who)
+        return cls._trusted(shape, blocksize, ptr, cols, order), data[sort]
+
+    # ------------------------------------------------------------------ being a value
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"BSRPattern is immutable; build a new one instead of setting {name!r}")
+
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError(f"BSRPattern is immutable; {name!r} cannot be deleted")
+
+    def __eq__(self, other: object) -> bool:
+        """Same shape, blocksize, blocks and row order; the device does not matter."""
+        if not isinstance(other, BSRPattern):
+            return NotImplemented
+        if (self._shape, self._blocksize, self._nnzb) != (other._shape, other._blocksize, other._nnzb):
+            return False
+        return torch.equal(self._index, other._index.to(self.device))
+
+    def __hash__(self) -> int:
+        return hash((self._shape, self._blocksize, self._nnzb))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Through the constructor: a damaged pickle is refused like any other damaged index.
+        return BSRPattern, (self._shape, self._blocksize, self.indptr, self.indices, self.row_order)
+
+    def __copy__(self) -> BSRPattern:
+        return self
+
+    def __deepcopy__(self, memo: object) -> BSRPattern:
+        return self
+
+    def __repr__(self) -> str:
+        k, c, r, s = self._shape
+        order = "" if self._tables.row_order is None else ", rows permuted"
+        device = "" if self.device.type == "cpu" else f", device={str(self.device)!r}"
+        return (
+            f"BSRPattern(shape=({k}, {c}, {r}, {s}), blocksize={self._blocksize}, nnzb={self._nnzb},"
+            f" density={self.density:.4g}{order}{device})"
+        )
+
+
+def _grid(shape: tuple[int, int, int, int], blocksize: tuple[int, int]) -> tuple[int, int]:
+    """(block-rows, block-cols)."""
+    k, c, r, s = shape
+    return k // blocksize[0], r * s * (c // blocksize[1])
+
+
+def _check_sizes(
+    shape: Sequence[int], blocksize: Sequence[int], who: str
+) -> tuple[tuple[int, int, int, int], tuple[int, int]]:
+    sizes, block = tuple(shape), tuple(blocksize)
+    if len(sizes) != 4 or not all(isinstance(v, int) and v > 0 for v in sizes):
+        raise ValueError(f"{who}: shape is {sizes}; it needs four positive ints (K, C, R, S)")
+    if len(block) != 2 or not all(isinstance(v, int) and v > 0 for v in block):
+        raise ValueError(f"{who}: blocksize is {block}; it needs two positive ints (bk, bc)")
+    (k, c, r, s), (bk, bc) = sizes, block
+    if k % bk or c % bc:
+        raise ValueError(
+            f"{who}: blocksize {block} does not divide (K, C) = {(k, c)};"
+            f" bk must divide {k} and bc must divide {c}"
+        )
+    if r * s * (c // bc) > INT32_MAX or r * s * (k // bk) > INT32_MAX or r * s * (c // bc) * (k // bk) > 2**62:
+        raise ValueError(f"{who}: {sizes} in blocks of {block} has more block-cols than int32 can count")
+    return (k, c, r, s), (bk, bc)
+
+
+def _integers(array: Any, name: str, who: str) -> Tensor:
+    """A 1-d int64 copy of `array`; TypeError for anything that does not hold integers."""
+    t = torch.as_tensor(array)
+    if t.numel() == 0 and not isinstance(array, Tensor):
+        t = t.to(torch.int64)  # an empty list has no dtype of its own
+    if t.dtype == torch.bool or t.is_floating_point() or t.is_complex():
+        raise TypeError(f"{who}: {name} has dtype {t.dtype}; it needs integers")
+    if t.dim() != 1:
+        raise ValueError(f"{who}: {name} has shape {tuple(t.shape)}; it needs one dimension")
+    return t.detach().to(torch.int64, copy=True)
+
+
+def _check_device(t: Tensor, name: str, device: torch.device, who: str) -> None:
+    if t.device != device:
+        raise ValueError(
+            f"{who}: {name} is on {t.device} and the pattern on {device};"
+            f" move one of them (pattern.to({str(t.device)!r}))"
+        )
+
+
+def _check_indptr(indptr: Tensor, block_rows: int, nnzb: int, who: str) -> None:
+    if indptr.numel() != block_rows + 1:
+        raise ValueError(f"{who}: indptr has {indptr.numel()} entries; it needs K/bk + 1 = {block_rows + 1}")
+    if nnzb > INT32_MAX:
+        raise ValueError(f"{who}: {nnzb} blocks are more than int32 can count")
+    first, last = int(indptr[0]), int(indptr[-1])
+    if first != 0 or last != nnzb:
+        raise ValueError(f"{who}: indptr runs from {first} to {last}; it needs 0 to len(indices) = {nnzb}")
+    falls = (indptr[1:] < indptr[:-1]).nonzero()
+    if falls.numel():
+        raise ValueError(f"{who}: indptr falls after block-row {int(falls[0])}; it must never decrease")
+
+
+def _check_range(indices: Tensor, block_cols: int, who: str) -> None:
+    bad = ((indices < 0) | (indices >= block_cols)).nonzero()
+    if bad.numel():
+        at = int(bad[0])
+        raise ValueError(
+            f"{who}: indices[{at}] is {int(indices[at])}; it needs 0 <= index < R*S*C/bc = {block_cols}"
+        )
+
+
+def _check_arrays(
+    shape: tuple[int, int, int, int], blocksize: tuple[int, int], indptr: Tensor, indices: Tensor, who: str
+) -> None:
+    block_rows, block_cols = _grid(shape, blocksize)
+    _check_indptr(indptr, block_rows, indices.numel(), who)
+    _check_range(indices, block_cols, who)
+    rows = torch.repeat_interleave(
+        torch.arange(block_rows, device=indices.device), indptr[1:] - indptr[:-1]
+    )
+    bad = ((rows[1:] == rows[:-1]) & (indices[1:] <= indices[:-1])).nonzero()
+    if bad.numel():
+        at = int(bad[0])
+        what = "repeats" if int(indices[at]) == int(indices[at + 1]) else "falls"
+        raise ValueError(
+            f"{who}: indices {what} at {at + 1} within block-row {int(rows[at])}"
+            f" ({int(indices[at])}, {int(indices[at + 1])}); block-cols must ascend without duplicates"
+        )
+
+
+def _check_row_order(row_order: Any, k: int, device: torch.device, who: str) -> Tensor | None:
+    """int64 permutation on `device`, or None for the identity."""
+    if row_order is None:
+        return None
+    order = _integers(row_order, "row_order", who).to(device)
+    identity = torch.arange(k, device=device)
+    if order.numel() != k or not torch.equal(order.sort().values, identity):
+        raise ValueError(f"{who}: row_order ({order.numel()} entries) is not a permutation of range(K) = range({k})")
+    return None if torch.equal(order, identity) else order

@@ -11,14 +11,8 @@ Pair = tuple[int, int]
 def pair(value: int | Sequence[int], name: str, who: str, least: int) -> Pair:
     """`value` as two ints (height, width), each at least `least`; otherwise a ValueError that names it."""
     both = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, Sequence) else ()
-    if (
-        len(both) != 2
-        or not all(isinstance(v, int) and not isinstance(v, bool) for v in both)
-        or min(both) < least
-    ):
-        raise ValueError(
-            f"{who}: {name} is {value!r}; it needs an int >= {least}, or two of them (height, width)"
-        )
+    if len(both) != 2 or not all(isinstance(v, int) and not isinstance(v, bool) for v in both) or min(both) < least:
+        raise ValueError(f"{who}: {name} is {value!r}; it needs an int >= {least}, or two of them (height, width)")
     return both[0], both[1]
 
 
@@ -59,13 +53,10 @@ class ConvGeometry:
         """
         if len(x_shape) != 4:
             raise ValueError(
-                f"{who}: x has shape {tuple(x_shape)}; it needs 4 dimensions [N, C, H, W]"
-                " (unsqueeze(0) a single image)"
+                f"{who}: x has shape {tuple(x_shape)}; it needs 4 dimensions [N, C, H, W] (unsqueeze(0) a single image)"
             )
         if len(weight_shape) != 4:
-            raise ValueError(
-                f"{who}: the filter bank has shape {tuple(weight_shape)}; it needs [K, C, R, S]"
-            )
+            raise ValueError(f"{who}: the filter bank has shape {tuple(weight_shape)}; it needs [K, C, R, S]")
         n, c, h, w = x_shape
         k, weight_c, r, s = weight_shape
         if c != weight_c:

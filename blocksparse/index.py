@@ -64,9 +64,7 @@ def pack(
     bk, bc = blocksize
     k_blocks, c_blocks, taps = k // bk, c // bc, r * s
     counts = indptr[1:] - indptr[:-1]
-    rows = torch.repeat_interleave(
-        torch.arange(k_blocks, device=indices.device), counts, output_size=indices.numel()
-    )
+    rows = torch.repeat_interleave(torch.arange(k_blocks, device=indices.device), counts, output_size=indices.numel())
     cell = (indices % c_blocks) * taps + indices // c_blocks  # (c_block, tap)
     # Stable, and blocks are stored by ascending block-row: ties stay in ascending k_block.
     cell_sorted, t_perm = torch.sort(cell, stable=True)
@@ -99,4 +97,5 @@ def unpack(
     starts = _starts(sizes)
     views = [packed[start : start + size] for start, size in zip(starts, sizes, strict=False)]
     order = packed[starts[-1] : starts[-1] + weight_shape[0]] if packed.numel() == ordered != plain else None
-    return IndexTables(packed, *views, order)
+    indptr, indices, rows, t_indptr, t_indices, t_perm = views
+    return IndexTables(packed, indptr, indices, rows, t_indptr, t_indices, t_perm, order)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import index
+from .index import IndexTables, pack, unpack
 
 if TYPE_CHECKING:
     import numpy as np
@@ -72,7 +72,7 @@ class BSRPattern:
         object.__setattr__(self, "_shape", shape)
         object.__setattr__(self, "_blocksize", blocksize)
         object.__setattr__(self, "_nnzb", indices.numel())
-        object.__setattr__(self, "_index", index.pack(shape, blocksize, indptr, indices, row_order))
+        object.__setattr__(self, "_index", pack(shape, blocksize, indptr, indices, row_order))
 
     @classmethod
     def _trusted(
@@ -194,8 +194,8 @@ class BSRPattern:
         return self._index
 
     @property
-    def _tables(self) -> index.IndexTables:
-        return index.unpack(self._index, self._shape, self._blocksize, self._nnzb)
+    def _tables(self) -> IndexTables:
+        return unpack(self._index, self._shape, self._blocksize, self._nnzb)
 
     @property
     def indptr(self) -> Tensor:
@@ -273,17 +273,13 @@ class BSRPattern:
 
     def to_mask(self) -> Tensor:
         """bool [K, C, R, S]: True in every cell of a stored block."""
-        return self.to_dense(
-            torch.ones((self._nnzb, *self._blocksize), dtype=torch.bool, device=self.device)
-        )
+        return self.to_dense(torch.ones((self._nnzb, *self._blocksize), dtype=torch.bool, device=self.device))
 
     def check_values(self, values: Tensor, who: str) -> None:
         """ValueError unless `values` is [nnzb, bk, bc] on the pattern's device."""
         needed = (self._nnzb, *self._blocksize)
         if tuple(values.shape) != needed:
-            raise ValueError(
-                f"{who}: values has shape {tuple(values.shape)}; pattern needs {needed} = (nnzb, bk, bc)"
-            )
+            raise ValueError(f"{who}: values has shape {tuple(values.shape)}; pattern needs {needed} = (nnzb, bk, bc)")
         _check_device(values, "values", self.device, who)
 
     # ------------------------------------------------------------------ other libraries' BSR
@@ -296,9 +292,7 @@ class BSRPattern:
         k, c, r, s = self._shape
         tables = self._tables
         arrays = (values.detach(), tables.indices, tables.indptr)
-        return bsr_array(
-            tuple(a.cpu().numpy().copy() for a in arrays), shape=(k, r * s * c), blocksize=self._blocksize
-        )
+        return bsr_array(tuple(a.cpu().numpy().copy() for a in arrays), shape=(k, r * s * c), blocksize=self._blocksize)
 
     @classmethod
     def from_scipy(
@@ -318,9 +312,7 @@ class BSRPattern:
         """torch.sparse_bsr tensor of the K x (R*S*C) matrix, in BSR row order, sharing `values`."""
         self.check_values(values, "BSRPattern.to_torch()")
         k, c, r, s = self._shape
-        return torch.sparse_bsr_tensor(
-            self.indptr, self.indices, values, size=(k, r * s * c), check_invariants=False
-        )
+        return torch.sparse_bsr_tensor(self.indptr, self.indices, values, size=(k, r * s * c), check_invariants=False)
 
     @classmethod
     def from_torch(
@@ -334,7 +326,13 @@ class BSRPattern:
                 " (dense.to_sparse_bsr(blocksize))"
             )
         return cls._from_bsr(
-            shape, tuple(t.shape), t.crow_indices(), t.col_indices(), t.values().detach().clone(), row_order, who
+            shape,
+            tuple(t.shape),
+            t.crow_indices(),
+            t.col_indices(),
+            t.values().detach().clone(),
+            row_order,
+            who,
         )
 
     @classmethod
@@ -413,7 +411,8 @@ def _grid(shape: tuple[int, int, int, int], blocksize: tuple[int, int]) -> tuple
 def _check_sizes(
     shape: Sequence[int], blocksize: Sequence[int], who: str
 ) -> tuple[tuple[int, int, int, int], tuple[int, int]]:
-    sizes, block = tuple(shape), tuple(blocksize)
+    sizes = tuple(shape) if isinstance(shape, Sequence) else (shape,)
+    block = tuple(blocksize) if isinstance(blocksize, Sequence) else (blocksize,)
     if len(sizes) != 4 or not all(isinstance(v, int) and v > 0 for v in sizes):
         raise ValueError(f"{who}: shape is {sizes}; it needs four positive ints (K, C, R, S)")
     if len(block) != 2 or not all(isinstance(v, int) and v > 0 for v in block):
@@ -421,8 +420,7 @@ def _check_sizes(
     (k, c, r, s), (bk, bc) = sizes, block
     if k % bk or c % bc:
         raise ValueError(
-            f"{who}: blocksize {block} does not divide (K, C) = {(k, c)};"
-            f" bk must divide {k} and bc must divide {c}"
+            f"{who}: blocksize {block} does not divide (K, C) = {(k, c)}; bk must divide {k} and bc must divide {c}"
         )
     if r * s * (c // bc) > INT32_MAX or r * s * (k // bk) > INT32_MAX or r * s * (c // bc) * (k // bk) > 2**62:
         raise ValueError(f"{who}: {sizes} in blocks of {block} has more block-cols than int32 can count")
@@ -466,9 +464,7 @@ def _check_range(indices: Tensor, block_cols: int, who: str) -> None:
     bad = ((indices < 0) | (indices >= block_cols)).nonzero()
     if bad.numel():
         at = int(bad[0])
-        raise ValueError(
-            f"{who}: indices[{at}] is {int(indices[at])}; it needs 0 <= index < R*S*C/bc = {block_cols}"
-        )
+        raise ValueError(f"{who}: indices[{at}] is {int(indices[at])}; it needs 0 <= index < R*S*C/bc = {block_cols}")
 
 
 def _check_arrays(
@@ -477,9 +473,7 @@ def _check_arrays(
     block_rows, block_cols = _grid(shape, blocksize)
     _check_indptr(indptr, block_rows, indices.numel(), who)
     _check_range(indices, block_cols, who)
-    rows = torch.repeat_interleave(
-        torch.arange(block_rows, device=indices.device), indptr[1:] - indptr[:-1]
-    )
+    rows = torch.repeat_interleave(torch.arange(block_rows, device=indices.device), indptr[1:] - indptr[:-1])
     bad = ((rows[1:] == rows[:-1]) & (indices[1:] <= indices[:-1])).nonzero()
     if bad.numel():
         at = int(bad[0])

@@ -15,7 +15,7 @@ from .pattern import BSRPattern
 
 
 def _taps(g: ConvGeometry) -> Iterator[tuple[int, int, slice, slice]]:
-    """(r, s, rows, cols): the slices of the zero-padded input that tap (r, s) multiplies, one entry per output pixel."""
+    """(r, s, rows, cols): the slices of the padded input that tap (r, s) multiplies, one entry per output pixel."""
     for r in range(g.r):
         for s in range(g.s):
             top, left = r * g.dilation[0], s * g.dilation[1]
@@ -77,7 +77,7 @@ def wgrad(
     padding: int | Sequence[int] = 0,
     dilation: int | Sequence[int] = 1,
 ) -> Tensor:
-    """The gradient of <dy, fprop(x)> in values: the dense weight gradient at the stored blocks; float64 [nnzb,bk,bc]."""
+    """The gradient of <dy, fprop(x)> in values: the dense one at the stored blocks; float64 [nnzb,bk,bc]."""
     g = ConvGeometry.of(x.shape, pattern.shape, stride, padding, dilation, "reference.wgrad()")
     wide, dy = _padded(x.detach().double(), g), dy.detach().double()
     dense = wide.new_zeros(g.weight_shape)

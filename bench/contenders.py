@@ -1,0 +1,292 @@
+"""Every way of computing a layer that is timed, and what each must equal.
+
+A contender is a set of calls, one a kind (fprop, dgrad, wgrad), over tensors that are ready. Nothing is
+prepared inside a call that a training step could keep from the step before.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import blocksparse as bs
+from layers import Layer
+
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+Calls = dict[str, Callable[[], Tensor]]
+View = Callable[[Tensor], Tensor]
+
+
+class NotApplicable(Exception):
+    """This contender cannot compute this layer or pattern; the message says why."""
+
+
+@dataclass
+class Contender:
+    """One way to compute a layer.
+
+    Attributes:
+        role: "sparse", "dense", "grouped", "torch_bsr" or "narrow".
+        variant: the memory layout of x and dy, or another way to call the same thing; the best one counts.
+        calls: what is timed.
+        views: how the dense result of a kind is seen in this contender's shape (default: as it is).
+        saved_bytes: by kind, tensors beyond x, y and the weights that a training step has to keep for it.
+        exact: float64 results of a contender that computes another layer than the problem's.
+    """
+
+    role: str
+    variant: str
+    calls: Calls
+    views: dict[str, View] = field(default_factory=dict)
+    saved_bytes: dict[str, int] = field(default_factory=dict)
+    exact: Calls | None = None
+
+
+# ---------------------------------------------------------------- tensors and truth
+
+
+class Problem:
+    """The tensors of one layer, drawn once: x, dy and a dense w, in both memory layouts."""
+
+    def __init__(
+        self, layer: Layer, batch: int, dtype: torch.dtype, device: torch.device, generator: torch.Generator
+    ) -> None:
+        self.layer, self.batch, self.dtype, self.device = layer, batch, dtype, device
+        self.generator = generator
+        x, dy = (self.draw(shape) for shape in (layer.x_shape(batch), layer.y_shape(batch)))
+        w = self.draw(layer.shape, (layer.weights / layer.k) ** -0.5)  # so that y is about 1
+        self.x, self.dy, self.w = (in_layouts(t) for t in (x, dy, w))
+
+    def draw(self, shape: tuple[int, ...], scale: float = 1.0) -> Tensor:
+        return (scale * torch.randn(shape, generator=self.generator)).to(device=self.device, dtype=self.dtype)
+
+    def conv(self, layout: str, w: Tensor | None = None) -> Calls:
+        """Dense convolution in one layout with this filter bank (default: the problem's own)."""
+        w = self.w[layout] if w is None else w.contiguous(memory_format=LAYOUTS[layout])
+        return conv_calls(self.layer, self.x[layout], w, self.dy[layout])
+
+    @functools.cached_property
+    def exact_wgrad(self) -> Tensor:
+        return _run_double(self, self.w["contiguous"], ("wgrad",))["wgrad"]
+
+
+def in_layouts(t: Tensor) -> dict[str, Tensor]:
+    return {name: t.contiguous(memory_format=form) for name, form in LAYOUTS.items()}
+
+
+def conv_calls(layer: Layer, x: Tensor, w: Tensor, dy: Tensor, groups: int = 1) -> Calls:
+    """PyTorch's own convolution and its two gradients, each alone."""
+    stride, padding, one = [layer.stride] * 2, list(layer.padding), [1, 1]
+
+    def backward(mask: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.ops.aten.convolution_backward(dy, x, w, None, stride, padding, one, False, [0, 0], groups, mask)
+
+    return {
+        "fprop": lambda: F.conv2d(x, w, None, stride, padding, one, groups),
+        "dgrad": lambda: backward([True, False, False])[0],
+        "wgrad": lambda: backward([False, True, False])[1],
+    }
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What a pattern's results must equal: dense convolution in float64; and PyTorch's own in the timed dtype."""
+
+    exact: dict[str, Tensor]
+    own: dict[str, dict[str, Tensor]]  # layout -> kind -> result
+
+    @classmethod
+    def of(cls, problem: Problem, w: Tensor, kinds: tuple[str, ...]) -> Truth:
+        exact = _run_double(problem, w, tuple(kind for kind in kinds if kind != "wgrad"))
+        if "wgrad" in kinds:  # does not depend on w
+            exact["wgrad"] = problem.exact_wgrad
+        own = {}
+        for layout in LAYOUTS:
+            calls = problem.conv(layout, w)
+            own[layout] = {kind: calls[kind]() for kind in kinds}
+        return cls(exact, own)
+
+
+def _run_double(problem: Problem, w: Tensor, kinds: tuple[str, ...]) -> dict[str, Tensor]:
+    benchmark = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False  # not worth a search: runs once
+    try:
+        x, dy = problem.x["contiguous"].double(), problem.dy["contiguous"].double()
+        calls = conv_calls(problem.layer, x, w.double().contiguous(), dy)
+        return {kind: calls[kind]() for kind in kinds}
+    finally:
+        torch.backends.cudnn.benchmark = benchmark
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Errors against float64, and what was allowed."""
+
+    ok: bool
+    max_error: float
+    max_allowed: float
+    rms_error: float
+    rms_allowed: float
+
+    def __str__(self) -> str:
+        return (
+            f"max error {self.max_error:.2g} (allowed {self.max_allowed:.2g}),"
+            f" rms error {self.rms_error:.2g} (allowed {self.rms_allowed:.2g})"
+        )
+
+
+def precision_eps(dtype: torch.dtype, tf32: bool) -> float:
+    return 2.0**-10 if tf32 else torch.finfo(dtype).eps
+
+
+def judge(got: Tensor, exact: Tensor, own: Tensor | None, eps: float) -> Verdict:
+    """The error at most twice PyTorch's own plus a floor, its RMS under a cap; NaN and wrong shapes fail.
+
+    Floor and cap scale with the RMS of the exact result: 2 and 8 eps, in single precision 32 and 64 eps
+    (there the order of summation shows). `own` None: the cap alone.
+    """
+    if got.shape != exact.shape:
+        return Verdict(False, math.inf, 0.0, math.inf, 0.0)
+    single = eps < 1e-6
+    scale = _rms(exact)
+    error = got.double() - exact
+    max_error, rms_error = float(error.abs().max()), _rms(error)
+    floor, cap = (32 if single else 2) * eps * scale, (64 if single else 8) * eps * scale
+    allowed = math.inf if own is None else 2 * float((own.double() - exact).abs().max()) + floor
+    ok = max_error <= allowed and rms_error <= cap  # false for NaN
+    return Verdict(ok, max_error, allowed, rms_error, cap)
+
+
+def _rms(t: Tensor) -> float:
+    return float(t.square().mean().sqrt())
+
+
+# ---------------------------------------------------------------- contenders
+
+
+def sparse(problem: Problem, pattern: bs.BSRPattern, values: Tensor, layout: str, backend: str | None) -> Contender:
+    """The library: conv2d and its two gradients on the stored blocks."""
+    layer, x, dy = problem.layer, problem.x[layout], problem.dy[layout]
+    x_shape, place = layer.x_shape(problem.batch), (layer.stride, layer.padding, 1)
+    calls: Calls = {
+        "fprop": lambda: bs.conv2d(x, values, pattern, None, *place, backend=backend),
+        "dgrad": lambda: bs.conv2d_dgrad(dy, values, pattern, x_shape, *place, backend=backend),
+        "wgrad": lambda: bs.conv2d_wgrad(x, dy, pattern, *place, backend=backend),
+    }
+    return Contender("sparse", layout, calls, {"wgrad": pattern.values_from_dense})
+
+
+def dense(problem: Problem, layout: str) -> Contender:
+    """PyTorch's convolution (oneDNN, cuDNN) with a full filter bank."""
+    return Contender("dense", layout, problem.conv(layout))
+
+
+def grouped(problem: Problem, pattern: bs.BSRPattern, values: Tensor, layout: str) -> Contender:
+    """By hand: gather the channels of each group, one grouped convolution; its gradients, scatter-add too.
+
+    wgrad reads the gathered input that the forward pass left behind, as autograd would keep it. Taps that a
+    group does not store are multiplied as zeros.
+
+    Raises:
+        NotApplicable: filters do not fall into equal groups that keep equally many channels.
+    """
+    channels = equal_channels(pattern.to_mask().cpu()).to(problem.device)
+    groups = channels.shape[0]
+    flat, shape = channels.flatten(), problem.layer.x_shape(problem.batch)
+    x, dy = problem.x[layout], problem.dy[layout]
+
+    def take(w: Tensor) -> Tensor:
+        """[K, C, R, S] -> the weights of the grouped convolution [K, kept, R, S]."""
+        rows = w.shape[0] // groups
+        return torch.cat([w[g * rows : (g + 1) * rows][:, channels[g]] for g in range(groups)])
+
+    form = LAYOUTS[layout]
+    w = take(pattern.to_dense(values)).contiguous(memory_format=form)
+    gathered = x.index_select(1, flat).contiguous(memory_format=form)
+    direct = conv_calls(problem.layer, gathered, w, dy, groups)
+
+    def fprop() -> Tensor:
+        return conv_calls(problem.layer, x.index_select(1, flat), w, dy, groups)["fprop"]()
+
+    def dgrad() -> Tensor:
+        dx = torch.zeros(shape, dtype=x.dtype, device=x.device).contiguous(memory_format=form)
+        return dx.index_add_(1, flat, direct["dgrad"]())
+
+    calls: Calls = {"fprop": fprop, "dgrad": dgrad, "wgrad": direct["wgrad"]}
+    saved = {"wgrad": gathered.untyped_storage().nbytes()}
+    return Contender("grouped", layout, calls, {"wgrad": take}, saved)
+
+
+def equal_channels(mask: Tensor) -> Tensor:
+    """int64 [groups, kept]: the channels of each group of consecutive filters of `mask` [K, C, R, S].
+
+    Raises:
+        NotApplicable: groups differ in size or in their number of channels.
+    """
+    used = mask.flatten(2).any(2)
+    changes = 1 + (used[1:] != used[:-1]).any(1).nonzero().flatten()
+    rows = math.gcd(len(used), *changes.tolist())
+    counts = used[::rows].sum(1)
+    if rows == 1 and len(used) > 1:
+        raise NotApplicable("no two filters share their channels")
+    if int(counts.min()) != int(counts.max()) or int(counts.min()) == 0:
+        raise NotApplicable("groups of filters keep different numbers of channels")
+    return used[::rows].nonzero()[:, 1].view(len(counts), -1)
+
+
+def torch_bsr(problem: Problem, pattern: bs.BSRPattern, values: Tensor, variant: str) -> Contender:
+    """torch.sparse_bsr times the pixels of channels_last x, as the matrix that it is: fprop of 1x1, stride 1.
+
+    Raises:
+        NotApplicable: another kernel or stride; PyTorch itself says what else it does not take, when called.
+    """
+    layer = problem.layer
+    if layer.kernel != (1, 1) or layer.stride != 1:
+        raise NotApplicable("1x1 with stride 1 only")
+    matrix = pattern.to_torch(values)
+    pixels = problem.x["channels_last"].permute(0, 2, 3, 1).reshape(-1, layer.c)
+    if variant == "linear":
+        return Contender("torch_bsr", variant, {"fprop": lambda: F.linear(pixels, matrix)}, {"fprop": _pixels_by_k})
+    return Contender(
+        "torch_bsr", variant, {"fprop": lambda: matrix @ pixels.t()}, {"fprop": lambda y: _pixels_by_k(y).t()}
+    )
+
+
+def _pixels_by_k(y: Tensor) -> Tensor:
+    return y.permute(0, 2, 3, 1).reshape(-1, y.shape[1])
+
+
+def narrow(problem: Problem, density: float, layout: str) -> Contender:
+    """A dense layer of equal FLOPs: fewer channels in and out, the same images and kernel."""
+    layer, form = problem.layer, LAYOUTS[layout]
+    c, k = narrow_sizes(layer.c, layer.k, density)
+    x, dy = (t[layout][:, :n].contiguous(memory_format=form) for t, n in ((problem.x, c), (problem.dy, k)))
+    w = problem.w[layout][:k, :c].contiguous(memory_format=form)
+    exact = conv_calls(layer, x.double(), w.double(), dy.double())
+    return Contender("narrow", layout, conv_calls(layer, x, w, dy), exact=exact)
+
+
+def narrow_sizes(c: int, k: int, density: float) -> tuple[int, int]:
+    """(C', K') with C'*K' as near density*C*K as multiples of 8 allow, and nearly C'/C = K'/K.
+
+    Multiples of 8 because dense libraries compute in 8s; single channels where a layer is too small for that.
+    """
+    wanted, root = density * c * k, math.sqrt(density)
+
+    def misfit(pair: tuple[int, int]) -> float:
+        flops, aspect = pair[0] * pair[1] / wanted, (pair[0] / c) / (pair[1] / k)
+        return abs(math.log(flops)) + 0.1 * abs(math.log(aspect))
+
+    step = 8 if min(c, k) * root >= 8 else 1
+    columns = [n for n in range(step, c + 1, step) if root / 2 <= n / c <= min(1.0, 2 * root)] or [
+        max(1, round(c * root))
+    ]
+    pairs = [(n, max(step, step * round(wanted / n / step))) for n in columns]
+    return min(((n, min(k, m)) for n, m in pairs), key=misfit)

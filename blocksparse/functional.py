@@ -1,0 +1,385 @@
+"""conv2d, linear and the two gradients as torch ops: checked, differentiable once, opaque to torch.compile.
+
+The ops live in torch.ops.bsrconv. Their schema is plain: x, values, the packed index tensor and integers. They never
+read a tensor on the host, so a step captures into a CUDA graph; the torch backend alone reads the index when it has
+changed since the last call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._prims_common import suggest_memory_format
+
+from .geometry import ConvGeometry, pair
+from .index import unpack
+from .pattern import BSRPattern
+from .plan import DTYPES, plan_conv
+
+IntPair = int | Sequence[int]
+
+
+def conv2d(
+    x: Tensor,
+    values: Tensor,
+    pattern: BSRPattern,
+    bias: Tensor | None = None,
+    stride: IntPair = 1,
+    padding: IntPair = 0,
+    dilation: IntPair = 1,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """2-d convolution whose filter bank is stored as blocks.
+
+    y[n,k,p,q] = bias[k] + sum over stored (k,c,r,s) of x[n, c, p*stride + r*dilation - padding, ...] * w[k,c,r,s]
+
+    Args:
+        x: [N, C, H, W], contiguous or channels_last (fast on a GPU); float16, bfloat16, float32 or float64.
+        values: [nnzb, bk, bc], the stored blocks; dtype and device of x.
+        pattern: which blocks they are.
+        bias: [K] or None.
+        stride, padding, dilation: int or (height, width).
+        backend: "torch", "triton", "cupy", or None for the best that can run. A backend asked for by name runs or
+            raises; nothing else takes its place.
+
+    Returns:
+        y [N, K, P, Q] in the memory format of x. Differentiable once in x, values and bias; the gradient of values is
+        [nnzb, bk, bc]: gradients exist at stored blocks only. Under autocast x, values and bias are cast.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or a block size that do not fit, before any memory is touched.
+        RuntimeError: the backend asked for is absent, with the reason.
+
+    Equivalent to: F.conv2d(x, pattern.to_dense(values), bias, stride, padding, dilation)
+    """
+    pattern.check_values(values, "conv2d()")
+    return convolve(
+        x, values, pattern.index, bias, pattern.shape,
+        pair(stride, "stride", "conv2d()", 1), pair(padding, "padding", "conv2d()", 0),
+        pair(dilation, "dilation", "conv2d()", 1), backend,
+    )  # fmt: skip
+
+
+def conv2d_dgrad(
+    dy: Tensor,
+    values: Tensor,
+    pattern: BSRPattern,
+    x_shape: Sequence[int],
+    stride: IntPair = 1,
+    padding: IntPair = 0,
+    dilation: IntPair = 1,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """The input gradient of conv2d: dx[n,c,h,w] = sum over stored (k,c,r,s) of dy[n,k,p,q] * w[k,c,r,s].
+
+    (p, q) runs over the output pixels that read (h, w) through tap (r, s). Arguments as in conv2d; dy is
+    [N, K, P, Q], x_shape is (N, C, H, W). Returns dx in the memory format of dy. Not differentiable itself.
+
+    Equivalent to: torch.nn.grad.conv2d_input(x_shape, pattern.to_dense(values), dy, stride, padding, dilation)
+    """
+    pattern.check_values(values, "conv2d_dgrad()")
+    return torch.ops.bsrconv.dgrad(
+        dy, values, pattern.index, list(x_shape), pattern.shape,
+        pair(stride, "stride", "conv2d_dgrad()", 1), pair(padding, "padding", "conv2d_dgrad()", 0),
+        pair(dilation, "dilation", "conv2d_dgrad()", 1), _is_channels_last(dy), backend,
+    )  # fmt: skip
+
+
+def conv2d_wgrad(
+    x: Tensor,
+    dy: Tensor,
+    pattern: BSRPattern,
+    stride: IntPair = 1,
+    padding: IntPair = 0,
+    dilation: IntPair = 1,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """The weight gradient of conv2d at the stored blocks: dv = sum over n,p,q of dy[n,k,p,q] * x[n,c,h,w].
+
+    Arguments as in conv2d; dy is [N, K, P, Q]. Returns [nnzb, bk, bc] in the dtype of x. Not differentiable itself.
+
+    Equivalent to: pattern.values_from_dense(
+        torch.nn.grad.conv2d_weight(x, pattern.shape, dy, stride, padding, dilation))
+    """
+    return torch.ops.bsrconv.wgrad(
+        x, dy, pattern.index, (pattern.nnzb, *pattern.blocksize), pattern.shape,
+        pair(stride, "stride", "conv2d_wgrad()", 1), pair(padding, "padding", "conv2d_wgrad()", 0),
+        pair(dilation, "dilation", "conv2d_wgrad()", 1), backend,
+    )  # fmt: skip
+
+
+def linear(
+    x: Tensor, values: Tensor, pattern: BSRPattern, bias: Tensor | None = None, *, backend: str | None = None
+) -> Tensor:
+    """y = x @ W^T + bias with W [K, C] stored as blocks: the 1x1 convolution of a batch of vectors.
+
+    Args:
+        x: [..., C].
+        values: [nnzb, bk, bc].
+        pattern: its shape is (K, C, 1, 1).
+        bias: [K] or None.
+        backend: as in conv2d.
+
+    Returns:
+        y [..., K], contiguous. Differentiable once in x, values and bias.
+
+    Equivalent to: F.linear(x, pattern.to_dense(values)[:, :, 0, 0], bias)
+    """
+    pattern.check_values(values, "linear()")
+    return apply_linear(x, values, pattern.index, bias, pattern.shape, backend)
+
+
+# ---------------------------------------------------------------- on a packed index (what the modules call)
+
+
+def convolve(
+    x: Tensor,
+    values: Tensor,
+    index: Tensor,
+    bias: Tensor | None,
+    weight_shape: tuple[int, int, int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    backend: str | None,
+) -> Tensor:
+    """conv2d on a packed index, with autocast applied."""
+    device = x.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        x, values = _autocast(x, dtype), _autocast(values, dtype)
+        bias = None if bias is None else _autocast(bias, dtype)
+    return torch.ops.bsrconv.fprop(x, values, index, bias, weight_shape, stride, padding, dilation, backend)
+
+
+def apply_linear(
+    x: Tensor,
+    values: Tensor,
+    index: Tensor,
+    bias: Tensor | None,
+    weight_shape: tuple[int, int, int, int],
+    backend: str | None,
+) -> Tensor:
+    """linear on a packed index: every vector is an image of one pixel, channels_last."""
+    k, c, r, s = weight_shape
+    if (r, s) != (1, 1):
+        raise ValueError(f"linear(): the pattern has shape {tuple(weight_shape)}; it needs (K, C, 1, 1)")
+    if x.dim() == 0 or x.shape[-1] != c:
+        raise ValueError(f"linear(): x has shape {tuple(x.shape)}; it needs [..., C] with C = {c}")
+    pixels = x.reshape(-1, 1, 1, c).permute(0, 3, 1, 2)
+    y = convolve(pixels, values, index, bias, weight_shape, (1, 1), (0, 0), (1, 1), backend)
+    return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], k)
+
+
+def _autocast(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """autocast's own rule: floating tensors but float64 are cast."""
+    return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
+
+
+def _is_channels_last(t: Tensor) -> bool:
+    return t.dim() == 4 and suggest_memory_format(t) == torch.channels_last
+
+
+def _memory_format(channels_last: bool) -> torch.memory_format:
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+# ---------------------------------------------------------------- the ops
+
+_INTS = "int[] weight_shape, int[] stride, int[] padding, int[] dilation"
+_library = torch.library.Library("bsrconv", "DEF")
+_library.define(f"fprop(Tensor x, Tensor values, Tensor index, Tensor? bias, {_INTS}, str? backend=None) -> Tensor")
+_library.define(
+    f"dgrad(Tensor dy, Tensor values, Tensor index, SymInt[] x_shape, {_INTS}, bool channels_last, str? backend=None)"
+    " -> Tensor"
+)
+_library.define(f"wgrad(Tensor x, Tensor dy, Tensor index, int[] values_shape, {_INTS}, str? backend=None) -> Tensor")
+
+
+def _check(who: str, first: str, tensors: dict[str, Tensor], index: Tensor, backend: str | None) -> None:
+    """All tensors share the dtype and device of `first`; the index is on that device."""
+    lead = tensors[first]
+    if lead.dtype not in DTYPES:
+        names = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+        raise ValueError(f"{who}: {first} has dtype {lead.dtype}; it needs one of {names}")
+    for name, t in tensors.items():
+        if t.dtype != lead.dtype:
+            raise ValueError(
+                f"{who}: {name} has dtype {t.dtype} and {first} {lead.dtype}; they need one dtype"
+                f" ({name}.to({lead.dtype}), or torch.autocast)"
+            )
+        if t.device != lead.device:
+            raise ValueError(f"{who}: {name} is on {t.device} and {first} on {lead.device}; they need one device")
+    if index.device != lead.device and lead.device.type != "meta":  # shapes alone need no index
+        raise ValueError(
+            f"{who}: the pattern is on {index.device} and {first} on {lead.device};"
+            f" use pattern.to({str(lead.device)!r})"
+        )
+
+
+def _check_values(who: str, values_shape: Sequence[int], weight_shape: Sequence[int]) -> None:
+    k, c = weight_shape[:2]
+    if len(values_shape) != 3 or k % max(1, values_shape[1]) or c % max(1, values_shape[2]) or 0 in values_shape[1:]:
+        raise ValueError(
+            f"{who}: values has shape {tuple(values_shape)}; it needs (nnzb, bk, bc) where bk divides K = {k} and"
+            f" bc divides C = {c}"
+        )
+
+
+def _check_dy(who: str, dy: Tensor, geometry: ConvGeometry) -> None:
+    if tuple(dy.shape) != geometry.y_shape:
+        raise ValueError(
+            f"{who}: dy has shape {tuple(dy.shape)}; this convolution needs {geometry.y_shape} = (N, K, P, Q)"
+        )
+
+
+def _fprop_geometry(
+    x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None,
+    weight_shape: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
+    backend: str | None,
+) -> ConvGeometry:  # fmt: skip
+    who = "conv2d()"
+    tensors = {"x": x, "values": values} | ({} if bias is None else {"bias": bias})
+    _check(who, "x", tensors, index, backend)
+    _check_values(who, values.shape, weight_shape)
+    if bias is not None and tuple(bias.shape) != (weight_shape[0],):
+        raise ValueError(f"{who}: bias has shape {tuple(bias.shape)}; it needs ({weight_shape[0]},) = (K,)")
+    return ConvGeometry.of(x.shape, weight_shape, stride, padding, dilation, who)
+
+
+def _fprop(
+    x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None,
+    weight_shape: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
+    backend: str | None = None,
+) -> Tensor:  # fmt: skip
+    g = _fprop_geometry(x, values, index, bias, weight_shape, stride, padding, dilation, backend)
+    nnzb, bk, bc = values.shape
+    plan = plan_conv(g, (bk, bc), nnzb, x.dtype, x.device, backend, "conv2d()")
+    tables = unpack(index, weight_shape, (bk, bc), nnzb, "conv2d()")
+    x = x.contiguous(memory_format=suggest_memory_format(x))
+    return plan.fprop(x, values.contiguous(), tables, None if bias is None else bias.contiguous())
+
+
+def _fprop_fake(
+    x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None,
+    weight_shape: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
+    backend: str | None = None,
+) -> Tensor:  # fmt: skip
+    g = _fprop_geometry(x, values, index, bias, weight_shape, stride, padding, dilation, backend)
+    return torch.empty(g.y_shape, dtype=x.dtype, device=x.device, memory_format=suggest_memory_format(x))
+
+
+def _dgrad_geometry(
+    dy: Tensor, values: Tensor, index: Tensor, x_shape: Sequence[int],
+    weight_shape: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
+    backend: str | None,
+) -> ConvGeometry:  # fmt: skip
+    who = "conv2d_dgrad()"
+    _check(who, "dy", {"dy": dy, "values": values}, index, backend)
+    _check_values(who, values.shape, weight_shape)
+    g = ConvGeometry.of(x_shape, weight_shape, stride, padding, dilation, who)
+    _check_dy(who, dy, g)
+    return g
+
+
+def _dgrad(
+    dy: Tensor, values: Tensor, index: Tensor, x_shape: Sequence[int],
+    weight_shape: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
+    channels_last: bool, backend: str | None = None,
+) -> Tensor:  # fmt: skip
+    g = _dgrad_geometry(dy, values, index, x_shape, weight_shape, stride, padding, dilation, backend)
+    nnzb, bk, bc = values.shape
+    plan = plan_conv(g, (bk, bc), nnzb, dy.dtype, dy.device, backend, "conv2d_dgrad()")
+    tables = unpack(index, weight_shape, (bk, bc), nnzb, "conv2d_dgrad()")
+    dy = dy.contiguous(memory_format=_memory_format(channels_last))
+    return plan.dgrad(dy, values.contiguous(), tables, channels_last)
+
+
+def _dgrad_fake(
+    dy: Tensor, values: Tensor, index: Tensor, x_shape: Sequence[int],
+    weight_shape: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
+    channels_last: bool, backend: str | None = None,
+) -> Tensor:  # fmt: skip
+    g = _dgrad_geometry(dy, values, index, x_shape, weight_shape, stride, padding, dilation, backend)
+    return torch.empty(g.x_shape, dtype=dy.dtype, device=dy.device, memory_format=_memory_format(channels_last))
+
+
+def _wgrad_geometry(
+    x: Tensor, dy: Tensor, index: Tensor, values_shape: Sequence[int],
+    weight_shape: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
+    backend: str | None,
+) -> ConvGeometry:  # fmt: skip
+    who = "conv2d_wgrad()"
+    _check(who, "x", {"x": x, "dy": dy}, index, backend)
+    _check_values(who, values_shape, weight_shape)
+    g = ConvGeometry.of(x.shape, weight_shape, stride, padding, dilation, who)
+    _check_dy(who, dy, g)
+    return g
+
+
+def _wgrad(
+    x: Tensor, dy: Tensor, index: Tensor, values_shape: Sequence[int],
+    weight_shape: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
+    backend: str | None = None,
+) -> Tensor:  # fmt: skip
+    g = _wgrad_geometry(x, dy, index, values_shape, weight_shape, stride, padding, dilation, backend)
+    nnzb, bk, bc = values_shape
+    plan = plan_conv(g, (bk, bc), nnzb, x.dtype, x.device, backend, "conv2d_wgrad()")
+    tables = unpack(index, weight_shape, (bk, bc), nnzb, "conv2d_wgrad()")
+    memory_format = suggest_memory_format(x)
+    x = x.contiguous(memory_format=memory_format)
+    return plan.wgrad(x, dy.contiguous(memory_format=memory_format), tables)
+
+
+def _wgrad_fake(
+    x: Tensor, dy: Tensor, index: Tensor, values_shape: Sequence[int],
+    weight_shape: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
+    backend: str | None = None,
+) -> Tensor:  # fmt: skip
+    _wgrad_geometry(x, dy, index, values_shape, weight_shape, stride, padding, dilation, backend)
+    return x.new_empty(tuple(values_shape))
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, values, index, _, *ctx.ints, ctx.backend = inputs
+    wants_x, wants_values = ctx.needs_input_grad[:2]
+    # dgrad needs values, wgrad needs x: a frozen side keeps nothing alive.
+    ctx.save_for_backward(x if wants_values else None, values if wants_x else None, index)
+    ctx.x_shape, ctx.values_shape, ctx.channels_last = x.shape, values.shape, _is_channels_last(x)
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    x, values, index = ctx.saved_tensors
+    dy = dy.contiguous(memory_format=_memory_format(ctx.channels_last))
+    dx = dv = db = None
+    if ctx.needs_input_grad[0]:
+        dx = torch.ops.bsrconv.dgrad(dy, values, index, ctx.x_shape, *ctx.ints, ctx.channels_last, ctx.backend)
+    if ctx.needs_input_grad[1]:
+        dv = torch.ops.bsrconv.wgrad(x, dy, index, ctx.values_shape, *ctx.ints, ctx.backend)
+    if ctx.needs_input_grad[3]:
+        db = dy.sum((0, 2, 3))
+    return dx, dv, None, db, None, None, None, None, None
+
+
+def _no_double_backward(ctx: Any, *grads: Tensor) -> None:
+    raise RuntimeError(
+        "conv2d() is differentiable once: its gradients (conv2d_dgrad, conv2d_wgrad) have no gradient of their own."
+        " Where second derivatives are needed, use F.conv2d with pattern.to_dense(values)"
+    )
+
+
+_library.impl("fprop", _fprop, "CompositeExplicitAutograd")
+_library.impl("dgrad", _dgrad, "CompositeExplicitAutograd")
+_library.impl("wgrad", _wgrad, "CompositeExplicitAutograd")
+torch.library.register_fake("bsrconv::fprop", _fprop_fake, lib=_library)
+torch.library.register_fake("bsrconv::dgrad", _dgrad_fake, lib=_library)
+torch.library.register_fake("bsrconv::wgrad", _wgrad_fake, lib=_library)
+torch.library.register_autograd("bsrconv::fprop", _backward, setup_context=_save_for_backward, lib=_library)
+torch.library.register_autograd("bsrconv::dgrad", _no_double_backward, lib=_library)
+torch.library.register_autograd("bsrconv::wgrad", _no_double_backward, lib=_library)

@@ -1,0 +1,250 @@
+"""ConvPlan: which backend and tiles run a convolution, why, and what that costs.
+
+A plan depends on static facts alone (geometry, blocksize, nnzb, dtype, device, precision), never on which blocks are
+stored, so that it outlives mask updates and is safe to capture in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .geometry import ConvGeometry
+from .index import IndexTables, packed_size
+from .kernels import tiles
+from .pattern import BSRPattern
+
+BACKENDS = ("torch", "triton", "cupy")
+KINDS = ("fprop", "dgrad", "wgrad")
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def available_backends() -> dict[str, str | None]:
+    """{backend: None if it can run here, else why not}. torch runs everywhere; nothing is loaded but what is asked."""
+    return {name: _absent(name) for name in BACKENDS}
+
+
+def _absent(backend: str) -> str | None:
+    if backend == "torch":
+        return None
+    if backend == "cupy":
+        return "the CUDA C++ kernels are not part of this version"
+    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        return (
+            "no CUDA device is visible to PyTorch"
+            " (TRITON_INTERPRET=1 in the environment runs the kernels in Triton's interpreter on the CPU, for tests)"
+        )
+    loaded = _load_triton()
+    return loaded if isinstance(loaded, str) else None
+
+
+@functools.cache
+def _load_triton() -> ModuleType | str:
+    """The Triton backend, or why it cannot be imported; loaded on first use."""
+    try:
+        return importlib.import_module(".kernels.triton_conv", __package__)
+    except ImportError as error:
+        return f"importing Triton failed: {error}"
+
+
+@dataclass(frozen=True)
+class ConvPlan:
+    """What will run for one convolution. `print(plan)` tells a person; the fields tell a program.
+
+    Attributes:
+        backend: "torch", "triton" or "cupy".
+        why: why this backend.
+        tiles: {kind: Tile} of a backend that tiles, else {}.
+        precision: how fp32 products are rounded: "tf32" or "ieee" (torch.backends.cudnn.conv.fp32_precision).
+        flops: floating-point operations of one kind on the stored blocks; dense_flops: on all of them.
+        bytes_moved: {kind: bytes} of x, y, values and index, each counted once.
+    """
+
+    geometry: ConvGeometry
+    blocksize: tuple[int, int]
+    nnzb: int
+    dtype: torch.dtype
+    device: torch.device
+    backend: str
+    why: str
+    tiles: dict[str, tiles.Tile]
+    precision: str
+
+    @property
+    def flops(self) -> int:
+        return self._flops_at(self.nnzb * self.blocksize[0] * self.blocksize[1])
+
+    @property
+    def dense_flops(self) -> int:
+        return self._flops_at(self.geometry.k * self.geometry.c * self.geometry.taps)
+
+    def _flops_at(self, weights: int) -> int:
+        return 2 * self.geometry.n * self.geometry.p * self.geometry.q * weights
+
+    @property
+    def bytes_moved(self) -> dict[str, int]:
+        g, item = self.geometry, self.dtype.itemsize
+        activations = (g.n * g.c * g.h * g.w + g.n * g.k * g.p * g.q) * item
+        values = self.nnzb * self.blocksize[0] * self.blocksize[1] * item
+        index = 4 * packed_size(g.weight_shape, self.blocksize, self.nnzb, row_order=False)
+        return dict.fromkeys(KINDS, activations + values + index)
+
+    def fprop(self, x: Tensor, values: Tensor, tables: IndexTables, bias: Tensor | None) -> Tensor:
+        if self.backend == "torch":
+            return _torch_conv().fprop(x, values, tables, bias, self.geometry)
+        return _triton_conv().fprop(
+            x, values, tables, bias, self.geometry, self.tiles["fprop"], precision=self.precision
+        )
+
+    def dgrad(self, dy: Tensor, values: Tensor, tables: IndexTables, channels_last: bool) -> Tensor:
+        if self.backend == "torch":
+            return _torch_conv().dgrad(dy, values, tables, self.geometry, channels_last)
+        return _triton_conv().dgrad(
+            dy, values, tables, self.geometry, channels_last, self.tiles["dgrad"], precision=self.precision
+        )
+
+    def wgrad(self, x: Tensor, dy: Tensor, tables: IndexTables) -> Tensor:
+        shape = (self.nnzb, *self.blocksize)
+        if self.backend == "torch":
+            return _torch_conv().wgrad(x, dy, tables, self.geometry, shape)
+        return _triton_conv().wgrad(x, dy, tables, self.geometry, shape, self.tiles["wgrad"], precision=self.precision)
+
+    def __str__(self) -> str:
+        g = self.geometry
+        density = self.nnzb * self.blocksize[0] * self.blocksize[1] / (g.k * g.c * g.taps)
+        lines = [
+            str(g),
+            f"{self.nnzb} blocks of {self.blocksize[0]} x {self.blocksize[1]}, density {density:.4g},"
+            f" {str(self.dtype).removeprefix('torch.')} on {self.device}",
+            f"backend: {self.backend} ({self.why})",
+        ]
+        lines += [f"  {kind}: {tile}" for kind, tile in self.tiles.items()]
+        if self.tiles and self.dtype == torch.float32:
+            lines.append(f"  fp32 products: {self.precision}")
+        lines.append(
+            f"cost of each of fprop, dgrad, wgrad: {self.flops / 1e9:.4g} GFLOP (dense {self.dense_flops / 1e9:.4g}),"
+            f" at least {self.bytes_moved['fprop'] / 1e6:.4g} MB through memory"
+        )
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def _torch_conv() -> ModuleType:
+    from .kernels import torch_conv
+
+    return torch_conv
+
+
+def _triton_conv() -> ModuleType:
+    loaded = _load_triton()
+    if isinstance(loaded, str):
+        raise RuntimeError(f"backend 'triton' is not available: {loaded}")
+    return loaded
+
+
+def plan_conv(
+    geometry: ConvGeometry,
+    blocksize: tuple[int, int],
+    nnzb: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    backend: str | None,
+    who: str,
+) -> ConvPlan:
+    """The plan for these static facts; ValueError or RuntimeError when the backend asked for cannot take them."""
+    return _plan(geometry, blocksize, nnzb, dtype, device, backend, _precision(dtype, device), who)
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(
+    geometry: ConvGeometry,
+    blocksize: tuple[int, int],
+    nnzb: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    backend: str | None,
+    precision: str,
+    who: str,
+) -> ConvPlan:
+    chosen, why = _choose(geometry, blocksize, dtype, device, backend, who)
+    kind_tiles = {}
+    if chosen == "triton":
+        kind_tiles = {kind: tiles.pick(kind, geometry, blocksize, nnzb, dtype, _arch(device)) for kind in KINDS}
+    return ConvPlan(geometry, blocksize, nnzb, dtype, device, chosen, why, kind_tiles, precision)
+
+
+def _choose(
+    geometry: ConvGeometry,
+    blocksize: tuple[int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    backend: str | None,
+    who: str,
+) -> tuple[str, str]:
+    """(backend, why). A backend asked for by name runs or raises; nothing else takes its place."""
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"{who}: backend is {backend!r}; it needs one of {', '.join(map(repr, BACKENDS))} or None")
+    if backend == "torch":
+        return "torch", "asked for"
+    if backend is None and device.type != "cuda":
+        return "torch", f"the default on {device.type}"
+    reason = _absent(backend or "triton") or tiles.refusal(geometry, blocksize, dtype, device.type, _arch(device))
+    if reason is None:
+        return "triton", "asked for" if backend else "the default on a GPU"
+    if backend is None:
+        return "torch", f"triton cannot run this: {reason}"
+    usable = [name for name, absent in available_backends().items() if absent is None]
+    raise (ValueError if _absent(backend) is None else RuntimeError)(
+        f"{who}: backend {backend!r} cannot run this: {reason}. Available here: {', '.join(usable)};"
+        " backend=None chooses one that can"
+    )
+
+
+def _precision(dtype: torch.dtype, device: torch.device) -> str:
+    """PyTorch's own switches for fp32 convolutions on a GPU, the most specific first."""
+    if dtype != torch.float32 or device.type != "cuda":
+        return "ieee"
+    cudnn: Any = torch.backends.cudnn
+    for switch in (cudnn.conv, cudnn, torch.backends):
+        if switch.fp32_precision != "none":
+            return "tf32" if switch.fp32_precision == "tf32" else "ieee"
+    return "ieee"
+
+
+@functools.cache
+def _arch(device: torch.device) -> str:
+    """ "sm_90", "gfx942", ...; "" where there is no GPU (Triton's interpreter)."""
+    if device.type != "cuda":
+        return ""
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def explain(
+    x: Tensor,
+    values: Tensor,
+    pattern: BSRPattern,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    *,
+    backend: str | None = None,
+) -> ConvPlan:
+    """What conv2d with these arguments would run: `print(explain(...))`. Nothing is computed.
+
+    Returns the ConvPlan: backend and tiles, why them, FLOPs and least bytes of each of fprop, dgrad and wgrad.
+    """
+    geometry = ConvGeometry.of(x.shape, pattern.shape, stride, padding, dilation, "explain()")
+    pattern.check_values(values, "explain()")
+    return plan_conv(geometry, pattern.blocksize, pattern.nnzb, values.dtype, values.device, backend, "explain()")

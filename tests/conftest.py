@@ -1,0 +1,30 @@
+"""Where the suites run: on a GPU where there is one, else Triton in its interpreter on the CPU."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+# Triton reads this when a kernel is decorated: before anything imports it.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+# The default keeps the whole run short on two cores. HYPOTHESIS_PROFILE=deep draws twenty times as many cases.
+_common = {"deadline": None, "print_blob": True, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("default", max_examples=60, **_common)
+settings.register_profile("deep", max_examples=1200, **_common)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+@pytest.fixture
+def poisoned_memory():
+    """torch.empty returns NaN: an element that a kernel does not write shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(before)

@@ -1,0 +1,152 @@
+"""What the property tests draw: patterns, geometries, and inputs that are fresh, non-zero and between NaN guards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+import blocksparse as bs
+from blocksparse import BSRPattern
+
+GUARD = 64  # elements of NaN before and after every input
+
+# (backend, device) pairs that run in this process.
+RUNNERS = [("torch", "cpu")]
+if torch.cuda.is_available():
+    RUNNERS += [("torch", "cuda"), ("triton", "cuda")]
+else:
+    RUNNERS += [("triton", "cpu")]
+
+ANY_KERNEL = st.tuples(st.integers(1, 4), st.integers(1, 4))
+
+
+@st.composite
+def blocksizes(draw: st.DrawFn, backend: str = "torch") -> tuple[int, int]:
+    if backend == "triton":
+        sizes = st.sampled_from([8, 16, 32])
+        return draw(sizes), draw(sizes)
+    return draw(st.integers(1, 9)), draw(st.one_of(st.just(1), st.integers(1, 6)))
+
+
+@st.composite
+def patterns(
+    draw: st.DrawFn,
+    backend: str = "torch",
+    max_blocks: int = 4,
+    kernels: st.SearchStrategy[tuple[int, int]] = ANY_KERNEL,
+) -> BSRPattern:
+    """Any pattern: random blocks, equal groups of channels x taps, full, empty, empty block-rows and -columns."""
+    bk, bc = draw(blocksizes(backend))
+    k_blocks, c_blocks = draw(st.integers(1, max_blocks)), draw(st.integers(1, max_blocks))
+    r, s = draw(kernels)
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
+    kind = draw(st.sampled_from(["random", "random", "groups", "groups", "full", "empty", "holes"]))
+    grid = torch.zeros(k_blocks, c_blocks, r * s, dtype=torch.bool)
+    if kind == "full":
+        grid[:] = True
+    elif kind in ("random", "holes"):
+        grid = torch.rand(grid.shape, generator=generator) < draw(st.sampled_from([0.1, 0.4, 0.8]))
+        if kind == "holes":
+            grid[draw(st.integers(0, k_blocks - 1))] = False
+            grid[:, draw(st.integers(0, c_blocks - 1))] = False
+    elif kind == "groups":
+        channels, taps = draw(st.integers(1, c_blocks)), draw(st.integers(1, r * s))
+        for row in grid:
+            chosen = torch.randperm(c_blocks, generator=generator)[:channels]
+            row[chosen[:, None], torch.randperm(r * s, generator=generator)[:taps]] = True
+    mask = grid.view(k_blocks, 1, c_blocks, 1, r, s).expand(-1, bk, -1, bc, -1, -1)
+    mask = mask.reshape(k_blocks * bk, c_blocks * bc, r, s)
+    if not draw(st.booleans()):
+        return BSRPattern.from_mask(mask, (bk, bc))
+    order = torch.randperm(k_blocks * bk, generator=generator)
+    return BSRPattern.from_mask(mask[torch.argsort(order)], (bk, bc), order)
+
+
+@dataclass
+class Case:
+    """One convolution to run: everything but the tensors' content, which `tensors` makes from the seed."""
+
+    pattern: BSRPattern
+    n: int
+    h: int
+    w: int
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    bias: bool
+    channels_last: bool
+    dtype: torch.dtype
+    seed: int
+
+    @property
+    def geometry(self) -> bs.ConvGeometry:
+        return bs.ConvGeometry.of(
+            (self.n, self.pattern.shape[1], self.h, self.w),
+            self.pattern.shape,
+            self.stride,
+            self.padding,
+            self.dilation,
+        )
+
+    @property
+    def conv(self) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+        return self.stride, self.padding, self.dilation
+
+    def tensors(self, device: str) -> tuple[Tensor, Tensor, Tensor | None, Tensor, BSRPattern]:
+        """x, values, bias, dy, pattern on `device`; each tensor non-zero, in its own NaN guard band."""
+        g = self.geometry
+        generator = torch.Generator().manual_seed(self.seed)
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        x = guarded(nonzero(g.x_shape, self.dtype, generator), device, layout)
+        dy = guarded(nonzero(g.y_shape, self.dtype, generator), device, layout)
+        shape = (self.pattern.nnzb, *self.pattern.blocksize)
+        values = guarded(nonzero(shape, self.dtype, generator), device)
+        bias = guarded(nonzero((g.k,), self.dtype, generator), device) if self.bias else None
+        return x, values, bias, dy, self.pattern.to(device)
+
+
+@st.composite
+def cases(draw: st.DrawFn, backend: str = "torch", dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> Case:
+    """Strides, dilations and paddings that differ per axis, padding larger than needed, odd sizes, N = 0."""
+    kernels = st.tuples(st.integers(1, 3), st.integers(1, 3)) | st.sampled_from(
+        [(1, 1), (3, 3), (1, 5), (5, 1), (7, 1)]
+    )
+    pattern = draw(patterns(backend, max_blocks=3 if backend == "triton" else 4, kernels=kernels))
+    _, _, r, s = pattern.shape
+    two = st.tuples(st.integers(1, 3), st.integers(1, 3)) | st.just((1, 1)) | st.just((2, 2))
+    stride, dilation = draw(two), draw(st.tuples(st.integers(1, 2), st.integers(1, 2)) | st.just((1, 1)))
+    padding = draw(st.tuples(st.integers(0, 3), st.integers(0, 3)) | st.just((r // 2, s // 2)))
+    # The smallest input with at least one output pixel, and some more.
+    least = [max(1, d * (k - 1) + 1 - 2 * p) for d, k, p in zip(dilation, (r, s), padding, strict=True)]
+    h, w = (draw(st.integers(low, low + 7)) for low in least)
+    n = draw(st.sampled_from([1, 1, 2, 3, 0]))
+    return Case(
+        pattern,
+        n,
+        h,
+        w,
+        stride,
+        padding,
+        dilation,
+        draw(st.booleans()),
+        draw(st.booleans()),
+        draw(st.sampled_from(dtypes)),
+        draw(st.integers(0, 2**32 - 1)),
+    )
+
+
+def nonzero(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Normal numbers pushed away from zero: a product that is lost always shows."""
+    t = torch.randn(shape, generator=generator, dtype=torch.float64)
+    return (t + 0.25 * torch.where(t < 0, -1.0, 1.0)).to(dtype)
+
+
+def guarded(t: Tensor, device: str, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
+    """`t` in the middle of a buffer of NaN: a read outside it poisons the result."""
+    t = t.contiguous(memory_format=memory_format)
+    buffer = torch.full((t.numel() + 2 * GUARD,), float("nan"), dtype=t.dtype, device=device)
+    inside = buffer.as_strided(t.shape, t.stride(), GUARD)
+    return inside.copy_(t)

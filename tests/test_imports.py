@@ -1,0 +1,98 @@
+"""The house: imports run one way, and importing the library loads no backend and no GPU."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# What each file of blocksparse may import from the package itself (type-only imports count too).
+ALLOWED = {
+    "geometry": set(),
+    "index": set(),
+    "pattern": {"index"},
+    "reference": {"geometry", "pattern"},
+    "kernels/__init__": set(),
+    "kernels/tiles": {"geometry"},
+    "kernels/torch_conv": {"geometry", "index"},
+    "kernels/triton_conv": {"geometry", "index", "kernels/tiles"},
+    "plan": {"geometry", "index", "pattern", "kernels/tiles", "kernels/torch_conv", "kernels/triton_conv"},
+    "functional": {"geometry", "index", "pattern", "plan"},
+    "modules": {"geometry", "index", "pattern", "functional"},
+    "__init__": {"reference", "functional", "geometry", "modules", "pattern", "plan"},
+}
+
+
+def imported_files(path: Path) -> set[str]:
+    """Files of blocksparse that `path` imports, at the top or inside a function."""
+    package = path.parent.relative_to(ROOT / "blocksparse")
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = package
+            for _ in range(node.level - 1):
+                base = base.parent
+            module = base / (node.module or "").replace(".", "/")
+            for alias in node.names:
+                whole = module / alias.name
+                inside = (ROOT / "blocksparse" / whole).with_suffix(".py").exists()
+                found.add((whole if inside else module).as_posix())
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
+            found |= {f"absolute {name}" for name in names if name.split(".")[0] == "blocksparse"}
+    return found
+
+
+def test_every_file_has_its_place():
+    files = {
+        p.relative_to(ROOT / "blocksparse").with_suffix("").as_posix() for p in (ROOT / "blocksparse").rglob("*.py")
+    }
+    assert files == set(ALLOWED)
+
+
+@pytest.mark.parametrize("name", ALLOWED)
+def test_imports_run_one_way(name):
+    assert imported_files(ROOT / "blocksparse" / f"{name}.py") <= ALLOWED[name]
+
+
+def test_hrbp_uses_public_names_only():
+    import blocksparse
+
+    for path in (ROOT / "hrbp").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("blocksparse"):
+                assert node.module == "blocksparse", path
+                assert {alias.name for alias in node.names} <= set(blocksparse.__all__), path
+            if isinstance(node, ast.Import):
+                assert not any(alias.name.startswith("blocksparse.") for alias in node.names), path
+
+
+def test_blocksparse_knows_nothing_of_pruning():
+    for path in (ROOT / "blocksparse").rglob("*.py"):
+        assert "hrbp" not in path.read_text().lower(), path
+
+
+def test_importing_loads_no_backend():
+    code = """if True:
+        import sys, torch
+        before = set(sys.modules)
+        import blocksparse, hrbp
+        new = {name.split(".")[0] for name in set(sys.modules) - before}
+        assert not new & {"triton", "cupy", "scipy", "matplotlib"}, new
+        assert not torch.cuda.is_initialized()
+        assert not any("triton_conv" in name for name in sys.modules)
+    """
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+
+
+def test_public_names_are_documented():
+    import blocksparse
+
+    for name in blocksparse.__all__:
+        assert getattr(blocksparse, name).__doc__, name

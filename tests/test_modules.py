@@ -1,0 +1,389 @@
+"""BSRConv2d and BSRLinear: dense and back, changing masks, checkpoints, moves, what they own."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import blocksparse as bs
+from strategies import patterns
+
+SHAPE, BLOCK = (8, 12, 3, 3), (4, 3)
+
+
+def random_pattern(density=0.4, shape=SHAPE, blocksize=BLOCK):
+    return bs.BSRPattern.random(shape, blocksize, density)
+
+
+def trained(module, optimizer_class=torch.optim.SGD, steps=2, **options):
+    optimizer = optimizer_class(module.parameters(), lr=0.1, **options)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        module(torch.randn(2, SHAPE[1], 6, 5)).square().mean().backward()
+        optimizer.step()
+    return optimizer
+
+
+def padded(pattern):
+    return bs.BSRConv2d(pattern, padding=1)
+
+
+# ---------------------------------------------------------------- dense and back
+
+
+@given(patterns(), st.booleans(), st.booleans())
+@settings(max_examples=40)
+def test_from_dense_and_to_dense(pattern, bias, train):
+    k, c, r, s = pattern.shape
+    dense = nn.Conv2d(c, k, (r, s), stride=(2, 1), padding=(1, 2), dilation=(1, 2), bias=bias).train(train)
+    module = bs.BSRConv2d.from_dense(dense, pattern)
+    assert module.pattern == pattern
+    assert module.training == train
+    back = module.to_dense()
+    assert torch.equal(back.weight, dense.weight * pattern.to_mask())
+    x = torch.randn(2, c, 9, 9)
+    torch.testing.assert_close(module(x), back(x), rtol=1e-4, atol=1e-4)
+    assert (back.stride, back.padding, back.dilation) == (dense.stride, dense.padding, dense.dilation)
+    assert (back.bias is None) == (not bias)
+
+
+def test_from_dense_keeps_dtype_and_frozen_parameters():
+    dense = nn.Conv2d(12, 8, 3, dtype=torch.bfloat16)
+    dense.weight.requires_grad_(False)
+    module = bs.BSRConv2d.from_dense(dense, random_pattern())
+    assert module.values.dtype == module.bias.dtype == torch.bfloat16
+    assert not module.values.requires_grad
+    assert module.bias.requires_grad
+    assert not module.to_dense().weight.requires_grad
+
+
+def test_linear_from_dense_and_back():
+    dense = nn.Linear(12, 8)
+    pattern = random_pattern(shape=(8, 12, 1, 1))
+    module = bs.BSRLinear.from_dense(dense, pattern)
+    x = torch.randn(4, 5, 12)
+    needed = F.linear(x, dense.weight * pattern.to_mask()[:, :, 0, 0], dense.bias)
+    torch.testing.assert_close(module(x), needed)
+    torch.testing.assert_close(module.to_dense()(x), needed)
+
+
+def test_same_padding_where_it_is_symmetric():
+    pattern = bs.BSRPattern.full((4, 4, 3, 5), (2, 2))
+    dense = nn.Conv2d(4, 4, (3, 5), padding="same", dilation=(2, 1))
+    x = torch.randn(1, 4, 8, 8)
+    torch.testing.assert_close(bs.BSRConv2d.from_dense(dense, pattern)(x), dense(x))
+    assert bs.BSRConv2d.from_dense(nn.Conv2d(4, 4, (3, 5), padding="valid"), pattern).padding == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("build", "error", "message"),
+    [
+        (
+            lambda: nn.Conv2d(4, 4, 2, padding="same"),
+            ValueError,
+            "padding 'same' of kernel .* is not symmetric",
+        ),
+        (lambda: nn.Conv2d(4, 4, 2, groups=2), ValueError, "conv has groups=2"),
+        (lambda: nn.Conv2d(4, 4, 2, padding_mode="reflect"), ValueError, "padding_mode='reflect'"),
+        (lambda: nn.ConvTranspose2d(4, 4, 2), TypeError, "conv is ConvTranspose2d; it needs an nn.Conv2d"),
+        (lambda: nn.Conv2d(8, 4, 2), ValueError, r"weight has shape \(4, 8, 2, 2\); the pattern needs"),
+    ],
+)
+def test_from_dense_refuses(build, error, message):
+    with pytest.raises(error, match=message):
+        bs.BSRConv2d.from_dense(build(), bs.BSRPattern.full((4, 4, 2, 2), (2, 2)))
+
+
+def test_memory_is_the_stored_blocks():
+    pattern = bs.BSRPattern.random((256, 256, 3, 3), (32, 32), 0.1)
+    module = bs.BSRConv2d(pattern, bias=False)
+    optimizer = torch.optim.AdamW(module.parameters())
+    module(torch.randn(1, 256, 4, 4)).sum().backward()
+    optimizer.step()
+    stored = pattern.nnzb * 32 * 32
+    assert sum(p.numel() for p in module.parameters()) == stored
+    assert module.values.grad.numel() == stored
+    moments = [t for t in optimizer.state[module.values].values() if t.dim()]
+    assert sum(t.numel() for t in moments) == 2 * stored
+
+
+def test_initial_variance_is_that_of_the_dense_layer():
+    torch.manual_seed(0)
+    pattern = bs.BSRPattern.random((256, 256, 3, 3), (8, 8), 0.1)
+    x = torch.randn(2, 256, 8, 8)
+    sparse = bs.BSRConv2d(pattern, bias=False)(x).std()
+    dense = nn.Conv2d(256, 256, 3, bias=False)(x).std()
+    assert 0.8 < float(sparse.detach() / dense.detach()) < 1.25
+
+
+# ---------------------------------------------------------------- a new pattern
+
+
+@given(patterns(), st.integers(0, 2**32 - 1), st.booleans())
+@settings(max_examples=40)
+def test_set_pattern_carries_values_gradient_and_momentum(old, seed, same_nnzb):
+    generator = torch.Generator().manual_seed(seed)
+    density = old.density if same_nnzb else float(torch.rand((), generator=generator))
+    new = bs.BSRPattern.random(old.shape, old.blocksize, density, generator)
+    module = bs.BSRConv2d(old, padding=4)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.1)
+    module(torch.randn(2, old.shape[1], 5, 5)).square().sum().backward()
+    optimizer.step()
+
+    def snapshot():
+        state = optimizer.state[module.values]
+        tensors = (module.values.detach(), module.values.grad, state["exp_avg"], state["exp_avg_sq"])
+        return [module.pattern.to_dense(t) for t in tensors]
+
+    before, parameter = snapshot(), module.values
+    pointers = (module.values.data_ptr(), module.index.data_ptr(), module.values.grad.data_ptr())
+    in_place = module.set_pattern(new, optimizer)
+    assert module.pattern == new
+    assert module.values is parameter
+    for was, now in zip(before, snapshot(), strict=True):
+        assert torch.equal(now, was * new.to_mask())
+    assert in_place == (old.nnzb == new.nnzb and old.row_order is None)
+    if in_place and new.nnzb:
+        assert pointers == (module.values.data_ptr(), module.index.data_ptr(), module.values.grad.data_ptr())
+    module(torch.randn(2, old.shape[1], 5, 5)).square().sum().backward()
+    optimizer.step()
+    assert torch.isfinite(module.values).all()
+
+
+def test_a_mask_that_changes_every_step_trains_like_masked_dense():
+    """SGD with momentum over a moving mask: block for block what a masked dense layer computes."""
+    torch.manual_seed(1)
+    module = padded(random_pattern())
+    dense = module.to_dense()
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.05, momentum=0.9)
+    reference = torch.optim.SGD(dense.parameters(), lr=0.05, momentum=0.9)
+    for _ in range(12):
+        x = torch.randn(2, SHAPE[1], 6, 6)
+        mask = module.pattern.to_mask()
+        optimizer.zero_grad()
+        reference.zero_grad()
+        module(x).square().mean().backward()
+        dense(x).square().mean().backward()
+        dense.weight.grad *= mask
+        optimizer.step()
+        reference.step()
+        torch.testing.assert_close(module.to_dense().weight, dense.weight, rtol=1e-4, atol=1e-5)
+        module.set_pattern(random_pattern(), optimizer)
+        mask = module.pattern.to_mask()
+        with torch.no_grad():
+            dense.weight *= mask
+            reference.state[dense.weight]["momentum_buffer"] *= mask
+
+
+def test_set_pattern_survives_a_graph_that_is_still_alive():
+    module = padded(random_pattern(0.3))
+    x = torch.randn(1, 12, 5, 5)
+    loss = module(x).sum()
+    loss.backward()
+    assert module.set_pattern(random_pattern(0.6)) is False
+    module(x).sum().backward()
+    assert module.values.grad.shape == module.values.shape
+    assert loss is not None
+
+
+def test_set_pattern_refuses_before_anything_changes():
+    module = padded(random_pattern())
+    before = copy.deepcopy(module.state_dict())
+    with pytest.raises(ValueError, match=r"set_pattern\(\): the pattern has shape .* this module needs"):
+        module.set_pattern(bs.BSRPattern.full((8, 12, 1, 1), BLOCK))
+    other = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+    with pytest.raises(ValueError, match="the optimizer does not update this module's values"):
+        module.set_pattern(random_pattern(), other)
+    assert all(torch.equal(t, before[name]) for name, t in module.state_dict().items())
+
+
+def test_set_pattern_may_change_blocksize_and_row_order():
+    module = padded(random_pattern())
+    before = module.to_dense().weight
+    mask = module.pattern.to_mask()
+    order = torch.randperm(8)
+    module.set_pattern(bs.BSRPattern.from_mask(mask, (2, 1), order))
+    assert module.values.shape[1:] == (2, 1)
+    assert torch.equal(module.to_dense().weight, before)
+
+
+def test_a_module_owns_its_index():
+    pattern = random_pattern()
+    twin = copy.deepcopy(random_pattern())
+    first, second = padded(pattern), padded(pattern)
+    first.set_pattern(twin)
+    assert second.pattern == pattern
+    first.pattern.indices.zero_()
+    assert first.pattern == twin
+    clone = copy.deepcopy(first)
+    clone.set_pattern(pattern)
+    assert first.pattern == twin
+    assert not torch.equal(clone.index, first.index)
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+@pytest.mark.parametrize("order", [None, torch.randperm(8)], ids=["identity", "permuted"])
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("density", [0.0, 0.4, 0.9])
+def test_state_dict_loads_into_any_pattern(order, assign, density):
+    source = padded(bs.BSRPattern.from_mask(torch.rand(SHAPE) < 0.05, BLOCK, order))
+    target, bystander = padded(random_pattern(density)), padded(random_pattern(density))
+    bystander.load_state_dict(target.state_dict())
+    caller, kept = target.pattern, copy.deepcopy(bystander.state_dict())
+    frozen = copy.deepcopy(caller)
+    loss = target(torch.randn(1, 12, 6, 6)).sum()
+    loss.backward()
+    assert str(target.load_state_dict(source.state_dict(), assign=assign)) == "<All keys matched successfully>"
+    assert target.pattern == source.pattern
+    x = torch.randn(2, 12, 6, 6)
+    assert torch.equal(target(x), source(x))
+    assert caller == frozen
+    assert all(torch.equal(t, kept[name]) for name, t in bystander.state_dict().items())
+    target(x).sum().backward()
+    assert target.values.grad.shape == target.values.shape
+
+
+def test_a_saved_checkpoint_holds_no_derived_table():
+    module = padded(random_pattern())
+    assert set(module.state_dict()) == {"values", "bias", "indptr", "indices"}
+    buffer = io.BytesIO()
+    torch.save(module.state_dict(), buffer)
+    buffer.seek(0)
+    loaded = padded(random_pattern(0.9))
+    loaded.load_state_dict(torch.load(buffer, weights_only=True))
+    assert loaded.pattern == module.pattern
+
+
+def test_checkpoints_of_a_whole_model():
+    def model(density):
+        return nn.Sequential(padded(random_pattern(density)), nn.BatchNorm2d(8), nn.ReLU())
+
+    source, target = model(0.2), model(0.7)
+    target.load_state_dict(source.state_dict())
+    x = torch.randn(2, 12, 5, 5)
+    assert torch.equal(source.eval()(x), target.eval()(x))
+
+
+def corrupt_indices(state):
+    state["indices"][0] = 10**6
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (corrupt_indices, r"indices\[0\] is 1000000"),
+        (lambda s: s.update(indptr=s["indptr"][:-1]), "indptr has 2 entries"),
+        (lambda s: s.update(values=s["values"][1:]), "they must agree"),
+        (lambda s: s.update(values=s["values"][:, :, 0]), r"it needs \(nnzb, bk, bc\)"),
+        (lambda s: s.pop("indices"), "the checkpoint has no indices"),
+        (lambda s: s.pop("values"), "the checkpoint has no values"),
+        (lambda s: s.update(indices=s["indices"].float()), "it needs integers"),
+        (lambda s: [s.pop(k) for k in ("values", "indptr", "indices")], "Missing key"),
+        (lambda s: s.update(surprise=torch.zeros(1)), "Unexpected key"),
+    ],
+)
+def test_a_damaged_checkpoint_changes_nothing(damage, message):
+    module = padded(random_pattern(0.4))
+    state = padded(random_pattern(0.5)).state_dict()
+    state = {name: t.clone() for name, t in state.items()}
+    damage(state)
+    pattern, values = module.pattern, module.values.detach().clone()
+    with pytest.raises(RuntimeError, match=message):
+        module.load_state_dict(state)
+    if "surprise" not in state:  # torch loads what it knows before it reports a key that it does not
+        assert module.pattern == pattern
+        assert torch.equal(module.values, values)
+
+
+# ---------------------------------------------------------------- moves
+
+
+def test_half_and_to_leave_the_index_alone():
+    module = padded(random_pattern())
+    pattern = module.pattern
+    module.half()
+    assert module.values.dtype == torch.float16
+    assert module.index.dtype == torch.int32
+    assert module.pattern == pattern
+    assert module.to(torch.float64)(torch.randn(1, 12, 5, 5, dtype=torch.float64)).dtype == torch.float64
+
+
+def test_the_meta_device_never_leaves_an_index_unset():
+    pattern = random_pattern()
+    for module in (bs.BSRConv2d(pattern, device="meta"), padded(pattern).to("meta")):
+        assert module.values.is_meta
+        assert module(torch.empty(2, 12, 5, 5, device="meta")).shape[:2] == (2, 8)
+        module.to_empty(device="cpu")
+        assert module.pattern == pattern
+    source = padded(pattern)
+    target = bs.BSRConv2d(random_pattern(0.9), padding=1, device="meta")
+    target.load_state_dict(source.state_dict(), assign=True)
+    x = torch.randn(1, 12, 5, 5)
+    assert torch.equal(target(x), source(x))
+
+
+def test_pickle_and_deepcopy_of_a_module():
+    module = padded(random_pattern())
+    x = torch.randn(1, 12, 5, 5)
+    for twin in (pickle.loads(pickle.dumps(module)), copy.deepcopy(module)):
+        assert torch.equal(twin(x), module(x))
+        assert twin.values.data_ptr() != module.values.data_ptr()
+
+
+def test_functional_call_and_compile_follow_a_new_pattern():
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    module = padded(random_pattern())
+    compiled = torch.compile(module, fullgraph=True, backend=counter)
+    x = torch.randn(2, 12, 5, 5)
+    for _ in range(3):
+        y = compiled(x)
+        torch.testing.assert_close(y, module.to_dense()(x), rtol=1e-4, atol=1e-4)
+        module.zero_grad()
+        y.square().sum().backward()
+        assert module.set_pattern(random_pattern())
+    assert counter.frame_count == 1
+    doubled = {name: 2 * p.detach() for name, p in module.named_parameters()}
+    torch.testing.assert_close(torch.func.functional_call(module, doubled, (x,)), 2 * module(x))
+
+
+def test_repr():
+    text = repr(bs.BSRConv2d(bs.BSRPattern.full(SHAPE, BLOCK), stride=2, bias=False, backend="torch"))
+    assert text == (
+        "BSRConv2d(12, 8, kernel_size=(3, 3), stride=(2, 2), padding=(0, 0), dilation=(1, 1), blocksize=(4, 3),"
+        " nnzb=72, density=1, bias=False, backend='torch')"
+    )
+
+
+def test_ranks_exchange_stored_blocks_only(tmp_path):
+    """DistributedDataParallel on one gloo rank: gradients and buffers go through its buckets and stay right."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        module = padded(random_pattern())
+        twin = copy.deepcopy(module)
+        parallel = nn.parallel.DistributedDataParallel(module)
+        x = torch.randn(2, 12, 5, 5)
+        for _ in range(2):
+            parallel.zero_grad()
+            twin.zero_grad()
+            parallel(x).square().sum().backward()
+            twin(x).square().sum().backward()
+            assert torch.equal(module.values.grad, twin.values.grad)
+            new = random_pattern()
+            assert module.set_pattern(new)
+            assert twin.set_pattern(new)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,277 @@
+"""The torch surface: opcheck, gradcheck, torch.compile, autocast, memory formats, CUDA graphs, one derivative."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import blocksparse as bs
+from strategies import RUNNERS, Case, cases
+
+FORMATS = [torch.contiguous_format, torch.channels_last]
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def layer(device="cpu", dtype=torch.float32, layout=torch.contiguous_format, blocksize=(8, 8), density=0.3):
+    """x, values, bias and pattern of a small strided layer; every tensor requires a gradient."""
+    pattern = bs.BSRPattern.random((16, 24, 3, 3), blocksize, density).to(device)
+    x = torch.randn(2, 24, 6, 7, device=device, dtype=dtype).contiguous(memory_format=layout)
+    values = torch.randn(pattern.nnzb, *blocksize, device=device, dtype=dtype)
+    bias = torch.randn(16, device=device, dtype=dtype)
+    return x.requires_grad_(), values.requires_grad_(), bias.requires_grad_(), pattern
+
+
+@pytest.mark.parametrize("runner", RUNNERS, ids="-".join)
+@pytest.mark.parametrize("layout", FORMATS, ids=str)
+def test_opcheck(runner, layout):
+    backend, device = runner
+    x, values, bias, pattern = layer(device, layout=layout)
+    ints = (pattern.shape, (2, 1), (1, 2), (1, 1))
+    dy = torch.randn_like(bs.conv2d(x, values, pattern, bias, *ints[1:]).detach())
+    plain, v = x.detach(), values.detach()
+    shape = tuple(v.shape)
+    torch.library.opcheck(torch.ops.bsrconv.fprop.default, (x, values, pattern.index, bias, *ints, backend))
+    torch.library.opcheck(torch.ops.bsrconv.fprop.default, (x, values, pattern.index, None, *ints, backend))
+    torch.library.opcheck(torch.ops.bsrconv.fprop.default, (plain, values, pattern.index, bias, *ints, backend))
+    channels_last = layout == torch.channels_last
+    torch.library.opcheck(
+        torch.ops.bsrconv.dgrad.default, (dy, v, pattern.index, list(x.shape), *ints, channels_last, backend)
+    )
+    torch.library.opcheck(torch.ops.bsrconv.wgrad.default, (plain, dy, pattern.index, shape, *ints, backend))
+
+
+@given(cases("torch", (torch.float64,)))
+@settings(max_examples=25)
+def test_gradcheck(case: Case):
+    x, values, bias, _, pattern = case.tensors("cpu")
+    if x.numel() > 400 or values.numel() > 300 or case.n == 0:
+        return
+    inputs = [t.clone().requires_grad_() for t in (x, values, bias) if t is not None]
+
+    def function(x, values, bias=None):
+        return bs.conv2d(x, values, pattern, bias, *case.conv)
+
+    assert torch.autograd.gradcheck(function, inputs)
+
+
+@pytest.mark.parametrize("runner", RUNNERS, ids="-".join)
+def test_autograd_is_the_dense_gradient(runner):
+    backend, device = runner
+    x, values, bias, pattern = layer(device)
+    conv = ((2, 1), (1, 2), (1, 1))
+    y = bs.conv2d(x, values, pattern, bias, *conv, backend=backend)
+    needed = F.conv2d(x, pattern.to_dense(values), bias, *conv)
+    # An expanded dy, as from sum(): it must be read with its strides.
+    for dy in (torch.randn_like(y), torch.ones((), device=device).expand_as(y)):
+        grads = torch.autograd.grad(y, (x, values, bias), dy, retain_graph=True)
+        for grad, dense in zip(
+            grads, torch.autograd.grad(needed, (x, values, bias), dy, retain_graph=True), strict=True
+        ):
+            tolerance = 2e-2 if device == "cuda" else 1e-4  # tf32
+            torch.testing.assert_close(grad, dense, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("backend", [None, "torch"])
+def test_differentiable_once(backend):
+    x, values, bias, pattern = layer()
+    y = bs.conv2d(x, values, pattern, bias, backend=backend)
+    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="conv2d\\(\\) is differentiable once"):
+        dx.sum().backward()
+
+
+def test_only_what_a_gradient_needs_is_kept_alive():
+    for frozen in ("x", "values"):
+        x, values, _, pattern = layer()
+        (x if frozen == "x" else values).requires_grad_(False)
+        inner = (x if frozen == "values" else values).clone()  # kept only if the graph holds it
+        alive = weakref.ref(inner)
+        y = bs.conv2d(inner, values, pattern) if frozen == "values" else bs.conv2d(x, inner, pattern)
+        assert y.requires_grad
+        del inner
+        gc.collect()
+        assert alive() is None
+
+
+# ---------------------------------------------------------------- torch.compile
+
+
+@pytest.mark.parametrize("runner", RUNNERS, ids="-".join)
+@pytest.mark.parametrize("layout", FORMATS, ids=str)
+def test_compile_without_breaks_or_recompiles(runner, layout):
+    backend, device = runner
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(
+        lambda x, values, bias, pattern: bs.conv2d(x, values, pattern, bias, 2, 1, backend=backend),
+        fullgraph=True,
+        backend=counter,
+    )
+    for _ in range(3):  # new values and a new pattern of equal nnzb each time
+        x, values, bias, pattern = layer(device, layout=layout)
+        y = compiled(x, values, bias, pattern)
+        eager = bs.conv2d(x, values, pattern, bias, 2, 1, backend=backend)
+        assert torch.equal(y, eager)
+        assert y.stride() == eager.stride()
+        dy = torch.randn_like(y)
+        for a, b in zip(
+            torch.autograd.grad(y, (x, values, bias), dy),
+            torch.autograd.grad(eager, (x, values, bias), dy),
+            strict=True,
+        ):
+            torch.testing.assert_close(a, b)
+            assert a.stride() == b.stride()
+    assert counter.frame_count == 1
+
+
+def test_compile_with_inductor_and_dynamic_batch():
+    torch._dynamo.reset()
+    x, values, bias, pattern = layer()
+    compiled = torch.compile(
+        lambda x, values: F.relu(bs.conv2d(F.relu(x), values, pattern, bias, 2, 1)), fullgraph=True
+    )
+    for n in (2, 5, 3):
+        x = torch.randn(n, 24, 6, 7, requires_grad=True)
+        y = compiled(x, values)
+        needed = F.relu(F.conv2d(F.relu(x), pattern.to_dense(values), bias, 2, 1))
+        torch.testing.assert_close(y, needed, rtol=1e-4, atol=1e-4)
+        for a, b in zip(
+            torch.autograd.grad(y.sum(), (x, values)),
+            torch.autograd.grad(needed.sum(), (x, values)),
+            strict=True,
+        ):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+# ---------------------------------------------------------------- autocast, formats, modes
+
+
+@pytest.mark.parametrize("device", sorted({device for _, device in RUNNERS}))
+def test_autocast_casts_and_returns_gradients_in_the_parameters_dtype(device):
+    x, values, bias, pattern = layer(device)
+    with torch.autocast(device, torch.bfloat16):
+        y = bs.conv2d(x, values, pattern, bias)
+        z = bs.linear(torch.randn(3, 24, device=device), *linear_layer(device))
+    assert y.dtype == z.dtype == torch.bfloat16
+    assert torch.equal(y, bs.conv2d(x.bfloat16(), values.bfloat16(), pattern, bias.bfloat16()))
+    y.float().square().sum().backward()
+    assert x.grad.dtype == values.grad.dtype == bias.grad.dtype == torch.float32
+    with torch.autocast(device, torch.bfloat16):
+        doubles = [t.detach().double() for t in (x, values)]
+        assert bs.conv2d(*doubles, pattern, backend="torch").dtype == torch.float64
+
+
+def linear_layer(device):
+    pattern = bs.BSRPattern.random((16, 24, 1, 1), (8, 8), 0.5).to(device)
+    return torch.randn(pattern.nnzb, 8, 8, device=device), pattern
+
+
+@pytest.mark.parametrize("runner", RUNNERS, ids="-".join)
+@pytest.mark.parametrize("layout", FORMATS, ids=str)
+def test_results_follow_the_memory_format_of_x(runner, layout):
+    backend, device = runner
+    x, values, bias, pattern = layer(device, layout=layout)
+    y = bs.conv2d(x, values, pattern, bias, backend=backend)
+    assert y.is_contiguous(memory_format=layout)
+    other = FORMATS[layout == torch.contiguous_format]
+    dx, dv = torch.autograd.grad(y, (x, values), torch.randn_like(y).contiguous(memory_format=other))
+    assert dx.is_contiguous(memory_format=layout)
+    assert dv.is_contiguous()
+    dy = torch.randn_like(y).contiguous(memory_format=layout)
+    assert bs.conv2d_dgrad(dy, values, pattern, x.shape, backend=backend).is_contiguous(memory_format=layout)
+
+
+def test_fake_tensors_have_the_real_strides():
+    from torch._subclasses import FakeTensorMode
+
+    for layout in FORMATS:
+        for shape in [(2, 24, 6, 7), (1, 24, 3, 3), (2, 24, 1, 1), (0, 24, 6, 7)]:
+            _, values, bias, pattern = layer()
+            x = torch.randn(shape).contiguous(memory_format=layout)
+            real = bs.conv2d(x, values, pattern, bias, 1, 1)
+            with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+                fake = bs.conv2d(mode.from_tensor(x), mode.from_tensor(values), pattern, bias, 1, 1)
+            assert (fake.shape, fake.stride(), fake.dtype) == (real.shape, real.stride(), real.dtype)
+
+
+@pytest.mark.parametrize("runner", RUNNERS, ids="-".join)
+@pytest.mark.parametrize("shape", [(24,), (5, 24), (2, 3, 24), (0, 24), (2, 0, 24)], ids=str)
+def test_linear_is_linear(runner, shape):
+    backend, device = runner
+    values, pattern = linear_layer(device)
+    bias = torch.randn(16, device=device)
+    x = torch.randn(shape, device=device, requires_grad=True)
+    values.requires_grad_()
+    y = bs.linear(x, values, pattern, bias, backend=backend)
+    needed = F.linear(x, pattern.to_dense(values)[:, :, 0, 0], bias)
+    tolerance = 2e-2 if device == "cuda" else 1e-5
+    torch.testing.assert_close(y, needed, rtol=tolerance, atol=tolerance)
+    dy = torch.randn_like(y)
+    for a, b in zip(torch.autograd.grad(y, (x, values), dy), torch.autograd.grad(needed, (x, values), dy), strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def test_inference_mode():
+    with torch.inference_mode():
+        x, values, bias, pattern = layer()
+        y = bs.conv2d(x, values, pattern, bias)
+        torch.testing.assert_close(y, F.conv2d(x, pattern.to_dense(values), bias), rtol=1e-4, atol=1e-4)
+
+
+def test_explain_names_backend_reason_and_cost():
+    x, values, _, pattern = layer()
+    text = str(bs.explain(x, values, pattern, 2, 1))
+    assert "backend: torch (the default on cpu)" in text
+    assert "GFLOP" in text
+    plan = bs.explain(x, values, pattern, 2, 1)
+    assert plan.flops == 2 * 2 * 3 * 4 * pattern.nnzb * 64
+    assert plan.dense_flops == 2 * 2 * 3 * 4 * 16 * 24 * 9
+    named = bs.explain(
+        x.to(RUNNERS[-1][1]), values.to(RUNNERS[-1][1]), pattern.to(RUNNERS[-1][1]), 2, 1, backend="triton"
+    )
+    assert named.backend == "triton"
+    assert set(named.tiles) == {"fprop", "dgrad", "wgrad"}
+
+
+# ---------------------------------------------------------------- CUDA graphs
+
+
+@gpu
+def test_a_training_step_captures_and_follows_a_new_mask():
+    """Forward, both gradients and the update in one graph; a new pattern of equal nnzb is seen by the replay."""
+    torch.manual_seed(0)
+    pattern = bs.BSRPattern.random((64, 64, 3, 3), (32, 32), 0.3)
+    module = bs.BSRConv2d(pattern, padding=1, backend="triton", device="cuda")
+    x = torch.randn(4, 64, 14, 14, device="cuda").contiguous(memory_format=torch.channels_last)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+
+    def step():
+        module.zero_grad(set_to_none=False)
+        y = module(x)
+        y.square().mean().backward()
+        return y
+
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = step()
+    for _ in range(2):
+        new = bs.BSRPattern.random(pattern.shape, (32, 32), 0.3)
+        assert module.set_pattern(new.to("cuda"))
+        with torch.no_grad():
+            module.values.normal_()
+        graph.replay()
+        dense = module.to_dense()
+        needed = dense(x)
+        torch.testing.assert_close(y, needed, rtol=2e-2, atol=2e-2)
+        (dw,) = torch.autograd.grad(needed.square().mean(), dense.weight)
+        torch.testing.assert_close(module.values.grad, module.pattern.values_from_dense(dw), rtol=3e-2, atol=1e-3)

@@ -1,0 +1,151 @@
+"""fprop, dgrad and wgrad of every backend: the reference, adjointness, determinism, memory formats."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import blocksparse as bs
+from oracle import assert_products
+from strategies import RUNNERS, Case, cases
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+def share(runner: tuple[str, str]) -> settings:
+    """Triton's interpreter takes milliseconds a tile: it gets a share of the draws."""
+    default = settings.get_profile(settings.get_current_profile_name()).max_examples
+    slow = runner == ("triton", "cpu")
+    return settings(
+        max_examples=max(1, default // 3) if slow else default * 2,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+    )
+
+
+@pytest.mark.parametrize("runner", RUNNERS, ids="-".join)
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+def test_products_match_the_reference(runner, dtype, poisoned_memory):
+    backend, device = runner
+
+    @share(runner)
+    @given(cases(backend, (dtype,)))
+    def check(case: Case):
+        x, values, bias, dy, pattern = case.tensors(device)
+        results = assert_products(x, values, pattern, bias, dy, *case.conv, backend)
+        layout = torch.channels_last if case.channels_last else torch.contiguous_format
+        assert results["fprop"].is_contiguous(memory_format=layout)
+        assert results["dgrad"].is_contiguous(memory_format=layout)
+        again = bs.conv2d(x, values, pattern, bias, *case.conv, backend=backend)
+        assert torch.equal(again, results["fprop"])
+        assert torch.equal(bs.conv2d_dgrad(dy, values, pattern, x.shape, *case.conv, backend=backend), results["dgrad"])
+        assert torch.equal(bs.conv2d_wgrad(x, dy, pattern, *case.conv, backend=backend), results["wgrad"])
+
+    check()
+
+
+@pytest.mark.parametrize("device", sorted({device for _, device in RUNNERS}))
+@given(case=cases("torch", (torch.float64,)))
+@settings(max_examples=60)
+def test_adjointness_in_float64(device, case: Case):
+    """<dy, fprop(x)> = <dgrad(dy), x> = <wgrad(x, dy), values>, to float64's last digits: no reference involved."""
+    x, values, _, dy, pattern = case.tensors(device)
+    y = bs.conv2d(x, values, pattern, None, *case.conv, backend="torch")
+    dx = bs.conv2d_dgrad(dy, values, pattern, x.shape, *case.conv, backend="torch")
+    dv = bs.conv2d_wgrad(x, dy, pattern, *case.conv, backend="torch")
+    scale = float((dv.abs() * values.abs()).sum()) + float((y.abs() * dy.abs()).sum()) + 1e-300
+    products = [float((a * b).sum()) for a, b in ((dy, y), (dx, x), (dv, values))]
+    assert abs(products[0] - products[1]) <= 1e-12 * scale
+    assert abs(products[0] - products[2]) <= 1e-12 * scale
+
+
+@pytest.mark.parametrize("runner", [r for r in RUNNERS if r[0] == "triton"], ids="-".join)
+def test_adjointness_in_float32(runner):
+    @share(runner)
+    @given(cases(runner[0], (torch.float32,)))
+    def check(case: Case):
+        x, values, _, dy, pattern = case.tensors(runner[1])
+        with full_fp32():
+            y = bs.conv2d(x, values, pattern, None, *case.conv, backend=runner[0])
+            dx = bs.conv2d_dgrad(dy, values, pattern, x.shape, *case.conv, backend=runner[0])
+            dv = bs.conv2d_wgrad(x, dy, pattern, *case.conv, backend=runner[0])
+        y, dx, dv, dy, x, values = (t.double() for t in (y, dx, dv, dy, x, values))
+        scale = float((dv.abs() * values.abs()).sum()) + float((y.abs() * dy.abs()).sum()) + 1e-300
+        assert abs(float((dy * y).sum() - (dx * x).sum())) <= 1e-5 * scale
+        assert abs(float((dy * y).sum() - (dv * values).sum())) <= 1e-5 * scale
+
+    check()
+
+
+@pytest.mark.parametrize("runner", [r for r in RUNNERS if r[0] == "triton"], ids="-".join)
+def test_backends_agree(runner):
+    """The same numbers from two implementations that share no code, in full fp32."""
+
+    @share(runner)
+    @given(cases("triton", (torch.float32,)))
+    def check(case: Case):
+        x, values, bias, dy, pattern = case.tensors(runner[1])
+        with full_fp32():
+            for call in (
+                lambda b: bs.conv2d(x, values, pattern, bias, *case.conv, backend=b),
+                lambda b: bs.conv2d_dgrad(dy, values, pattern, x.shape, *case.conv, backend=b),
+                lambda b: bs.conv2d_wgrad(x, dy, pattern, *case.conv, backend=b),
+            ):
+                torch.testing.assert_close(call("triton"), call("torch"), rtol=2e-5, atol=2e-5)
+
+    check()
+
+
+@pytest.mark.parametrize("runner", RUNNERS, ids="-".join)
+@pytest.mark.parametrize(
+    ("shape", "blocksize", "h", "conv"),
+    [
+        # Real layers at a size that the interpreter can run: shapes, not pixels, are what matters here.
+        pytest.param((64, 64, 3, 3), (32, 32), 9, ((1, 1), (1, 1), (1, 1)), id="resnet50-stage1"),
+        pytest.param((128, 64, 3, 3), (64, 32), 9, ((2, 2), (1, 1), (1, 1)), id="strided-3x3"),
+        pytest.param((128, 64, 1, 1), (32, 64), 8, ((2, 2), (0, 0), (1, 1)), id="strided-1x1"),
+        pytest.param((64, 128, 1, 1), (64, 128), 7, ((1, 1), (0, 0), (1, 1)), id="1x1"),
+        pytest.param((32, 32, 7, 7), (16, 16), 11, ((2, 2), (3, 3), (1, 1)), id="7x7"),
+        pytest.param((32, 32, 5, 5), (32, 8), 7, ((1, 1), (2, 2), (1, 1)), id="5x5"),
+        pytest.param((32, 48, 1, 7), (16, 16), 9, ((1, 1), (0, 3), (1, 1)), id="1x7"),
+        pytest.param((32, 32, 3, 3), (16, 16), 12, ((1, 1), (4, 2), (4, 2)), id="dilated"),
+        pytest.param((128, 128, 3, 3), (128, 128), 4, ((1, 1), (1, 1), (1, 1)), id="widest-blocks"),
+    ],
+)
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+def test_layers_of_real_networks(runner, shape, blocksize, h, conv, channels_last, poisoned_memory):
+    backend, device = runner
+    seed = torch.seed() % 2**32
+    print(f"seed {seed}")
+    pattern = bs.BSRPattern.random(shape, blocksize, 0.25, torch.Generator().manual_seed(seed))
+    case = Case(pattern, 2, h, h + 1, *conv, True, channels_last, torch.float32, seed)
+    x, values, bias, dy, pattern = case.tensors(device)
+    assert_products(x, values, pattern, bias, dy, *conv, backend)
+
+
+@pytest.mark.parametrize("runner", RUNNERS, ids="-".join)
+@given(data=st.data())
+@settings(max_examples=10, suppress_health_check=[HealthCheck.too_slow])
+def test_inputs_with_any_strides(runner, data):
+    """Expanded, transposed, sliced and flipped-memory inputs give what their contiguous copies give."""
+    backend, device = runner
+    case = data.draw(cases(backend, (torch.float32,)))
+    x, values, bias, dy, pattern = case.tensors(device)
+
+    def odd(t: torch.Tensor) -> torch.Tensor:
+        how = data.draw(st.sampled_from(["step", "transposed", "expanded"]))
+        if how == "step":
+            wide = torch.full((*t.shape[:3], 2 * t.shape[3]), float("nan"), device=device)
+            return wide[..., ::2].copy_(t)
+        if how == "transposed":
+            return t.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0)
+        return t[:, :1].expand_as(t)
+
+    x, dy = odd(x), odd(dy)
+    assert_products(x, values, pattern, bias, dy, *case.conv, backend)
+
+
+def full_fp32():
+    """fp32 products without tf32, whatever the caller's settings were."""
+    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)

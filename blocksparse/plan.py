@@ -23,7 +23,6 @@ from .kernels import tiles
 from .pattern import BSRPattern
 
 BACKENDS = ("torch", "triton", "cupy")
-KINDS = ("fprop", "dgrad", "wgrad")
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -95,7 +94,7 @@ class ConvPlan:
         activations = (g.n * g.c * g.h * g.w + g.n * g.k * g.p * g.q) * item
         values = self.nnzb * self.blocksize[0] * self.blocksize[1] * item
         index = 4 * packed_size(g.weight_shape, self.blocksize, self.nnzb, row_order=False)
-        return dict.fromkeys(KINDS, activations + values + index)
+        return dict.fromkeys(tiles.KINDS, activations + values + index)
 
     def fprop(self, x: Tensor, values: Tensor, tables: IndexTables, bias: Tensor | None) -> Tensor:
         if self.backend == "torch":
@@ -178,7 +177,8 @@ def _plan(
     chosen, why = _choose(geometry, blocksize, dtype, device, backend, who)
     kind_tiles = {}
     if chosen == "triton":
-        kind_tiles = {kind: tiles.pick(kind, geometry, blocksize, nnzb, dtype, _arch(device)) for kind in KINDS}
+        arch = _arch(device)
+        kind_tiles = {k: tiles.pick(k, geometry, blocksize, nnzb, dtype, arch, precision) for k in tiles.KINDS}
     return ConvPlan(geometry, blocksize, nnzb, dtype, device, chosen, why, kind_tiles, precision)
 
 

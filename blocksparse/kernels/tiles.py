@@ -1,35 +1,88 @@
 """Tile: how the Triton backend cuts its work; which work it can take; the one shipped table.
 
-A leaf: nothing here imports Triton, touches a device or looks at a mask, so that a tile (and with it every grid and
-workspace) is the same for all patterns of one shape and nnzb.
+A leaf: nothing here imports Triton, touches a device or looks at a mask. A tile, and with it every grid and every
+workspace, is the same for all patterns of one shape and nnzb.
 """
 
 from __future__ import annotations
 
 import os
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from ..geometry import ConvGeometry
 
-Kind = Literal["fprop", "dgrad", "wgrad"]
-KINDS: tuple[Kind, ...] = ("fprop", "dgrad", "wgrad")
+KINDS = ("fprop", "dgrad", "wgrad")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
-LIMIT = 2**30  # pixels and coordinates: sums of two still fit int32
+LIMIT = 2**30  # pixels and coordinates: the sum of two still fits int32
 MAX_GRID = 2**31 - 1
-WORKSPACE_BYTES = 32 << 20  # at most, for wgrad's splits: small enough to stay in L2
+WORKSPACE_BYTES = 32 << 20  # at most, for the splits of wgrad: small enough to stay in L2
+LEAST_STEPS = 4  # steps of BLOCK_K pixels that a split of wgrad is worth
 
 
 class Tile(NamedTuple):
-    """Sizes of one program's tile; triton_conv's table says what M and K are for each kind."""
+    """Sizes of one program's tile; triton_conv's table says what M, N and K are for each kind."""
 
     block_m: int
+    block_n: int
     block_k: int
     num_warps: int
     num_stages: int
-    splits: int = 1  # wgrad alone: how many programs share the pixels of one tile
+    splits: int = 1  # of wgrad's pixels
+
+
+class Entry(NamedTuple):
+    """A row of TABLE: where it applies, and the sizes of its tile. BLOCK_N follows from the blocksize."""
+
+    kinds: str
+    widest: int  # BLOCK_N up to this
+    math: str  # "half": fp16 and bf16; "tf32" or "ieee": fp32
+    load: str  # "few" programs, "short" loops or "long" ones (see _load); "*": any
+    archs: str
+    block_m: int
+    block_k: int
+    num_stages: int
+    num_warps: int = 4
+
+
+# Chosen from compile-time evidence (registers, spills, shared memory, instructions of each target), not tuned on a
+# device: no GPU has timed an entry. The first row that fits applies. fprop and dgrad load an index before they can load
+# data, so of n stages only (n - 1) / 2 hold data; on the AMD path data waits in registers and two stages are all.
+# Four warps throughout.
+_NVIDIA = "sm_80 sm_90 sm_100"
+TABLE: tuple[Entry, ...] = (
+    Entry("fprop dgrad", 128, "half", "few", "sm_90 sm_100", 64, 64, 7),
+    Entry("fprop dgrad", 128, "half", "short", "sm_90 sm_100", 128, 64, 5),
+    Entry("fprop dgrad", 128, "half", "long", "sm_90 sm_100", 128, 64, 7),
+    Entry("fprop dgrad", 128, "half", "few", "sm_80", 64, 32, 7),
+    Entry("fprop dgrad", 32, "half", "*", "sm_80", 128, 64, 5),
+    Entry("fprop dgrad", 64, "half", "*", "sm_80", 128, 32, 7),
+    Entry("fprop dgrad", 128, "half", "*", "sm_80", 64, 32, 7),
+    Entry("fprop dgrad", 128, "tf32", "few", _NVIDIA, 64, 32, 7),
+    Entry("fprop dgrad", 64, "tf32", "short", _NVIDIA, 128, 32, 5),
+    Entry("fprop dgrad", 64, "tf32", "long", _NVIDIA, 128, 32, 7),
+    Entry("fprop dgrad", 128, "tf32", "*", _NVIDIA, 64, 32, 7),
+    Entry("fprop dgrad", 64, "ieee", "*", _NVIDIA, 64, 16, 5),
+    Entry("fprop dgrad", 128, "ieee", "*", _NVIDIA, 32, 16, 5),
+    Entry("wgrad", 64, "half", "*", "sm_90 sm_100", 128, 64, 4),
+    Entry("wgrad", 128, "half", "*", "sm_90 sm_100", 64, 64, 4),
+    Entry("wgrad", 64, "half", "*", "sm_80", 128, 32, 4),
+    Entry("wgrad", 128, "half", "*", "sm_80", 64, 32, 4),
+    Entry("wgrad", 64, "tf32", "*", _NVIDIA, 128, 32, 4),
+    Entry("wgrad", 128, "tf32", "*", _NVIDIA, 64, 32, 4),
+    Entry("wgrad", 64, "ieee", "*", _NVIDIA, 64, 16, 4),
+    Entry("wgrad", 128, "ieee", "*", _NVIDIA, 32, 16, 4),
+    Entry("fprop dgrad", 128, "half", "few", "gfx", 64, 64, 2),
+    Entry("fprop dgrad wgrad", 128, "half", "*", "gfx", 128, 64, 2),
+    Entry("fprop dgrad", 128, "tf32", "few", "gfx", 64, 32, 2),
+    Entry("fprop dgrad wgrad", 128, "tf32", "*", "gfx", 128, 32, 2),
+    Entry("fprop dgrad wgrad", 128, "ieee", "*", "gfx", 64, 32, 2),
+)
+
+# Multiprocessors of a typical device: only to tell few programs from many.
+_UNITS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx": 304}
 
 
 def granule(side: int, most: int) -> int:
@@ -37,33 +90,49 @@ def granule(side: int, most: int) -> int:
     return min(side & -side, most)
 
 
+def _arch(arch: str) -> str:
+    """The column of TABLE for a device; "sm_80" (mma.sync, 99 KB of shared memory) runs on every other NVIDIA GPU."""
+    if arch.startswith("gfx"):
+        return "gfx"
+    number = arch.removeprefix("sm_").rstrip("af")
+    return {"90": "sm_90", "100": "sm_100", "103": "sm_100"}.get(number, "sm_80")
+
+
+def _programs(kind: str, g: ConvGeometry, blocksize: tuple[int, int], block_m: int) -> int:
+    """Programs of fprop or dgrad."""
+    if kind == "fprop":
+        return -(-g.n * g.p * g.q // block_m) * (g.k // blocksize[0])
+    (sh, sw), pixels = g.stride, g.n * -(-g.h // g.stride[0]) * -(-g.w // g.stride[1])
+    return -(-pixels // block_m) * min(sh, g.h) * min(sw, g.w) * (g.c // blocksize[1])
+
+
 def refusal(
     geometry: ConvGeometry, blocksize: tuple[int, int], dtype: torch.dtype, device_type: str, arch: str = ""
 ) -> str | None:
-    """Why the Triton backend cannot take this work (name, reason, what to do instead), or None when it can.
+    """Why the Triton backend cannot take this work (what, why, what to do), or None: the only such predicate.
 
     Args:
         device_type: torch.device.type of the operands.
-        arch: "sm_90", "gfx942", ...; "" when unknown.
+        arch: "sm_90", "gfx942", ...; "" where unknown.
     """
-    bk, bc = blocksize
-    for name, side in (("bk", bk), ("bc", bc)):
+    for name, side in zip(("bk", "bc"), blocksize, strict=True):
         if side % 8 or not 8 <= side <= 128:
             return (
-                f"{name} = {side}: the gather granule is 16 bytes, 8 fp16 channels, so bk and bc must be multiples of 8"
-                " from 8 to 128; use backend='torch'"
+                f"{name} = {side}: the gather granule is 16 bytes, 8 fp16 channels, and a tile is at most 128 wide, so"
+                f" {name} must be a multiple of 8 from 8 to 128; use backend='torch'"
             )
     if dtype not in DTYPES:
         return f"dtype = {dtype}: it takes {', '.join(map(str, DTYPES))}; use backend='torch'"
-    if device_type not in ("cuda", "cpu"):
+    if device_type == "cpu":
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            return (
+                "device = cpu: Triton needs a GPU, or its interpreter (slow, for tests: set TRITON_INTERPRET=1 before"
+                " the first import of triton); use backend='torch'"
+            )
+    elif device_type != "cuda":
         return f"device = {device_type}: it runs on CUDA and ROCm GPUs; use backend='torch'"
-    if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        return (
-            "device = cpu: Triton needs a GPU, or its (slow) interpreter: set TRITON_INTERPRET=1 before Triton is"
-            " imported; use backend='torch'"
-        )
     if arch.startswith("sm_") and int(arch[3:].rstrip("af")) < 80:
-        return f"arch = {arch}: asynchronous copies and bf16 need sm_80; use backend='torch'"
+        return f"arch = {arch}: asynchronous copies need sm_80 or later; use backend='torch'"
     g = geometry
     for name, size in (
         ("N*H*W", g.n * g.h * g.w), ("N*P*Q", g.n * g.p * g.q), ("K*R*S", g.k * g.taps), ("C*R*S", g.c * g.taps),
@@ -71,11 +140,76 @@ def refusal(
         ("stride", max(g.stride)), ("dilation", max(g.dilation)),
     ):  # fmt: skip
         if size >= LIMIT:
-            return f"{name} = {size}: it counts pixels and coordinates in 32 bits, below {LIMIT}; split the batch"
+            return f"{name} = {size}: pixels and coordinates are counted in 32 bits, below {LIMIT}; split the batch"
+    smallest = min(entry.block_m for entry in TABLE)
+    for kind in ("fprop", "dgrad"):
+        if (programs := _programs(kind, g, blocksize, smallest)) > MAX_GRID:
+            return f"{kind} needs {programs} programs: a grid holds {MAX_GRID}; split the batch"
     return None
 
-# placeholder
-def wgrad_tiles(nnzb, geometry, blocksize, tile):
-    """Programs that cover the stored chunks of all block-rows, whatever the mask."""
-    g = granule(blocksize[1], tile.block_m)
-    return nnzb * (blocksize[1] // g) // (tile.block_m // g) + geometry.k // blocksize[0]
+
+def find(kind: str, block_n: int, math: str, load: str, arch: str) -> Entry:
+    """The row of TABLE that applies."""
+    for entry in TABLE:
+        if (
+            kind in entry.kinds.split()
+            and block_n <= entry.widest
+            and math == entry.math
+            and entry.load in (load, "*")
+            and arch in entry.archs.split()
+        ):
+            return entry
+    raise LookupError(f"tiles.find(): TABLE has no row for {kind}, N = {block_n}, {math}, {load}, {arch}")
+
+
+def _load(kind: str, g: ConvGeometry, blocksize: tuple[int, int], nnzb: int, arch: str) -> str:
+    """TABLE's third key, from sizes alone.
+
+    "few": programs of 128 pixels would not fill the device; "short": at most 256 stored channels each on average.
+    """
+    if kind == "wgrad":
+        return "long"  # its splits fill the device
+    if _programs(kind, g, blocksize, 128) < 2 * _UNITS[arch]:
+        return "few"
+    outer, inner = (g.k // blocksize[0], blocksize[1]) if kind == "fprop" else (g.c // blocksize[1], blocksize[0])
+    return "short" if nnzb * inner <= 256 * outer * g.stride[0] * g.stride[1] else "long"
+
+
+def wgrad_tiles(nnzb: int, block_rows: int, bc: int, block_m: int) -> int:
+    """Tiles that cover the stored chunks of every block-row, wherever they lie (triton_conv: slot)."""
+    size = granule(bc, block_m)
+    return nnzb * (bc // size) // (block_m // size) + block_rows
+
+
+def _splits(g: ConvGeometry, blocksize: tuple[int, int], nnzb: int, tile: Tile, arch: str) -> int:
+    tiles = wgrad_tiles(nnzb, g.k // blocksize[0], blocksize[1], tile.block_m)
+    fill = -(-4 * _UNITS[arch] // tiles)
+    worth = -(-g.n * g.p * g.q // tile.block_k) // LEAST_STEPS
+    room = WORKSPACE_BYTES // (4 * max(1, nnzb) * blocksize[0] * blocksize[1])
+    return max(1, min(fill, worth, room))
+
+
+def pick(
+    kind: str,
+    geometry: ConvGeometry,
+    blocksize: tuple[int, int],
+    nnzb: int,
+    dtype: torch.dtype,
+    arch: str = "",
+    precision: str = "ieee",
+) -> Tile:
+    """The shipped tile for work that `refusal` lets through. Pure: sizes in, sizes out.
+
+    Args:
+        arch: "sm_90", "gfx942", ...; "" where unknown.
+        precision: of fp32 products, "tf32" or "ieee"; no matter for the other dtypes.
+    """
+    math, column = precision if dtype == torch.float32 else "half", _arch(arch)
+    load = _load(kind, geometry, blocksize, nnzb, column)
+    side = blocksize[1] if kind == "dgrad" else blocksize[0]
+    block_n = 1 << (side - 1).bit_length()
+    if column == "gfx":
+        block_n = max(block_n, 16)  # MFMA has no narrower tile of fp32
+    entry = find(kind, block_n, math, load, column)
+    tile = Tile(entry.block_m, block_n, entry.block_k, entry.num_warps, entry.num_stages)
+    return tile._replace(splits=_splits(geometry, blocksize, nnzb, tile, column)) if kind == "wgrad" else tile

@@ -36,6 +36,9 @@ activation about once because programs of one pixel tile run next to each other.
 from __future__ import annotations
 
 import contextlib
+import inspect
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
@@ -64,28 +67,21 @@ def _pixel(m, height, width):
 @triton.jit
 def _offset(n, h, w, height, width, channels, LAST: tl.constexpr):
     """Elements from the start of a dense [N, C, H, W] tensor to channel 0 of pixel (n, h, w)."""
-    if LAST:
-        return ((n.to(tl.int64) * height + h) * width + w) * channels
-    else:
-        return (n.to(tl.int64) * channels * height + h) * width + w
+    n = n.to(tl.int64)
+    return ((n * height + h) * width + w) * channels if LAST else (n * channels * height + h) * width + w
 
 
 @triton.jit
 def _step(dh, dw, c, height, width, channels, LAST: tl.constexpr):
     """Elements from channel 0 of a pixel to channel c of the pixel (dh, dw) further."""
-    if LAST:
-        return (dh.to(tl.int64) * width + dw) * channels + c
-    else:
-        return (c.to(tl.int64) * height + dh) * width + dw
+    dh, c = dh.to(tl.int64), c.to(tl.int64)
+    return (dh * width + dw) * channels + c if LAST else (c * height + dh) * width + dw
 
 
 @triton.jit
 def _channel(i, height, width, LAST: tl.constexpr):
     """Elements from channel 0 to channel i of one pixel."""
-    if LAST:
-        return i
-    else:
-        return i.to(tl.int64) * height * width
+    return i if LAST else i.to(tl.int64) * height * width
 
 
 @triton.jit
@@ -112,15 +108,14 @@ def _dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 _SIZES = (
-    "pixels", "tiles", "steps", "images", "height", "width", "p_size", "q_size", "k_blocks", "c_blocks",
-    "stride_h", "stride_w", "pad_h", "pad_w", "dilation_h", "dilation_w", "size", "splits",
+    "pixels", "images", "height", "width", "p_size", "q_size", "k_blocks", "c_blocks", "stride_h", "stride_w",
+    "pad_h", "pad_w", "dilation_h", "dilation_w", "tiles", "steps", "size", "splits",
 )  # fmt: skip
 
 
-def _kernel(fn):
-    """Compile one variant for all sizes: values of 1 and multiples of 16 are not worth a compilation each."""
-    names = fn.__code__.co_varnames[: fn.__code__.co_argcount]
-    return triton.jit(fn, do_not_specialize=[name for name in names if name in _SIZES])
+def _kernel(fn: Callable[..., None]) -> Any:
+    """triton.jit, with one variant for all sizes: a 1 or a multiple of 16 is not worth a compilation of its own."""
+    return triton.jit(fn, do_not_specialize=[n for n in inspect.signature(fn).parameters if n in _SIZES])
 
 
 @_kernel
@@ -128,8 +123,8 @@ def _fprop(
     x, values, indptr, indices, bias, row_order, y,
     pixels, height, width, p_size, q_size, k_blocks, c_blocks,
     stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
-    R: tl.constexpr, S: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, GRANULE: tl.constexpr,
+    R: tl.constexpr, S: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GRANULE: tl.constexpr,
     X_LAST: tl.constexpr, Y_LAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     CHUNKS: tl.constexpr = BLOCK_K // GRANULE
@@ -176,8 +171,8 @@ def _dgrad(
     images, height, width, p_size, q_size, k_blocks, c_blocks,
     stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
     R: tl.constexpr, S: tl.constexpr, STRIDED: tl.constexpr, TAPS: tl.constexpr,
-    BK: tl.constexpr, BC: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, GRANULE: tl.constexpr,
+    BK: tl.constexpr, BC: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GRANULE: tl.constexpr,
     DY_LAST: tl.constexpr, DX_LAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     CHUNKS: tl.constexpr = BLOCK_K // GRANULE
@@ -245,8 +240,8 @@ def _wgrad(
     x, dy, indptr, indices, out,
     pixels, tiles, steps, size, height, width, p_size, q_size, k_blocks, c_blocks,
     stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
-    R: tl.constexpr, S: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, GRANULE: tl.constexpr,
+    R: tl.constexpr, S: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GRANULE: tl.constexpr,
     X_LAST: tl.constexpr, DY_LAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     CHUNKS: tl.constexpr = BLOCK_M // GRANULE
@@ -353,11 +348,10 @@ def _sizes(g: ConvGeometry, blocksize: tuple[int, int]) -> dict[str, int]:
     }  # fmt: skip
 
 
-def _meta(tile: Tile, side: int, stacked: int, stack: int, precision: str) -> dict[str, object]:
-    """Compile-time arguments: N covers a block's `side`; blocks of `stacked` channels stack to a tile side of `stack`."""
+def _meta(tile: Tile, chunk: int, precision: str) -> dict[str, object]:
     return {
-        "BLOCK_N": triton.next_power_of_2(side), "BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k,
-        "GRANULE": granule(stacked, stack), "PRECISION": precision,
+        "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k,
+        "GRANULE": chunk, "PRECISION": precision,
         "num_warps": tile.num_warps, "num_stages": tile.num_stages,
     }  # fmt: skip
 
@@ -390,7 +384,7 @@ def fprop(
     with _on(x):
         _fprop[grid](
             x, values, tables.indptr, tables.indices, bias, tables.row_order, y,
-            pixels=pixels, **_sizes(g, (bk, bc)), **_meta(tile, bk, bc, tile.block_k, precision),
+            pixels=pixels, **_sizes(g, (bk, bc)), **_meta(tile, granule(bc, tile.block_k), precision),
             X_LAST=_channels_last(x), Y_LAST=_channels_last(y),
         )  # fmt: skip
     return y
@@ -426,7 +420,7 @@ def dgrad(
     with _on(dy):
         _dgrad[grid](
             dy, values, tables.t_indptr, tables.t_indices, tables.t_perm, dx,
-            images=g.n, **_sizes(g, (bk, bc)), **_meta(tile, bc, bk, tile.block_k, precision),
+            images=g.n, **_sizes(g, (bk, bc)), **_meta(tile, granule(bk, tile.block_k), precision),
             STRIDED=(sh, sw) != (1, 1), TAPS=triton.next_power_of_2(g.taps),
             DY_LAST=_channels_last(dy), DX_LAST=_channels_last(dx),
         )  # fmt: skip
@@ -457,8 +451,7 @@ def wgrad(
     if not out.numel() or not x.numel():
         return out.zero_()
     dy = _in_bsr_order(dy, tables)
-    meta = _meta(tile, bk, bc, tile.block_m, precision)
-    tiles = wgrad_tiles(nnzb, g, (bk, bc), tile)
+    tiles = wgrad_tiles(nnzb, g.k // bk, bc, tile.block_m)
     split_sums = out
     if tile.splits > 1:
         split_sums = torch.empty((tile.splits, *values_shape), dtype=torch.float32, device=x.device)
@@ -466,7 +459,8 @@ def wgrad(
         _wgrad[(tiles * tile.splits,)](
             x, dy, tables.indptr, tables.indices, split_sums,
             pixels=pixels, tiles=tiles, steps=triton.cdiv(pixels, tile.block_k * tile.splits), size=out.numel(),
-            **_sizes(g, (bk, bc)), **meta, X_LAST=_channels_last(x), DY_LAST=_channels_last(dy),
+            **_sizes(g, (bk, bc)), **_meta(tile, granule(bc, tile.block_m), precision),
+            X_LAST=_channels_last(x), DY_LAST=_channels_last(dy),
         )  # fmt: skip
         if tile.splits > 1:
             grid = (triton.cdiv(out.numel(), 1024),)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -33,7 +34,7 @@ EPILOG = """\
 columns
   blocks    the blocksize asked for: 32x32 is 32 filters by 32 channels; group is all filters of a group by one
             channel, groups keep equally many channels
-  kept%     share of the weights that is stored (whole blocks cannot always meet --sparsity)
+  kept%     share of the weights that is stored (whole blocks, one at least, cannot always meet --sparsity)
   backend   what ran; layout is the memory format of x and dy, the faster one over all kinds
   kind      fprop; dgrad, the gradient of x; wgrad, the gradient of the stored values; total, the three of each
             round added up
@@ -41,10 +42,10 @@ columns
   FLOP/s    useful ones, multiplications with stored weights, per p50 (GFLOP/s on a CPU, TFLOP/s on a GPU)
   roof%     the time that this machine needs at least, as a share of p50: the larger of useful FLOPs / matmul
             ceiling and bytes / copy ceiling, both measured at the start of the run; bytes are x, y, values and
-            index once each
+            index once each (a CPU without fast fp16 or bf16 is held to its fp32 matmul)
   x dense   p50 of PyTorch's dense convolution / sparse p50: above 1, sparse is faster. Dense is the faster of
-            contiguous and channels_last in each row, with cuDNN's benchmark mode; gradients are timed alone
-            (convolution_backward)
+            contiguous and channels_last for each kind, its total the sum of those (sparse keeps one layout);
+            with cuDNN's benchmark mode; gradients are timed alone (convolution_backward)
   x group   likewise over gather + grouped convolution, where all groups of filters keep equally many channels;
             its dgrad scatter-adds, its wgrad reads the gathered input that the forward pass saved
   x bsr     likewise over torch.sparse_bsr @ x: fprop of 1x1 with stride 1, blocks that PyTorch supports
@@ -54,7 +55,7 @@ columns
 
 words in place of numbers
   FAIL      the result differs from the dense float64 convolution by more than twice PyTorch's own error in the
-            same dtype plus a floor; no time is given
+            same dtype plus a floor for rounding (largest and RMS error); no time is given
   refused   no such pattern or backend for this layer, with the reason
   error     the call raised
   n/a       does not apply, or could not be measured honestly
@@ -136,10 +137,10 @@ def _parser() -> argparse.ArgumentParser:
         "--seconds",
         type=float,
         default=140.0,
-        help="spread repetitions over about so long (default 140), but no fewer than 5 rounds (GPU: 10)",
+        help="spread repetitions over about so long (default 140), but no fewer than 3 rounds (GPU: 10)",
     )
     add("--repeats", type=_positive, help="exactly so many rounds of every layer instead")
-    add("--quick", action="store_true", help="3 rounds of every layer: a first look")
+    add("--quick", action="store_true", help="3 rounds of every layer, however long that takes: a first look")
     add("--seed", type=int, default=0, help="of patterns and tensors")
     add("--json", type=Path, metavar="FILE", help="write every row, every repetition and the machine to FILE")
     add("--plot", type=Path, metavar="FILE", help="draw the speed-ups to FILE (.png, .svg, .pdf); needs matplotlib")
@@ -178,6 +179,10 @@ def _complete(args: argparse.Namespace) -> None:
         raise ValueError(f"--device {args.device}: it needs cpu or cuda")
     if on_gpu and not torch.cuda.is_available():
         raise ValueError(f"--device {args.device}: PyTorch sees no CUDA device here")
+    if on_gpu and args.device.index is None:
+        args.device = torch.device("cuda", torch.cuda.current_device())
+    if on_gpu and args.device.index >= torch.cuda.device_count():
+        raise ValueError(f"--device {args.device}: PyTorch sees {torch.cuda.device_count()} CUDA device(s) here")
     args.dtype = args.dtype or ("fp16" if on_gpu else "fp32")
     if args.dtype == "tf32" and not on_gpu:
         raise ValueError("--dtype tf32: it needs a CUDA device; a CPU computes fp32")
@@ -190,17 +195,18 @@ def _complete(args: argparse.Namespace) -> None:
     for name in args.backend:
         if name != "auto" and absent[name] is not None:
             raise ValueError(f"--backend {name} cannot run here: {absent[name]}")
-    for option in ("json", "plot"):
-        path = getattr(args, option)
+    for option, path in (("json", args.json), ("plot", args.plot)):
         if path is not None and path.is_dir():
             raise ValueError(f"--{option} {path}: it is a folder; it needs a file name")
+        if path is not None and not os.access(next(p for p in path.resolve().parents if p.exists()), os.W_OK):
+            raise ValueError(f"--{option} {path}: its folder cannot be written to")
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         raise ValueError("--plot needs matplotlib: pip install 'blocksparse-conv[plot]'")
 
 
 def make_options(args: argparse.Namespace) -> Options:
     """What LayerBench needs to know."""
-    rounds = Rounds(5, 50) if args.device.type == "cpu" else Rounds(10, 200)
+    rounds = Rounds(3, 50) if args.device.type == "cpu" else Rounds(10, 200)
     if args.repeats or args.quick:
         exactly = args.repeats or 3
         rounds = Rounds(exactly, exactly)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 from importlib import metadata
@@ -30,7 +31,9 @@ def describe(device: torch.device) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if on_gpu else cpu_model(),
         "device_type": device.type,
         "cpu": cpu_model(),
+        "cores": os.cpu_count() or 1,
         "threads": torch.get_num_threads(),
+        "load_at_start": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,  # programs that want a core
         "system": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,

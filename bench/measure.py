@@ -114,8 +114,13 @@ class LayerBench:
             except (ValueError, RuntimeError) as error:
                 case.refused[backend] = str(error)
         if case.plans:
+            try:
+                truth = Truth.of(problem, pattern.to_dense(values), options.kinds)
+            except RuntimeError as error:  # out of memory, or a dtype that PyTorch cannot convolve here
+                case.plans = {}
+                case.refused = dict.fromkeys(options.backends, f"cannot be checked against dense: {error}")
+                return case
             new = self._contenders(problem, case, pattern, values, {entry.case for entry in entries})
-            truth = Truth.of(problem, pattern.to_dense(values), options.kinds)
             for entry in new:
                 self._check(entry, truth)
             entries += new
@@ -231,62 +236,72 @@ def _sparse_key(case: Case, backend: str | None) -> CaseKey:
 
 def _verdict(contender: Contender, kind: str, got: Tensor, truth: Truth, eps: float) -> Verdict:
     if contender.exact is not None:
-        return judge(got, contender.exact[kind](), None, eps)
+        return judge(got, contender.exact[kind](), None, eps, truth.terms[kind])
     own = truth.own[contender.variant if contender.variant in LAYOUTS else "channels_last"][kind]
     if contender.role == "dense":  # timed with a full filter bank, judged by the same call with the pattern's
-        return judge(own, truth.exact[kind], None, eps)
+        return judge(own, truth.exact[kind], None, eps, truth.terms[kind])
     view = contender.views.get(kind, lambda t: t)
-    return judge(got, view(truth.exact[kind]), view(own), eps)
+    return judge(got, view(truth.exact[kind]), view(own), eps, truth.terms[kind])
 
 
 def lost_variants(
     laps: Mapping[tuple[int, str], list[Lap]], cases: list[CaseKey], factor: float = 1.5
 ) -> set[tuple[int, str]]:
-    """Keys (entry, kind) of variants that take `factor` times as long as the best of their case."""
-    cost: dict[int, float] = {}
-    for (at, _), measured in laps.items():
-        cost[at] = cost.get(at, 0.0) + Times.of(measured).p50
-    best: dict[CaseKey, float] = {}
-    for at, total in cost.items():
-        best[cases[at]] = min(total, best.get(cases[at], math.inf))
-    return {(at, kind) for at, kind in laps if cost[at] > factor * best[cases[at]]}
+    """Keys (entry, kind) of variants that take `factor` times as long as the best of their case.
+
+    A rival may change its variant from kind to kind; the library keeps one for all kinds.
+    """
+    p50 = {key: Times.of(measured).p50 for key, measured in laps.items()}
+
+    def cost(at: int, kind: str) -> float:
+        return sum(t for (n, _), t in p50.items() if n == at) if cases[at][0] == "sparse" else p50[at, kind]
+
+    best: dict[tuple[CaseKey, str], float] = {}
+    for at, kind in laps:
+        key = cases[at], kind
+        best[key] = min(cost(at, kind), best.get(key, math.inf))
+    return {(at, kind) for at, kind in laps if cost(at, kind) > factor * best[cases[at], kind]}
 
 
 def result_of(entry: Entry, kind: str) -> Result:
-    """What one variant says about a kind, or about the three together (each round's three laps added up)."""
+    """What one variant says about a kind."""
     variant = entry.contender.variant
-    kinds = KINDS if kind == TOTAL else (kind,)
-    missing = [k for k in kinds if k not in entry.contender.calls]
-    if missing:
+    if kind not in entry.contender.calls:
         return Result(ABSENT, f"{', '.join(entry.contender.calls)} only", variant)
-    for k in kinds:
-        if k in entry.failures:
-            status, reason = entry.failures[k]
-            return Result(status, reason if kind != TOTAL else f"{k}, {reason}", variant)
-    rounds = zip(*(entry.laps[k] for k in kinds), strict=True)
-    laps = [_sum_of(each) for each in rounds]
-    extra = [entry.extra_bytes[k] for k in kinds]
-    known = [n for n in extra if n is not None]
-    return Result(OK, "", variant, Times.of(laps), max(known) if len(known) == len(extra) else None)
+    if kind in entry.failures:
+        return Result(*entry.failures[kind], variant)
+    return Result(OK, "", variant, Times.of(entry.laps[kind]), entry.extra_bytes[kind])
 
 
-def _sum_of(laps: tuple[Lap, ...]) -> Lap:
-    host = [lap.host_seconds for lap in laps if lap.host_seconds is not None]
-    return Lap(sum(lap.seconds for lap in laps), sum(host) if host else None)
+def added_up(results: Mapping[str, Result]) -> Result:
+    """The three kinds together: each round's three laps added, the largest extra memory; or the first that failed."""
+    for kind, result in results.items():
+        if result.times is None:
+            return Result(result.status, f"{kind}, {result.reason}", result.variant)
+    times = [result.times for result in results.values() if result.times]
+    host = [t.host_p50 for t in times if t.host_p50 is not None]
+    rounds = zip(*(t.laps for t in times), strict=False)  # a variant that lost may have fewer
+    laps = [Lap(1e-3 * sum(each), 1e-3 * sum(host) if host else None) for each in rounds]
+    extra = [result.extra_bytes for result in results.values() if result.extra_bytes is not None]
+    variant = "+".join(dict.fromkeys(result.variant for result in results.values()))
+    return Result(OK, "", variant, Times.of(laps), max(extra) if len(extra) == len(results) else None)
 
 
 def best_result(variants: list[Entry], kind: str) -> Result:
-    """The fastest variant that passed; if none did, why the first did not."""
+    """A rival: the fastest variant that passed; if none did, why the first did not. Total: the best of each kind."""
+    if kind == TOTAL:
+        return added_up({k: best_result(variants, k) for k in KINDS})
     results = [result_of(entry, kind) for entry in variants]
     ran = [(result.p50, result) for result in results if result.p50 is not None]
     return min(ran, key=lambda pair: pair[0])[1] if ran else results[0]
 
 
 def sparse_result(variants: list[Entry], kinds: tuple[str, ...], kind: str) -> Result:
-    """The library's result: the memory layout that is fastest over all kinds; a failure in any layout is shown."""
-    results = [result_of(entry, kind) for entry in variants]
+    """The library: the one memory layout that is fastest over all `kinds`; a failure in any layout is shown."""
+    every = [{k: result_of(entry, k) for k in kinds} for entry in variants]
+    results = [added_up(by_kind) if kind == TOTAL else by_kind[kind] for by_kind in every]
     for result in results:
         if result.status != OK:
             return result
-    cost = [sum(result_of(entry, k).p50 or math.inf for k in kinds) for entry in variants]
+    cost = [sum(result.p50 or math.inf for result in by_kind.values()) for by_kind in every]
     return results[cost.index(min(cost))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from fractions import Fraction
@@ -52,24 +53,21 @@ def parse_blocksize(text: str) -> Blocksize:
 def build(
     shape: Shape, block: Blocksize, structure: Structure, sparsity: float, generator: torch.Generator
 ) -> bs.BSRPattern:
-    """The pattern of one filter bank.
+    """The pattern of one filter bank; it stores one block at least.
 
     Raises:
-        ValueError: the blocksize does not divide (K, C) or the groups, or no block would be left.
+        ValueError: the blocksize does not divide (K, C), or the filters of a group.
     """
     if block.bk is not None and structure.name == "block":
-        pattern = bs.BSRPattern.random(shape, (block.bk, block.bc), 1 - sparsity, generator)
-    else:
-        taps = structure.tap_density if structure.name == "hrbp" else Fraction(1)
-        groups = groups_used(shape[0], structure.groups, structure.min_rows)
-        bk = block.bk or shape[0] // groups
-        if (shape[0] // groups) % bk:
-            raise ValueError(f"{bk} filters of a block do not divide the {shape[0] // groups} filters of a group")
-        mask = equal_groups(shape, sparsity, groups, taps, block.bc, generator)
-        pattern = bs.BSRPattern.from_mask(mask, (bk, block.bc))
-    if pattern.nnzb == 0:
-        raise ValueError(f"{block} blocks at sparsity {sparsity:g} leave no block of a {shape} filter bank")
-    return pattern
+        blocks = math.prod(shape) / (block.bk * block.bc)
+        return bs.BSRPattern.random(shape, (block.bk, block.bc), max(1 - sparsity, 1 / blocks), generator)
+    taps = structure.tap_density if structure.name == "hrbp" else Fraction(1)
+    groups = groups_used(shape[0], structure.groups, structure.min_rows)
+    bk = block.bk or shape[0] // groups
+    if (shape[0] // groups) % bk:
+        raise ValueError(f"{bk} filters of a block do not divide the {shape[0] // groups} filters of a group")
+    mask = equal_groups(shape, sparsity, groups, taps, block.bc, generator)
+    return bs.BSRPattern.from_mask(mask, (bk, block.bc))
 
 
 def groups_used(filters: int, groups: int, min_rows: int = 8) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from layers import CHOSEN
-from rows import ABSENT, ERROR, FAIL, KINDS, OK, RIVALS, TOTAL, Result, Row, Total
+from rows import ABSENT, ERROR, FAIL, KINDS, OK, REFUSED, RIVALS, TOTAL, Result, Row, Total
 from timing import Ceilings
 
 WIDTH = 132
@@ -26,7 +26,10 @@ def head_lines(machine: dict[str, Any], dtype: str, batch: int, ceilings: Ceilin
     threads = "" if on_gpu else f", {machine['threads']} threads"
     matmul = f"{ceilings.matmul_flops / 1e12:.0f} T" if on_gpu else f"{ceilings.matmul_flops / 1e9:.1f} G"
     copy = f"{ceilings.copy_bytes / 1e9:.1f} GB/s"
+    load, cores = machine["load_at_start"] or 0.0, machine["cores"]
+    busy = f"other programs are busy here (load {load:.1f} on {cores} cores): times and ratios will suffer"
     return [
+        *([f"WARNING: {busy}"] if load > cores / 2 and not on_gpu else []),
         f"{machine['device']}{threads}; torch {machine['torch']}; {dtype}, batch {batch}",
         f"ceilings measured now: copy {copy} (read + written), {dtype} matmul {matmul}FLOP/s",
         "",
@@ -45,24 +48,28 @@ def table_head(on_gpu: bool) -> str:
 def layer_lines(rows: Sequence[Row], on_gpu: bool) -> list[str]:
     """One layer: a title with what it is and what dense needs, then its rows."""
     first = rows[0]
-    times = "" if first.net == CHOSEN else f", {first.count} times in {first.net}"
+    often = "once" if first.count == 1 else f"{first.count} times"
+    times = "" if first.net == CHOSEN else f", {often} in {first.net}"
     rounds = max((len(row.sparse.times.laps) for row in rows if row.sparse.times), default=0)
-    title = f"{first.layer}: {first.geometry}{times}; {rounds} rounds"
+    title = f"{first.layer}: {first.geometry}{times}" + (f"; {rounds} rounds" if rounds else "")
     dense = {row.kind: row.rivals["dense"] for row in rows if row.rivals}
     said = [f"{kind} {_ms(r.p50)} ({r.variant})" for kind, r in dense.items() if r.p50 is not None]
     lines = ["", title, *([f"  best dense, ms: {', '.join(said)}"] if said else [])]
+    refused: set[tuple[str, float, str]] = set()
     for row in rows:
-        lines += _row_lines(row, on_gpu)
+        case = row.blocksize_asked, row.sparsity_asked, row.backend_asked
+        if row.sparse.status == REFUSED and case not in refused:
+            lines += _words("every", row)
+        elif row.sparse.status != REFUSED:
+            lines += _row_lines(row, on_gpu)
+        refused |= {case} if row.sparse.status == REFUSED else set()
     return lines
 
 
 def _row_lines(row: Row, on_gpu: bool) -> list[str]:
-    backend = row.backend or row.backend_asked
-    left = _LEFT.format(row.blocksize_asked, _kept(row.density), backend, row.sparse.variant, row.kind)
     times = row.sparse.times
     if row.sparse.status != OK or times is None:
-        note = f"{row.sparse.status}: {' '.join(row.sparse.reason.split())}"
-        return textwrap.wrap(f"{left} {note}", WIDTH, subsequent_indent=" " * (len(left) + 1))
+        return _words(row.kind, row)
     extra = "n/a" if row.sparse.extra_bytes is None else f"{row.sparse.extra_bytes / 1e6:.1f}"
     ratios = [_ratio(row, rival) for rival in RIVALS]
     percent = "n/a" if row.roofline_share is None else f"{100 * row.roofline_share:.0f}"
@@ -75,7 +82,19 @@ def _row_lines(row: Row, on_gpu: bool) -> list[str]:
         *ratios,
         extra,
     )
-    return [left + numbers]
+    return [_left(row.kind, row) + numbers]
+
+
+def _words(kind: str, row: Row) -> list[str]:
+    """A row without numbers: what happened and why."""
+    left = _left(kind, row)
+    note = f"{row.sparse.status}: {' '.join(row.sparse.reason.split())}"
+    return textwrap.wrap(f"{left} {note}", WIDTH, subsequent_indent=" " * (len(left) + 1))
+
+
+def _left(kind: str, row: Row) -> str:
+    backend = row.backend or row.backend_asked
+    return _LEFT.format(row.blocksize_asked, _kept(row.density), backend, row.sparse.variant, kind)
 
 
 def _ratio(row: Row, rival: str) -> str:
@@ -107,7 +126,7 @@ def _kept(density: float | None) -> str:
 def total_lines(sums: Sequence[Total], on_gpu: bool) -> list[str]:
     """A network's sums, a line for each pattern, backend and kind; where shapes are missing, how many."""
     first = sums[0]
-    lines = ["", f"{first.net}, every layer as often as it occurs:"]
+    lines = ["", f"{first.net}, each {'once' if first.net == CHOSEN else 'as often as it occurs'}:"]
     for total in sums:
         backend = "+".join(total.backends) or total.backend_asked
         left = _LEFT.format(total.blocksize_asked, _kept(total.density), backend, "best of each", total.kind)

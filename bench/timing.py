@@ -207,7 +207,6 @@ class CpuMemory:
 
     def _measure(self, call: Callable[[], Tensor]) -> int | None:
         assert self._trim is not None
-        gc.collect()
         self._trim(0)
         try:
             self._RESET.write_text("5")  # sets the peak back to the present
@@ -257,8 +256,17 @@ def measure_ceilings(clock: Clock, device: torch.device, dtype: torch.dtype) -> 
     source = torch.ones(nbytes // 4, device=device)
     target = torch.empty_like(source)
     copy = min(clock.lap(lambda: target.copy_(source)).seconds for _ in range(laps))
-    size = 8192 if on_gpu else 1280
+    if on_gpu:
+        matmul = _matmul_flops(clock, device, dtype, 8192, laps)
+    else:  # where a CPU has no fast matmul in this dtype, computing in fp32 is what it can do
+        known = {d: _matmul_flops(clock, device, d, 128, 1) for d in (dtype, torch.float32)}
+        matmul = _matmul_flops(clock, device, max(known, key=lambda d: known[d]), 1280, laps)
+    return Ceilings(2 * nbytes / copy, matmul)
+
+
+def _matmul_flops(clock: Clock, device: torch.device, dtype: torch.dtype, size: int, laps: int) -> float:
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     product = torch.empty_like(a)
-    matmul = min(clock.lap(lambda: torch.mm(a, b, out=product), cold=False).seconds for _ in range(laps))
-    return Ceilings(2 * nbytes / copy, 2 * size**3 / matmul)
+    torch.mm(a, b, out=product)
+    seconds = min(clock.lap(lambda: torch.mm(a, b, out=product), cold=False).seconds for _ in range(laps))
+    return 2 * size**3 / seconds

@@ -348,6 +348,35 @@ def test_a_losing_variant_gets_no_further_laps():
     assert [len(each) for each in laps.values()] == [6, 2, 6]
 
 
+def test_the_library_loses_a_layout_for_all_kinds_or_for_none():
+    ms = {(0, "fprop"): 1.0, (0, "dgrad"): 5.0, (1, "fprop"): 2.0, (1, "dgrad"): 3.0}
+    laps = {key: [Lap(1e-3 * t)] for key, t in ms.items()}
+    assert measure.lost_variants(laps, [("dense",)] * 2) == {(1, "fprop"), (0, "dgrad")}
+    assert measure.lost_variants(laps, [("sparse",)] * 2) == set()  # 6 against 5
+    assert measure.lost_variants(laps, [("sparse",)] * 2, 1.1) == {(0, "fprop"), (0, "dgrad")}
+
+
+def test_a_rival_may_change_its_layout_from_kind_to_kind_and_the_library_may_not():
+    ms = {"contiguous": (1.0, 9.0, 3.0), "channels_last": (5.0, 2.0, 4.0)}
+    entries = [
+        measure.Entry(
+            contenders.Contender("any", layout, dict.fromkeys(KINDS, torch.Tensor)),
+            ("any",),
+            laps={kind: [Lap(1e-3 * t)] for kind, t in zip(KINDS, times, strict=True)},
+            extra_bytes=dict(zip(KINDS, (1, 7, 3), strict=True)),
+        )
+        for layout, times in ms.items()
+    ]
+    assert measure.best_result(entries, TOTAL).p50 == pytest.approx(1 + 2 + 3)
+    assert measure.sparse_result(entries, KINDS, TOTAL).p50 == pytest.approx(5 + 2 + 4)
+    assert measure.sparse_result(entries, KINDS, "fprop").p50 == pytest.approx(5)
+    assert measure.sparse_result(entries, KINDS, TOTAL).extra_bytes == 7
+    entries[0].failures["wgrad"] = (FAIL, "wrong")
+    assert measure.best_result(entries, TOTAL).p50 == pytest.approx(1 + 2 + 4)
+    assert measure.sparse_result(entries, KINDS, TOTAL).status == FAIL
+    assert measure.sparse_result(entries, KINDS, "fprop").status == OK
+
+
 def test_peak_memory_sees_scratch_but_not_the_result():
     memory = timing.CpuMemory()
     scratch, out = 12 * 2**20, 4 * 2**20
@@ -425,6 +454,10 @@ def test_judge_takes_rounding_and_nothing_else():
     lost[17] = math.nan
     for wrong in (one_off, lost, rounded[:-1], rounded * 1.00001, torch.zeros(1000)):
         assert not contenders.judge(wrong, exact, rounded, eps, terms).ok
+    many = exact.repeat(1000)
+    one_in_a_million = many.float()
+    one_in_a_million[17] += 1e-5  # lost in the RMS
+    assert not contenders.judge(one_in_a_million, many, many.float(), eps, terms).ok
     # PyTorch's own error excuses as much again, but only up to the cap on the RMS.
     half = exact.half()
     assert not contenders.judge(half, exact, rounded, eps, terms).ok
@@ -576,6 +609,12 @@ def test_the_command_writes_a_table_and_a_complete_file(tmp_path):
         assert (row["speedup"]["grouped"] is not None) or row["blocksize_asked"] == "8x8"
     assert figure.stat().st_size > 1000
     assert [path.name for path in file.parent.iterdir()] == ["rows.json"]
+
+
+@pytest.mark.parametrize(("load", "warns"), [(0.3, False), (3.0, True), (None, False)])
+def test_a_busy_machine_is_named(load, warns):
+    machine = {"device_type": "cpu", "device": "cpu", "threads": 2, "cores": 2, "torch": "2", "load_at_start": load}
+    assert report.head_lines(machine, "fp32", 8, CEILINGS)[0].startswith("WARNING") is warns
 
 
 def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path):

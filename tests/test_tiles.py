@@ -82,7 +82,7 @@ def test_entries_are_legal(entry: Entry):
     assert set(entry.kinds.split()) <= set(tiles.KINDS)
     assert entry.math in ("half", "tf32", "ieee")
     assert entry.load in ("few", "short", "long", "*")
-    assert set(entry.archs.split()) <= set(tiles._UNITS)
+    assert set(entry.archs.split()) <= set(tiles.UNITS)
     assert all(map(is_power_of_two, (entry.block_m, entry.block_k, entry.widest)))
     assert entry.block_m >= (64 if "sm_90" in entry.archs and entry.math != "ieee" else 16)  # wgmma has 64 rows
     assert 16 <= entry.block_k <= 128
@@ -97,7 +97,7 @@ def test_no_entry_is_dead():
         for side in (8, 16, 32, 64, 128)
         for math in ("half", "tf32", "ieee")
         for load in (("long",) if kind == "wgrad" else ("few", "short", "long"))
-        for arch in tiles._UNITS
+        for arch in tiles.UNITS
     }
     assert found == set(TABLE)
 
@@ -190,7 +190,7 @@ def shipped() -> list[tuple[str, Tile, torch.dtype]]:
     """Every tile of the table that this device may get; in the interpreter, every tile."""
     from blocksparse.plan import _arch
 
-    column = tiles._arch(_arch(torch.device(DEVICE))) if DEVICE == "cuda" else None
+    column = tiles.column_of(_arch(torch.device(DEVICE))) if DEVICE == "cuda" else None
     found = {}
     for entry in TABLE:
         for kind in entry.kinds.split():

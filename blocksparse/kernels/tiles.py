@@ -56,16 +56,16 @@ TABLE: tuple[Entry, ...] = (
     Entry("fprop dgrad", 128, "half", "few", "sm_90 sm_100", 64, 64, 7),
     Entry("fprop dgrad", 128, "half", "short", "sm_90 sm_100", 128, 64, 5),
     Entry("fprop dgrad", 128, "half", "long", "sm_90 sm_100", 128, 64, 7),
-    Entry("fprop dgrad", 128, "half", "few", "sm_80", 64, 32, 7),
+    Entry("fprop dgrad", 128, "half", "few", "sm_80", 64, 32, 5),
     Entry("fprop dgrad", 32, "half", "*", "sm_80", 128, 64, 5),
     Entry("fprop dgrad", 64, "half", "*", "sm_80", 128, 32, 7),
     Entry("fprop dgrad", 128, "half", "*", "sm_80", 64, 32, 7),
-    Entry("fprop dgrad", 128, "tf32", "few", _NVIDIA, 64, 32, 7),
+    Entry("fprop dgrad", 128, "tf32", "few", "sm_80 sm_90", 64, 32, 5),
     Entry("fprop dgrad", 64, "tf32", "short", _NVIDIA, 128, 32, 5),
-    Entry("fprop dgrad", 64, "tf32", "long", _NVIDIA, 128, 32, 7),
+    Entry("fprop dgrad", 64, "tf32", "*", _NVIDIA, 128, 32, 7),
     Entry("fprop dgrad", 128, "tf32", "*", _NVIDIA, 64, 32, 7),
     Entry("fprop dgrad", 64, "ieee", "*", _NVIDIA, 64, 16, 5),
-    Entry("fprop dgrad", 128, "ieee", "*", _NVIDIA, 32, 16, 5),
+    Entry("fprop dgrad", 128, "ieee", "*", _NVIDIA, 64, 16, 3),
     Entry("wgrad", 64, "half", "*", "sm_90 sm_100", 128, 64, 4),
     Entry("wgrad", 128, "half", "*", "sm_90 sm_100", 64, 64, 4),
     Entry("wgrad", 64, "half", "*", "sm_80", 128, 32, 4),
@@ -82,7 +82,7 @@ TABLE: tuple[Entry, ...] = (
 )
 
 # Multiprocessors of a typical device: only to tell few programs from many.
-_UNITS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx": 304}
+UNITS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx": 304}
 
 
 def granule(side: int, most: int) -> int:
@@ -90,7 +90,7 @@ def granule(side: int, most: int) -> int:
     return min(side & -side, most)
 
 
-def _arch(arch: str) -> str:
+def column_of(arch: str) -> str:
     """The column of TABLE for a device; "sm_80" (mma.sync, 99 KB of shared memory) runs on every other NVIDIA GPU."""
     if arch.startswith("gfx"):
         return "gfx"
@@ -169,7 +169,7 @@ def _load(kind: str, g: ConvGeometry, blocksize: tuple[int, int], nnzb: int, arc
     """
     if kind == "wgrad":
         return "long"  # its splits fill the device
-    if _programs(kind, g, blocksize, 128) < 2 * _UNITS[arch]:
+    if _programs(kind, g, blocksize, 128) < 2 * UNITS[arch]:
         return "few"
     outer, inner = (g.k // blocksize[0], blocksize[1]) if kind == "fprop" else (g.c // blocksize[1], blocksize[0])
     return "short" if nnzb * inner <= 256 * outer * g.stride[0] * g.stride[1] else "long"
@@ -183,7 +183,7 @@ def wgrad_tiles(nnzb: int, block_rows: int, bc: int, block_m: int) -> int:
 
 def _splits(g: ConvGeometry, blocksize: tuple[int, int], nnzb: int, tile: Tile, arch: str) -> int:
     tiles = wgrad_tiles(nnzb, g.k // blocksize[0], blocksize[1], tile.block_m)
-    fill = -(-4 * _UNITS[arch] // tiles)
+    fill = -(-4 * UNITS[arch] // tiles)
     worth = -(-g.n * g.p * g.q // tile.block_k) // LEAST_STEPS
     room = WORKSPACE_BYTES // (4 * max(1, nnzb) * blocksize[0] * blocksize[1])
     return max(1, min(fill, worth, room))
@@ -204,7 +204,7 @@ def pick(
         arch: "sm_90", "gfx942", ...; "" where unknown.
         precision: of fp32 products, "tf32" or "ieee"; no matter for the other dtypes.
     """
-    math, column = precision if dtype == torch.float32 else "half", _arch(arch)
+    math, column = precision if dtype == torch.float32 else "half", column_of(arch)
     load = _load(kind, geometry, blocksize, nnzb, column)
     side = blocksize[1] if kind == "dgrad" else blocksize[0]
     block_n = 1 << (side - 1).bit_length()

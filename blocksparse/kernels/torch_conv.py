@@ -3,24 +3,26 @@
 Only stored blocks are multiplied, and no im2col buffer exists. The index is cut, once per mask, into groups: block-rows
 that store the same blocks, side by side. A layer then runs in one of two ways:
 
-conv   Every group stores channels x taps with at least CONV_TAPS of the taps (HRBP, every 1x1 layer, kernel and filter
-       sparsity): one small dense convolution a group, over its gathered channels.
-shift  Everything else. x is copied once into planes [C, H*N*pitch], one for each residue of the stride, whose pitch
-       leaves zeros between image rows; images interleave row by row, so that a tap is one contiguous slice of the plane
-       and the rows that padding would supply are skipped. Each (group, tap) is then one matrix product on that slice,
-       over the stored channels: views where the stored channel blocks form wide runs, gathered otherwise.
+conv   Every group stores channels x taps, and at least CONV_TAPS of the taps (HRBP, kernel and filter sparsity): one
+       small dense convolution a group over its gathered channels, with zeros at the taps that are not stored.
+shift  Everything else, and 1x1 kernels. x is copied into planes [C, H*N*pitch], one for each residue of the stride,
+       whose pitch leaves zeros between image rows; images interleave row by row, so that a tap is one contiguous slice
+       of the plane and image rows that are padding are skipped. Each (group, tap) is then one matrix product on that
+       slice, over the stored channels: views where they form wide runs, gathered otherwise.
 
 float16 and bfloat16 are computed in float32 wherever several operators add to one result, and throughout on a CPU.
-Very fine random patterns (a handful of filters and channels a block) are bound by gathering and by the cost of a call:
-on a CPU they can be slower than a dense convolution.
+What bounds fine random patterns is gathering and the number of calls, one for each (block-row, tap): at 10% density on
+a CPU, (8, 1) and (8, 8) blocks are about as fast as a dense convolution, (4, 4) 1.5 and (1, 1) 5 times slower.
+The decomposition lives on the host: a CUDA graph captured here is not valid for another mask.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -33,6 +35,7 @@ from ..geometry import ConvGeometry
 from ..index import IndexTables
 
 CONV_TAPS = 2 / 3  # least share of stored taps for `conv`: the rest is multiplied by zeros
+CHUNK_PIXELS = 12288  # pixels worked on at a time on a CPU: planes that stay in its caches
 RUN_CHANNELS = 32  # neighbouring channels worth a product of their own instead of a gather
 
 aten = torch.ops.aten
@@ -42,7 +45,7 @@ aten = torch.ops.aten
 
 
 class _Part(NamedTuple):
-    """Consecutive blocks of a group that share a tap; their channel blocks are a range or a gather list."""
+    """Consecutive blocks of a group that share a tap; their channels are a range or a gather list."""
 
     tap: int
     blocks: slice  # within the group
@@ -55,8 +58,8 @@ class _Group(NamedTuple):
     rows: slice
     blocks: slice
     members: int  # block-rows
-    taps: list[int]  # stored, ascending
-    channels: slice | Tensor | None  # channel blocks when they are the same for every stored tap
+    taps: Tensor | None  # int64 stored taps, ascending; None: all
+    channels: slice | Tensor | None  # when they are the same for every stored tap
     parts: list[_Part]
 
 
@@ -74,11 +77,8 @@ def _order(order: np.ndarray, device: torch.device) -> tuple[Tensor | None, Tens
     """A permutation and its inverse on `device`; (None, None) for the identity."""
     if np.array_equal(order, np.arange(order.size)):
         return None, None
-    return tuple(torch.from_numpy(o.astype(np.int32)).to(device) for o in (order, np.argsort(order)))  # type: ignore[return-value]
-
-
-def _run(cols: np.ndarray) -> bool:
-    return int(cols[-1]) - int(cols[0]) + 1 == cols.size
+    inverse = np.argsort(order)
+    return torch.from_numpy(order.astype(np.int32)).to(device), torch.from_numpy(inverse.astype(np.int32)).to(device)
 
 
 def _members(indptr: np.ndarray, indices: np.ndarray) -> list[list[int]]:
@@ -89,6 +89,28 @@ def _members(indptr: np.ndarray, indices: np.ndarray) -> list[list[int]]:
     return list(classes.values())
 
 
+def _shared_channels(cols: np.ndarray, taps: int, listed: Tensor, bc: int) -> slice | Tensor | None:
+    """The channels of a group if its taps all store the same ones."""
+    first = cols.size // taps
+    # Within a tap blocks ascend, so that equal rows of `first` blocks can only be one tap each.
+    if cols.size % taps or (cols.reshape(taps, first) != cols[:first]).any():
+        return None
+    start = int(cols[0])
+    if int(cols[first - 1]) - start + 1 == first:
+        return slice(start * bc, (start + first) * bc)
+    return listed[: first * bc]
+
+
+def _tap_parts(tap: int, lo: int, hi: int, cols: np.ndarray, listed: Tensor, bc: int) -> list[_Part]:
+    """Blocks lo .. hi of a group, one tap: one part for each run of neighbours if runs are wide, else one gather."""
+    cuts = [lo, *(np.flatnonzero(np.diff(cols[lo:hi]) != 1) + 1 + lo).tolist(), hi]
+    runs = len(cuts) - 1
+    if runs > 1 and (hi - lo) * bc < RUN_CHANNELS * runs:
+        return [_Part(tap, slice(lo, hi), listed[lo * bc : hi * bc])]
+    starts = [(a, b, int(cols[a])) for a, b in pairwise(cuts)]
+    return [_Part(tap, slice(a, b), slice(col * bc, (col + b - a) * bc)) for a, b, col in starts]
+
+
 def _decompose(
     indptr: np.ndarray,
     indices: np.ndarray,
@@ -97,56 +119,42 @@ def _decompose(
     blocksize: tuple[int, int],
     device: torch.device,
 ) -> _Decomposition:
-    k, c, r, s = weight_shape
+    _, c, r, s = weight_shape
     bk, bc = blocksize
-    c_blocks = c // bc
-    tap_of, col_of = indices // c_blocks, indices % c_blocks
-    on_device = torch.from_numpy(col_of).to(device)
+    all_taps, all_cols = np.divmod(indices, c // bc)
+    all_listed = torch.from_numpy((all_cols[:, None] * bc + np.arange(bc, dtype=np.int32)).ravel()).to(device)
 
     groups: list[_Group] = []
     row_of: list[int] = []
-    block_of: list[np.ndarray] = []
-    conv = True
+    block_of: list[np.ndarray] = [np.arange(0)]
+    conv = r * s > 1
     rows_done = blocks_done = 0
     for members in _members(indptr, indices):
         start, stop = int(indptr[members[0]]), int(indptr[members[0] + 1])
-        n, m = stop - start, len(members)
-        cols = col_of[start:stop]
-        bounds = [0, *(np.flatnonzero(np.diff(tap_of[start:stop])) + 1).tolist(), n]
-        taps = tap_of[start:stop][bounds[:-1]].tolist()
-        first = bounds[1]
-        channels: slice | Tensor | None = None
-        if first * len(taps) == n and (cols.reshape(-1, first) == cols[:first]).all():
-            run = slice(int(cols[0]), int(cols[0]) + first)
-            channels = run if _run(cols[:first]) else on_device[start : start + first]
-        conv = conv and channels is not None and len(taps) >= CONV_TAPS * r * s
+        cols, listed = all_cols[start:stop], all_listed[start * bc : stop * bc]
+        bounds = [0, *(np.flatnonzero(np.diff(all_taps[start:stop])) + 1).tolist(), stop - start]
+        taps = all_taps[start:stop][bounds[:-1]].tolist()
+        channels = _shared_channels(cols, len(taps), listed, bc)
         parts: list[_Part] = []
-        for tap, lo, hi in zip(taps, bounds[:-1], bounds[1:], strict=True):
-            if channels is not None:
-                parts.append(_Part(tap, slice(lo, hi), channels))
-                continue
-            cuts = [lo, *(np.flatnonzero(np.diff(cols[lo:hi]) != 1) + 1 + lo).tolist(), hi]
-            if len(cuts) > 2 and (hi - lo) * bc < RUN_CHANNELS * (len(cuts) - 1):
-                parts.append(_Part(tap, slice(lo, hi), on_device[start + lo : start + hi]))
+        for tap, (lo, hi) in zip(taps, pairwise(bounds), strict=True):
+            if channels is None:
+                parts += _tap_parts(tap, lo, hi, cols, listed, bc)
             else:
-                parts += [
-                    _Part(tap, slice(a, b), slice(int(cols[a]), int(cols[a]) + b - a))
-                    for a, b in zip(cuts[:-1], cuts[1:], strict=True)
-                ]
-        groups.append(
-            _Group(
-                slice(rows_done, rows_done + m * bk), slice(blocks_done, blocks_done + m * n), m, taps, channels, parts
-            )
-        )
-        rows_done, blocks_done = rows_done + m * bk, blocks_done + m * n
+                parts.append(_Part(tap, slice(lo, hi), channels))
+        rows = slice(rows_done, rows_done + len(members) * bk)
+        blocks = slice(blocks_done, blocks_done + len(members) * (stop - start))
+        tap_list = None if len(taps) == r * s else torch.tensor(taps).to(device)
+        groups.append(_Group(rows, blocks, len(members), tap_list, channels, parts))
+        conv = conv and channels is not None and len(taps) >= CONV_TAPS * r * s
+        rows_done, blocks_done = rows.stop, blocks.stop
         row_of += members
         block_of += [np.arange(indptr[row], indptr[row + 1]) for row in members]
 
     row_of += np.flatnonzero(np.diff(indptr) == 0).tolist()
     bsr_rows = (np.asarray(row_of, dtype=np.int64)[:, None] * bk + np.arange(bk)).ravel()
     filters, positions = _order(bsr_rows if row_order is None else row_order[bsr_rows], device)
-    blocks, block_positions = _order(np.concatenate(block_of) if block_of else np.arange(0), device)
-    return _Decomposition(groups, filters, positions, blocks, block_positions, conv)
+    blocks_of_groups, block_positions = _order(np.concatenate(block_of), device)
+    return _Decomposition(groups, filters, positions, blocks_of_groups, block_positions, conv)
 
 
 class _Cached(NamedTuple):
@@ -160,7 +168,8 @@ _cache_lock = threading.Lock()
 
 
 def _same(now: tuple[Tensor | None, ...], then: tuple[Tensor | None, ...]) -> bool:
-    return all((a is None) == (b is None) and (a is None or torch.equal(a, b)) for a, b in zip(now, then, strict=True))  # type: ignore[arg-type]
+    pairs = zip(now, then, strict=True)
+    return all(a is b if a is None or b is None else torch.equal(a, b) for a, b in pairs)
 
 
 def _decomposition(tables: IndexTables, geometry: ConvGeometry, blocksize: tuple[int, int]) -> _Decomposition:
@@ -183,8 +192,10 @@ def _decomposition(tables: IndexTables, geometry: ConvGeometry, blocksize: tuple
     version = None if packed.is_inference() else packed._version
     # The decomposition is made from the copy, so that a concurrent update cannot come between the two.
     copy = tuple(None if t is None else t.detach().to("cpu", copy=True) for t in index)
-    arrays = [None if t is None else t.numpy() for t in copy]
-    made = _decompose(*arrays, *key, packed.device)  # type: ignore[arg-type]
+    indptr, indices, row_order = (None if t is None else t.numpy() for t in copy)
+    assert indptr is not None
+    assert indices is not None
+    made = _decompose(indptr, indices, row_order, *key, packed.device)
     proof = copy if on_cpu else version
     if proof is not None:
         with _cache_lock:
@@ -212,27 +223,26 @@ def _pixels(t: Tensor) -> Tensor:
     return t.permute(0, 2, 3, 1).reshape(-1, t.shape[1])
 
 
-def _take(t: Tensor, channels: slice | Tensor | None, width: int = 1) -> Tensor:
-    """The listed channels (blocks of `width`) of a contiguous or channels_last t, in the same format."""
+def _take(t: Tensor, channels: slice | Tensor | None) -> Tensor:
+    """The listed channels of a contiguous or channels_last t, in the same format; a slice is a view."""
     if channels is None:
         return t
     if isinstance(channels, slice):
-        return t[:, channels.start * width : channels.stop * width]
-    n, _, h, w = t.shape
+        return t[:, channels]
     if _is_channels_last(t):
-        chosen = _pixels(t).unflatten(1, (-1, width)).index_select(1, channels)
-        return chosen.view(n, h, w, -1).permute(0, 3, 1, 2)
-    return t.unflatten(1, (-1, width)).index_select(1, channels).flatten(1, 2)
+        n, _, h, w = t.shape
+        return _pixels(t).index_select(1, channels).view(n, h, w, -1).permute(0, 3, 1, 2)
+    return t.index_select(1, channels)
 
 
-def _add(t: Tensor, channels: slice | Tensor, part: Tensor, width: int) -> None:
+def _add(t: Tensor, channels: slice | Tensor, part: Tensor) -> None:
     """Adds `part` to the listed channels of t, both in t's format."""
     if isinstance(channels, slice):
-        t[:, channels.start * width : channels.stop * width].add_(part)
+        t[:, channels].add_(part)
     elif _is_channels_last(t):
-        _pixels(t).unflatten(1, (-1, width)).index_add_(1, channels, _pixels(part).unflatten(1, (-1, width)))
+        _pixels(t).index_add_(1, channels, _pixels(part))
     else:
-        t.unflatten(1, (-1, width)).index_add_(1, channels, part.unflatten(1, (-1, width)))
+        t.index_add_(1, channels, part)
 
 
 # ---------------------------------------------------------------------- conv: one dense convolution a group
@@ -245,40 +255,39 @@ def _conv_args(g: ConvGeometry) -> tuple[object, ...]:
 def _kernel(values: Tensor, group: _Group, g: ConvGeometry, channels_last: bool) -> Tensor:
     """The group's filters [rows, channels, R, S], zero at the taps that it does not store."""
     bk, bc = values.shape[1:]
-    m, t = group.members, len(group.taps)
-    w = values[group.blocks].view(m, t, -1, bk, bc).permute(0, 3, 1, 2, 4).reshape(m * bk, t, -1)
-    if t < g.taps:
-        full = w.new_zeros(m * bk, g.taps, w.shape[2])
-        full[:, group.taps] = w
-        w = full
-    w = w.view(m * bk, g.r, g.s, -1).permute(0, 3, 1, 2)
-    return w.contiguous(memory_format=_format(channels_last))
+    m, t = group.members, g.taps if group.taps is None else group.taps.numel()
+    blocks = values[group.blocks].view(m, t, -1, bk, bc)
+    if group.taps is not None:
+        full = values.new_zeros(m, g.taps, *blocks.shape[2:])
+        blocks = full.index_copy_(1, group.taps, blocks)
+    if channels_last:
+        return blocks.permute(0, 3, 1, 2, 4).reshape(m * bk, g.r, g.s, -1).permute(0, 3, 1, 2)
+    return blocks.permute(0, 3, 2, 4, 1).reshape(m * bk, -1, g.r, g.s)
 
 
 def _conv_fprop(x: Tensor, values: Tensor, d: _Decomposition, bias: Tensor | None, g: ConvGeometry) -> Tensor:
-    bc, last = values.shape[2], _is_channels_last(x)
-    parts = []
+    last = _is_channels_last(x)
+    # CPU convolutions of few channels are up to twice as fast in channels_last, the copies included.
+    inner = last or x.device.type == "cpu"
+    y = _empty(g.y_shape, x, last)
     for group in d.groups:
         assert group.channels is not None
-        w = _kernel(values, group, g, last)
+        part = _take(x, group.channels).contiguous(memory_format=_format(inner))
         b = None if bias is None else bias[group.rows]
-        parts.append(aten.convolution(_take(x, group.channels, bc), w, b, *_conv_args(g)))
-    empty = g.k - (d.groups[-1].rows.stop if d.groups else 0)
-    if empty:
-        rest = _empty((g.n, empty, g.p, g.q), x, last)
-        parts.append(rest.zero_() if bias is None else rest.copy_(bias[-empty:].view(-1, 1, 1)))
-    return _take(parts[0] if len(parts) == 1 else torch.cat(parts, 1), d.positions)
+        y[:, group.rows] = aten.convolution(part, _kernel(values, group, g, inner), b, *_conv_args(g))
+    empty = slice(d.groups[-1].rows.stop if d.groups else 0, g.k)
+    y[:, empty] = 0 if bias is None else bias[empty].view(-1, 1, 1)
+    return _take(y, d.positions)
 
 
 def _conv_dgrad(dy: Tensor, values: Tensor, d: _Decomposition, g: ConvGeometry, last: bool, dx: Tensor) -> None:
-    bc = values.shape[2]
     for group in d.groups:
         assert group.channels is not None
         w = _kernel(values, group, g, last)
         like = _empty((g.n, w.shape[1], g.h, g.w), dy, last)  # only its shape is read
         args = (None, *_conv_args(g), [True, False, False])
         part, _, _ = aten.convolution_backward(dy[:, group.rows], like, w, *args)
-        _add(dx, group.channels, part, bc)
+        _add(dx, group.channels, part)
 
 
 def _conv_wgrad(x: Tensor, dy: Tensor, d: _Decomposition, g: ConvGeometry, dvalues: Tensor) -> None:
@@ -286,12 +295,14 @@ def _conv_wgrad(x: Tensor, dy: Tensor, d: _Decomposition, g: ConvGeometry, dvalu
     last = _is_channels_last(x)
     for group in d.groups:
         assert group.channels is not None
-        m, t, part = group.members, len(group.taps), _take(x, group.channels, bc)
-        w = _empty((m * bk, part.shape[1], g.r, g.s), x, last)  # only its shape is read
+        part = _take(x, group.channels)
+        w = _empty((group.members * bk, part.shape[1], g.r, g.s), x, last)  # only its shape is read
         args = (None, *_conv_args(g), [False, True, False])
-        _, dw, _ = aten.convolution_backward(dy[:, group.rows], part, w, *args)
-        dw = dw.flatten(2) if t == g.taps else dw.flatten(2)[:, :, group.taps]
-        dvalues[group.blocks].view(m, t, -1, bk, bc).copy_(dw.view(m, bk, -1, bc, t).permute(0, 4, 2, 1, 3))
+        dw = aten.convolution_backward(dy[:, group.rows], part, w, *args)[1].flatten(2)
+        if group.taps is not None:
+            dw = dw.index_select(2, group.taps)
+        blocks = dw.view(group.members, bk, -1, bc, dw.shape[2]).permute(0, 4, 2, 1, 3)
+        dvalues[group.blocks].view(blocks.shape).copy_(blocks)
 
 
 # ---------------------------------------------------------------------- shift: a tap is a slice of a padded plane
@@ -339,7 +350,6 @@ def _grid(g: ConvGeometry) -> _Grid:
     # A slice starts `shift` columns away from its output row. What it reads beyond its image row must be zeros: the
     # end of its own row to the right, the end of the row before to the left.
     pitch = max([g.q, *(max(a.extent + max(0, -a.shift), g.q + a.shift) for a in used)])
-    pitch = max([pitch, *(a.extent for a in used)])
     lead, tail = (max([0, *(sign * a.shift for a in used)]) for sign in (-1, 1))
     line = g.n * pitch
     taps = [
@@ -367,53 +377,49 @@ def _phase_of(x: Tensor, phase: tuple[int, int], g: ConvGeometry) -> Tensor:
     return x[:, :, phase[0] :: g.stride[0], phase[1] :: g.stride[1]]
 
 
-def _phase_plane(x: Tensor, phase: tuple[int, int], g: ConvGeometry, grid: _Grid, rows_last: bool) -> tuple[Tensor, Tensor]:
-    """Zeros for one phase of x, and the view of it where that phase's image belongs."""
-    h, w = _phase_of(x, phase, g).shape[2:]
-    plane = _new_plane(x, g.c, grid.lead + h * g.n * grid.pitch + grid.tail, rows_last)
-    return plane, _image(plane, g.n, h, w, grid.lead, grid.pitch)
+class _XPlanes(dict[tuple[int, int], Tensor]):
+    """The planes of x, each made when first asked for: its phase of x (`fill`), or zeros to add to."""
+
+    def __init__(self, x: Tensor, like: Tensor, g: ConvGeometry, rows_last: bool, fill: bool) -> None:
+        super().__init__()
+        self._x, self._like, self._g, self._rows_last, self._fill = x, like, g, rows_last, fill
+
+    def __missing__(self, phase: tuple[int, int]) -> Tensor:
+        g, grid = self._g, _grid(self._g)
+        h = _phase_of(self._x, phase, g).shape[2]
+        self[phase] = _new_plane(self._like, g.c, grid.lead + h * g.n * grid.pitch + grid.tail, self._rows_last)
+        if self._fill:
+            self._image(phase).copy_(_phase_of(self._x, phase, g))
+        return self[phase]
+
+    def _image(self, phase: tuple[int, int]) -> Tensor:
+        h, w = _phase_of(self._x, phase, self._g).shape[2:]
+        return _image(self[phase], self._g.n, h, w, _grid(self._g).lead, _grid(self._g).pitch)
+
+    def write_back(self) -> None:
+        for phase in self:
+            _phase_of(self._x, phase, self._g).copy_(self._image(phase))
 
 
-def _filled(x: Tensor, g: ConvGeometry, grid: _Grid, rows_last: bool) -> Callable[[tuple[int, int]], Tensor]:
-    """The planes of x, each made when first asked for."""
-    planes: dict[tuple[int, int], Tensor] = {}
-
-    def plane(phase: tuple[int, int]) -> Tensor:
-        if phase not in planes:
-            planes[phase], image = _phase_plane(x, phase, g, grid, rows_last)
-            image.copy_(_phase_of(x, phase, g))
-        return planes[phase]
-
+def _y_plane(dy: Tensor, like: Tensor, d: _Decomposition, g: ConvGeometry, rows_last: bool) -> Tensor:
+    """dy in working order; zeros in the columns between its image rows."""
+    grid = _grid(g)
+    plane = _new_plane(like, g.k, g.p * g.n * grid.pitch, rows_last)
+    _image(plane, g.n, g.p, g.q, 0, grid.pitch).copy_(_take(dy, d.filters))
     return plane
 
 
-def _y_plane(dy: Tensor, g: ConvGeometry, grid: _Grid, rows_last: bool) -> Tensor:
-    plane = _new_plane(dy, g.k, g.p * g.n * grid.pitch, rows_last)
-    _image(plane, g.n, g.p, g.q, 0, grid.pitch).copy_(dy)
-    return plane
-
-
-def _rows(plane: Tensor, channels: slice | Tensor, width: int) -> Tensor:
-    """The listed channel blocks of a plane, stored like it: a view of a slice, a copy of a list."""
+def _rows(plane: Tensor, channels: slice | Tensor) -> Tensor:
+    """The listed channels of a plane, stored like it: a view of a slice, a copy of a list."""
     if isinstance(channels, slice):
-        return plane[channels.start * width : channels.stop * width]
+        return plane[channels]
     if plane.stride(1) == 1:
-        return plane.unflatten(0, (-1, width)).index_select(0, channels).flatten(0, 1)
-    return plane.t().unflatten(1, (-1, width)).index_select(1, channels).flatten(1, 2).t()
+        return plane.index_select(0, channels)
+    return plane.t().index_select(1, channels).t()
 
 
-def _add_rows(plane: Tensor, channels: Tensor, part: Tensor, width: int) -> None:
-    if plane.stride(1) == 1:
-        plane.unflatten(0, (-1, width)).index_add_(0, channels, part.unflatten(0, (-1, width)))
-    else:
-        part = part.t().unflatten(1, (-1, width))
-        plane.t().unflatten(1, (-1, width)).index_add_(1, channels, part)
-
-
-def _slices(
-    group: _Group, plane: Callable[[tuple[int, int]], Tensor], grid: _Grid, bc: int
-) -> Iterator[tuple[slice, slice, Tensor]]:
-    """(group rows of the weight matrix, columns of y, input rows) of every product of a group."""
+def _products(group: _Group, x: _XPlanes, grid: _Grid, bc: int) -> Iterator[tuple[slice, slice, Tensor]]:
+    """(rows of the group's matrix, columns of y, rows of x) of every matrix product of a group."""
     gathered: dict[tuple[int, int], Tensor] = {}  # channels that all taps share are gathered once
     for part in group.parts:
         tap = grid.taps[part.tap]
@@ -421,13 +427,13 @@ def _slices(
             continue
         cols = slice(tap.x_start, tap.x_start + tap.length)
         if group.channels is None:
-            x = _rows(plane(tap.phase)[:, cols], part.channels, bc)
+            rows = _rows(x[tap.phase][:, cols], part.channels)
         else:
             if tap.phase not in gathered:
-                gathered[tap.phase] = _rows(plane(tap.phase), group.channels, bc)
-            x = gathered[tap.phase][:, cols]
+                gathered[tap.phase] = _rows(x[tap.phase], group.channels)
+            rows = gathered[tap.phase][:, cols]
         weights = slice(part.blocks.start * bc, part.blocks.stop * bc)
-        yield weights, slice(tap.y_start, tap.y_start + tap.length), x
+        yield weights, slice(tap.y_start, tap.y_start + tap.length), rows
 
 
 def _matrix(values: Tensor, group: _Group) -> Tensor:
@@ -436,79 +442,100 @@ def _matrix(values: Tensor, group: _Group) -> Tensor:
     return values[group.blocks].view(group.members, -1, bk, bc).permute(1, 3, 0, 2).reshape(-1, group.members * bk)
 
 
-def _rows_last(channels_last: bool, blocksize: tuple[int, int]) -> bool:
+def _rows_last(channels_last: bool, blocksize: torch.Size) -> bool:
     return channels_last and min(blocksize) >= 16  # thin products and short gathers want long rows
 
 
-def _shift_fprop(x: Tensor, values: Tensor, d: _Decomposition, bias: Tensor | None, g: ConvGeometry) -> Tensor:
-    grid, bc, last = _grid(g), values.shape[2], _is_channels_last(x)
+def _chunks(g: ConvGeometry, device: torch.device) -> Iterator[tuple[slice, ConvGeometry]]:
+    """Images to work on at a time: on a CPU so few that their planes stay in its cache."""
+    n = g.n if device.type != "cpu" else max(1, CHUNK_PIXELS // (max(g.h, g.p) * max(g.w, g.q)))
+    for start in range(0, g.n, n):
+        stop = min(g.n, start + n)
+        yield slice(start, stop), replace(g, n=stop - start)
+
+
+def _shift_fprop(x: Tensor, values: Tensor, d: _Decomposition, bias: Tensor | None, geometry: ConvGeometry) -> Tensor:
+    bc, last = values.shape[2], _is_channels_last(x)
     rows_last = _rows_last(last, values.shape[1:])
-    y = _new_plane(x, g.k, g.p * g.n * grid.pitch, rows_last)
-    if bias is not None:
-        y.copy_(bias[:, None])
-    plane = _filled(x, g, grid, rows_last)
-    for group in d.groups:
-        w, out = _matrix(values, group), y[group.rows]
-        for weights, cols, part in _slices(group, plane, grid, bc):
-            out[:, cols].addmm_(w[weights].t(), part)
-    if d.positions is not None:
-        y = _rows(y, d.positions, 1)
-    return _image(y, g.n, g.p, g.q, 0, grid.pitch).contiguous(memory_format=_format(last))
+    y = _empty(geometry.y_shape, x, last)
+    matrices = [_matrix(values, group) for group in d.groups]
+    for images, g in _chunks(geometry, x.device):
+        grid, planes = _grid(g), _XPlanes(x[images], values, g, rows_last, fill=True)
+        out = _new_plane(values, g.k, g.p * g.n * grid.pitch, rows_last)
+        if bias is not None:
+            out.copy_(bias[:, None])
+        for group, w in zip(d.groups, matrices, strict=True):
+            mine = out[group.rows]
+            for weights, cols, part in _products(group, planes, grid, bc):
+                mine[:, cols].addmm_(w[weights].t(), part)
+        if d.positions is not None:
+            out = _rows(out, d.positions)
+        y[images].copy_(_image(out, g.n, g.p, g.q, 0, grid.pitch))
+    return y
 
 
-def _shift_dgrad(dy: Tensor, values: Tensor, d: _Decomposition, g: ConvGeometry, last: bool, dx: Tensor) -> None:
-    grid, bc = _grid(g), values.shape[2]
-    rows_last = _rows_last(last, values.shape[1:])
-    dy = _y_plane(dy, g, grid, rows_last)
-    planes: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-    for group in d.groups:
-        w, mine = _matrix(values, group), dy[group.rows]
-        shared: dict[tuple[int, int], Tensor] = {}
-        for part in group.parts:
-            tap = grid.taps[part.tap]
-            if tap is None:
-                continue
-            if tap.phase not in planes:
-                planes[tap.phase] = _phase_plane(dx, tap.phase, g, grid, rows_last)
-            plane = planes[tap.phase][0]
-            cols = slice(tap.x_start, tap.x_start + tap.length)
-            weights = w[part.blocks.start * bc : part.blocks.stop * bc]
-            source = mine[:, tap.y_start : tap.y_start + tap.length]
-            if isinstance(part.channels, slice):
-                _rows(plane, part.channels, bc)[:, cols].addmm_(weights, source)
-            elif group.channels is None:
-                product = torch.mm(source.t(), weights.t()).t() if rows_last else torch.mm(weights, source)
-                _add_rows(plane[:, cols], part.channels, product, bc)
-            else:
-                if tap.phase not in shared:
-                    shared[tap.phase] = _new_plane(plane, weights.shape[0], plane.shape[1], rows_last)
-                shared[tap.phase][:, cols].addmm_(weights, source)
-        for phase, part_sum in shared.items():
-            assert isinstance(group.channels, Tensor)
-            _add_rows(planes[phase][0], group.channels, part_sum, bc)
-    for phase, (_, image) in planes.items():
-        _phase_of(dx, phase, g).copy_(image)
+def _shift_dgrad(dy: Tensor, values: Tensor, d: _Decomposition, geometry: ConvGeometry, dx: Tensor) -> None:
+    rows_last = _rows_last(_is_channels_last(dx), values.shape[1:])
+    matrices = [_matrix(values, group) for group in d.groups]
+    for images, g in _chunks(geometry, dy.device):
+        planes = _XPlanes(dx[images], values, g, rows_last, fill=False)
+        y = _y_plane(dy[images], values, d, g, rows_last)
+        for group, w in zip(d.groups, matrices, strict=True):
+            _add_group(planes, y[group.rows], w, group, _grid(g), values.shape[2])
+        planes.write_back()
 
 
-def _shift_wgrad(x: Tensor, dy: Tensor, d: _Decomposition, g: ConvGeometry, dvalues: Tensor) -> None:
-    grid = _grid(g)
+def _add_group(planes: _XPlanes, y: Tensor, w: Tensor, group: _Group, grid: _Grid, bc: int) -> None:
+    """Adds one group's share of dx to the planes."""
+    shared: dict[tuple[int, int], Tensor] = {}  # channels that all taps share are scattered once
+    for part in group.parts:
+        tap = grid.taps[part.tap]
+        if tap is None:
+            continue
+        plane, cols = planes[tap.phase], slice(tap.x_start, tap.x_start + tap.length)
+        weights = w[part.blocks.start * bc : part.blocks.stop * bc]
+        source = y[:, tap.y_start : tap.y_start + tap.length]
+        if isinstance(part.channels, slice):
+            plane[part.channels, cols].addmm_(weights, source)
+        elif group.channels is None:
+            rows_last = plane.stride(1) != 1
+            product = torch.mm(source.t(), weights.t()).t() if rows_last else torch.mm(weights, source)
+            plane[:, cols].index_add_(0, part.channels, product)
+        else:
+            if tap.phase not in shared:
+                shared[tap.phase] = _new_plane(plane, weights.shape[0], plane.shape[1], plane.stride(1) != 1)
+            shared[tap.phase][:, cols].addmm_(weights, source)
+    for phase, total in shared.items():
+        assert isinstance(group.channels, Tensor)
+        planes[phase].index_add_(0, group.channels, total)
+
+
+def _shift_wgrad(x: Tensor, dy: Tensor, d: _Decomposition, geometry: ConvGeometry, dvalues: Tensor) -> None:
     bk, bc = dvalues.shape[1:]
-    rows_last = _rows_last(_is_channels_last(x), (bk, bc))
-    dy, plane = _y_plane(dy, g, grid, rows_last), _filled(x, g, grid, rows_last)
-    for group in d.groups:
-        m, mine = group.members, dy[group.rows]
-        dw = x.new_zeros((group.blocks.stop - group.blocks.start) // m * bc, m * bk)
-        for weights, cols, part in _slices(group, plane, grid, bc):
-            torch.mm(part, mine[:, cols].t(), out=dw[weights])
-        dvalues[group.blocks].view(m, -1, bk, bc).copy_(dw.view(-1, bc, m, bk).permute(2, 0, 3, 1))
+    rows_last = _rows_last(_is_channels_last(x), dvalues.shape[1:])
+    sums = [
+        dvalues.new_zeros((group.blocks.stop - group.blocks.start) // group.members * bc, group.members * bk)
+        for group in d.groups
+    ]
+    for images, g in _chunks(geometry, x.device):
+        planes = _XPlanes(x[images], dvalues, g, rows_last, fill=True)
+        y = _y_plane(dy[images], dvalues, d, g, rows_last)
+        for group, dw in zip(d.groups, sums, strict=True):
+            mine = y[group.rows]
+            for weights, cols, part in _products(group, planes, _grid(g), bc):
+                dw[weights].addmm_(part, mine[:, cols].t())
+    for group, dw in zip(d.groups, sums, strict=True):
+        blocks = dw.view(-1, bc, group.members, bk).permute(2, 0, 3, 1)
+        dvalues[group.blocks].view(group.members, -1, bk, bc).copy_(blocks)
 
 
 # ---------------------------------------------------------------------- the three products
 
 
 def _compute_dtype(t: Tensor, conv: bool) -> torch.dtype:
+    """float32 for the 16-bit types, but for single convolutions on devices that are fast at them."""
     half = t.dtype in (torch.float16, torch.bfloat16)
-    return torch.float32 if half and not (conv and t.device.type != "cpu") else t.dtype
+    return torch.float32 if half and (t.device.type == "cpu" or not conv) else t.dtype
 
 
 def _working(values: Tensor, d: _Decomposition, dtype: torch.dtype) -> Tensor:
@@ -520,29 +547,33 @@ def _working(values: Tensor, d: _Decomposition, dtype: torch.dtype) -> Tensor:
 def fprop(x: Tensor, values: Tensor, tables: IndexTables, bias: Tensor | None, geometry: ConvGeometry) -> Tensor:
     """y [N, K, P, Q] in the memory format of x; bias [K] in filter order, or None."""
     d = _decomposition(tables, geometry, (values.shape[1], values.shape[2]))
-    dtype = _compute_dtype(x, d.conv)
+    last, dtype = _is_channels_last(x), _compute_dtype(x, d.conv)
+    if x.numel() == 0:
+        return _empty(geometry.y_shape, x, last)
     if bias is not None:
         bias = (bias if d.filters is None else bias.index_select(0, d.filters)).to(dtype)
-    if x.numel() == 0:
-        return _empty(geometry.y_shape, x, _is_channels_last(x))
-    run = _conv_fprop if d.conv else _shift_fprop
-    y = run(x.to(dtype), _working(values, d, dtype), d, bias, geometry).to(x.dtype)
-    return y.contiguous(memory_format=_format(_is_channels_last(x)))
+    values = _working(values, d, dtype)
+    if not d.conv:
+        return _shift_fprop(x, values, d, bias, geometry)
+    y = _conv_fprop(x.to(dtype), values, d, bias, geometry).to(x.dtype)
+    return y.contiguous(memory_format=_format(last))
 
 
 @torch.no_grad()
-def dgrad(
-    dy: Tensor, values: Tensor, tables: IndexTables, geometry: ConvGeometry, channels_last: bool
-) -> Tensor:
+def dgrad(dy: Tensor, values: Tensor, tables: IndexTables, geometry: ConvGeometry, channels_last: bool) -> Tensor:
     """dx [N, C, H, W], channels_last or contiguous."""
     d = _decomposition(tables, geometry, (values.shape[1], values.shape[2]))
-    dtype, out = _compute_dtype(dy, d.conv), _compute_dtype(dy, False)
-    dx = _empty(geometry.x_shape, dy, channels_last, out).zero_()
-    if dy.numel() and d.groups:
-        dy = _take(dy.contiguous(memory_format=_format(channels_last)).to(dtype), d.filters)
-        run = _conv_dgrad if d.conv else _shift_dgrad
-        run(dy, _working(values, d, dtype), d, geometry, channels_last, dx)
-    return dx.to(values.dtype)
+    dtype = _compute_dtype(dy, d.conv)
+    sums = _compute_dtype(dy, False) if d.conv else dy.dtype  # `conv` adds its groups up in dx itself
+    dx = _empty(geometry.x_shape, dy, channels_last, sums).zero_()
+    if dy.numel() == 0:
+        return dx.to(dy.dtype)
+    dy, values = dy.contiguous(memory_format=_format(channels_last)), _working(values, d, dtype)
+    if d.conv:
+        _conv_dgrad(_take(dy.to(dtype), d.filters), values, d, geometry, channels_last, dx)
+    else:
+        _shift_dgrad(dy, values, d, geometry, dx)
+    return dx.to(dy.dtype)
 
 
 @torch.no_grad()
@@ -556,6 +587,8 @@ def wgrad(
     if x.numel() == 0:
         return dvalues.zero_().to(x.dtype)
     dy = dy.contiguous(memory_format=_format(_is_channels_last(x)))
-    run = _conv_wgrad if d.conv else _shift_wgrad
-    run(x.to(dtype), _take(dy.to(dtype), d.filters), d, geometry, dvalues)
+    if d.conv:
+        _conv_wgrad(x.to(dtype), _take(dy.to(dtype), d.filters), d, geometry, dvalues)
+    else:
+        _shift_wgrad(x, dy, d, geometry, dvalues)
     return (dvalues if d.block_positions is None else dvalues.index_select(0, d.block_positions)).to(x.dtype)

@@ -28,9 +28,13 @@ Splits of wgrad go through an fp32 workspace that a second kernel adds up in ord
 Block-row b owns the tiles from slot(b) = indptr[b]*chunks/CH + b on: always enough of them, and their total depends on
 nnzb alone, so no grid depends on the mask.
 
-Budget, per tile and K-tile, 2-byte types: fprop and dgrad move 2*BLOCK_K*(BLOCK_M + N) bytes for 2*BLOCK_M*N*BLOCK_K
-FLOP, so N = bk (fprop, wgrad) or bc (dgrad) sets how often the activations are read again from L2; HBM sees each
-activation about once because programs of one pixel tile run next to each other. wgrad adds 8 bytes per split and value.
+Budget, per K-tile of 2-byte values: 2*BLOCK_K*(BLOCK_M + N) bytes for 2*BLOCK_M*N*BLOCK_K FLOP. So N = bk (fprop,
+wgrad) or bc (dgrad) sets how often activations come from L2 again, and narrow blocks are bound by it, dgrad of bc = 8
+first: adjacent channel blocks rarely share a tap and block-row, so they do not share dy. HBM sees each activation about
+once, because programs of one pixel tile run side by side. wgrad adds 8 bytes per split and value.
+
+Row order. fprop stores BSR row i to channel row_order[i]. dgrad and wgrad start with a copy of dy in BSR row order: one
+pass over dy, where gathering single channels in the kernel would turn every load of dy into 2-byte loads.
 """
 
 from __future__ import annotations
@@ -330,7 +334,7 @@ def _on(t: Tensor) -> contextlib.AbstractContextManager[object]:
 
 
 def _in_bsr_order(dy: Tensor, tables: IndexTables) -> Tensor:
-    """dy with channel i = BSR row i. One copy: gathering single channels in the kernel would be 2-byte loads."""
+    """dy with BSR row i as channel i, in dy's memory format."""
     if tables.row_order is None:
         return dy
     if not _channels_last(dy):

@@ -1,0 +1,260 @@
+"""What the Triton kernels become, without a GPU: tensor-core instructions, spills, shared memory, copies.
+
+The host functions run on meta tensors over a driver that only names a target, so that what is inspected is what a
+launch on that device would compile, specialisations included. Compiling needs a process in which TRITON_INTERPRET is
+not set: this file, run as a script, compiles the cases it reads from stdin. TRITON_COMPILE=wide compiles every
+blocksize class, load and stride for all targets: about 700 kernels, half an hour on two cores.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from blocksparse import ConvGeometry, index
+from blocksparse.kernels import tiles
+
+TARGETS = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
+# Shared memory of one program, in bytes; for sm_80's column that of sm_86 and sm_89, which use it too.
+SHARED = {"sm_80": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+TENSOR_CORES = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}
+PTX = {
+    "mma": r"\bmma\.sync",
+    "wgmma": r"wgmma\.mma_async",
+    "tcgen05": r"tcgen05\.mma",
+    "copies16": r"cp\.async\.c[ag]\.shared\.global[^;]*, 0x10",
+    "loads2": r"ld\.global[\w.:]*\.[bu]16",
+}
+GCN = {"mfma": r"v_mfma", "copies16": r"(?:global|buffer)_load_dwordx4", "loads2": r"(?:global|buffer)_load_ushort"}
+
+
+class Case(NamedTuple):
+    """One kernel to compile, for channels_last tensors with C = K = about 256."""
+
+    kind: str
+    arch: str
+    blocksize: tuple[int, int]
+    math: str = "half"  # "half" (fp16), "bf16", "tf32" or "ieee"
+    stride: int = 1
+    batch: int = 64
+    density: float = 0.1
+    height: int = 28
+    kernel: int = 3
+    row_order: bool = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return {"half": torch.float16, "bf16": torch.bfloat16}.get(self.math, torch.float32)
+
+    @property
+    def weight_shape(self) -> tuple[int, int, int, int]:
+        bk, bc = self.blocksize
+        return 256 // bk * bk, 256 // bc * bc, self.kernel, self.kernel
+
+    @property
+    def geometry(self) -> ConvGeometry:
+        x_shape = (self.batch, self.weight_shape[1], self.height, self.height + 1)
+        return ConvGeometry.of(x_shape, self.weight_shape, self.stride, self.kernel // 2)
+
+    @property
+    def nnzb(self) -> int:
+        (k, c, r, s), (bk, bc) = self.weight_shape, self.blocksize
+        return max(1, round(self.density * (k // bk) * (c // bc) * r * s))
+
+    @property
+    def precision(self) -> str:
+        return "tf32" if self.math == "tf32" else "ieee"
+
+    @property
+    def tile(self) -> tiles.Tile:
+        return tiles.pick(self.kind, self.geometry, self.blocksize, self.nnzb, self.dtype, self.arch, self.precision)
+
+
+def representative(arch: str) -> list[Case]:
+    return [
+        Case("fprop", arch, (32, 32)),
+        Case("fprop", arch, (64, 8)),
+        Case("fprop", arch, (24, 48), "bf16", row_order=True),
+        Case("fprop", arch, (128, 128), "tf32"),
+        Case("fprop", arch, (32, 32), "ieee"),
+        Case("fprop", arch, (64, 64), kernel=1, density=0.5),
+        Case("dgrad", arch, (32, 32)),
+        Case("dgrad", arch, (8, 64), "bf16", stride=2),
+        Case("dgrad", arch, (64, 8), "tf32"),
+        Case("wgrad", arch, (32, 32)),
+        Case("wgrad", arch, (64, 8), "bf16"),
+        Case("wgrad", arch, (128, 64), "tf32"),
+    ]
+
+
+def wide(arch: str) -> list[Case]:
+    sides = ((8, 8), (16, 16), (32, 32), (64, 64), (128, 128), (64, 8), (8, 64), (24, 48), (128, 8), (8, 128))
+    cases = {}
+    for kind in tiles.KINDS:
+        for math in ("half", "tf32", "ieee"):
+            for blocksize in sides:
+                for stride in (1, 2) if kind == "dgrad" else (1,):
+                    for batch, density in ((1, 0.1), (64, 0.01), (64, 0.3)):
+                        case = Case(kind, arch, blocksize, math, stride, batch, density)
+                        cases[kind, math, blocksize, stride, case.tile._replace(splits=1)] = case
+    return list(cases.values())
+
+
+WIDE = os.environ.get("TRITON_COMPILE") == "wide"
+CASES = [case for arch in TARGETS for case in (wide if WIDE else representative)(arch)]
+# Other sizes of the first case: they must not need another kernel.
+RESIZED = [CASES[0]._replace(batch=65, height=30), CASES[0]._replace(batch=63, height=27)]
+
+
+# ---------------------------------------------------------------------- the compiling process
+
+
+def compile_cases(cases: list[Case]) -> list[dict[str, Any]]:
+    """Facts about the kernel of each case."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.driver import driver
+    from triton.runtime.jit import JITFunction
+
+    class NamesATarget:
+        arch = ""
+
+        def get_current_target(self) -> GPUTarget:
+            return GPUTarget(*TARGETS[self.arch])
+
+        def get_current_device(self) -> int:
+            return list(TARGETS).index(self.arch)
+
+        def get_current_stream(self, device: int) -> int:
+            return 0
+
+    compiled = []
+    compile_and_launch = JITFunction.run
+
+    def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        compiled.append(compile_and_launch(self, *args, grid=grid, warmup=True, **kwargs))
+
+    target = NamesATarget()
+    driver.set_active(target)
+    JITFunction.run = compile_only
+    facts = []
+    for case in cases:
+        target.arch = case.arch
+        compiled.clear()
+        call_on_meta_tensors(case)
+        facts.append(facts_of(compiled[0]))
+    return facts
+
+
+def call_on_meta_tensors(case: Case) -> None:
+    from blocksparse.kernels import triton_conv
+
+    def meta(shape: Any, dtype: torch.dtype = case.dtype, **kwargs: Any) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta", **kwargs)
+
+    g, last = case.geometry, {"memory_format": torch.channels_last}
+    lengths = index.lengths(case.weight_shape, case.blocksize, case.nnzb)
+    order = meta(g.k, torch.int32) if case.row_order else None
+    tables = index.IndexTables(meta(0), *(meta(n, torch.int32) for n in lengths), order)
+    x, dy, values = meta(g.x_shape, **last), meta(g.y_shape, **last), meta((case.nnzb, *case.blocksize))
+    if case.kind == "fprop":
+        triton_conv.fprop(x, values, tables, None, g, case.tile, precision=case.precision)
+    elif case.kind == "dgrad":
+        triton_conv.dgrad(dy, values, tables, g, True, case.tile, precision=case.precision)
+    else:
+        triton_conv.wgrad(x, dy, tables, g, tuple(values.shape), case.tile, precision=case.precision)
+
+
+def facts_of(kernel: Any) -> dict[str, Any]:
+    facts = {"shared": kernel.metadata.shared, "hash": kernel.hash}
+    if "ptx" in kernel.asm:
+        from triton import knobs
+
+        text, patterns = kernel.asm["ptx"], PTX
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(kernel.asm["cubin"])
+            file.flush()
+            command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+            usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        facts |= {
+            name: int(re.search(rf"{key}:(\d+)", usage)[1]) for name, key in (("registers", "REG"), ("stack", "STACK"))
+        }
+    else:
+        text, patterns = kernel.asm["amdgcn"], GCN
+        keys = (("registers", "vgpr_count"), ("stack", "private_segment_fixed_size"))
+        facts |= {name: int(re.search(rf"\.{key}:\s+(\d+)", text)[1]) for name, key in keys}
+    return facts | {name: len(re.findall(pattern, text)) for name, pattern in patterns.items()}
+
+
+# ---------------------------------------------------------------------- the tests
+
+
+@pytest.fixture(scope="module")
+def facts() -> dict[Case, dict[str, Any]]:
+    """Two processes share the cases."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    cases = list(dict.fromkeys([*CASES, *RESIZED]))
+    halves = [cases[::2], cases[1::2]]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", __file__],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+        )
+        for _ in halves
+    ]  # fmt: skip
+    for process, half in zip(processes, halves, strict=True):
+        process.stdin.write(json.dumps(half))
+        process.stdin.close()
+        process.stdin = None
+    found = {}
+    for process, half in zip(processes, halves, strict=True):
+        output, errors = process.communicate()
+        assert process.returncode == 0, errors[-3000:]
+        found |= dict(zip(half, json.loads(output), strict=True))
+    return found
+
+
+def name(case: Case) -> str:
+    bk, bc = case.blocksize
+    return f"{case.arch}-{case.kind}-{bk}x{bc}-{case.math}-s{case.stride}-n{case.batch}-d{case.density}"
+
+
+@pytest.mark.parametrize("case", CASES, ids=name)
+def test_kernel(case: Case, facts):
+    f = facts[case]
+    tensor_cores = TENSOR_CORES[case.arch]
+    if case.math == "ieee" and case.arch != "gfx942":  # full fp32 has no tensor cores on NVIDIA
+        assert not f[tensor_cores]
+    else:
+        assert f[tensor_cores] > 0, f
+    assert f["stack"] == 0, f"spills: {f}"
+    assert f["shared"] <= SHARED[case.arch], f
+    assert f["loads2"] == 0, f
+    if case.kind == "wgrad" and case.math == "tf32":
+        return  # tf32 operands must be K-major: tiles with pixels outermost are transposed on their way, 4 bytes each
+    # One K-tile of activations in 16-byte copies by all threads.
+    threads = case.tile.num_warps * TARGETS[case.arch][2]
+    assert f["copies16"] >= case.tile.block_m * case.tile.block_k * case.dtype.itemsize // (16 * threads), f
+
+
+def test_sizes_do_not_need_another_kernel(facts):
+    assert {facts[case]["hash"] for case in RESIZED} == {facts[CASES[0]]["hash"]}
+    assert len({case.geometry for case in [CASES[0], *RESIZED]}) == 3
+
+
+if __name__ == "__main__":
+    wanted = [Case(*fields[:2], tuple(fields[2]), *fields[3:]) for fields in json.load(sys.stdin)]
+    json.dump(compile_cases(wanted), sys.stdout)

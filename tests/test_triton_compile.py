@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import pytest
@@ -39,6 +40,11 @@ PTX = {
     "loads2": r"ld\.global[\w.:]*\.[bu]16",
 }
 GCN = {"mfma": r"v_mfma", "copies16": r"(?:global|buffer)_load_dwordx4", "loads2": r"(?:global|buffer)_load_ushort"}
+
+
+# Triton 3.6 has no wgmma or tcgen05 form of a tf32 product with an operand that is not K-major, and scatters one of
+# gfx942's loads; both are right, and slower.
+OLD_TRITON = tuple(map(int, version("triton").split(".")[:2])) < (3, 7)
 
 
 class Case(NamedTuple):
@@ -236,13 +242,15 @@ def name(case: Case) -> str:
 def test_kernel(case: Case, facts):
     f = facts[case]
     tensor_cores = TENSOR_CORES[case.arch]
+    if OLD_TRITON and case.math == "tf32" and case.kind == "dgrad" and case.arch != "gfx942":
+        tensor_cores = "mma"
     if case.math == "ieee" and case.arch != "gfx942":  # full fp32 has no tensor cores on NVIDIA
         assert not f[tensor_cores]
     else:
         assert f[tensor_cores] > 0, f
     assert f["stack"] == 0, f"spills: {f}"
     assert f["shared"] <= SHARED[case.arch], f
-    assert f["loads2"] == 0, f
+    assert f["loads2"] == 0 or (OLD_TRITON and case.arch == "gfx942"), f
     if case.kind == "wgrad" and case.math == "tf32":
         return  # tf32 operands must be K-major: tiles with pixels outermost are transposed on their way, 4 bytes each
     # One K-tile of activations in 16-byte copies by all threads.

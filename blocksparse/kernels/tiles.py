@@ -73,7 +73,7 @@ TABLE: tuple[Entry, ...] = (
     Entry("wgrad", 64, "tf32", "*", _NVIDIA, 128, 32, 4),
     Entry("wgrad", 128, "tf32", "*", _NVIDIA, 64, 32, 4),
     Entry("wgrad", 64, "ieee", "*", _NVIDIA, 64, 16, 4),
-    Entry("wgrad", 128, "ieee", "*", _NVIDIA, 32, 16, 4),
+    Entry("wgrad", 128, "ieee", "*", _NVIDIA, 64, 16, 3),
     Entry("fprop dgrad", 128, "half", "few", "gfx", 64, 64, 2),
     Entry("fprop dgrad wgrad", 128, "half", "*", "gfx", 128, 64, 2),
     Entry("fprop dgrad", 128, "tf32", "few", "gfx", 64, 32, 2),

@@ -137,10 +137,7 @@ def _decompose(
         channels = _shared_channels(cols, len(taps), listed, bc)
         parts: list[_Part] = []
         for tap, (lo, hi) in zip(taps, pairwise(bounds), strict=True):
-            if channels is None:
-                parts += _tap_parts(tap, lo, hi, cols, listed, bc)
-            else:
-                parts.append(_Part(tap, slice(lo, hi), channels))
+            parts += _tap_parts(tap, lo, hi, cols, listed, bc)
         rows = slice(rows_done, rows_done + len(members) * bk)
         blocks = slice(blocks_done, blocks_done + len(members) * (stop - start))
         tap_list = None if len(taps) == r * s else torch.tensor(taps).to(device)
@@ -426,7 +423,7 @@ def _products(group: _Group, x: _XPlanes, grid: _Grid, bc: int) -> Iterator[tupl
         if tap is None:
             continue
         cols = slice(tap.x_start, tap.x_start + tap.length)
-        if group.channels is None:
+        if isinstance(part.channels, slice) or group.channels is None:
             rows = _rows(x[tap.phase][:, cols], part.channels)
         else:
             if tap.phase not in gathered:
@@ -443,7 +440,7 @@ def _matrix(values: Tensor, group: _Group) -> Tensor:
 
 
 def _rows_last(channels_last: bool, blocksize: torch.Size) -> bool:
-    return channels_last and min(blocksize) >= 16  # thin products and short gathers want long rows
+    return channels_last and min(blocksize) >= RUN_CHANNELS  # thin products and gathers want long rows
 
 
 def _chunks(g: ConvGeometry, device: torch.device) -> Iterator[tuple[slice, ConvGeometry]]:
@@ -566,13 +563,12 @@ def dgrad(dy: Tensor, values: Tensor, tables: IndexTables, geometry: ConvGeometr
     dtype = _compute_dtype(dy, d.conv)
     sums = _compute_dtype(dy, False) if d.conv else dy.dtype  # `conv` adds its groups up in dx itself
     dx = _empty(geometry.x_shape, dy, channels_last, sums).zero_()
-    if dy.numel() == 0:
-        return dx.to(dy.dtype)
-    dy, values = dy.contiguous(memory_format=_format(channels_last)), _working(values, d, dtype)
-    if d.conv:
-        _conv_dgrad(_take(dy.to(dtype), d.filters), values, d, geometry, channels_last, dx)
-    else:
-        _shift_dgrad(dy, values, d, geometry, dx)
+    if dy.numel():
+        dy, values = dy.contiguous(memory_format=_format(channels_last)), _working(values, d, dtype)
+        if d.conv:
+            _conv_dgrad(_take(dy.to(dtype), d.filters), values, d, geometry, channels_last, dx)
+        else:
+            _shift_dgrad(dy, values, d, geometry, dx)
     return dx.to(dy.dtype)
 
 

@@ -228,7 +228,7 @@ def _dgrad(
         g = _gather(base, p, j, dp, dq, step, live, p_size, q_size, BLOCK_M, CHUNKS, GRANULE, DY_LAST)
         # Rows of values: [chunks, granule] flattened, so that the load itself is a plain 2-d tile.
         line = (block * (BK * BC) + part * (GRANULE * BC))[:, None] + (tl.arange(0, GRANULE) * BC)[None, :]
-        line = tl.reshape(line, [BLOCK_K])
+        line = tl.multiple_of(tl.reshape(line, [BLOCK_K]), 8)  # bc is: without the hint Triton 3.6 copies 2 bytes
         used = tl.reshape(tl.broadcast_to(live[:, None], [CHUNKS, GRANULE]), [BLOCK_K])
         mask = used[:, None] & (c < BC)[None, :]
         v = tl.load(values + line[:, None] + c[None, :], mask=mask, other=0.0)

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._prims_common import suggest_memory_format
 
 from .geometry import ConvGeometry, pair
 from .index import unpack
+from .layout import format_of, is_channels_last, memory_format
 from .pattern import BSRPattern
 from .plan import DTYPES, plan_conv
 
@@ -86,7 +86,7 @@ def conv2d_dgrad(
     return torch.ops.bsrconv.dgrad(
         dy, values, pattern.index, list(x_shape), pattern.shape,
         pair(stride, "stride", "conv2d_dgrad()", 1), pair(padding, "padding", "conv2d_dgrad()", 0),
-        pair(dilation, "dilation", "conv2d_dgrad()", 1), _is_channels_last(dy), backend,
+        pair(dilation, "dilation", "conv2d_dgrad()", 1), is_channels_last(dy), backend,
     )  # fmt: skip
 
 
@@ -182,14 +182,6 @@ def _autocast(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
 
 
-def _is_channels_last(t: Tensor) -> bool:
-    return t.dim() == 4 and suggest_memory_format(t) == torch.channels_last
-
-
-def _memory_format(channels_last: bool) -> torch.memory_format:
-    return torch.channels_last if channels_last else torch.contiguous_format
-
-
 # ---------------------------------------------------------------- the ops
 
 _INTS = "int[] weight_shape, int[] stride, int[] padding, int[] dilation"
@@ -202,7 +194,7 @@ _library.define(
 _library.define(f"wgrad(Tensor x, Tensor dy, Tensor index, int[] values_shape, {_INTS}, str? backend=None) -> Tensor")
 
 
-def _check(who: str, first: str, tensors: dict[str, Tensor], index: Tensor, backend: str | None) -> None:
+def _check(who: str, first: str, tensors: dict[str, Tensor], index: Tensor) -> None:
     """All tensors share the dtype and device of `first`; the index is on that device."""
     lead = tensors[first]
     if lead.dtype not in DTYPES:
@@ -239,18 +231,13 @@ def _check_dy(who: str, dy: Tensor, geometry: ConvGeometry) -> None:
         )
 
 
-def _fprop_geometry(
-    x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None,
-    weight_shape: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
-    backend: str | None,
-) -> ConvGeometry:  # fmt: skip
+def _check_fprop(x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, weight_shape: Sequence[int]) -> None:
     who = "conv2d()"
-    tensors = {"x": x, "values": values} | ({} if bias is None else {"bias": bias})
-    _check(who, "x", tensors, index, backend)
+    tensors = {"x": x, "values": values} if bias is None else {"x": x, "values": values, "bias": bias}
+    _check(who, "x", tensors, index)
     _check_values(who, values.shape, weight_shape)
     if bias is not None and tuple(bias.shape) != (weight_shape[0],):
         raise ValueError(f"{who}: bias has shape {tuple(bias.shape)}; it needs ({weight_shape[0]},) = (K,)")
-    return ConvGeometry.of(x.shape, weight_shape, stride, padding, dilation, who)
 
 
 def _fprop(
@@ -258,11 +245,11 @@ def _fprop(
     weight_shape: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
     backend: str | None = None,
 ) -> Tensor:  # fmt: skip
-    g = _fprop_geometry(x, values, index, bias, weight_shape, stride, padding, dilation, backend)
-    nnzb, bk, bc = values.shape
-    plan = plan_conv(g, (bk, bc), nnzb, x.dtype, x.device, backend, "conv2d()")
-    tables = unpack(index, weight_shape, (bk, bc), nnzb, "conv2d()")
-    x = x.contiguous(memory_format=suggest_memory_format(x))
+    _check_fprop(x, values, index, bias, weight_shape)
+    conv = (stride, padding, dilation)
+    plan = plan_conv("conv2d()", x.shape, weight_shape, values.shape, conv, x.dtype, x.device, backend)
+    tables = unpack(index, weight_shape, plan.blocksize, plan.nnzb, "conv2d()")
+    x = x.contiguous(memory_format=memory_format(x))
     return plan.fprop(x, values.contiguous(), tables, None if bias is None else bias.contiguous())
 
 
@@ -271,21 +258,14 @@ def _fprop_fake(
     weight_shape: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
     backend: str | None = None,
 ) -> Tensor:  # fmt: skip
-    g = _fprop_geometry(x, values, index, bias, weight_shape, stride, padding, dilation, backend)
-    return torch.empty(g.y_shape, dtype=x.dtype, device=x.device, memory_format=suggest_memory_format(x))
+    _check_fprop(x, values, index, bias, weight_shape)
+    g = ConvGeometry.of(x.shape, weight_shape, stride, padding, dilation, "conv2d()")
+    return torch.empty(g.y_shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
 
 
-def _dgrad_geometry(
-    dy: Tensor, values: Tensor, index: Tensor, x_shape: Sequence[int],
-    weight_shape: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
-    backend: str | None,
-) -> ConvGeometry:  # fmt: skip
-    who = "conv2d_dgrad()"
-    _check(who, "dy", {"dy": dy, "values": values}, index, backend)
-    _check_values(who, values.shape, weight_shape)
-    g = ConvGeometry.of(x_shape, weight_shape, stride, padding, dilation, who)
-    _check_dy(who, dy, g)
-    return g
+def _check_dgrad(dy: Tensor, values: Tensor, index: Tensor, weight_shape: Sequence[int]) -> None:
+    _check("conv2d_dgrad()", "dy", {"dy": dy, "values": values}, index)
+    _check_values("conv2d_dgrad()", values.shape, weight_shape)
 
 
 def _dgrad(
@@ -293,11 +273,12 @@ def _dgrad(
     weight_shape: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
     channels_last: bool, backend: str | None = None,
 ) -> Tensor:  # fmt: skip
-    g = _dgrad_geometry(dy, values, index, x_shape, weight_shape, stride, padding, dilation, backend)
-    nnzb, bk, bc = values.shape
-    plan = plan_conv(g, (bk, bc), nnzb, dy.dtype, dy.device, backend, "conv2d_dgrad()")
-    tables = unpack(index, weight_shape, (bk, bc), nnzb, "conv2d_dgrad()")
-    dy = dy.contiguous(memory_format=_memory_format(channels_last))
+    _check_dgrad(dy, values, index, weight_shape)
+    conv = (stride, padding, dilation)
+    plan = plan_conv("conv2d_dgrad()", x_shape, weight_shape, values.shape, conv, dy.dtype, dy.device, backend)
+    _check_dy("conv2d_dgrad()", dy, plan.geometry)
+    tables = unpack(index, weight_shape, plan.blocksize, plan.nnzb, "conv2d_dgrad()")
+    dy = dy.contiguous(memory_format=format_of(channels_last))
     return plan.dgrad(dy, values.contiguous(), tables, channels_last)
 
 
@@ -306,21 +287,17 @@ def _dgrad_fake(
     weight_shape: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
     channels_last: bool, backend: str | None = None,
 ) -> Tensor:  # fmt: skip
-    g = _dgrad_geometry(dy, values, index, x_shape, weight_shape, stride, padding, dilation, backend)
-    return torch.empty(g.x_shape, dtype=dy.dtype, device=dy.device, memory_format=_memory_format(channels_last))
+    _check_dgrad(dy, values, index, weight_shape)
+    g = ConvGeometry.of(x_shape, weight_shape, stride, padding, dilation, "conv2d_dgrad()")
+    _check_dy("conv2d_dgrad()", dy, g)
+    return torch.empty(g.x_shape, dtype=dy.dtype, device=dy.device, memory_format=format_of(channels_last))
 
 
-def _wgrad_geometry(
-    x: Tensor, dy: Tensor, index: Tensor, values_shape: Sequence[int],
-    weight_shape: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
-    backend: str | None,
-) -> ConvGeometry:  # fmt: skip
-    who = "conv2d_wgrad()"
-    _check(who, "x", {"x": x, "dy": dy}, index, backend)
-    _check_values(who, values_shape, weight_shape)
-    g = ConvGeometry.of(x.shape, weight_shape, stride, padding, dilation, who)
-    _check_dy(who, dy, g)
-    return g
+def _check_wgrad(
+    x: Tensor, dy: Tensor, index: Tensor, values_shape: Sequence[int], weight_shape: Sequence[int]
+) -> None:
+    _check("conv2d_wgrad()", "x", {"x": x, "dy": dy}, index)
+    _check_values("conv2d_wgrad()", values_shape, weight_shape)
 
 
 def _wgrad(
@@ -328,13 +305,13 @@ def _wgrad(
     weight_shape: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
     backend: str | None = None,
 ) -> Tensor:  # fmt: skip
-    g = _wgrad_geometry(x, dy, index, values_shape, weight_shape, stride, padding, dilation, backend)
-    nnzb, bk, bc = values_shape
-    plan = plan_conv(g, (bk, bc), nnzb, x.dtype, x.device, backend, "conv2d_wgrad()")
-    tables = unpack(index, weight_shape, (bk, bc), nnzb, "conv2d_wgrad()")
-    memory_format = suggest_memory_format(x)
-    x = x.contiguous(memory_format=memory_format)
-    return plan.wgrad(x, dy.contiguous(memory_format=memory_format), tables)
+    _check_wgrad(x, dy, index, values_shape, weight_shape)
+    conv = (stride, padding, dilation)
+    plan = plan_conv("conv2d_wgrad()", x.shape, weight_shape, values_shape, conv, x.dtype, x.device, backend)
+    _check_dy("conv2d_wgrad()", dy, plan.geometry)
+    tables = unpack(index, weight_shape, plan.blocksize, plan.nnzb, "conv2d_wgrad()")
+    layout = memory_format(x)
+    return plan.wgrad(x.contiguous(memory_format=layout), dy.contiguous(memory_format=layout), tables)
 
 
 def _wgrad_fake(
@@ -342,7 +319,9 @@ def _wgrad_fake(
     weight_shape: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
     backend: str | None = None,
 ) -> Tensor:  # fmt: skip
-    _wgrad_geometry(x, dy, index, values_shape, weight_shape, stride, padding, dilation, backend)
+    _check_wgrad(x, dy, index, values_shape, weight_shape)
+    g = ConvGeometry.of(x.shape, weight_shape, stride, padding, dilation, "conv2d_wgrad()")
+    _check_dy("conv2d_wgrad()", dy, g)
     return x.new_empty(tuple(values_shape))
 
 
@@ -351,12 +330,12 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
     wants_x, wants_values = ctx.needs_input_grad[:2]
     # dgrad needs values, wgrad needs x: a frozen side keeps nothing alive.
     ctx.save_for_backward(x if wants_values else None, values if wants_x else None, index)
-    ctx.x_shape, ctx.values_shape, ctx.channels_last = x.shape, values.shape, _is_channels_last(x)
+    ctx.x_shape, ctx.values_shape, ctx.channels_last = x.shape, values.shape, is_channels_last(x)
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     x, values, index = ctx.saved_tensors
-    dy = dy.contiguous(memory_format=_memory_format(ctx.channels_last))
+    dy = dy.contiguous(memory_format=format_of(ctx.channels_last))
     dx = dv = db = None
     if ctx.needs_input_grad[0]:
         dx = torch.ops.bsrconv.dgrad(dy, values, index, ctx.x_shape, *ctx.ints, ctx.channels_last, ctx.backend)

@@ -8,6 +8,7 @@ captured CUDA graphs stay valid.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -86,16 +87,23 @@ def unpack(
     packed: Tensor, weight_shape: Sequence[int], blocksize: Sequence[int], nnzb: int, who: str = "unpack()"
 ) -> IndexTables:
     """Views of the tables in `packed`; ValueError when its size cannot be this layout."""
-    sizes = lengths(weight_shape, blocksize, nnzb)
-    plain, ordered = (packed_size(weight_shape, blocksize, nnzb, flag) for flag in (False, True))
-    if packed.dtype != torch.int32 or packed.dim() != 1 or packed.numel() not in (plain, ordered):
+    sizes = _split(tuple(weight_shape), tuple(blocksize), nnzb, packed.numel())
+    if packed.dtype != torch.int32 or packed.dim() != 1 or sizes is None:
+        plain, ordered = (packed_size(weight_shape, blocksize, nnzb, flag) for flag in (False, True))
         raise ValueError(
             f"{who}: the packed index is {packed.dtype} {tuple(packed.shape)}; a filter bank {tuple(weight_shape)} with"
             f" {nnzb} blocks of {tuple(blocksize)} needs int32 ({plain},), or ({ordered},) with a row order."
             " Take it from BSRPattern.index"
         )
-    starts = _starts(sizes)
-    views = [packed[start : start + size] for start, size in zip(starts, sizes, strict=False)]
-    order = packed[starts[-1] : starts[-1] + weight_shape[0]] if packed.numel() == ordered != plain else None
-    indptr, indices, rows, t_indptr, t_indices, t_perm = views
-    return IndexTables(packed, indptr, indices, rows, t_indptr, t_indices, t_perm, order)
+    indptr, _, indices, _, rows, _, t_indptr, _, t_indices, _, t_perm, _, *order = packed.split_with_sizes(sizes)
+    return IndexTables(packed, indptr, indices, rows, t_indptr, t_indices, t_perm, order[0] if order else None)
+
+
+@lru_cache(maxsize=4096)
+def _split(weight_shape: tuple[int, ...], blocksize: tuple[int, ...], nnzb: int, size: int) -> list[int] | None:
+    """Lengths of the tables and of the gaps between them, in turn; None if no layout has this size."""
+    for ordered in (False, True):
+        if packed_size(weight_shape, blocksize, nnzb, ordered) == size:
+            tables = lengths(weight_shape, blocksize, nnzb) + ([weight_shape[0]] if ordered else [])
+            return [n for table in tables for n in (table, -table % ALIGN)]
+    return None

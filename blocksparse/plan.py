@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .geometry import ConvGeometry
+from .geometry import ConvGeometry, pair
 from .index import IndexTables, packed_size
 from .kernels import tiles
 from .pattern import BSRPattern
@@ -151,35 +151,49 @@ def _triton_conv() -> ModuleType:
 
 
 def plan_conv(
-    geometry: ConvGeometry,
-    blocksize: tuple[int, int],
-    nnzb: int,
+    who: str,
+    x_shape: Sequence[int],
+    weight_shape: Sequence[int],
+    values_shape: Sequence[int],
+    conv: Sequence[Sequence[int]],
     dtype: torch.dtype,
     device: torch.device,
     backend: str | None,
-    who: str,
 ) -> ConvPlan:
-    """The plan for these static facts; ValueError or RuntimeError when the backend asked for cannot take them."""
-    return _plan(geometry, blocksize, nnzb, dtype, device, backend, _precision(dtype, device), who)
+    """The plan for these static facts, made once; `conv` is (stride, padding, dilation).
+
+    Raises ValueError for sizes that are no convolution, ValueError or RuntimeError when the backend that was asked for
+    cannot take them; `who` is in front of the message.
+    """
+    stride, padding, dilation = conv
+    return _plan(
+        who, tuple(x_shape), tuple(weight_shape), tuple(values_shape), tuple(stride), tuple(padding), tuple(dilation),
+        dtype, device, backend, _precision(dtype, device),
+    )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=4096)
 def _plan(
-    geometry: ConvGeometry,
-    blocksize: tuple[int, int],
-    nnzb: int,
+    who: str,
+    x_shape: tuple[int, ...],
+    weight_shape: tuple[int, ...],
+    values_shape: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
     dtype: torch.dtype,
     device: torch.device,
     backend: str | None,
     precision: str,
-    who: str,
 ) -> ConvPlan:
-    chosen, why = _choose(geometry, blocksize, dtype, device, backend, who)
+    geometry = ConvGeometry.of(x_shape, weight_shape, stride, padding, dilation, who)
+    nnzb, bk, bc = values_shape
+    chosen, why = _choose(geometry, (bk, bc), dtype, device, backend, who)
     kind_tiles = {}
     if chosen == "triton":
         arch = _arch(device)
-        kind_tiles = {k: tiles.pick(k, geometry, blocksize, nnzb, dtype, arch, precision) for k in tiles.KINDS}
-    return ConvPlan(geometry, blocksize, nnzb, dtype, device, chosen, why, kind_tiles, precision)
+        kind_tiles = {k: tiles.pick(k, geometry, (bk, bc), nnzb, dtype, arch, precision) for k in tiles.KINDS}
+    return ConvPlan(geometry, (bk, bc), nnzb, dtype, device, chosen, why, kind_tiles, precision)
 
 
 def _choose(
@@ -245,6 +259,12 @@ def explain(
 
     Returns the ConvPlan: backend and tiles, why them, FLOPs and least bytes of each of fprop, dgrad and wgrad.
     """
-    geometry = ConvGeometry.of(x.shape, pattern.shape, stride, padding, dilation, "explain()")
-    pattern.check_values(values, "explain()")
-    return plan_conv(geometry, pattern.blocksize, pattern.nnzb, values.dtype, values.device, backend, "explain()")
+    who = "explain()"
+    pattern.check_values(values, who)
+    conv = [
+        pair(value, name, who, least)
+        for value, name, least in zip(
+            (stride, padding, dilation), ("stride", "padding", "dilation"), (1, 0, 1), strict=True
+        )
+    ]
+    return plan_conv(who, x.shape, pattern.shape, values.shape, conv, values.dtype, values.device, backend)

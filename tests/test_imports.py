@@ -15,14 +15,15 @@ ROOT = Path(__file__).parent.parent
 ALLOWED = {
     "geometry": set(),
     "index": set(),
+    "layout": set(),
     "pattern": {"index"},
     "reference": {"geometry", "pattern"},
     "kernels/__init__": set(),
     "kernels/tiles": {"geometry"},
-    "kernels/torch_conv": {"geometry", "index"},
-    "kernels/triton_conv": {"geometry", "index", "kernels/tiles"},
+    "kernels/torch_conv": {"geometry", "index", "layout"},
+    "kernels/triton_conv": {"geometry", "index", "layout", "kernels/tiles"},
     "plan": {"geometry", "index", "pattern", "kernels/tiles", "kernels/torch_conv", "kernels/triton_conv"},
-    "functional": {"geometry", "index", "pattern", "plan"},
+    "functional": {"geometry", "index", "layout", "pattern", "plan"},
     "modules": {"geometry", "index", "pattern", "functional"},
     "__init__": {"reference", "functional", "geometry", "modules", "pattern", "plan"},
 }

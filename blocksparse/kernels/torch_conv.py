@@ -3,8 +3,9 @@
 Only stored blocks are multiplied, and no im2col buffer exists. The index is cut, once per mask, into groups: block-rows
 that store the same blocks, side by side. A layer then runs in one of two ways:
 
-conv   Every group stores channels x taps, and at least CONV_TAPS of the taps (HRBP, kernel and filter sparsity): one
-       small dense convolution a group over its gathered channels, with zeros at the taps that are not stored.
+conv   Every group stores channels x taps, and at least CONV_TAPS of the taps (HRBP, kernel and filter sparsity): a
+       dense convolution over gathered channels, with zeros at the taps that are not stored. Groups alike in size make
+       one grouped convolution over one gather; channel lists are padded to what the convolution is fast at.
 shift  Everything else, and 1x1 kernels. x is copied into planes [C, H*N*pitch], one for each residue of the stride,
        whose pitch leaves zeros between image rows; images interleave row by row, so that a tap is one contiguous slice
        of the plane and image rows that are padding are skipped. Each (group, tap) is then one matrix product on that
@@ -28,13 +29,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch._prims_common import suggest_memory_format
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..geometry import ConvGeometry
 from ..index import IndexTables
+from ..layout import format_of, is_channels_last
 
 CONV_TAPS = 2 / 3  # least share of stored taps for `conv`: the rest is multiplied by zeros
+PADDING = 1.25  # most that padding channel lists to one length may add before groups run one by one
 CHUNK_PIXELS = 12288  # pixels worked on at a time on a CPU: planes that stay in its caches
 RUN_CHANNELS = 32  # neighbouring channels worth a product of their own instead of a gather
 
@@ -63,14 +65,40 @@ class _Group(NamedTuple):
     parts: list[_Part]
 
 
+class _Batch(NamedTuple):
+    """Neighbouring groups of equally many rows: one grouped convolution over the channels of all of them.
+
+    Each group has `width` entries in `channels`; shorter lists repeat a channel of theirs, with zero weights. `wide` is
+    the same with a width that is a multiple of eight. `filters` are the groups again, merged into one where their
+    filters have one shape, so that these are copied at once.
+    """
+
+    groups: int
+    filters: list[_Group]
+    rows: slice
+    channels: slice | Tensor
+    width: int
+    wide: slice | Tensor
+    wide_width: int
+
+    def lists(self, x: Tensor) -> tuple[slice | Tensor, int]:
+        """(channels, width) for inputs like x. oneDNN takes any width in channels_last, and eights in contiguous."""
+        exact = x.device.type == "cpu" and is_channels_last(x)
+        return (self.channels, self.width) if exact else (self.wide, self.wide_width)
+
+
 @dataclass(frozen=True)
 class _Decomposition:
     groups: list[_Group]
+    batches: list[_Batch]  # of `conv`
     filters: Tensor | None  # [K] filter of each working row; None: identity
     positions: Tensor | None  # its inverse
     blocks: Tensor | None  # [nnzb] stored block of each working block; None: identity
     block_positions: Tensor | None  # its inverse
-    conv: bool
+
+    @property
+    def conv(self) -> bool:
+        return bool(self.batches)
 
 
 def _order(order: np.ndarray, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
@@ -109,6 +137,51 @@ def _tap_parts(tap: int, lo: int, hi: int, cols: np.ndarray, listed: Tensor, bc:
         return [_Part(tap, slice(lo, hi), listed[lo * bc : hi * bc])]
     starts = [(a, b, int(cols[a])) for a, b in pairwise(cuts)]
     return [_Part(tap, slice(a, b), slice(col * bc, (col + b - a) * bc)) for a, b, col in starts]
+
+
+def _batches(groups: list[_Group], device: torch.device) -> list[_Batch]:
+    """One batch of all groups if they have equally many rows and lists of about the same length, else one each."""
+    rows, widths = ({_length(group.rows) for group in groups}, [_width(group) for group in groups])
+    together = len(rows) == 1 and len(groups) * max(widths) <= PADDING * sum(widths)
+    return [_batch(part, device) for part in ([groups] if together else [[group] for group in groups])]
+
+
+def _batch(groups: list[_Group], device: torch.device) -> _Batch:
+    width = max(_width(group) for group in groups)
+    wide = -(-width // 8) * 8
+    first, last = groups[0], groups[-1]
+    rows = slice(first.rows.start, last.rows.stop)
+    filters = groups
+    if all(group.taps is None and _width(group) == width for group in groups):
+        members = sum(group.members for group in groups)
+        filters = [_Group(rows, slice(first.blocks.start, last.blocks.stop), members, None, first.channels, [])]
+    return _Batch(
+        len(groups), filters, rows, _padded(groups, width, device), width, _padded(groups, wide, device), wide
+    )
+
+
+def _padded(groups: list[_Group], width: int, device: torch.device) -> slice | Tensor:
+    """The channels of all groups one after the other, `width` of each."""
+    first = groups[0].channels
+    if len(groups) == 1 and isinstance(first, slice) and _length(first) == width:
+        return first
+    lists = []
+    for group in groups:
+        channels = group.channels
+        if isinstance(channels, slice):
+            channels = torch.arange(channels.start, channels.stop, dtype=torch.int32, device=device)
+        assert channels is not None
+        lists.append(torch.cat([channels, channels[:1].expand(width - channels.numel())]))
+    return torch.cat(lists).long()  # index_add_ over the last axis is several times slower with int32
+
+
+def _length(part: slice) -> int:
+    return int(part.stop - part.start)
+
+
+def _width(group: _Group) -> int:
+    assert group.channels is not None
+    return _length(group.channels) if isinstance(group.channels, slice) else group.channels.numel()
 
 
 def _decompose(
@@ -151,7 +224,8 @@ def _decompose(
     bsr_rows = (np.asarray(row_of, dtype=np.int64)[:, None] * bk + np.arange(bk)).ravel()
     filters, positions = _order(bsr_rows if row_order is None else row_order[bsr_rows], device)
     blocks_of_groups, block_positions = _order(np.concatenate(block_of), device)
-    return _Decomposition(groups, filters, positions, blocks_of_groups, block_positions, conv)
+    batches = _batches(groups, device) if conv and groups else []
+    return _Decomposition(groups, batches, filters, positions, blocks_of_groups, block_positions)
 
 
 class _Cached(NamedTuple):
@@ -203,16 +277,8 @@ def _decomposition(tables: IndexTables, geometry: ConvGeometry, blocksize: tuple
 # ---------------------------------------------------------------------- channels of a 4-d tensor
 
 
-def _is_channels_last(t: Tensor) -> bool:
-    return suggest_memory_format(t) == torch.channels_last
-
-
-def _format(channels_last: bool) -> torch.memory_format:
-    return torch.channels_last if channels_last else torch.contiguous_format
-
-
 def _empty(shape: tuple[int, ...], like: Tensor, channels_last: bool, dtype: torch.dtype | None = None) -> Tensor:
-    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=_format(channels_last))
+    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=format_of(channels_last))
 
 
 def _pixels(t: Tensor) -> Tensor:
@@ -226,7 +292,7 @@ def _take(t: Tensor, channels: slice | Tensor | None) -> Tensor:
         return t
     if isinstance(channels, slice):
         return t[:, channels]
-    if _is_channels_last(t):
+    if is_channels_last(t):
         n, _, h, w = t.shape
         return _pixels(t).index_select(1, channels).view(n, h, w, -1).permute(0, 3, 1, 2)
     return t.index_select(1, channels)
@@ -236,70 +302,80 @@ def _add(t: Tensor, channels: slice | Tensor, part: Tensor) -> None:
     """Adds `part` to the listed channels of t, both in t's format."""
     if isinstance(channels, slice):
         t[:, channels].add_(part)
-    elif _is_channels_last(t):
+    elif is_channels_last(t):
         _pixels(t).index_add_(1, channels, _pixels(part))
     else:
         t.index_add_(1, channels, part)
 
 
-# ---------------------------------------------------------------------- conv: one dense convolution a group
+# ---------------------------------------------------------------------- conv: one grouped convolution a batch
 
 
-def _conv_args(g: ConvGeometry) -> tuple[object, ...]:
-    return list(g.stride), list(g.padding), list(g.dilation), False, [0, 0], 1
+def _conv_args(g: ConvGeometry, groups: int) -> tuple[object, ...]:
+    return list(g.stride), list(g.padding), list(g.dilation), False, [0, 0], groups
 
 
-def _kernel(values: Tensor, group: _Group, g: ConvGeometry, channels_last: bool) -> Tensor:
-    """The group's filters [rows, channels, R, S], zero at the taps that it does not store."""
+def _filters(w: Tensor, batch: _Batch, group: _Group, blocksize: tuple[int, int]) -> Tensor:
+    """The group's share of the batch's filters `w` [rows, width, R, S] as [members, bk, blocks a tap, bc, taps]."""
+    bk, bc = blocksize
+    start = group.rows.start - batch.rows.start
+    mine = w[start : start + _length(group.rows), : _width(group)]
+    return mine.unflatten(0, (-1, bk)).unflatten(2, (-1, bc)).flatten(4)
+
+
+def _kernel(values: Tensor, batch: _Batch, width: int, g: ConvGeometry, channels_last: bool) -> Tensor:
+    """The batch's filters [rows, width, R, S]: zero at taps that a group does not store, and at padded channels."""
     bk, bc = values.shape[1:]
-    m, t = group.members, g.taps if group.taps is None else group.taps.numel()
-    blocks = values[group.blocks].view(m, t, -1, bk, bc)
-    if group.taps is not None:
-        full = values.new_zeros(m, g.taps, *blocks.shape[2:])
-        blocks = full.index_copy_(1, group.taps, blocks)
-    if channels_last:
-        return blocks.permute(0, 3, 1, 2, 4).reshape(m * bk, g.r, g.s, -1).permute(0, 3, 1, 2)
-    return blocks.permute(0, 3, 2, 4, 1).reshape(m * bk, -1, g.r, g.s)
+    w = _empty((_length(batch.rows), width, g.r, g.s), values, channels_last).zero_()
+    for group in batch.filters:
+        mine = _filters(w, batch, group, (bk, bc))
+        taps = g.taps if group.taps is None else group.taps.numel()
+        blocks = values[group.blocks].view(group.members, taps, -1, bk, bc).permute(0, 3, 2, 4, 1)
+        if group.taps is None:
+            mine.copy_(blocks)
+        else:
+            mine.index_copy_(4, group.taps, blocks)
+    return w
 
 
 def _conv_fprop(x: Tensor, values: Tensor, d: _Decomposition, bias: Tensor | None, g: ConvGeometry) -> Tensor:
-    last = _is_channels_last(x)
-    # CPU convolutions of few channels are up to twice as fast in channels_last, the copies included.
-    inner = last or x.device.type == "cpu"
+    last, done = is_channels_last(x), d.batches[-1].rows.stop
+    parts = []
+    for batch in d.batches:
+        channels, width = batch.lists(x)
+        w, b = _kernel(values, batch, width, g, last), None if bias is None else bias[batch.rows]
+        parts.append(aten.convolution(_take(x, channels), w, b, *_conv_args(g, batch.groups)))
+    if len(parts) == 1 and done == g.k:
+        return _take(parts[0], d.positions)
     y = _empty(g.y_shape, x, last)
-    for group in d.groups:
-        assert group.channels is not None
-        part = _take(x, group.channels).contiguous(memory_format=_format(inner))
-        b = None if bias is None else bias[group.rows]
-        y[:, group.rows] = aten.convolution(part, _kernel(values, group, g, inner), b, *_conv_args(g))
-    empty = slice(d.groups[-1].rows.stop if d.groups else 0, g.k)
-    y[:, empty] = 0 if bias is None else bias[empty].view(-1, 1, 1)
+    for batch, part in zip(d.batches, parts, strict=True):
+        y[:, batch.rows] = part
+    y[:, done:] = 0 if bias is None else bias[done:].view(-1, 1, 1)
     return _take(y, d.positions)
 
 
 def _conv_dgrad(dy: Tensor, values: Tensor, d: _Decomposition, g: ConvGeometry, last: bool, dx: Tensor) -> None:
-    for group in d.groups:
-        assert group.channels is not None
-        w = _kernel(values, group, g, last)
-        like = _empty((g.n, w.shape[1], g.h, g.w), dy, last)  # only its shape is read
-        args = (None, *_conv_args(g), [True, False, False])
-        part, _, _ = aten.convolution_backward(dy[:, group.rows], like, w, *args)
-        _add(dx, group.channels, part)
+    for batch in d.batches:
+        channels, width = batch.lists(dx)
+        like = _empty((g.n, batch.groups * width, g.h, g.w), dy, last)  # only its shape is read
+        w, args = _kernel(values, batch, width, g, last), _conv_args(g, batch.groups)
+        part, _, _ = aten.convolution_backward(dy[:, batch.rows], like, w, None, *args, [True, False, False])
+        _add(dx, channels, part.to(dx.dtype).contiguous(memory_format=format_of(is_channels_last(dx))))
 
 
 def _conv_wgrad(x: Tensor, dy: Tensor, d: _Decomposition, g: ConvGeometry, dvalues: Tensor) -> None:
     bk, bc = dvalues.shape[1:]
-    last = _is_channels_last(x)
-    for group in d.groups:
-        assert group.channels is not None
-        part = _take(x, group.channels)
-        w = _empty((group.members * bk, part.shape[1], g.r, g.s), x, last)  # only its shape is read
-        args = (None, *_conv_args(g), [False, True, False])
-        dw = aten.convolution_backward(dy[:, group.rows], part, w, *args)[1].flatten(2)
-        if group.taps is not None:
-            dw = dw.index_select(2, group.taps)
-        blocks = dw.view(group.members, bk, -1, bc, dw.shape[2]).permute(0, 4, 2, 1, 3)
-        dvalues[group.blocks].view(blocks.shape).copy_(blocks)
+    for batch in d.batches:
+        channels, width = batch.lists(x)
+        # Only its shape is read.
+        w = _empty((_length(batch.rows), width, g.r, g.s), x, is_channels_last(x))
+        args = (*_conv_args(g, batch.groups), [False, True, False])
+        _, dw, _ = aten.convolution_backward(dy[:, batch.rows], _take(x, channels), w, None, *args)
+        for group in batch.filters:
+            mine = _filters(dw, batch, group, (bk, bc))
+            mine = mine if group.taps is None else mine.index_select(4, group.taps)
+            blocks = mine.permute(0, 4, 2, 1, 3)
+            dvalues[group.blocks].view(blocks.shape).copy_(blocks)
 
 
 # ---------------------------------------------------------------------- shift: a tap is a slice of a padded plane
@@ -452,7 +528,7 @@ def _chunks(g: ConvGeometry, device: torch.device) -> Iterator[tuple[slice, Conv
 
 
 def _shift_fprop(x: Tensor, values: Tensor, d: _Decomposition, bias: Tensor | None, geometry: ConvGeometry) -> Tensor:
-    bc, last = values.shape[2], _is_channels_last(x)
+    bc, last = values.shape[2], is_channels_last(x)
     rows_last = _rows_last(last, values.shape[1:])
     y = _empty(geometry.y_shape, x, last)
     matrices = [_matrix(values, group) for group in d.groups]
@@ -472,7 +548,7 @@ def _shift_fprop(x: Tensor, values: Tensor, d: _Decomposition, bias: Tensor | No
 
 
 def _shift_dgrad(dy: Tensor, values: Tensor, d: _Decomposition, geometry: ConvGeometry, dx: Tensor) -> None:
-    rows_last = _rows_last(_is_channels_last(dx), values.shape[1:])
+    rows_last = _rows_last(is_channels_last(dx), values.shape[1:])
     matrices = [_matrix(values, group) for group in d.groups]
     for images, g in _chunks(geometry, dy.device):
         planes = _XPlanes(dx[images], values, g, rows_last, fill=False)
@@ -509,7 +585,7 @@ def _add_group(planes: _XPlanes, y: Tensor, w: Tensor, group: _Group, grid: _Gri
 
 def _shift_wgrad(x: Tensor, dy: Tensor, d: _Decomposition, geometry: ConvGeometry, dvalues: Tensor) -> None:
     bk, bc = dvalues.shape[1:]
-    rows_last = _rows_last(_is_channels_last(x), dvalues.shape[1:])
+    rows_last = _rows_last(is_channels_last(x), dvalues.shape[1:])
     sums = [
         dvalues.new_zeros((group.blocks.stop - group.blocks.start) // group.members * bc, group.members * bk)
         for group in d.groups
@@ -544,7 +620,7 @@ def _working(values: Tensor, d: _Decomposition, dtype: torch.dtype) -> Tensor:
 def fprop(x: Tensor, values: Tensor, tables: IndexTables, bias: Tensor | None, geometry: ConvGeometry) -> Tensor:
     """y [N, K, P, Q] in the memory format of x; bias [K] in filter order, or None."""
     d = _decomposition(tables, geometry, (values.shape[1], values.shape[2]))
-    last, dtype = _is_channels_last(x), _compute_dtype(x, d.conv)
+    last, dtype = is_channels_last(x), _compute_dtype(x, d.conv)
     if x.numel() == 0:
         return _empty(geometry.y_shape, x, last)
     if bias is not None:
@@ -553,7 +629,7 @@ def fprop(x: Tensor, values: Tensor, tables: IndexTables, bias: Tensor | None, g
     if not d.conv:
         return _shift_fprop(x, values, d, bias, geometry)
     y = _conv_fprop(x.to(dtype), values, d, bias, geometry).to(x.dtype)
-    return y.contiguous(memory_format=_format(last))
+    return y.contiguous(memory_format=format_of(last))
 
 
 @torch.no_grad()
@@ -564,7 +640,7 @@ def dgrad(dy: Tensor, values: Tensor, tables: IndexTables, geometry: ConvGeometr
     sums = _compute_dtype(dy, False) if d.conv else dy.dtype  # `conv` adds its groups up in dx itself
     dx = _empty(geometry.x_shape, dy, channels_last, sums).zero_()
     if dy.numel():
-        dy, values = dy.contiguous(memory_format=_format(channels_last)), _working(values, d, dtype)
+        dy, values = dy.contiguous(memory_format=format_of(channels_last)), _working(values, d, dtype)
         if d.conv:
             _conv_dgrad(_take(dy.to(dtype), d.filters), values, d, geometry, channels_last, dx)
         else:
@@ -582,7 +658,7 @@ def wgrad(
     dvalues = x.new_empty(values_shape, dtype=dtype)
     if x.numel() == 0:
         return dvalues.zero_().to(x.dtype)
-    dy = dy.contiguous(memory_format=_format(_is_channels_last(x)))
+    dy = dy.contiguous(memory_format=format_of(is_channels_last(x)))
     if d.conv:
         _conv_wgrad(x.to(dtype), _take(dy.to(dtype), d.filters), d, geometry, dvalues)
     else:

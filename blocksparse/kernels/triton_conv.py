@@ -48,10 +48,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch._prims_common import suggest_memory_format
 
 from ..geometry import ConvGeometry
 from ..index import IndexTables
+from ..layout import format_of, memory_format
 from .tiles import Tile, granule, wgrad_tiles
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -379,7 +379,7 @@ def fprop(
         precision: how fp32 products are formed, "tf32" or "ieee".
     """
     g = geometry
-    y = torch.empty(g.y_shape, dtype=x.dtype, device=x.device, memory_format=suggest_memory_format(x))
+    y = torch.empty(g.y_shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
     if not values.numel() or not x.numel():
         return y.zero_() if bias is None else y.copy_(bias.view(1, -1, 1, 1))
     bk, bc = values.shape[1:]
@@ -412,8 +412,7 @@ def dgrad(
         precision: how fp32 products are formed, "tf32" or "ieee".
     """
     g = geometry
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    dx = torch.empty(g.x_shape, dtype=dy.dtype, device=dy.device, memory_format=memory_format)
+    dx = torch.empty(g.x_shape, dtype=dy.dtype, device=dy.device, memory_format=format_of(channels_last))
     if not values.numel() or not dx.numel():
         return dx.zero_()
     bk, bc = values.shape[1:]

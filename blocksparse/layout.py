@@ -1,0 +1,23 @@
+"""Memory formats: which one a 4-d tensor is in, by PyTorch's rule."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch._prims_common import suggest_memory_format
+
+
+def memory_format(t: Tensor) -> torch.memory_format:
+    """torch._prims_common.suggest_memory_format(t), without its cost where only one format fits."""
+    contiguous, channels_last = t.is_contiguous(), t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last)
+    if contiguous != channels_last:
+        return torch.contiguous_format if contiguous else torch.channels_last
+    return suggest_memory_format(t)
+
+
+def is_channels_last(t: Tensor) -> bool:
+    return memory_format(t) == torch.channels_last
+
+
+def format_of(channels_last: bool) -> torch.memory_format:
+    return torch.channels_last if channels_last else torch.contiguous_format

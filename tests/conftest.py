@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, settings
 
 # The default keeps the whole run short on two cores. HYPOTHESIS_PROFILE=deep draws twenty times as many cases.
 _common = {"deadline": None, "print_blob": True, "suppress_health_check": [HealthCheck.too_slow]}
-settings.register_profile("default", max_examples=60, **_common)
-settings.register_profile("deep", max_examples=1200, **_common)
+settings.register_profile("default", max_examples=100, **_common)
+settings.register_profile("deep", max_examples=2000, **_common)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 

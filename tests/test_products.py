@@ -20,7 +20,7 @@ def share(runner: tuple[str, str]) -> settings:
     default = settings.get_profile(settings.get_current_profile_name()).max_examples
     slow = runner == ("triton", "cpu")
     return settings(
-        max_examples=max(1, default // 3) if slow else default * 2,
+        max_examples=default // 2 if slow else default * 3,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
     )
 

@@ -6,10 +6,11 @@ that store the same blocks, side by side. A layer then runs in one of two ways:
 conv   Every group stores channels x taps, and at least CONV_TAPS of the taps (HRBP, kernel and filter sparsity): a
        dense convolution over gathered channels, with zeros at the taps that are not stored. Groups alike in size make
        one grouped convolution over one gather; channel lists are padded to what the convolution is fast at.
-shift  Everything else, and 1x1 kernels. x is copied into planes [C, H*N*pitch], one for each residue of the stride,
+shift  Everything else. x is copied into planes [C, H*N*pitch], one for each residue of the stride,
        whose pitch leaves zeros between image rows; images interleave row by row, so that a tap is one contiguous slice
        of the plane and image rows that are padding are skipped. Each (group, tap) is then one matrix product on that
-       slice, over the stored channels: views where they form wide runs, gathered otherwise.
+       slice, over the stored channels: views where they form wide runs, gathered otherwise. A 1x1 convolution of stride
+       1 needs no copy where x is a plane as it stands.
 
 float16 and bfloat16 are computed in float32 wherever several operators add to one result, and throughout on a CPU.
 What bounds fine random patterns is gathering and the number of calls, one for each (block-row, tap): at 10% density on
@@ -38,6 +39,7 @@ from ..layout import format_of, is_channels_last
 CONV_TAPS = 2 / 3  # least share of stored taps for `conv`: the rest is multiplied by zeros
 PADDING = 1.25  # most that padding channel lists to one length may add before groups run one by one
 CHUNK_PIXELS = 12288  # pixels worked on at a time on a CPU: planes that stay in its caches
+IMAGE_PIXELS = 512  # least pixels that make one image worth products of its own
 RUN_CHANNELS = 32  # neighbouring channels worth a product of their own instead of a gather
 
 aten = torch.ops.aten
@@ -81,9 +83,9 @@ class _Batch(NamedTuple):
     wide: slice | Tensor
     wide_width: int
 
-    def lists(self, x: Tensor) -> tuple[slice | Tensor, int]:
-        """(channels, width) for inputs like x. oneDNN takes any width in channels_last, and eights in contiguous."""
-        exact = x.device.type == "cpu" and is_channels_last(x)
+    def lists(self, x: Tensor, g: ConvGeometry) -> tuple[slice | Tensor, int]:
+        """(channels, width) for inputs like x. Contiguous 3x3 and larger, and GPUs, are much faster at eights."""
+        exact = x.device.type == "cpu" and (g.taps == 1 or is_channels_last(x))
         return (self.channels, self.width) if exact else (self.wide, self.wide_width)
 
 
@@ -200,7 +202,7 @@ def _decompose(
     groups: list[_Group] = []
     row_of: list[int] = []
     block_of: list[np.ndarray] = [np.arange(0)]
-    conv = r * s > 1
+    conv = True
     rows_done = blocks_done = 0
     for members in _members(indptr, indices):
         start, stop = int(indptr[members[0]]), int(indptr[members[0] + 1])
@@ -225,6 +227,8 @@ def _decompose(
     filters, positions = _order(bsr_rows if row_order is None else row_order[bsr_rows], device)
     blocks_of_groups, block_positions = _order(np.concatenate(block_of), device)
     batches = _batches(groups, device) if conv and groups else []
+    if r * s == 1 and len(batches) > 1:  # `shift` is faster than many small convolutions there
+        batches = []
     return _Decomposition(groups, batches, filters, positions, blocks_of_groups, block_positions)
 
 
@@ -342,7 +346,7 @@ def _conv_fprop(x: Tensor, values: Tensor, d: _Decomposition, bias: Tensor | Non
     last, done = is_channels_last(x), d.batches[-1].rows.stop
     parts = []
     for batch in d.batches:
-        channels, width = batch.lists(x)
+        channels, width = batch.lists(x, g)
         w, b = _kernel(values, batch, width, g, last), None if bias is None else bias[batch.rows]
         parts.append(aten.convolution(_take(x, channels), w, b, *_conv_args(g, batch.groups)))
     if len(parts) == 1 and done == g.k:
@@ -356,7 +360,7 @@ def _conv_fprop(x: Tensor, values: Tensor, d: _Decomposition, bias: Tensor | Non
 
 def _conv_dgrad(dy: Tensor, values: Tensor, d: _Decomposition, g: ConvGeometry, last: bool, dx: Tensor) -> None:
     for batch in d.batches:
-        channels, width = batch.lists(dx)
+        channels, width = batch.lists(dx, g)
         like = _empty((g.n, batch.groups * width, g.h, g.w), dy, last)  # only its shape is read
         w, args = _kernel(values, batch, width, g, last), _conv_args(g, batch.groups)
         part, _, _ = aten.convolution_backward(dy[:, batch.rows], like, w, None, *args, [True, False, False])
@@ -366,7 +370,7 @@ def _conv_dgrad(dy: Tensor, values: Tensor, d: _Decomposition, g: ConvGeometry, 
 def _conv_wgrad(x: Tensor, dy: Tensor, d: _Decomposition, g: ConvGeometry, dvalues: Tensor) -> None:
     bk, bc = dvalues.shape[1:]
     for batch in d.batches:
-        channels, width = batch.lists(x)
+        channels, width = batch.lists(x, g)
         # Only its shape is read.
         w = _empty((_length(batch.rows), width, g.r, g.s), x, is_channels_last(x))
         args = (*_conv_args(g, batch.groups), [False, True, False])
@@ -440,6 +444,19 @@ def _new_plane(like: Tensor, channels: int, length: int, rows_last: bool) -> Ten
     return like.new_zeros(length, channels).t() if rows_last else like.new_zeros(channels, length)
 
 
+def _pointwise(g: ConvGeometry) -> bool:
+    return g.taps == 1 and g.stride == (1, 1) and g.padding == (0, 0)
+
+
+def _own_plane(t: Tensor, like: Tensor, g: ConvGeometry, rows_last: bool) -> Tensor | None:
+    """The plane that t [N, C, H, W] is already, where a 1x1 convolution of stride 1 needs no zeros between rows."""
+    if not _pointwise(g) or g.n > 1 or t.dtype != like.dtype:
+        return None
+    if rows_last:
+        return _pixels(t).t()
+    return t[0].flatten(1) if t.is_contiguous() else None
+
+
 def _image(plane: Tensor, n: int, h: int, w: int, start: int, pitch: int) -> Tensor:
     """The [N, C, h, w] that lies in a plane from `start`."""
     rows = plane[:, start : start + h * n * pitch].unflatten(1, (h, n, pitch))
@@ -459,6 +476,10 @@ class _XPlanes(dict[tuple[int, int], Tensor]):
 
     def __missing__(self, phase: tuple[int, int]) -> Tensor:
         g, grid = self._g, _grid(self._g)
+        own = _own_plane(self._x, self._like, g, self._rows_last)
+        if own is not None:
+            self[phase] = own
+            return own
         h = _phase_of(self._x, phase, g).shape[2]
         self[phase] = _new_plane(self._like, g.c, grid.lead + h * g.n * grid.pitch + grid.tail, self._rows_last)
         if self._fill:
@@ -470,12 +491,15 @@ class _XPlanes(dict[tuple[int, int], Tensor]):
         return _image(self[phase], self._g.n, h, w, _grid(self._g).lead, _grid(self._g).pitch)
 
     def write_back(self) -> None:
-        for phase in self:
-            _phase_of(self._x, phase, self._g).copy_(self._image(phase))
+        for phase, plane in self.items():
+            if plane.untyped_storage().data_ptr() != self._x.untyped_storage().data_ptr():
+                _phase_of(self._x, phase, self._g).copy_(self._image(phase))
 
 
 def _y_plane(dy: Tensor, like: Tensor, d: _Decomposition, g: ConvGeometry, rows_last: bool) -> Tensor:
     """dy in working order; zeros in the columns between its image rows."""
+    if d.filters is None and (own := _own_plane(dy, like, g, rows_last)) is not None:
+        return own
     grid = _grid(g)
     plane = _new_plane(like, g.k, g.p * g.n * grid.pitch, rows_last)
     _image(plane, g.n, g.p, g.q, 0, grid.pitch).copy_(_take(dy, d.filters))
@@ -519,12 +543,28 @@ def _rows_last(channels_last: bool, blocksize: torch.Size) -> bool:
     return channels_last and min(blocksize) >= RUN_CHANNELS  # thin products and gathers want long rows
 
 
-def _chunks(g: ConvGeometry, device: torch.device) -> Iterator[tuple[slice, ConvGeometry]]:
-    """Images to work on at a time: on a CPU so few that their planes stay in its cache."""
-    n = g.n if device.type != "cpu" else max(1, CHUNK_PIXELS // (max(g.h, g.p) * max(g.w, g.q)))
+def _chunks(g: ConvGeometry, device: torch.device, rows_last: bool) -> Iterator[tuple[slice, ConvGeometry]]:
+    """Images to work on at a time, on a CPU so few that their planes stay in its cache; and the geometry of that part.
+
+    A 1x1 convolution of stride 1 sees images in channels_last as one tall image.
+    """
+    pixels = max(g.h, g.p) * max(g.w, g.q)
+    n = g.n if device.type != "cpu" else max(1, CHUNK_PIXELS // pixels)
+    if _pointwise(g) and not rows_last and pixels >= IMAGE_PIXELS:
+        n = 1  # see _own_plane
     for start in range(0, g.n, n):
         stop = min(g.n, start + n)
-        yield slice(start, stop), replace(g, n=stop - start)
+        part = replace(g, n=stop - start)
+        if rows_last and _pointwise(g):
+            part = replace(g, n=1, h=part.n * g.h)
+        yield slice(start, stop), part
+
+
+def _images(t: Tensor, images: slice, g: ConvGeometry) -> Tensor:
+    """These images of t; as one tall image where g counts them so (t is channels_last then)."""
+    part = t[images]
+    n, c, h, w = part.shape
+    return part if n == g.n else part.permute(0, 2, 3, 1).view(1, n * h, w, c).permute(0, 3, 1, 2)
 
 
 def _shift_fprop(x: Tensor, values: Tensor, d: _Decomposition, bias: Tensor | None, geometry: ConvGeometry) -> Tensor:
@@ -532,27 +572,30 @@ def _shift_fprop(x: Tensor, values: Tensor, d: _Decomposition, bias: Tensor | No
     rows_last = _rows_last(last, values.shape[1:])
     y = _empty(geometry.y_shape, x, last)
     matrices = [_matrix(values, group) for group in d.groups]
-    for images, g in _chunks(geometry, x.device):
-        grid, planes = _grid(g), _XPlanes(x[images], values, g, rows_last, fill=True)
-        out = _new_plane(values, g.k, g.p * g.n * grid.pitch, rows_last)
+    for images, g in _chunks(geometry, x.device, rows_last):
+        grid, planes = _grid(g), _XPlanes(_images(x, images, g), values, g, rows_last, fill=True)
+        own = None if d.positions is not None else _own_plane(_images(y, images, g), values, g, rows_last)
+        out = _new_plane(values, g.k, g.p * g.n * grid.pitch, rows_last) if own is None else own.zero_()
         if bias is not None:
             out.copy_(bias[:, None])
         for group, w in zip(d.groups, matrices, strict=True):
             mine = out[group.rows]
             for weights, cols, part in _products(group, planes, grid, bc):
                 mine[:, cols].addmm_(w[weights].t(), part)
+        if own is not None:
+            continue
         if d.positions is not None:
             out = _rows(out, d.positions)
-        y[images].copy_(_image(out, g.n, g.p, g.q, 0, grid.pitch))
+        _images(y, images, g).copy_(_image(out, g.n, g.p, g.q, 0, grid.pitch))
     return y
 
 
 def _shift_dgrad(dy: Tensor, values: Tensor, d: _Decomposition, geometry: ConvGeometry, dx: Tensor) -> None:
     rows_last = _rows_last(is_channels_last(dx), values.shape[1:])
     matrices = [_matrix(values, group) for group in d.groups]
-    for images, g in _chunks(geometry, dy.device):
-        planes = _XPlanes(dx[images], values, g, rows_last, fill=False)
-        y = _y_plane(dy[images], values, d, g, rows_last)
+    for images, g in _chunks(geometry, dy.device, rows_last):
+        planes = _XPlanes(_images(dx, images, g), values, g, rows_last, fill=False)
+        y = _y_plane(_images(dy, images, g), values, d, g, rows_last)
         for group, w in zip(d.groups, matrices, strict=True):
             _add_group(planes, y[group.rows], w, group, _grid(g), values.shape[2])
         planes.write_back()
@@ -590,9 +633,9 @@ def _shift_wgrad(x: Tensor, dy: Tensor, d: _Decomposition, geometry: ConvGeometr
         dvalues.new_zeros((group.blocks.stop - group.blocks.start) // group.members * bc, group.members * bk)
         for group in d.groups
     ]
-    for images, g in _chunks(geometry, x.device):
-        planes = _XPlanes(x[images], dvalues, g, rows_last, fill=True)
-        y = _y_plane(dy[images], dvalues, d, g, rows_last)
+    for images, g in _chunks(geometry, x.device, rows_last):
+        planes = _XPlanes(_images(x, images, g), dvalues, g, rows_last, fill=True)
+        y = _y_plane(_images(dy, images, g), dvalues, d, g, rows_last)
         for group, dw in zip(d.groups, sums, strict=True):
             mine = y[group.rows]
             for weights, cols, part in _products(group, planes, _grid(g), bc):

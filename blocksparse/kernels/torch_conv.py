@@ -14,7 +14,7 @@ shift  Everything else. x is copied into planes [C, H*N*pitch], one for each res
 
 float16 and bfloat16 are computed in float32 wherever several operators add to one result, and throughout on a CPU.
 What bounds fine random patterns is gathering and the number of calls, one for each (block-row, tap): at 10% density on
-two cores (8, 1) and (8, 8) blocks run at 0.6 to 1.3 times the speed of a dense 3x3 convolution, (4, 4) and finer slower.
+two cores (8, 1) and (8, 8) blocks run at 0.6 to 1.3 times the speed of a dense 3x3 convolution, finer ones slower.
 The decomposition lives on the host: a CUDA graph captured here is not valid for another mask.
 """
 
@@ -98,9 +98,8 @@ class _Decomposition:
     blocks: Tensor | None  # [nnzb] stored block of each working block; None: identity
     block_positions: Tensor | None  # its inverse
 
-    @property
-    def conv(self) -> bool:
-        return bool(self.batches)
+    def conv(self, g: ConvGeometry) -> bool:
+        return bool(self.batches) and (g.taps > 1 or g.padding == (0, 0))
 
 
 def _order(order: np.ndarray, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
@@ -659,19 +658,38 @@ def _working(values: Tensor, d: _Decomposition, dtype: torch.dtype) -> Tensor:
     return (values if d.blocks is None else values.index_select(0, d.blocks)).to(dtype)
 
 
+def _dense_steps(g: ConvGeometry) -> ConvGeometry:
+    """A strided 1x1 convolution as one of stride 1 over the pixels that it reads.
+
+    Besides reading less, it keeps clear of oneDNN, whose channels_last weight gradient of a strided 1x1 convolution of
+    few channels is wrong (seen in PyTorch 2.13).
+    """
+    return g if g.taps > 1 else replace(g, h=g.p, w=g.q, stride=(1, 1))
+
+
+def _read_pixels(x: Tensor, g: ConvGeometry) -> Tensor:
+    """The pixels of x that _dense_steps(g) is about: x itself unless g is a strided 1x1 convolution."""
+    if g.taps > 1 or g.stride == (1, 1):
+        return x
+    read = x[:, :, :: g.stride[0], :: g.stride[1]][:, :, : g.p, : g.q]
+    return read.contiguous(memory_format=format_of(is_channels_last(x)))
+
+
 @torch.no_grad()
 def fprop(x: Tensor, values: Tensor, tables: IndexTables, bias: Tensor | None, geometry: ConvGeometry) -> Tensor:
     """y [N, K, P, Q] in the memory format of x; bias [K] in filter order, or None."""
     d = _decomposition(tables, geometry, (values.shape[1], values.shape[2]))
-    last, dtype = is_channels_last(x), _compute_dtype(x, d.conv)
+    last, conv = is_channels_last(x), d.conv(geometry)
+    dtype = _compute_dtype(x, conv)
     if x.numel() == 0:
         return _empty(geometry.y_shape, x, last)
     if bias is not None:
         bias = (bias if d.filters is None else bias.index_select(0, d.filters)).to(dtype)
     values = _working(values, d, dtype)
-    if not d.conv:
+    if not conv:
         return _shift_fprop(x, values, d, bias, geometry)
-    y = _conv_fprop(x.to(dtype), values, d, bias, geometry).to(x.dtype)
+    read = _read_pixels(x, geometry).to(dtype)
+    y = _conv_fprop(read, values, d, bias, _dense_steps(geometry)).to(x.dtype)
     return y.contiguous(memory_format=format_of(last))
 
 
@@ -679,13 +697,18 @@ def fprop(x: Tensor, values: Tensor, tables: IndexTables, bias: Tensor | None, g
 def dgrad(dy: Tensor, values: Tensor, tables: IndexTables, geometry: ConvGeometry, channels_last: bool) -> Tensor:
     """dx [N, C, H, W], channels_last or contiguous."""
     d = _decomposition(tables, geometry, (values.shape[1], values.shape[2]))
-    dtype = _compute_dtype(dy, d.conv)
-    sums = _compute_dtype(dy, False) if d.conv else dy.dtype  # `conv` adds its groups up in dx itself
+    conv = d.conv(geometry)
+    dtype = _compute_dtype(dy, conv)
+    sums = _compute_dtype(dy, False) if conv else dy.dtype  # `conv` adds its groups up in dx itself
     dx = _empty(geometry.x_shape, dy, channels_last, sums).zero_()
     if dy.numel():
         dy, values = dy.contiguous(memory_format=format_of(channels_last)), _working(values, d, dtype)
-        if d.conv:
-            _conv_dgrad(_take(dy.to(dtype), d.filters), values, d, geometry, channels_last, dx)
+        if conv:
+            g = _dense_steps(geometry)
+            read = dx if g == geometry else _empty(g.x_shape, dx, channels_last).zero_()
+            _conv_dgrad(_take(dy.to(dtype), d.filters), values, d, g, channels_last, read)
+            if read is not dx:
+                dx[:, :, :: geometry.stride[0], :: geometry.stride[1]][:, :, : g.p, : g.q] = read
         else:
             _shift_dgrad(dy, values, d, geometry, dx)
     return dx.to(dy.dtype)
@@ -697,13 +720,15 @@ def wgrad(
 ) -> Tensor:
     """dvalues [nnzb, bk, bc]."""
     d = _decomposition(tables, geometry, (values_shape[1], values_shape[2]))
-    dtype = _compute_dtype(x, d.conv)
+    conv = d.conv(geometry)
+    dtype = _compute_dtype(x, conv)
     dvalues = x.new_empty(values_shape, dtype=dtype)
     if x.numel() == 0:
         return dvalues.zero_().to(x.dtype)
     dy = dy.contiguous(memory_format=format_of(is_channels_last(x)))
-    if d.conv:
-        _conv_wgrad(x.to(dtype), _take(dy.to(dtype), d.filters), d, geometry, dvalues)
+    if conv:
+        read = _read_pixels(x, geometry).to(dtype)
+        _conv_wgrad(read, _take(dy.to(dtype), d.filters), d, _dense_steps(geometry), dvalues)
     else:
         _shift_wgrad(x, dy, d, geometry, dvalues)
     return (dvalues if d.block_positions is None else dvalues.index_select(0, d.block_positions)).to(x.dtype)

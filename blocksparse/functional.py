@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .geometry import ConvGeometry, pair
+from .geometry import ConvGeometry, conv_pairs
 from .index import unpack
 from .layout import format_of, is_channels_last, memory_format
 from .pattern import BSRPattern
@@ -59,8 +59,7 @@ def conv2d(
     pattern.check_values(values, "conv2d()")
     return convolve(
         x, values, pattern.index, bias, pattern.shape,
-        pair(stride, "stride", "conv2d()", 1), pair(padding, "padding", "conv2d()", 0),
-        pair(dilation, "dilation", "conv2d()", 1), backend,
+        *conv_pairs(stride, padding, dilation, "conv2d()"), backend,
     )  # fmt: skip
 
 
@@ -85,8 +84,7 @@ def conv2d_dgrad(
     pattern.check_values(values, "conv2d_dgrad()")
     return torch.ops.bsrconv.dgrad(
         dy, values, pattern.index, list(x_shape), pattern.shape,
-        pair(stride, "stride", "conv2d_dgrad()", 1), pair(padding, "padding", "conv2d_dgrad()", 0),
-        pair(dilation, "dilation", "conv2d_dgrad()", 1), is_channels_last(dy), backend,
+        *conv_pairs(stride, padding, dilation, "conv2d_dgrad()"), is_channels_last(dy), backend,
     )  # fmt: skip
 
 
@@ -109,8 +107,7 @@ def conv2d_wgrad(
     """
     return torch.ops.bsrconv.wgrad(
         x, dy, pattern.index, (pattern.nnzb, *pattern.blocksize), pattern.shape,
-        pair(stride, "stride", "conv2d_wgrad()", 1), pair(padding, "padding", "conv2d_wgrad()", 0),
-        pair(dilation, "dilation", "conv2d_wgrad()", 1), backend,
+        *conv_pairs(stride, padding, dilation, "conv2d_wgrad()"), backend,
     )  # fmt: skip
 
 

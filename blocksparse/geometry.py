@@ -16,6 +16,13 @@ def pair(value: int | Sequence[int], name: str, who: str, least: int) -> Pair:
     return both[0], both[1]
 
 
+def conv_pairs(
+    stride: int | Sequence[int], padding: int | Sequence[int], dilation: int | Sequence[int], who: str
+) -> tuple[Pair, Pair, Pair]:
+    """(stride, padding, dilation) as pairs, checked."""
+    return pair(stride, "stride", who, 1), pair(padding, "padding", who, 0), pair(dilation, "dilation", who, 1)
+
+
 @dataclass(frozen=True, slots=True)
 class ConvGeometry:
     """Sizes of a 2-d convolution without groups.
@@ -66,7 +73,7 @@ class ConvGeometry:
             )
         geometry = cls(
             n, c, h, w, k, r, s,
-            pair(stride, "stride", who, 1), pair(padding, "padding", who, 0), pair(dilation, "dilation", who, 1),
+            *conv_pairs(stride, padding, dilation, who),
         )  # fmt: skip
         if geometry.p < 1 or geometry.q < 1:
             raise ValueError(

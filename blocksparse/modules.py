@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .functional import apply_linear, convolve
-from .geometry import pair
+from .geometry import conv_pairs
 from .pattern import BSRPattern
 
 
@@ -235,9 +235,7 @@ class BSRConv2d(_BSRModule):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(pattern, bias, backend, device, dtype)
-        self.stride = pair(stride, "stride", "BSRConv2d()", 1)
-        self.padding = pair(padding, "padding", "BSRConv2d()", 0)
-        self.dilation = pair(dilation, "dilation", "BSRConv2d()", 1)
+        self.stride, self.padding, self.dilation = conv_pairs(stride, padding, dilation, "BSRConv2d()")
 
     @classmethod
     def from_dense(cls, conv: nn.Conv2d, pattern: BSRPattern, *, backend: str | None = None) -> BSRConv2d:

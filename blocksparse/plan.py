@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .geometry import ConvGeometry, pair
+from .geometry import ConvGeometry, conv_pairs
 from .index import IndexTables, packed_size
 from .kernels import tiles
 from .pattern import BSRPattern
@@ -261,10 +261,5 @@ def explain(
     """
     who = "explain()"
     pattern.check_values(values, who)
-    conv = [
-        pair(value, name, who, least)
-        for value, name, least in zip(
-            (stride, padding, dilation), ("stride", "padding", "dilation"), (1, 0, 1), strict=True
-        )
-    ]
+    conv = conv_pairs(stride, padding, dilation, who)
     return plan_conv(who, x.shape, pattern.shape, values.shape, conv, values.dtype, values.device, backend)

@@ -1,0 +1,389 @@
+"""Which shapes a mask may take: every sparsity structure behind one call.
+
+A structure says what may be kept together. Most are grains, boxes of the filter bank that are kept or dropped whole
+(Mao et al., Exploring the Regularity of Sparse Structure in Convolutional Neural Networks, 2017): a grain is worth the
+sum of the scores of its cells, and the best ones stay.
+
+    unstructured  single weights
+    n:m           single weights, n in every m neighbouring input channels (Zhou et al., ICLR 2021); "2:4" names one
+    vector        a row of a kernel
+    kernel        one filter and one input channel
+    filter        one filter
+    channel       one input channel of all filters
+    block         bk filters x bc input channels at one tap
+    1xn           n filters and one input channel, all taps (Lin et al., 1xN Pattern, 2022); with `uniform` equally many
+                  in every n filters (SUBP: Xiang et al., NeurIPS 2023)
+    elementwise   groups of similar filters that keep the same cells of C x R x S: dense blocks in the output, not in
+                  the input gradient; the baseline of the HRBP paper
+    hrbp          groups of filters that keep the same channels, all taps (see regroup.py)
+    hrbp++        groups of filters that keep the same channels and the same taps, 4/9 of them
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from blocksparse import BSRPattern
+
+from .choose import check_score, top
+from .regroup import Grouping, GroupShape, group_shape, regroup
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a structure keeps of one layer.
+
+    mask       bool [K, C, R, S], in filter order
+    blocksize  (bk, bc) that stores the mask and no zero; None: the structure has no such form
+    row_order  which filter each row of the BSR matrix is; None: filter i
+    grouping   the groups of "hrbp" and "hrbp++"
+    """
+
+    mask: Tensor
+    blocksize: tuple[int, int] | None
+    row_order: Tensor | None = None
+    grouping: Grouping | None = None
+
+    def pattern(self) -> BSRPattern:
+        """The mask as a BSR index without a stored zero; refused where the structure has no such form."""
+        if self.blocksize is None:
+            raise ValueError(
+                "Choice.pattern(): this structure keeps single weights, which no block of more than one weight holds "
+                "without zeros; use its mask, or BSRPattern.from_mask() with a blocksize of your own"
+            )
+        return BSRPattern.from_mask(self.mask, self.blocksize, self.row_order)
+
+
+class Structure(ABC):
+    """One kind of mask. `choose` selects by score; `density` says what it makes of a wish, from the shape alone."""
+
+    name: str
+
+    @abstractmethod
+    def choose(self, score: Tensor, sparsity: float, seed: int = 0) -> Choice:
+        """What is kept of a layer with this score [K, C, R, S] >= 0 when a share `sparsity` of it is dropped."""
+
+    @abstractmethod
+    def density(self, shape: Sequence[int], density: float) -> float:
+        """The share of a layer [K, C, R, S] that is kept when `density` is asked for: whole grains, at least one."""
+
+    def refuses(self, shape: Sequence[int]) -> str | None:
+        """Why a layer [K, C, R, S] cannot have this structure, or None."""
+        return None
+
+    def _check(self, shape: Sequence[int]) -> None:
+        if reason := self.refuses(shape):
+            raise ValueError(
+                f"make_mask({self.name!r}): layer {tuple(shape)}: {reason}; choose one that does, or keep it dense"
+            )
+
+
+@dataclass(frozen=True)
+class Grains(Structure):
+    """Boxes (k, c, r, s) of the filter bank, kept or dropped whole; None stands for a whole axis.
+
+    uniform: equally many in every k filters. stored: the box is a BSR block, for all taps or for one.
+    """
+
+    name: str
+    box: tuple[int | None, int | None, int | None, int | None]
+    uniform: bool = False
+    stored: bool = True
+
+    def sizes(self, shape: Sequence[int]) -> tuple[int, int, int, int]:
+        """The box in a layer of this shape."""
+        k, c, r, s = (axis if size is None else size for axis, size in zip(shape, self.box, strict=True))
+        return k, c, r, s
+
+    def refuses(self, shape: Sequence[int]) -> str | None:
+        for name, size, axis in zip("KC", self.sizes(shape), shape, strict=False):
+            if size < 1 or axis % size:
+                return f"grains of {size} do not divide {name} = {axis}"
+        return None
+
+    def sums(self, score: Tensor) -> Tensor:
+        """[K/k, C/c, R/r, S/s]: the score of each grain."""
+        k, c, r, s = self.sizes(score.shape)
+        kk, cc, rr, ss = score.shape
+        return score.view(kk // k, k, cc // c, c, rr // r, r, ss // s, s).sum((1, 3, 5, 7))
+
+    def expand(self, grains: Tensor, shape: Sequence[int]) -> Tensor:
+        """A mask of grains as a mask of weights."""
+        for axis, size in enumerate(self.sizes(shape)):
+            grains = grains.repeat_interleave(size, axis)
+        return grains
+
+    def count(self, shape: Sequence[int], density: float) -> int:
+        """Grains kept: of every k filters if uniform, else of the layer."""
+        k, c, r, s = self.sizes(shape)
+        each = (shape[1] // c) * (shape[2] // r) * (shape[3] // s)
+        return max(1, round(density * each * (1 if self.uniform else shape[0] // k)))
+
+    def choose(self, score: Tensor, sparsity: float, seed: int = 0) -> Choice:
+        cells = check_score(score, sparsity, f"make_mask({self.name!r})")
+        self._check(score.shape)
+        sums = self.sums(cells)
+        flat = sums.flatten(1) if self.uniform else sums.view(1, -1)
+        return self.choice(top(flat, self.count(score.shape, 1 - sparsity)).view(sums.shape), score.shape)
+
+    def choice(self, kept: Tensor, shape: Sequence[int]) -> Choice:
+        """The choice of these grains."""
+        k, c, _, _ = self.sizes(shape)
+        return Choice(self.expand(kept, shape), (k, c) if self.stored else None)
+
+    def density(self, shape: Sequence[int], density: float) -> float:
+        self._check(shape)
+        k, c, r, s = self.sizes(shape)
+        rows = shape[0] // k if self.uniform else 1
+        return self.count(shape, density) * rows * k * c * r * s / (shape[0] * shape[1] * shape[2] * shape[3])
+
+
+@dataclass(frozen=True)
+class NM(Structure):
+    """n weights of every m neighbouring input channels."""
+
+    m: int
+    n: int | None = None
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return "n:m" if self.n is None else f"{self.n}:{self.m}"
+
+    def kept(self, sparsity: float) -> int:
+        exact = self.m * (1 - sparsity)
+        n = round(exact) if self.n is None else self.n
+        if abs(n - exact) > 1e-6 * self.m or not 1 <= n <= self.m:
+            raise ValueError(
+                f"make_mask({self.name!r}): sparsity is {sparsity}; {'n' if self.n is None else self.n}:{self.m} has "
+                f"{f'1 - n/{self.m}' if self.n is None else 1 - self.n / self.m}"
+            )
+        return n
+
+    def choose(self, score: Tensor, sparsity: float, seed: int = 0) -> Choice:
+        cells = check_score(score, sparsity, f"make_mask({self.name!r})")
+        self._check(score.shape)
+        k, c, r, s = score.shape
+        along = cells.view(k, c // self.m, self.m, r * s).transpose(2, 3)
+        return Choice(top(along, self.kept(sparsity)).transpose(2, 3).reshape(score.shape), None)
+
+    def density(self, shape: Sequence[int], density: float) -> float:
+        self._check(shape)
+        n = max(1, round(self.m * density)) if self.n is None else self.n
+        return n / self.m
+
+    def refuses(self, shape: Sequence[int]) -> str | None:
+        return f"m = {self.m} does not divide C = {shape[1]}" if self.m < 1 or shape[1] % self.m else None
+
+
+def _sparsity(density: float) -> float:
+    """1 - density, below 1: the least that groups keep is one run of channels."""
+    return min(1 - density, 1 - 1e-9)
+
+
+@dataclass(frozen=True)
+class Groups(Structure):
+    """HRBP and HRBP++; the options are those of `regroup`. row_granule None: filters stay where they are."""
+
+    name: str
+    tap_density: float
+    groups: int = 8
+    granule: int = 1
+    row_granule: int | None = 1
+    min_rows: int = 8
+    balanced: bool = False
+    method: str = "assign"
+
+    def refuses(self, shape: Sequence[int]) -> str | None:
+        for name, size, axis in (("row_granule", self._rows(shape), shape[0]), ("granule", self.granule, shape[1])):
+            if size < 1 or axis % size:
+                return f"{name} = {size} does not divide {axis}"
+        return None
+
+    def _rows(self, shape: Sequence[int]) -> int:
+        if self.row_granule is not None:
+            return self.row_granule
+        size = group_shape(shape, 0.0, groups=self.groups, min_rows=self.min_rows)
+        return shape[0] // size.groups
+
+    def choose(self, score: Tensor, sparsity: float, seed: int = 0) -> Choice:
+        grouping = regroup(
+            score,
+            sparsity,
+            groups=self.groups,
+            tap_density=self.tap_density,
+            granule=self.granule,
+            row_granule=self._rows(score.shape),
+            min_rows=self.min_rows,
+            balanced=self.balanced,
+            method=self.method,
+            seed=seed,
+        )
+        return grouping_choice(grouping)
+
+    def size(self, shape: Sequence[int], sparsity: float) -> GroupShape:
+        """Groups, channels and taps of a layer of this shape."""
+        return group_shape(
+            shape,
+            sparsity,
+            groups=self.groups,
+            tap_density=self.tap_density,
+            granule=self.granule,
+            row_granule=self._rows(shape),
+            min_rows=self.min_rows,
+        )
+
+    def grouping(self, mask: Tensor, row_order: Tensor | None) -> Grouping:
+        """The groups of a mask that this structure made, rows in this order."""
+        k, c, r, s = mask.shape
+        order = torch.arange(k, device=mask.device) if row_order is None else row_order.long()
+        groups = self.size(mask.shape, 0.0).groups
+        kept = mask[order[:: k // groups]].view(groups, c, r * s)
+        channels, taps = (axes.nonzero()[:, 1].view(groups, -1) for axes in (kept.any(2), kept.any(1)))
+        return Grouping((k, c, r, s), order, channels, taps, self.granule)
+
+    def density(self, shape: Sequence[int], density: float) -> float:
+        size = self.size(shape, _sparsity(density))
+        return size.channels * size.taps / (shape[1] * shape[2] * shape[3])
+
+
+def grouping_choice(grouping: Grouping) -> Choice:
+    """The choice that keeps what a grouping keeps."""
+    return Choice(grouping.mask(), grouping.blocksize, grouping.row_order, grouping)
+
+
+@dataclass(frozen=True)
+class Elementwise(Structure):
+    """Groups of filters that keep the same cells of C x R x S, which ones is free."""
+
+    groups: int = 8
+    min_rows: int = 8
+    method: str = "assign"
+    name: str = "elementwise"
+
+    def choose(self, score: Tensor, sparsity: float, seed: int = 0) -> Choice:
+        check_score(score, sparsity, f"make_mask({self.name!r})")
+        k, c, r, s = score.shape
+        flat = regroup(
+            score.reshape(k, c * r * s, 1, 1),
+            sparsity,
+            groups=self.groups,
+            min_rows=self.min_rows,
+            method=self.method,
+            seed=seed,
+        )
+        return Choice(flat.mask().view(k, c, r, s), flat.blocksize, flat.row_order)
+
+    def density(self, shape: Sequence[int], density: float) -> float:
+        cells = shape[1] * shape[2] * shape[3]
+        size = group_shape((shape[0], cells, 1, 1), _sparsity(density), groups=self.groups, min_rows=self.min_rows)
+        return size.channels / cells
+
+
+# ---------------------------------------------------------------------- by name
+
+
+def _n_m(*, m: int = 4, n: int | None = None) -> Structure:
+    return NM(m, n)
+
+
+def _one_by_n(*, n: int = 16, uniform: bool = False) -> Structure:
+    return Grains("1xn", (n, 1, None, None), uniform)
+
+
+def _block(*, blocksize: tuple[int, int] = (32, 32)) -> Structure:
+    try:
+        bk, bc = blocksize
+    except (TypeError, ValueError):
+        raise ValueError(f"structure('block'): blocksize is {blocksize!r}; it needs a pair (bk, bc)") from None
+    return Grains("block", (bk, bc, 1, 1))
+
+
+def _groups(name: str, tap_density: float) -> Callable[..., Structure]:
+    def make(
+        *,
+        groups: int = 8,
+        tap_density: float = tap_density,
+        granule: int = 1,
+        row_granule: int | None = 1,
+        min_rows: int = 8,
+        balanced: bool = False,
+        method: str = "assign",
+    ) -> Structure:
+        return Groups(name, tap_density, groups, granule, row_granule, min_rows, balanced, method)
+
+    return make
+
+
+def _elementwise(*, groups: int = 8, min_rows: int = 8, method: str = "assign") -> Structure:
+    return Elementwise(groups, min_rows, method)
+
+
+STRUCTURES: dict[str, Callable[..., Structure]] = {
+    "unstructured": lambda: Grains("unstructured", (1, 1, 1, 1), stored=False),
+    "n:m": _n_m,
+    "vector": lambda: Grains("vector", (1, 1, 1, None), stored=False),
+    "kernel": lambda: Grains("kernel", (1, 1, None, None)),
+    "filter": lambda: Grains("filter", (1, None, None, None)),
+    "channel": lambda: Grains("channel", (None, 1, None, None)),
+    "block": _block,
+    "1xn": _one_by_n,
+    "elementwise": _elementwise,
+    "hrbp": _groups("hrbp", 1.0),
+    "hrbp++": _groups("hrbp++", 4 / 9),
+}
+
+
+def structure(name: str, **options: object) -> Structure:
+    """The structure of this name (see the list at the top of this file), or "2:4", "1:4", ... for n:m.
+
+    Raises:
+        ValueError: no such structure.
+        TypeError: an option that it does not have; the message lists those it has.
+    """
+    ratio = re.fullmatch(r"(\d+):(\d+)", name)
+    make = (lambda: NM(int(ratio[2]), int(ratio[1]))) if ratio else STRUCTURES.get(name)
+    if make is None:
+        raise ValueError(f"structure(): no structure {name!r}; choose one of {', '.join(STRUCTURES)} or a ratio as 2:4")
+    known = inspect.signature(make).parameters
+    if unknown := sorted(set(options) - set(known)):
+        raise TypeError(f"structure({name!r}): no option {', '.join(unknown)}; it has {', '.join(known) or 'none'}")
+    return make(**options)
+
+
+def make_mask(score: Tensor, sparsity: float, structure: str = "hrbp++", *, seed: int = 0, **options: object) -> Tensor:
+    """The mask of this structure that keeps the most of the score.
+
+    Args:
+        score: [K, C, R, S] or [K, C] (read as [K, C, 1, 1]), finite and >= 0, floating point or bool, on any device.
+        sparsity: share of the weights that is dropped, in [0, 1). Structures keep whole grains, and at least one:
+            the share kept is as near as these allow.
+        structure: see the list at the top of this file.
+        seed: of the structures that search (elementwise, hrbp, hrbp++).
+        **options: of the structure: n, m (n:m), n, uniform (1xn), blocksize (block), groups, min_rows, method
+            (elementwise, hrbp, hrbp++), tap_density, granule, row_granule, balanced (hrbp, hrbp++).
+
+    Returns:
+        bool, of the score's shape and device.
+
+    Raises:
+        ValueError, TypeError: a score, sparsity, structure or option that makes no mask; the message says why.
+    """
+    return choose(score, sparsity, structure, seed=seed, **options).mask.view(score.shape)
+
+
+def choose(score: Tensor, sparsity: float, structure: str = "hrbp++", *, seed: int = 0, **options: object) -> Choice:
+    """As `make_mask`, with the BSR form: Choice(mask [K, C, R, S], blocksize, row_order, grouping)."""
+    made = _structure(structure, **options)
+    if score.dim() == 2:
+        score = score[:, :, None, None]
+    return made.choose(score, sparsity, seed)
+
+
+_structure = structure  # `structure` is an argument above

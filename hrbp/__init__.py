@@ -1,1 +1,33 @@
-"""Sparse CNN training on top of blocksparse. No public names yet: the structures and the training come next."""
+"""Sparse CNN training on top of blocksparse: structures, regrouping, sparse models, masks that change, training.
+
+import hrbp
+
+model = hrbp.models.build("resnet32", classes=10, width=2)
+hrbp.sparsify(model, 0.9, structure="hrbp++")       # in place; print(hrbp.summary(model))
+# ... any training loop, or hrbp.train ...
+hrbp.densify(model)                                 # a plain dense model that computes the same
+"""
+
+from . import data, models
+from .density import densities
+from .evolve import Evolver
+from .regroup import Grouping, regroup
+from .saliency import saliency
+from .sparsify import densify, sparsify, summary
+from .structure import STRUCTURES, choose, make_mask
+
+__all__ = [
+    "STRUCTURES",
+    "Evolver",
+    "Grouping",
+    "choose",
+    "data",
+    "densify",
+    "densities",
+    "make_mask",
+    "models",
+    "regroup",
+    "saliency",
+    "sparsify",
+    "summary",
+]

@@ -1,0 +1,575 @@
+"""A dense model becomes a sparse one, and back.
+
+Layers whose structure has a BSR form hold their stored blocks and nothing else (blocksparse.BSRConv2d, BSRLinear);
+single weights (unstructured, n:m, ...) stay dense tensors under a mask, which saves nothing but shows what they reach.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.optim.swa_utils import AveragedModel
+
+from blocksparse import BSRConv2d, BSRLinear, BSRPattern, explain
+
+from .density import densities
+from .saliency import saliency as score_weights
+from .structure import Choice, Structure
+from .structure import structure as make_structure
+
+LEAST_BLOCK = 8  # weights of a block: smaller ones spend more on the index (16 bytes a block) than they save
+
+Selector = str | type[nn.Module]
+
+
+class MaskedConv2d(nn.Conv2d):
+    """nn.Conv2d under a mask: y = conv2d(x, weight * mask). The weight is zero outside the mask, and stays so."""
+
+    mask: Tensor
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._conv_forward(input, self.weight * self.mask, self.bias)
+
+
+class MaskedLinear(nn.Linear):
+    """nn.Linear under a mask: y = x @ (weight * mask)^T. The weight is zero outside the mask, and stays so."""
+
+    mask: Tensor
+
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.linear(input, self.weight * self.mask, self.bias)
+
+
+MASKED = {nn.Conv2d: MaskedConv2d, nn.Linear: MaskedLinear}
+SPARSE = (BSRConv2d, BSRLinear, MaskedConv2d, MaskedLinear)
+
+
+@dataclass(frozen=True)
+class Sparsity:
+    """How a model was made sparse.
+
+    asked: layer -> the density that its structure was asked for. dense: layer -> why it was left dense.
+    """
+
+    structure: Structure
+    distribution: str
+    asked: dict[str, float]
+    dense: dict[str, str]
+
+
+# ---------------------------------------------------------------------- making a model sparse
+
+
+def sparsify(
+    model: nn.Module,
+    sparsity: float,
+    *,
+    structure: str = "hrbp++",
+    distribution: str = "erk",
+    saliency: str = "random",
+    include: Iterable[Selector] | None = None,
+    exclude: Iterable[Selector] | None = None,
+    batch: Any = None,
+    loss: Callable[[Any, Any], Tensor] | None = None,
+    backend: str | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> nn.Module:
+    """Make the convolutions and linear layers of a model sparse, in place.
+
+    Call it before the optimizer is made: layers are replaced. Weights that are kept keep their values. The stem (the
+    first layer), the last layer and grouped convolutions stay dense; so do layers that a structure does not fit, and
+    those that code other than their own forward may read (subclasses, shared or parametrized weights): `summary` says
+    which, and why.
+
+    Args:
+        model: any module with nn.Conv2d and nn.Linear in it.
+        sparsity: share of the weights of the layers made sparse that is dropped, in [0, 1). `summary` tells the share
+            of the whole model.
+        structure: as in `make_mask`.
+        distribution: how densities differ between layers: "uniform", "erk", "global" (by score).
+        saliency: what chooses the weights: "random", "magnitude", "snip", "grasp", "synflow", "magnitude+gradient".
+            With "random", groups (hrbp, hrbp++) are of neighbouring filters, which costs nothing when running.
+        include: only these: names of layers (with * and ? as wildcards) or types. The stem and the last layer too, if
+            they are named. Default: all layers.
+        exclude: not these.
+        batch, loss: for saliencies that need gradients; see `hrbp.saliency`.
+        backend: of the sparse layers, as in blocksparse.conv2d.
+        seed: of random scores and searches.
+        **options: of the structure; see `make_mask`.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: no layer is left to make sparse, or an argument is out of range; the model is untouched then.
+    """
+    who = "sparsify()"
+    if plan_of(model, required=False) is not None:
+        raise ValueError(f"{who}: the model is sparse already; call densify(model) first")
+    if saliency == "random" and structure in ("hrbp", "hrbp++"):
+        options.setdefault("row_granule", None)
+    shape_rule = make_structure(structure, **options)
+    chosen, dense = _candidates(model, include, exclude, who)
+    for name in list(chosen):
+        if reason := shape_rule.refuses(_shape4(chosen[name])):
+            dense[name] = f"{shape_rule.name}: {reason}"
+            del chosen[name]
+    if not chosen:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(dense.items())[-3:])
+        raise ValueError(f"{who}: no layer to make sparse ({reasons or 'the model has no Conv2d or Linear'})")
+
+    scores = score_weights(model, list(chosen), saliency, batch=batch, loss=loss, sparsity=sparsity, seed=seed)
+    asked = densities(
+        {name: tuple(layer.weight.shape) for name, layer in chosen.items()},
+        sparsity,
+        distribution,
+        scores=scores,
+        realise=lambda name, density: shape_rule.density(_shape4(chosen[name]), density),
+    )
+    made: dict[str, tuple[nn.Module | None, Choice]] = {}
+    for i, (name, layer) in enumerate(chosen.items()):
+        score = scores[name].view(_shape4(layer))
+        choice = shape_rule.choose(score, min(1 - asked[name], 1 - 1e-9), seed + i)
+        made[name] = (_block_module(layer, choice, backend) if has_blocks(choice) else None, choice)
+    # Nothing can fail from here on.
+    for name, (module, choice) in made.items():
+        if module is None:
+            put_mask(chosen[name], choice.mask)
+        else:
+            _replace(model, chosen[name], module)
+    model._hrbp_sparsity = Sparsity(shape_rule, distribution, asked, dense)  # type: ignore[assignment]
+    return model
+
+
+def has_blocks(choice: Choice) -> bool:
+    """Whether a choice is stored as blocks, rather than as a mask over a dense weight."""
+    return choice.blocksize is not None and math.prod(choice.blocksize) >= LEAST_BLOCK
+
+
+def densify(model: nn.Module) -> nn.Module:
+    """Turn every sparse layer into a plain nn.Conv2d or nn.Linear that computes the same, in place; returns the model.
+
+    Works on any model with BSR layers, also ones not made by `sparsify`.
+    """
+    for module in list(model.modules()):
+        if isinstance(module, BSRConv2d | BSRLinear):
+            if module is model:
+                return module.to_dense()
+            _replace(model, module, module.to_dense())
+        elif isinstance(module, MaskedConv2d | MaskedLinear):
+            _take_mask_off(module)
+    if hasattr(model, "_hrbp_sparsity"):
+        del model._hrbp_sparsity
+    return model
+
+
+def plan_of(model: nn.Module, required: bool = True) -> Sparsity | None:
+    """What `sparsify` did to this model (or the model inside a DistributedDataParallel or compiled one)."""
+    plan = getattr(unwrapped(model), "_hrbp_sparsity", None)
+    if plan is None and required:
+        raise ValueError("the model is not sparse; call hrbp.sparsify(model, sparsity) first")
+    return plan
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel, AveragedModel and torch.compile wrappers."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel | AveragedModel):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
+
+
+def _candidates(
+    model: nn.Module, include: Iterable[Selector] | None, exclude: Iterable[Selector] | None, who: str
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Layers to make sparse, and why others stay dense."""
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+    users: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                users[id(parameter)] = users.get(id(parameter), 0) + 1
+    include = None if include is None else list(include)
+    exclude = list(exclude or ())
+    for selector in [*(include or ()), *exclude]:
+        if not any(_matches(name, layer, selector) for name, layer in layers.items()):
+            raise ValueError(
+                f"{who}: {selector!r} matches no Conv2d or Linear; the model has {', '.join(list(layers)[:8])}"
+                + (", ..." if len(layers) > 8 else "")
+            )
+    first, last = (next(iter(layers)), next(reversed(layers))) if len(layers) > 2 else (None, None)
+    chosen, dense = {}, {}
+    for name, layer in layers.items():
+        if include is not None and not any(_matches(name, layer, s) for s in include):
+            dense[name] = "not included"
+        elif any(_matches(name, layer, s) for s in exclude):
+            dense[name] = "excluded"
+        elif include is None and name in (first, last):
+            dense[name] = "the first layer" if name == first else "the last layer"
+        elif reason := _unfit(name, layer, users):
+            dense[name] = reason
+        else:
+            chosen[name] = layer
+    return chosen, dense
+
+
+def _matches(name: str, layer: nn.Module, selector: Selector) -> bool:
+    return fnmatch.fnmatchcase(name, selector) if isinstance(selector, str) else isinstance(layer, selector)
+
+
+def _unfit(name: str, layer: nn.Conv2d | nn.Linear, users: dict[int, int]) -> str | None:
+    """Why this layer cannot be replaced by a sparse one that computes the same, or None."""
+    if not name:
+        return "it is the model itself: put it into an nn.Sequential"
+    if parametrize.is_parametrized(layer):
+        return "its weight is parametrized"
+    if type(layer) not in (nn.Conv2d, nn.Linear):
+        return f"a {type(layer).__name__}, whose forward may differ"
+    if isinstance(layer, nn.Conv2d):
+        if layer.groups != 1:
+            return "grouped" if layer.groups < layer.in_channels else "depthwise"
+        if layer.padding_mode != "zeros":
+            return f"padding_mode {layer.padding_mode!r}"
+        if layer.padding == "same" and any(
+            d * (k - 1) % 2 for d, k in zip(layer.dilation, layer.kernel_size, strict=True)
+        ):
+            return "padding 'same' that is not symmetric"
+    if users[id(layer.weight)] > 1:
+        return "its weight is shared"
+    if 0 in layer.weight.shape:
+        return "it has no weights"
+    return None
+
+
+def _shape4(layer: Any) -> tuple[int, int, int, int]:
+    shape = list(layer.weight.shape)
+    k, c, r, s = shape if len(shape) == 4 else [*shape, 1, 1]
+    return k, c, r, s
+
+
+def _block_module(layer: nn.Conv2d | nn.Linear, choice: Choice, backend: str | None) -> nn.Module:
+    if isinstance(layer, nn.Conv2d):
+        return BSRConv2d.from_dense(layer, choice.pattern(), backend=backend)
+    return BSRLinear.from_dense(layer, choice.pattern(), backend=backend)
+
+
+def put_mask(layer: Any, mask: Tensor) -> None:
+    """Make a plain layer a masked one, in place; its weight stays the same Parameter."""
+    mask = mask.view(layer.weight.shape).to(layer.weight.device)
+    with torch.no_grad():
+        layer.weight.mul_(mask)
+    layer.__class__ = MASKED[type(layer)]
+    layer.register_buffer("mask", mask)
+
+
+def _take_mask_off(layer: Any) -> None:
+    del layer.mask
+    layer.__class__ = nn.Conv2d if isinstance(layer, nn.Conv2d) else nn.Linear
+
+
+def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Puts `new` wherever the model holds `old`."""
+    for parent in list(model.modules()):
+        for key, child in parent._modules.items():
+            if child is old:
+                parent._modules[key] = new
+
+
+# ---------------------------------------------------------------------- the sparse layers of a model
+
+
+class SparseLayer:
+    """One sparse layer, whichever way it is stored: its mask, its weights, and a new choice of them."""
+
+    def __init__(self, name: str, module: Any) -> None:
+        self.name, self.module = name, module
+        self.blocks = isinstance(module, BSRConv2d | BSRLinear)
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """What the optimizer updates: the stored blocks, or the dense weight under the mask."""
+        return self.module.values if self.blocks else self.module.weight
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return self.module.weight_shape if self.blocks else _shape4(self.module)
+
+    def mask(self) -> Tensor:
+        """bool [K, C, R, S], a copy."""
+        if self.blocks:
+            return self.module.pattern.to_mask()
+        return self.module.mask.view(self.shape).clone()
+
+    def weight(self) -> Tensor:
+        """[K, C, R, S], zeros outside the mask, a copy."""
+        if self.blocks:
+            return self.module.pattern.to_dense(self.module.values.detach())
+        return self.module.weight.detach().view(self.shape).clone()
+
+    def row_order(self) -> Tensor | None:
+        return self.module.pattern.row_order if self.blocks else None
+
+    def pattern(self) -> BSRPattern | None:
+        return self.module.pattern if self.blocks else None
+
+    def set(self, choice: Choice, optimizer: torch.optim.Optimizer | None = None) -> bool:
+        """Keep what the choice keeps; weights and optimizer state that stay are carried, new ones start at zero.
+
+        Returns True when all tensors kept their memory.
+        """
+        if self.blocks:
+            return self.module.set_pattern(choice.pattern(), optimizer)
+        stays = self.mask() & choice.mask.to(self.parameter.device)
+        tensors = [self.parameter.detach()]
+        if self.parameter.grad is not None:
+            tensors.append(self.parameter.grad)
+        state = {} if optimizer is None else optimizer.state.get(self.parameter, {})
+        tensors += [t for t in state.values() if isinstance(t, Tensor) and t.shape == self.parameter.shape]
+        for t in tensors:
+            t.mul_(stays.view(t.shape))
+        self.module.mask.copy_(choice.mask.view(self.parameter.shape))
+        return True
+
+
+def sparse_layers(model: nn.Module) -> dict[str, SparseLayer]:
+    """name -> sparse layer, in the model's order."""
+    return {
+        name: SparseLayer(name, module)
+        for name, module in unwrapped(model).named_modules()
+        if isinstance(module, SPARSE)
+    }
+
+
+# ---------------------------------------------------------------------- summary
+
+
+@dataclass
+class Row:
+    """One layer in a summary. flops and gains are those of the inputs that the summary was given, else None."""
+
+    name: str
+    shape: tuple[int, ...]
+    structure: str
+    density: float
+    parameters: int
+    dense_parameters: int
+    bytes: int
+    dense_bytes: int
+    flops: int | None = None
+    dense_flops: int | None = None
+    backend: str = ""
+    seconds: float | None = None
+    dense_seconds: float | None = None
+
+
+@dataclass
+class Summary:
+    """What a model holds: one row a layer; `print(summary(model))`.
+
+    sparsity of the layers made sparse, and of the whole model (all parameters, those of dense layers included).
+    """
+
+    rows: list[Row]
+    sparsity: float
+    model_sparsity: float
+    parameters: int
+    dense_parameters: int
+    notes: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        head = ["layer", "shape", "structure", "density", "params", "MB", "GFLOP", "backend", "gain"]
+        table = [head, *([self._cells(row)[name] for name in head] for row in self.rows)]
+        widths = [max(len(line[i]) for line in table) for i in range(len(head))]
+        left = (0, 1, 2, 7)
+
+        def text(line: list[str]) -> str:
+            cells = (c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
+            return "  ".join(cells).rstrip()
+
+        lines = [text(table[0]), "-" * len(text(table[0])), *map(text, table[1:]), ""]
+        lines.append(
+            f"sparse layers {self.sparsity:.2%} sparse, whole model {self.model_sparsity:.2%}: "
+            f"{self.parameters:,} of {self.dense_parameters:,} parameters"
+        )
+        flops = [(row.flops, row.dense_flops) for row in self.rows if row.flops is not None and row.dense_flops]
+        if flops:
+            ours, dense = sum(f for f, _ in flops), sum(d for _, d in flops if d)
+            lines.append(f"forward {ours / 1e9:.3g} of {dense / 1e9:.3g} GFLOP: {dense / max(1, ours):.2f}x fewer")
+        timed = [(row.seconds, row.dense_seconds) for row in self.rows if row.seconds and row.dense_seconds]
+        if timed:
+            ours_s, dense_s = sum(s for s, _ in timed if s), sum(d for _, d in timed if d)
+            lines.append(
+                f"measured forward + backward of the sparse layers: {ours_s * 1e3:.3g} ms, dense {dense_s * 1e3:.3g} "
+                f"ms: {dense_s / ours_s:.2f}x"
+            )
+        return "\n".join([*lines, *self.notes])
+
+    @staticmethod
+    def _cells(row: Row) -> dict[str, str]:
+        gain = ""
+        if row.seconds and row.dense_seconds:
+            gain = f"{row.dense_seconds / row.seconds:.2f}x"
+        elif row.flops and row.dense_flops and row.density < 1:
+            gain = f"<={row.dense_flops / row.flops:.2f}x"
+        return {
+            "layer": row.name,
+            "shape": "x".join(map(str, row.shape)),
+            "structure": row.structure,
+            "density": f"{row.density:.4f}",
+            "params": f"{row.parameters:,}",
+            "MB": f"{row.bytes / 1e6:.3f}",
+            "GFLOP": "" if row.flops is None else f"{row.flops / 1e9:.3g}",
+            "backend": row.backend,
+            "gain": gain,
+        }
+
+
+def summary(model: nn.Module, x: Tensor | Sequence[int] | None = None, *, measure: bool = False) -> Summary:
+    """What every layer of a model holds and costs, sparse or dense.
+
+    Args:
+        model: any module; wrappers are looked through.
+        x: an input, or the shape of one: with it, floating-point operations and backends are told. A forward pass is
+            run in eval mode, without gradients.
+        measure: also time forward + backward of each sparse layer and of its dense twin on its input from x, in turns.
+
+    Returns:
+        A Summary; print it. MB are those of weights, biases and index. A gain is measured, or the ratio of operations,
+        which bounds it, marked <=.
+    """
+    model = unwrapped(model)
+    if measure and x is None:
+        raise ValueError("summary(): measure needs x, an input or the shape of one")
+    plan = plan_of(model, required=False)
+    sparse = sparse_layers(model)
+    inputs = {} if x is None else _inputs_of(model, x)
+    rows, cells, kept = [], 0, 0
+    for name, module in model.named_modules():
+        layer = sparse.get(name)
+        if layer is None and not isinstance(module, nn.Conv2d | nn.Linear):
+            continue
+        row = _dense_row(name, module, plan) if layer is None else _sparse_row(layer, plan)
+        if name in inputs:
+            at, out = inputs[name]
+            per_weight = 2 * out.numel() // row.shape[0]
+            dense_weights = math.prod(row.shape)
+            row.dense_flops = per_weight * dense_weights
+            row.flops = row.dense_flops
+            if layer is not None and layer.blocks:
+                row.flops = per_weight * layer.parameter.numel()
+                row.backend = _backend_of(layer.module, at)
+            if measure and layer is not None and layer.blocks:
+                row.seconds, row.dense_seconds = _timed(layer.module, at)
+        if layer is not None:
+            cells += math.prod(row.shape)
+            kept += round(row.density * math.prod(row.shape))
+        rows.append(row)
+    everything = sum(p.numel() for p in model.parameters())
+    masked_away = sum(
+        layer.parameter.numel() - int(layer.mask().sum()) for layer in sparse.values() if not layer.blocks
+    )
+    dense_total = everything + sum(
+        math.prod(layer.shape) - layer.parameter.numel() for layer in sparse.values() if layer.blocks
+    )
+    total = everything - masked_away
+    notes = []
+    if any(not layer.blocks for layer in sparse.values()):
+        notes.append(
+            "masked: a dense weight under a mask, with the memory and the time of a dense layer at any density"
+        )
+    return Summary(rows, 1 - kept / cells if cells else 0.0, 1 - total / max(1, dense_total), total, dense_total, notes)
+
+
+def _dense_row(name: str, module: Any, plan: Sparsity | None) -> Row:
+    bias = 0 if module.bias is None else module.bias.numel()
+    count = module.weight.numel() + bias
+    size = count * module.weight.element_size()
+    why = f"dense ({plan.dense[name]})" if plan is not None and name in plan.dense else "dense"
+    return Row(name, tuple(module.weight.shape), why, 1.0, count, count, size, size)
+
+
+def _sparse_row(layer: SparseLayer, plan: Sparsity | None) -> Row:
+    module, kept = layer.module, layer.parameter
+    bias = 0 if module.bias is None else module.bias.numel()
+    item = kept.element_size()
+    cells = math.prod(layer.shape)
+    dense = cells + bias
+    named = plan.structure.name if plan is not None and layer.name in plan.asked else "blocks"
+    if layer.blocks:
+        bk, bc = kept.shape[1:]
+        count = kept.numel() + bias
+        size = count * item + module.index.numel() * module.index.element_size()
+        density = kept.numel() / cells
+        return Row(layer.name, layer.shape, f"{named} ({bk}, {bc})", density, count, dense, size, dense * item)
+    stored = int(layer.mask().sum())
+    size = dense * item + cells  # the mask is a byte a weight
+    return Row(layer.name, layer.shape, f"{named}, masked", stored / cells, stored + bias, dense, size, dense * item)
+
+
+def _inputs_of(model: nn.Module, x: Tensor | Sequence[int]) -> dict[str, tuple[Tensor, Tensor]]:
+    """name -> (input, output) of every convolution and linear layer for the model input x."""
+    first = next(model.parameters())
+    if not isinstance(x, Tensor):
+        x = torch.zeros(tuple(x), device=first.device, dtype=first.dtype)
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+            found[name] = (args[0].detach(), out.detach())
+
+        return hook
+
+    kinds = (nn.Conv2d, nn.Linear, BSRConv2d, BSRLinear)
+    hooks = [m.register_forward_hook(keep(name)) for name, m in model.named_modules() if isinstance(m, kinds)]
+    modes = {m: m.training for m in model.modules()}
+    try:
+        model.eval()
+        with torch.no_grad():
+            model(x)
+    finally:
+        for handle in hooks:
+            handle.remove()
+        for m, training in modes.items():
+            m.training = training
+    return found
+
+
+def _backend_of(module: Any, x: Tensor) -> str:
+    if isinstance(module, BSRLinear):
+        x = x.reshape(-1, x.shape[-1], 1, 1)
+        return explain(x, module.values, module.pattern, backend=module.backend).backend
+    conv = (module.stride, module.padding, module.dilation)
+    return explain(x, module.values, module.pattern, *conv, backend=module.backend).backend
+
+
+def _timed(module: Any, x: Tensor, rounds: int = 5) -> tuple[float, float]:
+    """Median seconds of forward + backward of a sparse layer and of its dense twin, in turns."""
+    dense = module.to_dense()
+    x = x.detach().clone().requires_grad_()
+    dy = torch.randn_like(module(x))
+    times: tuple[list[float], list[float]] = ([], [])
+    for i in range(rounds + 1):
+        for m, out in zip((module, dense), times, strict=True):
+            parameters = [p for p in m.parameters() if p.requires_grad]
+            if x.is_cuda:
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            torch.autograd.grad(m(x), [x, *parameters], dy)
+            if x.is_cuda:
+                torch.cuda.synchronize()
+            if i:
+                out.append(time.perf_counter() - start)
+    middle = rounds // 2
+    return sorted(times[0])[middle], sorted(times[1])[middle]

@@ -1,0 +1,306 @@
+"""A dense model made sparse computes what its kept weights say, and turns back into a dense one."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import blocksparse as bs
+import hrbp
+from hrbp.sparsify import MaskedConv2d, MaskedLinear, plan_of, sparse_layers
+
+OPTIONS = {
+    "n:m": {"m": 4},
+    "block": {"blocksize": (8, 8)},
+    "1xn": {"n": 8},
+}
+SPARSITY = {"n:m": 0.5}
+
+
+class Net(nn.Module):
+    """Stem, a shared block, a strided 1x1, a depthwise and a grouped convolution, two linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.wide = nn.Conv2d(16, 32, 3, stride=2, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(32)
+        self.point = nn.Conv2d(32, 32, 1, stride=2)
+        self.depth = nn.Conv2d(32, 32, 3, padding=1, groups=32)
+        self.split = nn.Conv2d(32, 32, 3, padding=1, groups=2)
+        self.hidden = nn.Linear(32, 48)
+        self.head = nn.Linear(48, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(self.wide(self.stem(x).relu())).relu()
+        x = self.split(self.depth(self.point(x)).relu()).mean((2, 3))
+        return self.head(self.hidden(x).relu())
+
+
+@pytest.fixture
+def net() -> Net:
+    torch.manual_seed(0)
+    return Net().eval()
+
+
+@pytest.fixture
+def x() -> torch.Tensor:
+    return torch.randn(4, 3, 12, 12, generator=torch.Generator().manual_seed(1))
+
+
+def snapshot(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: t.clone() for name, t in model.state_dict().items()}
+
+
+def unchanged(model: nn.Module, before: dict[str, torch.Tensor]) -> bool:
+    now = model.state_dict()
+    return now.keys() == before.keys() and all(torch.equal(now[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize("structure", hrbp.STRUCTURES)
+def test_every_structure_keeps_its_weights_and_drops_the_others(net, x, structure):
+    dense = copy.deepcopy(net)
+    sparsity = SPARSITY.get(structure, 0.75)
+    made = hrbp.sparsify(net, sparsity, structure=structure, saliency="magnitude", **OPTIONS.get(structure, {}))
+    assert made is net
+    layers = sparse_layers(net)
+    assert list(layers) == ["wide", "point", "hidden"]
+    for name, layer in layers.items():
+        weight = dict(dense.named_modules())[name].weight.detach()
+        expected = weight.reshape(layer.shape) * layer.mask()
+        assert torch.equal(layer.weight(), expected)
+        with torch.no_grad():
+            dict(dense.named_modules())[name].weight.copy_(expected.view(weight.shape))
+    kept = sum(int(layer.mask().sum()) for layer in layers.values())
+    cells = sum(layer.mask().numel() for layer in layers.values())
+    assert kept / cells == pytest.approx(1 - sparsity, abs=0.02)
+    assert torch.allclose(net(x), dense(x), atol=1e-6)
+
+    plain = hrbp.densify(copy.deepcopy(net))
+    assert not sparse_layers(plain)
+    assert {type(m) for m in plain.modules() if hasattr(m, "weight")} == {nn.Conv2d, nn.Linear, nn.BatchNorm2d}
+    assert [name for name, _ in plain.named_parameters()] == [name for name, _ in dense.named_parameters()]
+    assert torch.allclose(plain(x), net(x), atol=1e-6)
+
+
+@pytest.mark.parametrize("structure", ["hrbp++", "block", "unstructured", "n:m"])
+def test_gradients_are_those_of_the_masked_dense_layer(net, x, structure):
+    net.double()
+    sparsity = SPARSITY.get(structure, 0.75)
+    hrbp.sparsify(net, sparsity, structure=structure, saliency="magnitude", **OPTIONS.get(structure, {}))
+    twin = hrbp.densify(copy.deepcopy(net))
+    for model in (net, twin):
+        model(x.double()).square().sum().backward()
+    for name, layer in sparse_layers(net).items():
+        mask = layer.mask()
+        dense = dict(twin.named_modules())[name].weight.grad.view(layer.shape) * mask
+        grad = layer.parameter.grad
+        ours = layer.module.pattern.to_dense(grad) if layer.blocks else grad.view(layer.shape)
+        assert torch.allclose(ours, dense, rtol=1e-9, atol=1e-12)
+        assert ours.abs().sum() > 0
+
+
+def test_block_structures_store_blocks_and_nothing_else(net):
+    dense = sum(p.numel() for p in net.parameters())
+    hrbp.sparsify(net, 0.9, structure="hrbp", saliency="magnitude")
+    layers = sparse_layers(net)
+    assert all(isinstance(layer.module, bs.BSRConv2d | bs.BSRLinear) for layer in layers.values())
+    dropped = sum(int((~layer.mask()).sum()) for layer in layers.values())
+    assert dropped > 0
+    assert sum(p.numel() for p in net.parameters()) == dense - dropped
+
+
+@pytest.mark.parametrize("structure", ["unstructured", "vector", "kernel", "n:m"])
+def test_single_weights_are_masked_and_the_summary_says_so(net, structure):
+    hrbp.sparsify(net, 0.5, structure=structure, **OPTIONS.get(structure, {}))
+    assert {type(layer.module) for layer in sparse_layers(net).values()} == {MaskedConv2d, MaskedLinear}
+    text = str(hrbp.summary(net))
+    assert "masked: a dense weight under a mask" in text
+    assert f"{plan_of(net).structure.name}, masked" in text
+
+
+def test_a_masked_weight_stays_zero_under_training(net, x):
+    hrbp.sparsify(net.train(), 0.8, structure="unstructured")
+    optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9, weight_decay=0.1)
+    for _ in range(3):
+        net(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for layer in sparse_layers(net).values():
+        assert not layer.parameter[~layer.mask().view(layer.parameter.shape)].any()
+
+
+def test_what_stays_dense_and_why(net):
+    hrbp.sparsify(net, 0.8)
+    assert plan_of(net).dense == {
+        "stem": "the first layer",
+        "depth": "depthwise",
+        "split": "grouped",
+        "head": "the last layer",
+    }
+    table = str(hrbp.summary(net))
+    assert "dense (the first layer)" in table
+    assert "dense (depthwise)" in table
+
+
+def test_random_groups_keep_the_filters_where_they_are(net):
+    hrbp.sparsify(net, 0.8, structure="hrbp++")
+    assert all(layer.row_order() is None for layer in sparse_layers(net).values())
+    twin = hrbp.sparsify(hrbp.densify(copy.deepcopy(net)), 0.8, structure="hrbp++", row_granule=1)
+    assert any(layer.row_order() is not None for layer in sparse_layers(twin).values())
+
+
+def test_include_and_exclude(net):
+    hrbp.sparsify(net, 0.8, include=["h*", nn.Conv2d], exclude=["wide"])
+    assert list(sparse_layers(net)) == ["stem", "point", "hidden", "head"] or plan_of(net).dense["stem"].startswith(
+        "hrbp"
+    )
+    assert plan_of(net).dense["wide"] == "excluded"
+    with pytest.raises(ValueError, match=r"sparsify\(\): 'nothing\*' matches no Conv2d or Linear; the model has stem"):
+        hrbp.sparsify(Net(), 0.8, include=["nothing*"])
+
+
+def test_layers_that_other_code_reads_stay_dense():
+    class Reader(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(16, 16)
+            self.attention = nn.MultiheadAttention(16, 2)
+            self.tied = nn.Linear(16, 16)
+            self.twin = nn.Linear(16, 16)
+            self.twin.weight = self.tied.weight
+            self.normed = parametrize_weight(nn.Linear(16, 16))
+            self.reflect = nn.Conv2d(16, 16, 3, padding=1, padding_mode="reflect")
+            self.same = nn.Conv2d(16, 16, 2, padding="same")
+            self.good = nn.Linear(16, 16)
+            self.last = nn.Linear(16, 16)
+
+    model = Reader()
+    hrbp.sparsify(model, 0.5, structure="hrbp")
+    assert list(sparse_layers(model)) == ["good"]
+    why = plan_of(model).dense
+    assert why["attention.out_proj"].startswith("a NonDynamicallyQuantizableLinear")
+    assert why["tied"] == why["twin"] == "its weight is shared"
+    assert why["normed"] == "its weight is parametrized"
+    assert why["reflect"] == "padding_mode 'reflect'"
+    assert why["same"] == "padding 'same' that is not symmetric"
+
+
+def parametrize_weight(layer: nn.Module) -> nn.Module:
+    return nn.utils.parametrizations.weight_norm(layer)
+
+
+def test_a_module_used_twice_is_replaced_in_both_places():
+    block = nn.Conv2d(16, 16, 3, padding=1)
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), block, nn.ReLU(), block, nn.Conv2d(16, 16, 1))
+    hrbp.sparsify(model, 0.5, structure="hrbp")
+    assert model[1] is model[3]
+    assert isinstance(model[1], bs.BSRConv2d)
+
+
+def test_refusals_leave_the_model_untouched(net, x):
+    before = snapshot(net)
+    for arguments, message in [
+        ({"sparsity": 1.0}, r"sparsity is 1\.0"),
+        ({"sparsity": 0.5, "structure": "what"}, r"structure\(\): no structure 'what'"),
+        ({"sparsity": 0.5, "saliency": "snip"}, r"saliency\(\): method 'snip' needs batch"),
+        ({"sparsity": 0.5, "distribution": "even"}, "distribution is 'even'"),
+        ({"sparsity": 0.5, "structure": "block", "blocksize": (7, 7)}, "no layer to make sparse.*grains of 7"),
+        ({"sparsity": 0.5, "exclude": [nn.Conv2d, nn.Linear]}, "no layer to make sparse"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            hrbp.sparsify(net, **arguments)
+        assert unchanged(net, before)
+        assert plan_of(net, required=False) is None
+    with pytest.raises(TypeError, match="no option bananas"):
+        hrbp.sparsify(net, 0.5, bananas=3)
+    hrbp.sparsify(net, 0.5)
+    after = snapshot(net)
+    with pytest.raises(ValueError, match="sparse already"):
+        hrbp.sparsify(net, 0.5)
+    assert unchanged(net, after)
+
+
+def test_a_structure_that_does_not_fit_leaves_that_layer_dense(net):
+    hrbp.sparsify(net, 0.5, structure="block", blocksize=(32, 16))
+    assert list(sparse_layers(net)) == ["wide", "point"]
+    assert plan_of(net).dense["hidden"] == "block: grains of 32 do not divide K = 48"
+
+
+@pytest.mark.parametrize("saliency", ["snip", "grasp", "synflow", "magnitude+gradient"])
+@pytest.mark.parametrize("distribution", ["erk", "global"])
+def test_saliencies_that_look_at_data(net, x, saliency, distribution):
+    batch = (x, torch.arange(4))
+    hrbp.sparsify(net, 0.7, structure="hrbp++", saliency=saliency, distribution=distribution, batch=batch)
+    assert hrbp.summary(net).sparsity == pytest.approx(0.7, abs=0.05)
+
+
+def test_the_seed_decides(net):
+    masks = []
+    for seed in (0, 0, 1):
+        model = hrbp.sparsify(copy.deepcopy(net), 0.8, seed=seed)
+        masks.append([layer.mask() for layer in sparse_layers(model).values()])
+    assert all(torch.equal(a, b) for a, b in zip(masks[0], masks[1], strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(masks[0], masks[2], strict=True))
+
+
+def test_checkpoints_carry_the_masks(net, x):
+    for structure in ("hrbp++", "unstructured"):
+        source, target = copy.deepcopy(net), copy.deepcopy(net)
+        hrbp.sparsify(source, 0.8, structure=structure, seed=0)
+        hrbp.sparsify(target, 0.8, structure=structure, seed=1)
+        assert not torch.equal(source(x), target(x))
+        target.load_state_dict(source.state_dict())
+        assert torch.equal(source(x), target(x))
+
+
+def test_the_summary_counts_right(net, x):
+    hrbp.sparsify(net, 0.8, structure="hrbp++", saliency="magnitude")
+    result = hrbp.summary(net, x, measure=True)
+    rows = {row.name: row for row in result.rows}
+    assert list(rows) == ["stem", "wide", "point", "depth", "split", "hidden", "head"]
+    layers = sparse_layers(net)
+    for name, layer in layers.items():
+        stored = int(layer.mask().sum())
+        bias = 0 if layer.module.bias is None else layer.module.bias.numel()
+        assert rows[name].parameters == stored + bias
+        assert rows[name].density == stored / layer.mask().numel()
+        assert rows[name].bytes == 4 * (stored + bias) + layer.module.index.numel() * 4
+        assert rows[name].seconds > 0
+        assert rows[name].dense_seconds > 0
+        assert rows[name].backend == "torch" or x.is_cuda
+    assert rows["wide"].flops == 2 * 4 * 6 * 6 * layers["wide"].parameter.numel()
+    assert rows["wide"].dense_flops == 2 * 4 * 6 * 6 * 32 * 16 * 9
+    assert rows["hidden"].flops == 2 * 4 * layers["hidden"].parameter.numel()
+    assert rows["depth"].flops == rows["depth"].dense_flops == 2 * 4 * 3 * 3 * 32 * 9
+    kept = sum(int(layer.mask().sum()) for layer in layers.values())
+    cells = sum(layer.mask().numel() for layer in layers.values())
+    assert result.sparsity == pytest.approx(1 - kept / cells)
+    everything = sum(p.numel() for p in Net().parameters())
+    assert (result.parameters, result.dense_parameters) == (everything - cells + kept, everything)
+    assert "gain" in str(result).splitlines()[0]
+    assert not any(m.training for m in net.modules())
+    with pytest.raises(ValueError, match="measure needs x"):
+        hrbp.summary(net, measure=True)
+
+
+def test_densify_works_on_hand_made_models(x):
+    pattern = bs.BSRPattern.random((16, 3, 3, 3), (8, 1), 0.5, torch.Generator().manual_seed(0))
+    layer = bs.BSRConv2d(pattern, padding=1)
+    model = nn.Sequential(layer)
+    expected = model(x)
+    assert torch.allclose(hrbp.densify(model)(x), expected, atol=1e-6)
+    assert isinstance(hrbp.densify(layer), nn.Conv2d)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_dtypes_and_channels_last(net, dtype):
+    net.to(dtype).to(memory_format=torch.channels_last)
+    hrbp.sparsify(net, 0.8, saliency="magnitude")
+    assert all(layer.parameter.dtype == dtype for layer in sparse_layers(net).values())
+    x = torch.randn(2, 3, 12, 12, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    twin = hrbp.densify(copy.deepcopy(net))
+    assert torch.allclose(net(x), twin(x), rtol=0.05, atol=0.02)

@@ -31,7 +31,7 @@ SWAP_CHUNK_CELLS = 500_000  # of pairs tried at once
 MAX_BLOCK_ROWS = 128  # rows of a block by default
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Grouping:
     """Groups of filters that share input channels and taps.
 
@@ -78,6 +78,15 @@ class Grouping:
         runs = self.channels.view(self.groups, -1, self.granule)
         if (runs[..., :1] % self.granule != 0).any() or (runs[..., -1] - runs[..., 0] != self.granule - 1).any():
             raise ValueError(f"Grouping(): channels are not in aligned runs of granule = {self.granule}")
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Grouping):
+            return NotImplemented
+        tensors = ((getattr(self, name), getattr(other, name)) for name in ("row_order", "channels", "taps"))
+        same = (self.shape, self.granule) == (other.shape, other.granule)
+        return same and all(a.shape == b.shape and bool((a == b.to(a.device)).all()) for a, b in tensors)
+
+    __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
         (_, c, r, s), moved = self.shape, "" if self._in_order() else ", rows moved"
@@ -489,7 +498,9 @@ def _swapped(search: _Search, best: _Found) -> _Found:
     channels, taps = best.channels[0].clone(), best.taps[0].clone()
     kept = _kept(sums, channels, taps)
     stale = torch.ones(search.groups, dtype=torch.bool, device=group.device)
-    while bool(stale.any()):
+    for _ in range(search.rows):  # more rounds than it takes, should rounding ever let gains go in a circle
+        if not bool(stale.any()):
+            break
         a, b = group[first], group[second]
         tried = ((a != b) & (stale[a] | stale[b])).nonzero()[:, 0]
         stale[:] = False

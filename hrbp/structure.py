@@ -36,7 +36,7 @@ from .choose import check_score, top
 from .regroup import Grouping, GroupShape, group_shape, regroup
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Choice:
     """What a structure keeps of one layer.
 

@@ -796,3 +796,12 @@ def test_filters_with_equal_masks_are_cut_into_as_few_groups_as_possible():
     assert g.channels.tolist() == [[0], [1], [0]]
     assert Grouping.from_mask(mask_of(A, A, A)).groups == 1
     assert Grouping.from_mask(mask_of(A, A, A), 3).groups == 3
+
+
+def test_groupings_compare_by_content():
+    score = torch.rand(32, 16, 3, 3, generator=torch.Generator().manual_seed(0))
+    one, same = regroup(score, 0.8, groups=4), regroup(score, 0.8, groups=4)
+    assert one == same
+    assert one != regroup(score, 0.8, groups=2)
+    assert one != regroup(score.flip(0), 0.8, groups=4)
+    assert one != "a grouping"

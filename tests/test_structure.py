@@ -209,6 +209,13 @@ def test_uniform_blocks_are_equally_many_in_every_row():
     assert len(set(choose(score, 0.7, "1xn", n=4).pattern().indptr.tolist())) < 5  # the heavy filters take all
 
 
+def test_without_a_row_granule_filters_stay_where_they_are():
+    score = whole_numbers((16, 8, 3, 3), 3)
+    stay, move = (choose(score, 0.7, "hrbp++", groups=4, min_rows=4, row_granule=rows) for rows in (None, 1))
+    assert stay.row_order.tolist() == list(range(16)) != move.row_order.tolist()
+    assert stay.grouping.groups == move.grouping.groups == 4
+
+
 def test_finer_structures_keep_more():
     score = torch.randn(16, 16, 3, 3, generator=torch.Generator().manual_seed(0)).abs()
     retained = [

@@ -28,10 +28,16 @@ ALLOWED = {
     "__init__": {"reference", "functional", "geometry", "modules", "pattern", "plan"},
 }
 
+# The files of hrbp, each of which imports only those before it.
+ORDER = [
+    "choose", "density", "saliency", "models", "data", "regroup", "structure", "sparsify", "evolve", "weights",
+    "report", "picture", "progress", "checkpoint", "train", "train_cli", "study", "__init__", "__main__",
+]  # fmt: skip
 
-def imported_files(path: Path) -> set[str]:
-    """Files of blocksparse that `path` imports, at the top or inside a function."""
-    package = path.parent.relative_to(ROOT / "blocksparse")
+
+def imported_files(path: Path, package_root: Path = ROOT / "blocksparse") -> set[str]:
+    """Files of the package that `path` imports, at the top or inside a function."""
+    package = path.parent.relative_to(package_root)
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level:
@@ -41,7 +47,7 @@ def imported_files(path: Path) -> set[str]:
             module = base / (node.module or "").replace(".", "/")
             for alias in node.names:
                 whole = module / alias.name
-                inside = (ROOT / "blocksparse" / whole).with_suffix(".py").exists()
+                inside = (package_root / whole).with_suffix(".py").exists()
                 found.add((whole if inside else module).as_posix())
         elif isinstance(node, ast.Import | ast.ImportFrom):
             names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
@@ -59,6 +65,13 @@ def test_every_file_has_its_place():
 @pytest.mark.parametrize("name", ALLOWED)
 def test_imports_run_one_way(name):
     assert imported_files(ROOT / "blocksparse" / f"{name}.py") <= ALLOWED[name]
+
+
+def test_hrbp_imports_run_one_way():
+    assert {path.stem for path in (ROOT / "hrbp").glob("*.py")} == set(ORDER)
+    for i, name in enumerate(ORDER):
+        found = imported_files(ROOT / "hrbp" / f"{name}.py", ROOT / "hrbp")
+        assert {f for f in found if not f.startswith("absolute ")} <= set(ORDER[:i]), name
 
 
 def test_hrbp_uses_public_names_only():

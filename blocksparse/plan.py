@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .geometry import ConvGeometry, conv_pairs
 from .index import IndexTables, packed_size
-from .kernels import tiles
+from .kernels import slots, tiles
 from .pattern import BSRPattern
 
 BACKENDS = ("torch", "triton", "cupy")
@@ -35,7 +35,7 @@ def _absent(backend: str) -> str | None:
     if backend == "torch":
         return None
     if backend == "cupy":
-        return "the CUDA C++ kernels are not part of this version"
+        return _cupy_conv().runtime.absent()
     if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
         return (
             "no CUDA device is visible to PyTorch"
@@ -61,7 +61,7 @@ class ConvPlan:
     Attributes:
         backend: "torch", "triton" or "cupy".
         why: why this backend.
-        tiles: {kind: Tile} of a backend that tiles, else {}.
+        tiles: {kind: Tile, or SlotTile of the cupy backend} of a backend that tiles, else {}.
         precision: how fp32 products are rounded: "tf32" or "ieee" (torch.backends.cudnn.conv.fp32_precision).
         flops: floating-point operations of one kind on the stored blocks; dense_flops: on all of them.
         bytes_moved: {kind: bytes} of x, y, values and index, each counted once.
@@ -74,7 +74,7 @@ class ConvPlan:
     device: torch.device
     backend: str
     why: str
-    tiles: dict[str, tiles.Tile]
+    tiles: dict[str, tiles.Tile] | dict[str, slots.SlotTile]
     precision: str
 
     @property
@@ -99,22 +99,23 @@ class ConvPlan:
     def fprop(self, x: Tensor, values: Tensor, tables: IndexTables, bias: Tensor | None) -> Tensor:
         if self.backend == "torch":
             return _torch_conv().fprop(x, values, tables, bias, self.geometry)
-        return _triton_conv().fprop(
-            x, values, tables, bias, self.geometry, self.tiles["fprop"], precision=self.precision
-        )
+        tile = self.tiles["fprop"]
+        return _tiled(self.backend).fprop(x, values, tables, bias, self.geometry, tile, precision=self.precision)
 
     def dgrad(self, dy: Tensor, values: Tensor, tables: IndexTables, channels_last: bool) -> Tensor:
         if self.backend == "torch":
             return _torch_conv().dgrad(dy, values, tables, self.geometry, channels_last)
-        return _triton_conv().dgrad(
-            dy, values, tables, self.geometry, channels_last, self.tiles["dgrad"], precision=self.precision
+        tile = self.tiles["dgrad"]
+        return _tiled(self.backend).dgrad(
+            dy, values, tables, self.geometry, channels_last, tile, precision=self.precision
         )
 
     def wgrad(self, x: Tensor, dy: Tensor, tables: IndexTables) -> Tensor:
         shape = (self.nnzb, *self.blocksize)
         if self.backend == "torch":
             return _torch_conv().wgrad(x, dy, tables, self.geometry, shape)
-        return _triton_conv().wgrad(x, dy, tables, self.geometry, shape, self.tiles["wgrad"], precision=self.precision)
+        tile = self.tiles["wgrad"]
+        return _tiled(self.backend).wgrad(x, dy, tables, self.geometry, shape, tile, precision=self.precision)
 
     def __str__(self) -> str:
         g = self.geometry
@@ -143,7 +144,16 @@ def _torch_conv() -> ModuleType:
     return torch_conv
 
 
-def _triton_conv() -> ModuleType:
+def _cupy_conv() -> ModuleType:
+    from .kernels import cupy_conv  # CuPy itself waits for the first launch
+
+    return cupy_conv
+
+
+def _tiled(backend: str) -> ModuleType:
+    """The kernels of a backend that tiles."""
+    if backend == "cupy":
+        return _cupy_conv()
     loaded = _load_triton()
     if isinstance(loaded, str):
         raise RuntimeError(f"backend 'triton' is not available: {loaded}")
@@ -189,10 +199,12 @@ def _plan(
     geometry = ConvGeometry.of(x_shape, weight_shape, stride, padding, dilation, who)
     nnzb, bk, bc = values_shape
     chosen, why = _choose(geometry, (bk, bc), dtype, device, backend, who)
-    kind_tiles = {}
+    kind_tiles: Any = {}
     if chosen == "triton":
         arch = _arch(device)
         kind_tiles = {k: tiles.pick(k, geometry, (bk, bc), nnzb, dtype, arch, precision) for k in tiles.KINDS}
+    elif chosen == "cupy":
+        kind_tiles = {k: slots.pick(k, geometry, (bk, bc), nnzb, dtype) for k in tiles.KINDS}
     return ConvPlan(geometry, (bk, bc), nnzb, dtype, device, chosen, why, kind_tiles, precision)
 
 
@@ -211,16 +223,33 @@ def _choose(
         return "torch", "asked for"
     if backend is None and device.type != "cuda":
         return "torch", f"the default on {device.type}"
-    reason = _absent(backend or "triton") or tiles.refusal(geometry, blocksize, dtype, device.type, _arch(device))
-    if reason is None:
-        return "triton", "asked for" if backend else "the default on a GPU"
+    reasons: dict[str, str] = {}
+    for name in (backend,) if backend else ("triton", "cupy"):
+        reason = _absent(name) or _refusal(name, geometry, blocksize, dtype, device)
+        if reason is None:
+            return name, "asked for" if backend else "; ".join(["the default on a GPU", *_refusals(reasons)])
+        reasons[name] = reason
     if backend is None:
-        return "torch", f"triton cannot run this: {reason}"
+        return "torch", "; ".join(_refusals(reasons))
     usable = [name for name, absent in available_backends().items() if absent is None]
     raise (ValueError if _absent(backend) is None else RuntimeError)(
-        f"{who}: backend {backend!r} cannot run this: {reason}. Available here: {', '.join(usable)};"
+        f"{who}: backend {backend!r} cannot run this: {reasons[backend]}. Available here: {', '.join(usable)};"
         " backend=None chooses one that can"
     )
+
+
+def _refusal(
+    backend: str, geometry: ConvGeometry, blocksize: tuple[int, int], dtype: torch.dtype, device: torch.device
+) -> str | None:
+    arch = _arch(device)
+    if backend == "triton":
+        return tiles.refusal(geometry, blocksize, dtype, device.type, arch)
+    home = _cupy_conv().runtime.device_type
+    return slots.refusal(geometry, blocksize, dtype, device.type, arch, home)
+
+
+def _refusals(reasons: dict[str, str]) -> list[str]:
+    return [f"{name} cannot run this: {reason}" for name, reason in reasons.items()]
 
 
 def _precision(dtype: torch.dtype, device: torch.device) -> str:

@@ -1,4 +1,4 @@
-"""Where the suites run: on a GPU where there is one, else Triton in its interpreter on the CPU."""
+"""Where the suites run: on a GPU where there is one, else Triton in its interpreter and CUDA C++ under g++."""
 
 from __future__ import annotations
 
@@ -12,6 +12,12 @@ if not torch.cuda.is_available():
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+from blocksparse.kernels import cupy_conv
+from emulator import Emulator
+
+if not torch.cuda.is_available():
+    cupy_conv.runtime = Emulator()
 
 # The default keeps the whole run short on two cores. HYPOTHESIS_PROFILE=deep draws twenty times as many cases.
 _common = {"deadline": None, "print_blob": True, "suppress_health_check": [HealthCheck.too_slow]}

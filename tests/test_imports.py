@@ -20,9 +20,20 @@ ALLOWED = {
     "reference": {"geometry", "pattern"},
     "kernels/__init__": set(),
     "kernels/tiles": {"geometry"},
+    "kernels/slots": {"geometry", "kernels/tiles"},
     "kernels/torch_conv": {"geometry", "index", "layout"},
     "kernels/triton_conv": {"geometry", "index", "layout", "kernels/tiles"},
-    "plan": {"geometry", "index", "pattern", "kernels/tiles", "kernels/torch_conv", "kernels/triton_conv"},
+    "kernels/cupy_conv": {"geometry", "index", "layout", "kernels/slots"},
+    "plan": {
+        "geometry",
+        "index",
+        "pattern",
+        "kernels/slots",
+        "kernels/tiles",
+        "kernels/torch_conv",
+        "kernels/triton_conv",
+        "kernels/cupy_conv",
+    },
     "functional": {"geometry", "index", "layout", "pattern", "plan"},
     "modules": {"geometry", "index", "pattern", "functional"},
     "__init__": {"reference", "functional", "geometry", "modules", "pattern", "plan"},
@@ -102,7 +113,7 @@ def test_importing_loads_no_backend():
         new = {name.split(".")[0] for name in set(sys.modules) - before}
         assert not new & {"triton", "cupy", "scipy", "matplotlib"}, new
         assert not torch.cuda.is_initialized()
-        assert not any("triton_conv" in name for name in sys.modules)
+        assert not any("triton_conv" in name or "cupy_conv" in name for name in sys.modules)
     """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
     assert result.returncode == 0, result.stderr

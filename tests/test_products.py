@@ -12,15 +12,16 @@ import blocksparse as bs
 from oracle import assert_products
 from strategies import RUNNERS, Case, cases
 
+TILED = [runner for runner in RUNNERS if runner[0] != "torch"]
 HALF = (torch.float16, torch.bfloat16)
 
 
 def share(runner: tuple[str, str]) -> settings:
-    """Triton's interpreter takes milliseconds a tile, and on a GPU a new case compiles its kernels for a second."""
+    """Triton's interpreter takes milliseconds a tile; on a GPU, and under g++, a new case compiles for a second."""
     default = settings.get_profile(settings.get_current_profile_name()).max_examples
-    draws = {("triton", "cpu"): default // 2, ("triton", "cuda"): default // 5}
+    draws = {("torch", "cpu"): default * 3, ("torch", "cuda"): default * 3, ("triton", "cpu"): default // 2}
     return settings(
-        max_examples=draws.get(runner, default * 3),
+        max_examples=draws.get(runner, default if runner[1] == "cpu" else default // 5),
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
     )
 
@@ -61,7 +62,7 @@ def test_adjointness_in_float64(device, case: Case):
     assert abs(products[0] - products[2]) <= 1e-12 * scale
 
 
-@pytest.mark.parametrize("runner", [r for r in RUNNERS if r[0] == "triton"], ids="-".join)
+@pytest.mark.parametrize("runner", TILED, ids="-".join)
 def test_adjointness_in_float32(runner):
     @share(runner)
     @given(cases(runner[0], (torch.float32,)))
@@ -79,12 +80,12 @@ def test_adjointness_in_float32(runner):
     check()
 
 
-@pytest.mark.parametrize("runner", [r for r in RUNNERS if r[0] == "triton"], ids="-".join)
+@pytest.mark.parametrize("runner", TILED, ids="-".join)
 def test_backends_agree(runner):
-    """The same numbers from two implementations that share no code, in full fp32."""
+    """The same numbers from implementations that share no code, in full fp32."""
 
     @share(runner)
-    @given(cases("triton", (torch.float32,)))
+    @given(cases(runner[0], (torch.float32,)))
     def check(case: Case):
         x, values, bias, dy, pattern = case.tensors(runner[1])
         with full_fp32():
@@ -93,7 +94,7 @@ def test_backends_agree(runner):
                 lambda b: bs.conv2d_dgrad(dy, values, pattern, x.shape, *case.conv, backend=b),
                 lambda b: bs.conv2d_wgrad(x, dy, pattern, *case.conv, backend=b),
             ):
-                torch.testing.assert_close(call("triton"), call("torch"), rtol=2e-5, atol=2e-5)
+                torch.testing.assert_close(call(runner[0]), call("torch"), rtol=2e-5, atol=2e-5)
 
     check()
 

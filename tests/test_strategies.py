@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from strategies import GUARD, Case, cases, guarded, nonzero, patterns
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ["torch", "triton", "cupy"])
 @pytest.mark.parametrize(
     ("what", "holds"),
     [
@@ -27,7 +27,8 @@ def test_patterns_reach(backend, what, holds):
 
 
 def test_patterns_reach_single_channels():
-    find(patterns("torch"), lambda p: p.blocksize[1] == 1 and p.blocksize[0] > 1)
+    for backend in ("torch", "cupy"):
+        find(patterns(backend), lambda p: p.blocksize[1] == 1 and p.blocksize[0] > 1)
 
 
 @pytest.mark.parametrize(

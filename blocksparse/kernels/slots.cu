@@ -1,0 +1,431 @@
+// What fprop.cu, dgrad.cu and wgrad.cu share: slots of images in shared memory, lists of stored entries, fragments.
+//
+// A slot is 16 bytes of shared memory: one pixel of one channel in SLOT images (eight of 2 bytes, four of 4 bytes). An
+// image is [channels][plane] slots: a region of pixels of some channels, zero outside the tensor. Whatever its tap,
+// stride, dilation and border, a stored (tap, channel) is one byte offset into it, and ldmatrix takes one address per
+// row: gathering a list of them costs what a dense operand costs. `plane` is odd, so that neighbouring channels of one
+// pixel lie in different banks.
+//
+// Stored entries. A block-row lists them by tap, then by channel block. scan() spreads those of some taps and channel
+// blocks into a table; the channels that occur, in units of G = min(BC, 16 bytes), are then taken in chunks whose image
+// and list fit. Nothing here depends on how the blocks are spread but the number of steps.
+//
+// Specialised by -D: MATH, BK, BC, NT (tiles of 8 in the product's N), MT (tiles of 16 in its M, of one warp), WARPS.
+
+#define FP16 0
+#define BF16 1
+#define TF32 2
+#define FP32 3
+
+#if MATH == FP16 || MATH == BF16
+typedef unsigned short T;
+constexpr int SLOT = 8;   // images of a slot
+constexpr int STEP = 16;  // of the product's K, in one mma
+#else
+typedef float T;
+constexpr int SLOT = 4;
+constexpr int STEP = MATH == TF32 ? 8 : 4;
+#endif
+
+constexpr int THREADS = WARPS * 32;
+constexpr int SIZE = sizeof(T);
+constexpr int G = BC < SLOT ? BC : SLOT;  // channels of a unit: those of a block that lie in one 16-byte piece of values
+constexpr int PARTS = BC / G;
+constexpr int N = NT * 8;
+constexpr int POSITIONS = WARPS * MT * 16 / SLOT;  // pixels of a tile, in fprop and dgrad
+
+constexpr int LANES = 32;      // units of a chunk at most
+constexpr int MAX_TAPS = 32;   // taps of a group at most
+constexpr int MAX_BLOCKS = 512;  // channel blocks that scan() takes at once
+constexpr int CELLS = 1024;      // (channel block, tap) that scan() takes at once
+
+struct Slot {
+    unsigned part[4];
+};
+
+// ---------------------------------------------------------------------- one wrapper for each instruction
+
+#ifdef __CUDACC__  // any other compiler brings its own
+
+extern __shared__ __align__(16) unsigned char shared[];
+
+#define ADDRESS(p) ((unsigned)__cvta_generic_to_shared(p))
+
+__device__ __forceinline__ void ldmatrix4(unsigned (&d)[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+                 : "r"(ADDRESS(row))
+                 : "memory");
+}
+
+__device__ __forceinline__ void ldmatrix4_trans(unsigned (&d)[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+                 : "r"(ADDRESS(row))
+                 : "memory");
+}
+
+__device__ __forceinline__ void mma(float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+#if MATH == FP16
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#elif MATH == BF16
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#else
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#endif
+}
+
+template <int BYTES>
+__device__ __forceinline__ void cp_async(void* to, const void* from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(ADDRESS(to)), "l"(from), "n"(BYTES) : "memory");
+}
+
+__device__ __forceinline__ void cp_async_wait() {
+    asm volatile("cp.async.wait_all;" ::: "memory");
+}
+
+__device__ __forceinline__ unsigned round_tf32(float v) {
+    unsigned bits;
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(v));
+    return bits;
+}
+
+#if MATH == FP16
+__device__ __forceinline__ float to_float(T v) {
+    float f;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(v));
+    return f;
+}
+
+__device__ __forceinline__ T from_float(float f) {
+    T v;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(v) : "f"(f));
+    return v;
+}
+#elif MATH == BF16
+__device__ __forceinline__ float to_float(T v) {
+    return __uint_as_float((unsigned)v << 16);
+}
+
+__device__ __forceinline__ T from_float(float f) {
+    T v;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(v) : "f"(f));
+    return v;
+}
+#else
+__device__ __forceinline__ float to_float(T v) {
+    return v;
+}
+
+__device__ __forceinline__ T from_float(float f) {
+    return f;
+}
+#endif
+
+#endif  // __CUDACC__
+
+// ---------------------------------------------------------------------- the work
+
+// Elements from one image, channel, row and column to the next.
+struct Strides {
+    long long n, c, h, w;
+};
+
+// x is [images, ., height, width], y is [images, ., p_size, q_size]; the host fills this in (cupy_conv.py).
+struct Conv {
+    Strides x, y;
+    int images, height, width, p_size, q_size, k_blocks, c_blocks, r_size, s_size;
+    int stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
+    int channels_last;
+    int tile_h, tile_w, tiles_h, tiles_w;  // a tile's pixels, and the number of tiles of an image
+    int taps;                              // of a group: all, those of one kernel row, or one
+    int step_h, step_w;                    // from one row or column of the image to the next, in pixels of the tensor
+    int rows, cols, plane;                 // of the image
+    int units;                             // of a chunk at most
+    int splits, lists;                     // wgrad: of the pixels, and of the chunks
+    int filters, range;                    // dgrad: filters of a step, channels of a CTA
+};
+
+// ---------------------------------------------------------------------- shared memory
+
+// The tables come first, then the values, then the image; the host adds up the same sizes (slots.py).
+constexpr int ITEMS_AT = 0;                                  // [ITEMS] byte offset into the image of each row of K
+constexpr int ENTRIES_AT = ITEMS_AT + ITEMS * 4;             // [ITEMS / G] entry * PARTS + part
+constexpr int CHANNELS_AT = ENTRIES_AT + ITEMS * 4;          // [LANES * G] channel of each plane of the image
+constexpr int DISPLACED_AT = CHANNELS_AT + LANES * SLOT * 4; // [MAX_TAPS] slots from a pixel to the one a tap reads
+constexpr int TAPS_AT = DISPLACED_AT + MAX_TAPS * 4;         // [MAX_BLOCKS] which taps a channel block has, one bit each
+constexpr int USED_AT = TAPS_AT + MAX_BLOCKS * 4;            // [MAX_BLOCKS + 1] channel blocks with any, their number last
+constexpr int CELLS_AT = USED_AT + MAX_BLOCKS * 4 + 16;      // [CELLS] entry of (channel block, tap)
+constexpr int VALUES_AT = CELLS_AT + CELLS * 4;
+
+__device__ __forceinline__ int* table(int at) {
+    return (int*)(shared + at);
+}
+
+// Bytes of a row of `count` values: an odd number of 16 bytes, so that eight rows lie in different banks.
+__host__ __device__ constexpr int row_bytes(int count) {
+    return (((count * SIZE + 15) / 16) | 1) * 16;
+}
+
+__device__ __forceinline__ Slot zero_slot() {
+    return Slot{{0, 0, 0, 0}};
+}
+
+// ---------------------------------------------------------------------- global memory -> image
+
+// Rows and columns row0 + i*step_h, col0 + j*step_w of `count` channels of images image0 .. + SLOT, to `at`.
+__device__ __forceinline__ void load_image(
+    unsigned at, const T* __restrict__ in, const Strides& stride, int height, int width, const Conv& g, int image0,
+    int row0, int col0, int step_h, int step_w, int rows, int cols, int plane, const int* channels, int count) {
+    const int area = rows * cols;
+    for (int i = threadIdx.x; i < count * area; i += THREADS) {
+        // Neighbouring threads read neighbouring elements.
+        const int channel = g.channels_last ? i % count : i / area;
+        const int pixel = g.channels_last ? i / count : i - channel * area;
+        const int row = pixel / cols;
+        const int h = row0 + row * step_h, w = col0 + (pixel - row * cols) * step_w;
+        union {
+            Slot slot;
+            T image[SLOT];
+        } to;
+        to.slot = zero_slot();
+        if (h >= 0 && h < height && w >= 0 && w < width) {
+            const T* from = in + image0 * stride.n + channels[channel] * stride.c + h * stride.h + w * stride.w;
+#pragma unroll
+            for (int j = 0; j < SLOT; ++j) {
+                if (image0 + j < g.images) to.image[j] = from[j * stride.n];
+            }
+#if MATH == TF32
+#pragma unroll
+            for (int j = 0; j < SLOT; ++j) to.slot.part[j] = round_tf32(to.image[j]);
+#endif
+        }
+        *(Slot*)(shared + at + (channel * plane + pixel) * 16) = to.slot;
+    }
+}
+
+// ---------------------------------------------------------------------- stored entries -> lists
+
+// The table of a block-row's entries with taps first_tap .. + taps and channel blocks first_block .. + blocks.
+// Returns how many of these channel blocks have any of the taps in `own`. All threads call it, and none may still be
+// taking units of the last table.
+__device__ __forceinline__ int scan(
+    const int* __restrict__ indptr, const int* __restrict__ indices, int row, int c_blocks, int first_tap, int taps,
+    unsigned own, int first_block, int blocks) {
+    unsigned* has = (unsigned*)table(TAPS_AT);
+    int *cells = table(CELLS_AT), *used = table(USED_AT);
+    for (int i = threadIdx.x; i < blocks; i += THREADS) has[i] = 0;
+    __syncthreads();
+    const int last = indptr[row + 1];
+    for (int e = indptr[row] + threadIdx.x; e < last; e += THREADS) {
+        const int tap = indices[e] / c_blocks, block = indices[e] - tap * c_blocks - first_block, t = tap - first_tap;
+        if (t >= 0 && t < taps && (own >> t & 1) && block >= 0 && block < blocks) {
+            cells[block * taps + t] = e;
+            atomicOr(&has[block], 1u << t);
+        }
+    }
+    __syncthreads();
+    if (threadIdx.x < 32) {
+        int total = 0;
+        for (int i = threadIdx.x; i - (int)threadIdx.x < blocks; i += 32) {
+            const bool any = i < blocks && has[i];
+            const unsigned vote = __ballot_sync(~0u, any);
+            if (any) used[total + __popc(vote & ((1u << threadIdx.x) - 1))] = i;
+            total += __popc(vote);
+        }
+        if (threadIdx.x == 0) used[MAX_BLOCKS] = total;
+    }
+    __syncthreads();
+    return used[MAX_BLOCKS];
+}
+
+// A chunk of units of the last scan, one a lane; every warp holds the same.
+struct Chunk {
+    int units;      // how many
+    int unit;       // this lane's: channel block (within the scan) * PARTS + part
+    unsigned taps;  // which taps it has; none beyond `units`
+};
+
+// The units from number `from` on, at most `most` of them and at most `room` entries of theirs. Units are the parts
+// first_part .. + parts of each used channel block; `end` is their number.
+__device__ __forceinline__ Chunk take(int from, int end, int first_part, int parts, int most, int room) {
+    const int lane = threadIdx.x % 32, u = from + lane;
+    Chunk chunk = {0, 0, 0};
+    if (u < end && lane < most) {
+        const int block = table(USED_AT)[u / parts];
+        chunk.unit = block * PARTS + first_part + u % parts;
+        chunk.taps = (unsigned)table(TAPS_AT)[block];
+    }
+    int sum = __popc(chunk.taps);
+#pragma unroll
+    for (int delta = 1; delta < 32; delta *= 2) {
+        const int below = __shfl_up_sync(~0u, sum, delta);
+        if (lane >= delta) sum += below;
+    }
+    chunk.units = __popc(__ballot_sync(~0u, chunk.taps != 0 && sum <= room));
+    if (lane >= chunk.units) chunk.taps = 0;
+    return chunk;
+}
+
+// Lists the chunk's entries by tap, then by channel: ENTRIES, ITEMS (offsets into the image) and CHANNELS. Items
+// beyond the last, up to a multiple of STEP, point at the plane of zeros behind `units` planes. Returns their number.
+__device__ __forceinline__ int list_items(const Chunk& chunk, int first_block, const Conv& g) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    int *items = table(ITEMS_AT), *entries = table(ENTRIES_AT), *channels = table(CHANNELS_AT);
+    const int block = chunk.unit / PARTS, part = chunk.unit % PARTS;
+    int count = 0;
+    for (int t = 0; t < g.taps; ++t) {
+        const bool has = chunk.taps >> t & 1;
+        const unsigned vote = __ballot_sync(~0u, has);
+        if (has && t % WARPS == warp) {
+            const int i = count + __popc(vote & ((1u << lane) - 1));
+            entries[i] = table(CELLS_AT)[block * g.taps + t] * PARTS + part;
+            for (int j = 0; j < G; ++j) items[i * G + j] = ((lane * G + j) * g.plane + table(DISPLACED_AT)[t]) * 16;
+        }
+        count += __popc(vote);
+    }
+    if (warp == 0) {
+        const int i = count * G + lane;
+        if (i < (count * G + STEP - 1) / STEP * STEP) items[i] = g.units * G * g.plane * 16;
+        if (lane < chunk.units) {
+            for (int j = 0; j < G; ++j) channels[lane * G + j] = (first_block + block) * BC + part * G + j;
+        }
+    }
+    return count * G;
+}
+
+// The plane that items beyond the last point at.
+__device__ __forceinline__ void clear_zero_plane(unsigned image, int planes, const Conv& g) {
+    for (int i = threadIdx.x; i < g.plane; i += THREADS) *(Slot*)(shared + image + (planes * g.plane + i) * 16) = zero_slot();
+}
+
+// ---------------------------------------------------------------------- pixels x N += gathered image x values
+
+// Where this lane's pixels of the tile lie in the image. M is (pixel of the tile, image of the slot).
+struct Pixels {
+#if MATH == FP16 || MATH == BF16
+    unsigned at[MT];  // the pixel whose eight images ldmatrix takes from this lane
+#else
+    unsigned at[MT][2];  // rows lane / 4 and lane / 4 + 8
+#endif
+};
+
+__device__ __forceinline__ unsigned pixel_at(int position, int step_h, int step_w, const Conv& g) {
+    if (position >= g.tile_h * g.tile_w) return 0;  // beyond the tile: computed and dropped
+    return (position / g.tile_w * step_h * g.cols + position % g.tile_w * step_w) * 16;
+}
+
+// step_h, step_w: rows and columns of the image from one pixel of the tile to the next.
+__device__ __forceinline__ Pixels find_pixels(int step_h, int step_w, const Conv& g) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    Pixels pixels;
+#pragma unroll
+    for (int m = 0; m < MT; ++m) {
+        const int first = (warp * MT + m) * 16 / SLOT;
+#if MATH == FP16 || MATH == BF16
+        pixels.at[m] = pixel_at(first + (lane >> 3 & 1), step_h, step_w, g);
+#else
+        pixels.at[m][0] = pixel_at(first + (lane >> 4), step_h, step_w, g) + (lane >> 2 & 3) * 4;
+        pixels.at[m][1] = pixel_at(first + 2 + (lane >> 4), step_h, step_w, g) + (lane >> 2 & 3) * 4;
+#endif
+    }
+    return pixels;
+}
+
+__device__ __forceinline__ float read(unsigned at) {
+    return *(const float*)(shared + at);
+}
+
+// acc += image[items] x values over `count` items, rounded up to STEP. The values lie as [item][n] (BY_ITEM) or
+// [n][item], in rows of `row` bytes.
+template <bool BY_ITEM>
+__device__ __forceinline__ void multiply(
+    float (&acc)[MT][NT][4], unsigned image, const Pixels& pixels, unsigned values, int row, int count) {
+    const int lane = threadIdx.x % 32;
+    const int* items = table(ITEMS_AT);
+    for (int k = 0; k < count; k += STEP) {
+#if MATH == FP16 || MATH == BF16
+        unsigned b[NT][2];
+#pragma unroll
+        for (int n = 0; n < NT; n += 2) {
+            unsigned two[4];
+            const int pair = n + 1 < NT ? lane >> 4 : 0, upper = lane >> 3 & 1;
+            if (BY_ITEM) {
+                ldmatrix4_trans(two, shared + values + (k + upper * 8 + (lane & 7)) * row + (n + pair) * 16);
+            } else {
+                ldmatrix4(two, shared + values + ((n + pair) * 8 + (lane & 7)) * row + (k + upper * 8) * 2);
+            }
+            b[n][0] = two[0], b[n][1] = two[1];
+            if (n + 1 < NT) b[n + 1][0] = two[2], b[n + 1][1] = two[3];
+        }
+        const unsigned item = image + items[k + (lane >> 4) * 8 + (lane & 7)];
+#pragma unroll
+        for (int m = 0; m < MT; ++m) {
+            unsigned a[4];
+            ldmatrix4_trans(a, shared + item + pixels.at[m]);
+#pragma unroll
+            for (int n = 0; n < NT; ++n) mma(acc[m][n], a, b[n]);
+        }
+#elif MATH == TF32
+        unsigned b[NT][2];
+#pragma unroll
+        for (int n = 0; n < NT; ++n) {
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                const int item = k + i * 4 + (lane & 3), column = n * 8 + (lane >> 2);
+                b[n][i] = round_tf32(read(values + (BY_ITEM ? item * row + column * 4 : column * row + item * 4)));
+            }
+        }
+        const unsigned lower = image + items[k + (lane & 3)], upper = image + items[k + 4 + (lane & 3)];
+#pragma unroll
+        for (int m = 0; m < MT; ++m) {
+            const unsigned a[4] = {
+                __float_as_uint(read(lower + pixels.at[m][0])), __float_as_uint(read(lower + pixels.at[m][1])),
+                __float_as_uint(read(upper + pixels.at[m][0])), __float_as_uint(read(upper + pixels.at[m][1]))};
+#pragma unroll
+            for (int n = 0; n < NT; ++n) mma(acc[m][n], a, b[n]);
+        }
+#else
+#pragma unroll
+        for (int i = k; i < k + STEP; ++i) {
+            float b[NT][2];
+#pragma unroll
+            for (int n = 0; n < NT; ++n) {
+#pragma unroll
+                for (int j = 0; j < 2; ++j) {
+                    const int column = n * 8 + (lane & 3) * 2 + j;
+                    b[n][j] = read(values + (BY_ITEM ? i * row + column * 4 : column * row + i * 4));
+                }
+            }
+            const unsigned item = image + items[i];
+#pragma unroll
+            for (int m = 0; m < MT; ++m) {
+                const float upper = read(item + pixels.at[m][0]), lower = read(item + pixels.at[m][1]);
+#pragma unroll
+                for (int n = 0; n < NT; ++n) {
+                    acc[m][n][0] += upper * b[n][0];
+                    acc[m][n][1] += upper * b[n][1];
+                    acc[m][n][2] += lower * b[n][0];
+                    acc[m][n][3] += lower * b[n][1];
+                }
+            }
+        }
+#endif
+    }
+}
+
+// ---------------------------------------------------------------------- results
+
+// Images of one pixel, from consecutive elements `from` of a tile in shared memory.
+__device__ __forceinline__ void store_slot(T* to, long long stride, int images, const T* from) {
+#pragma unroll
+    for (int j = 0; j < SLOT; ++j) {
+        if (j < images) to[j * stride] = from[j];
+    }
+}

@@ -1,0 +1,298 @@
+"""SlotTile: how the CUDA C++ backend cuts its work, and which work it can take.
+
+A leaf: nothing here imports CuPy, touches a device or looks at a mask. slots.cu says what a slot, an image and a unit
+are, and the budgets beside each kernel what its sizes cost; the sizes of shared memory here are theirs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from ..geometry import ConvGeometry
+from .tiles import LIMIT, MAX_GRID, WORKSPACE_BYTES
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MATH = {torch.float16: "FP16", torch.bfloat16: "BF16"}  # float32: TF32 or FP32
+
+SHARED_BYTES = 99 << 10  # of one CTA: what sm_86 and sm_89 have, and two of them fit sm_90
+SM_BYTES = 227 << 10  # of one multiprocessor of sm_90
+FULL = 2 * 132  # CTAs that fill a device
+
+# slots.cu: LANES, MAX_TAPS, MAX_BLOCKS and CELLS; wgrad.cu: MAX_PIXELS.
+LANES, MAX_TAPS, MAX_BLOCKS, CELLS, MAX_PIXELS = 32, 32, 512, 1024, 256
+ITEMS = {"fprop": 128, "dgrad": 256}  # rows of K in shared memory at once; in wgrad, rows of M: one mma tile each
+
+
+class SlotTile(NamedTuple):
+    """Sizes of one CTA's work. The first five specialise the kernel, the others are arguments of a launch."""
+
+    nt: int  # tiles of 8 in the product's N
+    mt: int  # tiles of 16 in its M, of one warp
+    warps: int
+    items: int
+    shared: int  # bytes
+    tile_h: int
+    tile_w: int
+    taps: int  # of a group: all, those of one kernel row, or one
+    rows: int  # of the image
+    cols: int
+    units: int = 0  # fprop, wgrad: units of a chunk at most
+    filters: int = 0  # dgrad: filters of a step
+    range: int = 0  # dgrad: channels of a CTA
+    splits: int = 1  # wgrad: of the pixels
+    lists: int = 1  # wgrad: of the chunks
+
+    @property
+    def plane(self) -> int:
+        return self.rows * self.cols | 1
+
+
+def slot_of(dtype: torch.dtype) -> int:
+    """Images of a slot: 16 bytes."""
+    return 16 // dtype.itemsize
+
+
+def unit_of(bc: int, dtype: torch.dtype) -> int:
+    """G: channels of a block that lie in one 16-byte piece of values."""
+    return min(bc, slot_of(dtype))
+
+
+def refusal(
+    geometry: ConvGeometry,
+    blocksize: tuple[int, int],
+    dtype: torch.dtype,
+    device_type: str,
+    arch: str = "",
+    home: str = "cuda",
+) -> str | None:
+    """Why the CUDA C++ backend cannot take this work (what, why, what to do), or None: the only such predicate.
+
+    Args:
+        device_type: torch.device.type of the operands.
+        arch: "sm_90", ...; "" where unknown.
+        home: the device type that launches go to.
+    """
+    bk, bc = blocksize
+    if bk % 8 or bk < 8:
+        return (
+            f"bk = {bk}: 8 filters are the narrowest operand of its tensor-core product, so bk must be a multiple of 8;"
+            " use backend='torch'"
+        )
+    if bc not in (1, 2, 4, 8, 16, 32, 64, 128):
+        return f"bc = {bc}: it takes the powers of two up to 128; use backend='torch'"
+    if dtype not in DTYPES:
+        return f"dtype = {dtype}: it takes {', '.join(map(str, DTYPES))}; use backend='torch'"
+    if device_type != home:
+        return f"device = {device_type}: it runs on CUDA GPUs; use backend='torch'"
+    if arch.startswith("gfx"):
+        return f"arch = {arch}: it is CUDA C++, for NVIDIA GPUs; use backend='triton'"
+    if arch.startswith("sm_") and int(arch[3:].rstrip("af")) < 80:
+        return f"arch = {arch}: asynchronous copies need sm_80 or later; use backend='torch'"
+    g = geometry
+    for name, size in (
+        ("N*H*W", g.n * g.h * g.w), ("N*P*Q", g.n * g.p * g.q), ("K*C*R*S / 64", g.k * g.c * g.taps // 64),
+        ("H + 2*padding", g.h + 2 * g.padding[0]), ("W + 2*padding", g.w + 2 * g.padding[1]),
+        ("stride", max(g.stride)), ("dilation", max(g.dilation)),
+    ):  # fmt: skip
+        if size >= LIMIT:
+            return f"{name} = {size}: pixels and entries are counted in 32 bits, below {LIMIT}; split the work"
+    for kind in ("fprop", "dgrad"):
+        tile = pick(kind, geometry, blocksize, 0, dtype)
+        if (ctas := grid(kind, geometry, blocksize, dtype, tile)) > MAX_GRID:
+            return f"{kind} needs {ctas} CTAs: a grid holds {MAX_GRID}; split the batch"
+    return None
+
+
+def tiled(kind: str, g: ConvGeometry) -> tuple[int, int]:
+    """Rows and columns of pixels that are cut into tiles."""
+    return (-(-g.h // g.stride[0]), -(-g.w // g.stride[1])) if kind == "dgrad" else (g.p, g.q)
+
+
+def steps(kind: str, g: ConvGeometry, taps: int) -> tuple[int, int]:
+    """Pixels of the tensor from one row, and one column, of the image to the next."""
+    if kind == "dgrad":
+        return 1, 1
+    tall, wide = _group(g, taps)
+    (sh, sw), (dh, dw) = g.stride, g.dilation
+    return (math.gcd(sh, dh) if tall > 1 else sh, math.gcd(sw, dw) if wide > 1 else sw)
+
+
+def grid(kind: str, g: ConvGeometry, blocksize: tuple[int, int], dtype: torch.dtype, tile: SlotTile) -> int:
+    """CTAs of a launch."""
+    bk, _ = blocksize
+    parts = g.k // bk * -(-bk // (8 * tile.nt))
+    if kind == "wgrad":
+        return parts * tile.lists * tile.splits
+    high, wide = tiled(kind, g)
+    tiles = -(-high // tile.tile_h) * -(-wide // tile.tile_w) * -(-g.n // slot_of(dtype))
+    if kind == "fprop":
+        return tiles * parts
+    return tiles * min(g.stride[0], g.h) * min(g.stride[1], g.w) * -(-g.c // tile.range)
+
+
+def _group(g: ConvGeometry, taps: int) -> tuple[int, int]:
+    """Kernel rows and columns of a group of taps."""
+    tall = g.r if taps == g.taps else 1
+    return tall, taps // tall
+
+
+def _image(kind: str, g: ConvGeometry, taps: int, high: int, wide: int) -> tuple[int, int]:
+    """Rows and columns of the image under a tile of high x wide pixels."""
+    tall, broad = _group(g, taps)
+    (sh, sw), (dh, dw) = g.stride, g.dilation
+    if kind == "dgrad":
+        return high + (tall - 1) * dh // sh, wide + (broad - 1) * dw // sw
+    step_h, step_w = steps(kind, g, taps)
+    return ((high - 1) * sh + (tall - 1) * dh) // step_h + 1, ((wide - 1) * sw + (broad - 1) * dw) // step_w + 1
+
+
+def _row_bytes(count: int, size: int) -> int:
+    return ((count * size + 15) // 16 | 1) * 16
+
+
+def _tables(kind: str, items: int, nt: int, bc: int, dtype: torch.dtype) -> int:
+    """Bytes of shared memory in front of the image: IMAGE_AT of each kernel."""
+    size = dtype.itemsize
+    values_at = 8 * items + 4 * LANES * slot_of(dtype) + 4 * MAX_TAPS + 8 * MAX_BLOCKS + 16 + 4 * CELLS
+    if kind == "wgrad":
+        return values_at + 4 * 8 * nt + 4 * (MAX_PIXELS + 4)
+    by_item = (bc == 1) == (kind == "fprop")
+    return values_at + (items * _row_bytes(8 * nt, size) if by_item else 8 * nt * _row_bytes(items, size))
+
+
+def _shapes(kind: str, g: ConvGeometry, most: int) -> Iterator[tuple[int, int]]:
+    """Tiles of at most `most` pixels: even cuts of the rows, and as many rows as fit, evenly cut too."""
+    high, wide = tiled(kind, g)
+    for cuts in {*range(1, 9), *(-(-wide // (1 << i)) for i in range(8))}:
+        across = -(-wide // cuts)
+        if across <= most:
+            down = min(high, most // across)
+            yield -(-high // -(-high // down)), across
+
+
+def pick(
+    kind: str,
+    geometry: ConvGeometry,
+    blocksize: tuple[int, int],
+    nnzb: int,
+    dtype: torch.dtype,
+) -> SlotTile:
+    """The tile of least estimated cost for work that `refusal` lets through. Pure: sizes in, sizes out.
+
+    Chosen from the budgets beside the kernels and from compile-time evidence: no GPU has timed a tile yet.
+    """
+    candidates = _candidates(kind, geometry, blocksize, nnzb, dtype)
+    return min(candidates, key=lambda tile: _clocks(kind, tile, geometry, blocksize, dtype))
+
+
+def _clocks(kind: str, tile: SlotTile, g: ConvGeometry, blocksize: tuple[int, int], dtype: torch.dtype) -> float:
+    """Relative clocks of a launch, by the budgets beside the kernels; four taps of a channel are stored, or all.
+
+    A multiprocessor gets a sector of 32 bytes from L2 in about 1.4 clocks, and 128 bytes from shared memory in one.
+    """
+    slot, size = slot_of(dtype), dtype.itemsize
+    taps, groups = min(4, g.taps), g.taps / tile.taps
+    width = g.q if kind == "dgrad" else g.w
+    lines, line = (tile.rows, tile.cols) if tile.cols < width else (1, tile.rows * width)  # what lies in one piece
+    load = 1.4 * slot * lines * (line * size / 32 + 1) * groups
+    pixels = tile.warps * tile.mt * 16 / slot
+    if kind == "dgrad":  # per filter; a fifth of the channels is stored
+        channel_tiles = math.ceil(tile.range / 5 / (8 * tile.nt))
+        multiply = channel_tiles * (taps * pixels / 8 + tile.nt * pixels * slot / 2 / tile.filters)
+        steps_of = tile.filters
+    else:  # per channel
+        if kind == "wgrad":
+            pixels = tile.tile_h * tile.tile_w
+            load += 1.4 * slot * tile.tile_h * (tile.tile_w * size / 32 + 1) * 8 * tile.nt / tile.units
+        multiply = taps * pixels * max(1 / 8, tile.nt / 20)
+        steps_of = tile.units
+    high, wide = tiled(kind, g)
+    ctas = -(-high // tile.tile_h) * -(-wide // tile.tile_w)
+    ctas *= -(-g.c // tile.range) if kind == "dgrad" else -(-blocksize[0] // (8 * tile.nt))
+    resident = min(8, SM_BYTES // (tile.shared + 1024))  # CTAs that overlap on a multiprocessor
+    idle = max(1.0, FULL / max(1, grid(kind, g, blocksize, dtype, tile)))
+    return ctas * (load + multiply) * (1 + 1 / resident) * (1 + 4 / steps_of) * idle
+
+
+def _candidates(
+    kind: str, g: ConvGeometry, blocksize: tuple[int, int], nnzb: int, dtype: torch.dtype
+) -> Iterator[SlotTile]:
+    bk, bc = blocksize
+    slot, unit = slot_of(dtype), unit_of(bc, dtype)
+    nt = (2 if bc < 32 else 4) if kind == "dgrad" else _even(-(-bk // 8), 4)
+    most = 8 if kind == "dgrad" else 16  # mma tiles of a warp: 4 registers each
+    for warps, mt in ((4, 1), (4, 2), (8, 2), (8, 4), (8, 8), (8, 16)) if kind != "wgrad" else ((4, 2),):
+        if nt * mt > most or (slot == 4 and mt > 4):
+            continue
+        items = ITEMS.get(kind, warps * mt * 16)
+        tables = _tables(kind, items, nt, bc, dtype)
+        pixels = MAX_PIXELS // 2 if kind == "wgrad" else warps * mt * 16 // slot
+        for taps in sorted({g.taps, g.s, 1}, reverse=True):
+            if taps > MAX_TAPS or taps * unit > items:
+                continue
+            for tile_h, tile_w in _shapes(kind, g, pixels):
+                rows, cols = _image(kind, g, taps, tile_h, tile_w)
+                tile = SlotTile(nt, mt, warps, items, 0, tile_h, tile_w, taps, rows, cols)
+                for budget in (SM_BYTES // 4 - 1024, SHARED_BYTES):
+                    if kind == "dgrad":
+                        found = _fit_dgrad(tile, tables, budget, g, bk, bc, slot)
+                    else:
+                        found = _fit(kind, tile, tables, budget, g, bc, slot, unit)
+                    if found is not None:
+                        yield _split(found, g, blocksize, nnzb, dtype) if kind == "wgrad" else found
+
+
+def _even(tiles: int, most: int) -> int:
+    """Tiles of each part when `tiles` are shared out over as few parts as `most` allows."""
+    return -(-tiles // -(-tiles // most))
+
+
+def _fit(
+    kind: str, tile: SlotTile, tables: int, budget: int, g: ConvGeometry, bc: int, slot: int, unit: int
+) -> SlotTile | None:
+    """fprop or wgrad with as many units as fit, up to a full list of items."""
+    n = 8 * tile.nt
+    if kind == "fprop":
+        other, spare = 0, 1  # the plane of zeros
+        results = n * (tile.warps * tile.mt * 16 // slot | 1) * 16
+    else:
+        other, spare, results = n * (tile.tile_h * tile.tile_w + 1 | 1) * 16, 0, 0
+    room = (budget - tables - other) // (16 * tile.plane) - spare
+    units = min(LANES, room // unit, -(-g.c // unit))
+    if units < 1 or results > budget:
+        return None
+    shared = max(tables + other + (units * unit + spare) * tile.plane * 16, results)
+    return tile._replace(units=units, shared=shared)
+
+
+def _fit_dgrad(
+    tile: SlotTile, tables: int, budget: int, g: ConvGeometry, bk: int, bc: int, slot: int
+) -> SlotTile | None:
+    """The most channels, then the most filters, that fit."""
+    channel = (tile.warps * tile.mt * 16 + 4) * 4
+    for width in (128, 64, 32, 16, 8):
+        if (width > 8 and width >= 2 * g.c) or -(-width // bc) * tile.taps > CELLS:
+            continue
+        for filters in (32, 16, 8):
+            if filters > bk or filters * tile.taps > tile.items:
+                continue
+            shared = tables + (filters + 1) * tile.plane * 16 + width * channel
+            if shared <= budget:
+                return tile._replace(filters=filters, range=width, shared=shared)
+    return None
+
+
+def _split(tile: SlotTile, g: ConvGeometry, blocksize: tuple[int, int], nnzb: int, dtype: torch.dtype) -> SlotTile:
+    """wgrad's splits of the pixels, then of the chunks, to fill the device."""
+    bk, bc = blocksize
+    parts = g.k // bk * -(-bk // (8 * tile.nt))
+    tiles = -(-g.p // tile.tile_h) * -(-g.q // tile.tile_w) * -(-g.n // slot_of(dtype))
+    room = WORKSPACE_BYTES // (4 * max(1, nnzb) * bk * bc)
+    splits = max(1, min(-(-2 * FULL // parts), tiles, room))
+    chunks = -(-nnzb * bc // (g.k // bk * tile.items))
+    lists = max(1, min(-(-2 * FULL // (parts * splits)), chunks))
+    return tile._replace(splits=splits, lists=lists)

@@ -1,0 +1,124 @@
+"""The CUDA C++ kernels on a CPU: g++ compiles the very source that CuPy gets, behind emulator.h, and runs it.
+
+`Emulator` takes the place of cupy_conv.runtime in the tests: the host code above it, grids, arguments and
+specialisation included, is what runs on a GPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import random
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from blocksparse.kernels import cupy_conv
+
+HEADER = Path(__file__).parent / "emulator.h"
+BUILDS = Path(tempfile.gettempdir()) / f"blocksparse-emulator-{os.getuid()}"
+COMMON = ("-std=c++17", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-Wno-unused-function")
+FAST = ("-O1", "-fno-trapping-math", "-march=native")
+CHECKED = ("-O1", "-fsanitize=undefined", "-fno-sanitize-recover=undefined")
+
+
+UNFENCED = 1 << 30  # buffers of this many bytes are not copied between pages that fault
+
+
+class EmulatorError(AssertionError):
+    """A launch did what no launch may do: the message says what."""
+
+
+def _compile(source: str, target: Path, flags: tuple[str, ...]) -> Path:
+    """`target`, compiled unless it is there; processes that do so at once do not meet."""
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        file, part = (target.with_name(f"{target.stem}.{os.getpid()}{suffix}") for suffix in (".cc", ".part"))
+        file.write_text(source)
+        result = subprocess.run(
+            ["g++", *COMMON, *flags, str(file), "-o", str(part)], capture_output=True, text=True, check=False
+        )
+        assert result.returncode == 0, result.stderr[-6000:]
+        os.replace(part, target)
+        file.unlink()
+    return target
+
+
+@functools.cache
+def _header(flags: tuple[str, ...]) -> Path:
+    """The path that includes emulator.h as precompiled for these flags."""
+    key = hashlib.sha256("\0".join((HEADER.read_text(), *flags)).encode()).hexdigest()[:24]
+    return _compile(HEADER.read_text(), BUILDS / key / "emulator.h.gch", ("-x", "c++-header", *flags)).with_suffix("")
+
+
+@functools.cache
+def build(text: str, flags: tuple[str, ...] = FAST) -> dict[str, Any]:
+    """Every kernel of the source `text` as a function that launches it; compiled once for each text and flags."""
+    header = _header(flags)
+    kernels = re.findall(r"__global__[^{]*?(\w+)\s*\(\s*(?:const|\w+\s*\*)", text)
+    for name in kernels:
+        text += f"""
+extern "C" const char* run_{name}(unsigned grid, unsigned cta, size_t shared_size, uint64_t seed, int count,
+                                  void** args, const size_t* bytes) {{
+    return emulator::launch({name}, grid, cta, shared_size, seed, count, args, bytes);
+}}
+"""
+    library = header.with_name(hashlib.sha256(text.encode()).hexdigest()[:24] + ".so")
+    loaded = ctypes.CDLL(str(_compile(text, library, ("-x", "c++", "-shared", "-include", str(header), *flags))))
+    runs = {name: getattr(loaded, f"run_{name}") for name in kernels}
+    for run in runs.values():
+        run.restype = ctypes.c_char_p
+    return runs
+
+
+def specialised(kind: str, flags: tuple[str, ...]) -> str:
+    """A kind's source with its -D in front, as lines: a precompiled header takes no -D."""
+    defines = (flag[2:].replace("=", " ") for flag in flags if flag.startswith("-D"))
+    return "".join(f"#define {define}\n" for define in defines) + cupy_conv.source(kind)
+
+
+def launch(run: Any, name: str, ctas: int, threads: int, shared: int, args: tuple[Any, ...], seed: int) -> None:
+    """Run every CTA of a build, in an order drawn from `seed`; EmulatorError where it breaks a rule."""
+    cells, sizes = [], []
+    for arg in args:
+        if arg is None or isinstance(arg, Tensor):
+            cells.append(np.array(0 if arg is None else arg.data_ptr(), np.uint64))
+            size = 0 if arg is None else arg.numel() * arg.element_size()
+            sizes.append(size if size < UNFENCED else 0)
+        else:
+            cells.append(np.array(arg))
+            sizes.append(0)
+    pointers = (ctypes.c_void_p * len(args))(*(cell.ctypes.data for cell in cells))
+    lengths = (ctypes.c_size_t * len(args))(*sizes)
+    wrong = run(
+        ctypes.c_uint(ctas), ctypes.c_uint(threads), ctypes.c_size_t(shared), ctypes.c_uint64(seed),
+        ctypes.c_int(len(args)), pointers, lengths,
+    )  # fmt: skip
+    if wrong is not None:
+        raise EmulatorError(f"{name}: {wrong.decode()}")
+
+
+class Emulator:
+    """What cupy_conv.runtime is on a GPU, on a CPU: another thread order at every launch."""
+
+    device_type = "cpu"
+
+    def __init__(self, build_flags: tuple[str, ...] = FAST, seed: int = 0) -> None:
+        self.build_flags = build_flags
+        self.draws = random.Random(seed)
+
+    def absent(self) -> str | None:
+        return None
+
+    def launch(
+        self, name: str, kind: str, flags: tuple[str, ...], ctas: int, threads: int, shared: int, args: tuple[Any, ...]
+    ) -> None:
+        run = build(specialised(kind, flags), self.build_flags)[name]
+        launch(run, name, ctas, threads, shared, args, self.draws.getrandbits(32))

@@ -1,0 +1,237 @@
+"""The CUDA C++ kernels beyond what the suites of all backends draw: every barrier, tile, tap group and precision."""
+
+from __future__ import annotations
+
+import mmap
+import re
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import blocksparse as bs
+from blocksparse import BSRPattern, ConvGeometry, index
+from blocksparse.kernels import cupy_conv, slots
+from blocksparse.kernels.slots import SlotTile
+from emulator import CHECKED, Emulator, EmulatorError
+from strategies import guarded
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+KINDS = ("fprop", "dgrad", "wgrad")
+emulated = pytest.mark.skipif(DEVICE == "cuda", reason="about the emulator's build of the kernels")
+
+
+class Work:
+    """A random convolution and its three products, exact and by a tile of one's own."""
+
+    def __init__(
+        self, shape, blocksize, x_shape, conv, *, density=0.5, dtype=torch.float16, seed=0, order=False, tensors=None
+    ) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.pattern = BSRPattern.random(shape, blocksize, density, generator)
+        if order:
+            row_order = torch.randperm(shape[0], generator=generator)
+            self.pattern = BSRPattern(shape, blocksize, self.pattern.indptr, self.pattern.indices, row_order)
+        self.conv = conv
+        self.g = ConvGeometry.of(x_shape, shape, *conv)
+        shapes = self.g.x_shape, self.g.y_shape, (self.pattern.nnzb, *blocksize)
+        self.x, self.dy, self.values = tensors or [torch.randn(s, generator=generator).to(dtype) for s in shapes]
+
+    def tile(self, kind: str) -> SlotTile:
+        return slots.pick(kind, self.g, self.pattern.blocksize, self.pattern.nnzb, self.x.dtype)
+
+    def candidates(self, kind: str) -> list[SlotTile]:
+        return [*slots._candidates(kind, self.g, self.pattern.blocksize, self.pattern.nnzb, self.x.dtype)]
+
+    def run(
+        self,
+        kind: str,
+        tile: SlotTile | None = None,
+        *,
+        precision: str = "ieee",
+        channels_last: bool = False,
+        guard: bool = True,
+        values_at: int = 0,
+    ) -> Tensor:
+        tile = tile or self.tile(kind)
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        x, dy = (guarded(t, DEVICE, layout) if guard else t.contiguous(memory_format=layout) for t in (self.x, self.dy))
+        buffer = torch.full((self.values.numel() + values_at,), float("nan"), dtype=self.values.dtype, device=DEVICE)
+        values = buffer[values_at:].view(self.values.shape).copy_(self.values)
+        p = self.pattern.to(DEVICE)
+        tables = index.unpack(p.index, p.shape, p.blocksize, p.nnzb)
+        if kind == "fprop":
+            return cupy_conv.fprop(x, values, tables, None, self.g, tile, precision=precision).cpu()
+        if kind == "dgrad":
+            return cupy_conv.dgrad(dy, values, tables, self.g, channels_last, tile, precision=precision).cpu()
+        return cupy_conv.wgrad(x, dy, tables, self.g, tuple(values.shape), tile, precision=precision).cpu()
+
+    def exact(self, kind: str, rounded=lambda t: t) -> Tensor:
+        x, dy, values = rounded(self.x), rounded(self.dy), rounded(self.values)
+        if kind == "fprop":
+            return bs.reference.fprop(x, values, self.pattern, None, *self.conv)
+        if kind == "dgrad":
+            return bs.reference.dgrad(dy, values, self.pattern, self.g.x_shape, *self.conv)
+        return bs.reference.wgrad(x, dy, self.pattern, *self.conv)
+
+
+def error(got: Tensor, exact: Tensor) -> float:
+    """Relative to the norm; NaN where anything is."""
+    return float((got.double() - exact).norm() / exact.norm())
+
+
+# ---------------------------------------------------------------------- barriers
+
+PLAIN, PADDED = ((1, 1), (1, 1), (1, 1)), ((2, 1), (1, 1), (1, 5))
+WORKS = [
+    # Ranges of channels without a block; a stride that leaves pixels of x no tap; several chunks; wide blocks; ranges.
+    Work((24, 300, 2, 2), (24, 1), (1, 300, 4, 9), PLAIN, density=0.002),
+    Work((16, 40, 3, 3), (8, 1), (3, 40, 6, 14), ((3, 3), (1, 1), (3, 3)), density=0.1),
+    Work((16, 40, 3, 3), (8, 1), (3, 40, 6, 14), PLAIN),
+    Work((80, 64, 3, 3), (80, 16), (3, 64, 6, 14), PADDED),
+    Work((8, 300, 2, 2), (8, 1), (1, 300, 4, 4), PLAIN, density=0.3),
+]
+BARRIERS = [
+    (kind, match.start())
+    for kind in KINDS
+    for match in re.finditer(r"(?<=\n)[ ]+(__syncthreads|cp_async_wait)\(\);", cupy_conv.source(kind))
+]
+
+
+@emulated
+@pytest.mark.parametrize(("kind", "at"), BARRIERS)
+def test_every_barrier_is_needed(kind, at, monkeypatch):
+    """Without any one of their barriers and waits the kernels are wrong, and the emulator shows it."""
+    text = cupy_conv.source(kind)
+    mutant = text[:at] + text[text.index(";", at) + 1 :]
+    monkeypatch.setattr(cupy_conv, "source", lambda kind: mutant)
+    monkeypatch.setattr(cupy_conv, "runtime", Emulator(seed=1))
+
+    def wrong(work: Work, tile: SlotTile) -> bool:
+        try:
+            return not error(work.run(kind, tile), work.exact(kind)) < 1e-2
+        except EmulatorError:
+            return True
+
+    def tiles(work: Work) -> list[SlotTile]:
+        """The one that would run and the one of most warps and tap groups."""
+        found = [work.tile(kind), work.candidates(kind)[-1]]
+        if kind == "wgrad":  # several tiles to a split, several chunks to a list
+            return [tile._replace(splits=max(1, tile.splits // 3), lists=2) for tile in found]
+        return found
+
+    shown = any(wrong(work, tile) for work in WORKS * 3 for tile in tiles(work))
+    assert shown, f"{kind} is right without line {text[:at].count(chr(10))}"
+
+
+@emulated
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_undefined_behaviour(kind, monkeypatch):
+    """The sanitizer's build, which ends the process at signed overflow, misaligned and out-of-range access."""
+    monkeypatch.setattr(cupy_conv, "runtime", Emulator(CHECKED))
+    for work in WORKS[:2]:
+        assert error(work.run(kind), work.exact(kind)) < 1e-3
+
+
+# ---------------------------------------------------------------------- tiles
+
+
+def variants(kind: str, dtype: torch.dtype) -> list[tuple[tuple[int, int], SlotTile]]:
+    """Every cut of the warps and every group of taps that some layer may get: the last tile of each."""
+    found = {}
+    for blocksize in ((16, 1), (24, 32)):
+        g = ConvGeometry(9, 64, 13, 14, 2 * blocksize[0], 3, 3, (1, 1), (1, 1))
+        for tile in slots._candidates(kind, g, blocksize, 40, dtype):
+            found[tile.nt, tile.mt, tile.warps, tile.taps if tile.warps == 4 else 0] = blocksize, tile
+    return list(found.values())
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [(kind, dtype) for kind in KINDS for dtype in (torch.float16, torch.float32)], ids=str
+)
+def test_every_tile_is_right(kind, dtype, poisoned_memory):
+    for blocksize, tile in variants(kind, dtype):
+        work = Work((2 * blocksize[0], 64, 3, 3), blocksize, (9, 64, 13, 14), PLAIN, density=0.1, dtype=dtype)
+        splits = {"splits": 3, "lists": 2} if kind == "wgrad" else {}
+        limit = 1e-3 if dtype == torch.float16 else 2e-6
+        assert error(work.run(kind, tile._replace(**splits)), work.exact(kind)) <= limit, tile
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize(
+    ("shape", "blocksize", "x_shape", "conv"),
+    [
+        pytest.param((16, 24, 6, 6), (8, 1), (2, 24, 9, 9), PLAIN, id="36-taps-by-row"),
+        pytest.param((16, 8, 1, 37), (8, 8), (2, 8, 3, 40), ((1, 2), (0, 3), (1, 1)), id="37-taps-one-by-one"),
+        pytest.param((16, 8, 3, 3), (8, 4), (2, 8, 150, 9), ((2, 1), (70, 1), (70, 1)), id="vast-dilation"),
+        pytest.param((8, 1500, 1, 1), (8, 1), (2, 1500, 3, 2), ((1, 1), (0, 0), (1, 1)), id="1500-channels"),
+        pytest.param((8, 150, 3, 3), (8, 1), (2, 150, 4, 4), ((2, 2), (1, 1), (1, 1)), id="150-channels-strided"),
+        pytest.param((160, 6, 3, 2), (160, 2), (17, 6, 5, 3), ((1, 1), (1, 1), (2, 1)), id="a-whole-group-of-160"),
+        pytest.param((16, 128, 2, 1), (16, 128), (1, 128, 3, 3), ((3, 1), (0, 0), (1, 1)), id="128-wide"),
+    ],
+)
+def test_taps_and_channels_in_parts(kind, channels_last, shape, blocksize, x_shape, conv, poisoned_memory):
+    work = Work(shape, blocksize, x_shape, conv, density=0.4, order=True)
+    assert error(work.run(kind, channels_last=channels_last), work.exact(kind)) < 1e-3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tf32_rounds_its_operands_to_nearest(kind, poisoned_memory):
+    """The product of the operands rounded to 10 bits of mantissa is exact but for fp32's own rounding."""
+
+    def rounded(t: Tensor) -> Tensor:
+        bits = (t.numpy().view(np.uint32) + 0x1000) & 0xFFFFE000
+        return torch.from_numpy(bits.astype(np.uint32).view(np.float32))
+
+    for blocksize in ((16, 1), (8, 8)):
+        work = Work((32, 24, 3, 3), blocksize, (5, 24, 6, 7), PLAIN, dtype=torch.float32)
+        got = work.run(kind, precision="tf32")
+        assert error(got, work.exact(kind, rounded)) < 1e-6
+        assert error(got, work.exact(kind)) > 1e-5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_values_that_begin_anywhere(kind):
+    """cp.async needs 16-byte addresses; a view of values need not begin at one."""
+    work = Work((16, 16, 3, 3), (8, 1), (2, 16, 5, 5), PLAIN)
+    assert error(work.run(kind, values_at=1), work.exact(kind)) < 1e-3
+
+
+VAST = 2**27  # 3 * VAST * 8 elements: past 2**31, and never touched but for a few pages
+
+
+def vast(shape: tuple[int, int, int, int], channels_last: bool) -> Tensor:
+    """Zeros whose pages exist once they are touched."""
+    n, c, h, w = shape
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
+    zeros = torch.frombuffer(mmap.mmap(-1, 2 * n * c * h * w, flags=flags), dtype=torch.float16)
+    return zeros.view(n, h, w, c).permute(0, 3, 1, 2) if channels_last else zeros.view(shape)
+
+
+@emulated
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("far", ["taps", "pixels"])
+def test_inputs_past_2_to_31_elements(channels_last, far):
+    """The pixels at both ends of three lines, read by six taps or by six output pixels."""
+    kernel, near_conv = (3, 2) if far == "taps" else (1, 1), ((1, 1), (0, 0), (1, 1))
+    far_conv = ((1, 1), (0, 0), (1, VAST - 1)) if far == "taps" else ((1, VAST - 1), (0, 0), (1, 1))
+    near = Work((8, 8, *kernel), (8, 1), (1, 8, 3, 2), near_conv, density=1)
+    x = vast((1, 8, 3, VAST), channels_last)
+    x[..., :: VAST - 1] = near.x
+    work = Work((8, 8, *kernel), (8, 1), x.shape, far_conv, density=1, tensors=(x, near.dy, near.values))
+    for kind in ("fprop", "wgrad"):
+        assert error(work.run(kind, guard=False, channels_last=channels_last), near.exact(kind)) < 1e-3
+
+
+@emulated
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+def test_gradients_past_2_to_31_elements(channels_last):
+    """dgrad of three pixels inside a padding of VAST / 2 on both sides."""
+    near = Work((8, 8, 1, 1), (8, 1), (1, 8, 3, 1), ((1, 1), (0, 0), (1, 1)), density=1)
+    conv = ((1, 1), (0, VAST // 2), (1, 1))
+    dy = vast((1, 8, 3, VAST + 1), channels_last)
+    dy[..., VAST // 2 : VAST // 2 + 1] = near.dy
+    work = Work((8, 8, 1, 1), (8, 1), (1, 8, 3, 1), conv, density=1, tensors=(near.x, dy, near.values))
+    assert error(work.run("dgrad", guard=False, channels_last=channels_last), near.exact("dgrad")) < 1e-3

@@ -245,11 +245,12 @@ def test_explain_names_backend_reason_and_cost():
 
 
 @gpu
-def test_a_training_step_captures_and_follows_a_new_mask():
+@pytest.mark.parametrize("backend", ["triton", "cupy"])
+def test_a_training_step_captures_and_follows_a_new_mask(backend):
     """Forward, both gradients and the update in one graph; a new pattern of equal nnzb is seen by the replay."""
     torch.manual_seed(0)
     pattern = bs.BSRPattern.random((64, 64, 3, 3), (32, 32), 0.3)
-    module = bs.BSRConv2d(pattern, padding=1, backend="triton", device="cuda")
+    module = bs.BSRConv2d(pattern, padding=1, backend=backend, device="cuda")
     x = torch.randn(4, 64, 14, 14, device="cuda").contiguous(memory_format=torch.channels_last)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -278,3 +279,23 @@ def test_a_training_step_captures_and_follows_a_new_mask():
         torch.testing.assert_close(y, needed, rtol=2e-2, atol=2e-2)
         (dw,) = torch.autograd.grad(needed.square().mean(), dense.weight)
         torch.testing.assert_close(module.values.grad, module.pattern.values_from_dense(dw), rtol=3e-2, atol=1e-3)
+
+
+# ---------------------------------------------------------------- streams
+
+
+@gpu
+@pytest.mark.parametrize("backend", ["triton", "cupy"])
+def test_launches_go_to_the_current_stream(backend):
+    """Work queued on a stream of one's own behind a long kernel sees that kernel's result, and runs after it."""
+    x, values, bias, pattern = layer("cuda", layout=torch.contiguous_format)
+    needed = bs.conv2d(3 * x, values, pattern, bias, 1, 1, backend=backend).detach()
+    stream, scaled = torch.cuda.Stream(), torch.empty_like(x)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream), torch.no_grad():
+        torch.cuda._sleep(50_000_000)
+        torch.mul(x, 3, out=scaled)
+        y = bs.conv2d(scaled, values, pattern, bias, 1, 1, backend=backend)
+        assert not stream.query()  # nothing waited for the device
+    stream.synchronize()
+    assert torch.equal(y, needed)

@@ -2,7 +2,7 @@
 
 A kernel is slots.cu and one of fprop.cu, dgrad.cu and wgrad.cu, specialised by -D per dtype, blocksize and tile; CuPy
 compiles it on first use, for the device at hand, and keeps the binary on disk. All memory is torch's, and nothing here
-synchronises, so that a step captures into a CUDA graph.
+synchronises, so that a step captures into a CUDA graph. CuPy compiles with -ftz: fp32 numbers below 1e-38 are zero.
 
 The kernels take strides, so any memory format is right. Contiguous is the native one for narrow blocks: pixels of one
 channel are neighbours there, while channels_last makes single channels 2-byte pieces of 32-byte sectors.
@@ -78,11 +78,11 @@ class Cuda:
         return None
 
     @functools.cache  # noqa: B019 the one instance lives as long as the process
-    def _kernel(self, device: int, name: str, kind: str, flags: tuple[str, ...], shared: int) -> Any:
+    def _kernel(self, device: int, name: str, kind: str, flags: tuple[str, ...]) -> Any:
         import cupy
 
         kernel = cupy.RawModule(code=source(kind), options=flags).get_function(name)
-        kernel.max_dynamic_shared_size_bytes = max(shared, slots.SHARED_BYTES)
+        kernel.max_dynamic_shared_size_bytes = slots.SHARED_BYTES
         return kernel
 
     def launch(
@@ -94,9 +94,9 @@ class Cuda:
         device = next(a.device.index for a in args if isinstance(a, Tensor))
         plain = tuple(_pointer(a) for a in args)
         with torch.cuda.device(device), cupy.cuda.Device(device):
-            stream = torch.cuda.current_stream().cuda_stream  # of now: a stream kept from before captures no graph
-            kernel = self._kernel(device, name, kind, flags, shared)
-            with cupy.cuda.ExternalStream(stream, device):
+            kernel = self._kernel(device, name, kind, flags)
+            # The stream of now: one kept from before would leave a captured graph empty.
+            with cupy.cuda.Stream.from_external(torch.cuda.current_stream()):
                 kernel((ctas,), (threads,), plain, shared_mem=shared)
 
 

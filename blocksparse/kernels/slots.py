@@ -224,9 +224,9 @@ def _candidates(
     bk, bc = blocksize
     slot, unit = slot_of(dtype), unit_of(bc, dtype)
     nt = (2 if bc < 32 else 4) if kind == "dgrad" else _even(-(-bk // 8), 4)
-    most = 8 if kind == "dgrad" else 16  # mma tiles of a warp: 4 registers each
+    most = 16 if nt == 1 else 8  # mma tiles of a warp: 4 registers each, of 128
     for warps, mt in ((4, 1), (4, 2), (8, 2), (8, 4), (8, 8), (8, 16)) if kind != "wgrad" else ((4, 2),):
-        if nt * mt > most or (slot == 4 and mt > 4):
+        if nt * mt > most or (slot == 4 and mt > 4) or (mt == 16 and bc > 1):
             continue
         items = ITEMS.get(kind, warps * mt * 16)
         tables = _tables(kind, items, nt, bc, dtype)

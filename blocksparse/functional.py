@@ -38,7 +38,8 @@ def conv2d(
     y[n,k,p,q] = bias[k] + sum over stored (k,c,r,s) of x[n, c, p*stride + r*dilation - padding, ...] * w[k,c,r,s]
 
     Args:
-        x: [N, C, H, W], contiguous or channels_last (fast on a GPU, but for bc < 8); float16, bfloat16, float32, float64.
+        x: [N, C, H, W], contiguous or channels_last (the fast one on a GPU, unless bc < 8); float16, bfloat16, float32
+            or float64.
         values: [nnzb, bk, bc], the stored blocks; dtype and device of x.
         pattern: which blocks they are.
         bias: [K] or None.

@@ -2,9 +2,10 @@
 //
 // A thread is a fibre. Fibres give way only at barriers and warp operations. Which goes next is drawn at random, the
 // lanes of one warp at times far ahead of the others': every seed is another order, so that a missing barrier changes a
-// result. CTAs run one after the other in random order. What a GPU leaves undefined is poisoned: shared memory starts as NaN, a cp.async writes NaN at once and
-// its data at the wait. Every buffer lies against a page that faults; so does shared memory. Barriers that not all
-// threads reach, operations that not all lanes of a warp reach, and misaligned addresses are reported.
+// result. CTAs run one after the other in random order. What a GPU leaves undefined is poisoned: shared memory starts
+// as NaN, a cp.async writes NaN at once and its data at the wait. Every buffer lies against a page that faults, and so
+// does shared memory. Barriers that not all threads reach, operations that not all lanes of a warp reach, and
+// misaligned addresses are reported.
 
 #include <csetjmp>
 #include <csignal>
@@ -174,7 +175,9 @@ static void entry() {
 }
 
 static void barrier(int line) {
-    if (waiting && waiting_line != line) fail("line %d: __syncthreads() while others wait at that of line %d", line, waiting_line);
+    if (waiting && waiting_line != line) {
+        fail("line %d: __syncthreads() while others wait at that of line %d", line, waiting_line);
+    }
     waiting_line = line;
     if (++waiting < (int)threads.size()) return give_way();
     waiting = 0;
@@ -234,7 +237,8 @@ static void run_block(char* stacks) {
     if (done < (int)threads.size()) {
         int lanes = 0;
         for (const Warp& warp : warps) lanes += warp.arrived;
-        fail("deadlock: %d threads wait at __syncthreads(), %d at an operation of their warp, %d have left", waiting, lanes, done);
+        fail("deadlock: %d threads wait at __syncthreads(), %d at an operation of their warp, %d have left", waiting,
+             lanes, done);
     }
 }
 
@@ -249,7 +253,8 @@ static void unpack(void (*kernel)(Args...), void** args, std::index_sequence<I..
 // Returns what went wrong, or null.
 template <class... Args>
 static const char* launch(
-    void (*kernel)(Args...), unsigned grid, unsigned cta, size_t shared_size, uint64_t seed, int count, void** args, const size_t* bytes) {
+    void (*kernel)(Args...), unsigned grid, unsigned cta, size_t shared_size, uint64_t seed, int count, void** args,
+    const size_t* bytes) {
     if (count != (int)sizeof...(Args)) return "the kernel has another number of arguments";
     if (cta % 32) return "the CTA is no whole number of warps";
     state = seed * 0x9e3779b97f4a7c15u + 1;
@@ -274,7 +279,8 @@ static const char* launch(
     auto call = [&] { unpack(kernel, given.data(), std::index_sequence_for<Args...>()); };
     body = [](void* f) { (*(decltype(call)*)f)(); };
     body_argument = &call;
-    char* stacks = (char*)mmap(nullptr, cta * STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+    char* stacks = (char*)mmap(nullptr, cta * STACK, PROT_READ | PROT_WRITE, flags, -1, 0);
     struct sigaction action = {}, old_segv, old_bus;
     action.sa_sigaction = on_fault;
     action.sa_flags = SA_SIGINFO | SA_NODEFER;

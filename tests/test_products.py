@@ -19,9 +19,9 @@ HALF = (torch.float16, torch.bfloat16)
 def share(runner: tuple[str, str]) -> settings:
     """Triton's interpreter takes milliseconds a tile; on a GPU, and under g++, a new case compiles for a second."""
     default = settings.get_profile(settings.get_current_profile_name()).max_examples
-    draws = {("torch", "cpu"): default * 3, ("torch", "cuda"): default * 3, ("triton", "cpu"): default // 2}
+    draws = {"cpu": default // 2, "cuda": default // 5}[runner[1]] if runner in TILED else default * 3
     return settings(
-        max_examples=draws.get(runner, default if runner[1] == "cpu" else default // 5),
+        max_examples=draws,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
     )
 

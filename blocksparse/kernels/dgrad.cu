@@ -1,10 +1,10 @@
-// dgrad: dx from dy. A CTA owns SLOT images of a tile of pixels x g.range channels of dx, held in fp32 in shared memory,
-// and adds one block-row after the other in order: M = pixels, N = the channels that the block-row stores, K = its
-// stored (tap, filter). A warp owns its pixels throughout, so the sum needs neither atomics nor barriers and comes out
-// the same on every run.
+// dgrad: dx from dy. A CTA owns SLOT images of a tile of pixels x g.range channels of dx, held in fp32 in shared
+// memory, and adds one block-row after the other in order: M = pixels, N = the channels that the block-row stores,
+// K = its stored (tap, filter). A warp owns its pixels throughout, so the sum needs neither atomics nor barriers and
+// comes out the same on every run.
 //
 // The pixels of x with (h, w) = (a, b) modulo the stride are tiled apart: only the taps with
-// (a + padding - r*dilation) % stride == 0 reach them, and those read neighbouring pixels of dy for neighbouring pixels.
+// (a + padding - r*dilation) % stride == 0 reach them, and those read neighbours in dy for neighbours in dx.
 //
 // Budget of a CTA and step of f filters with t taps, 2-byte values, P pixels of the tile, H >= P with its halo:
 //   global -> shared  16*f*H bytes of dy, 2*f*t*c of values for the c channels of the range that the block-row stores
@@ -36,7 +36,8 @@ __device__ __forceinline__ int least_reached(int residue, int pad, int first, in
 
 // Lists (tap, filter) for the taps that any unit of the chunk has, and loads the values, zero where a unit lacks the
 // tap. Returns the number of items.
-__device__ __forceinline__ int load_values(const T* __restrict__ values, const Chunk& chunk, int filter, int filters, const Conv& g) {
+__device__ __forceinline__ int load_values(
+    const T* __restrict__ values, const Chunk& chunk, int filter, int filters, const Conv& g) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     int* items = table(ITEMS_AT);
     unsigned any = chunk.taps;
@@ -57,7 +58,8 @@ __device__ __forceinline__ int load_values(const T* __restrict__ values, const C
                 const int unit = __shfl_sync(~0u, chunk.unit, u % 32);
                 const bool has = __shfl_sync(~0u, chunk.taps, u % 32) >> t & 1;
                 if (i >= pieces) continue;
-                unsigned char* to = shared + VALUES_AT + (BY_ITEM ? (item + f) * ROW + u * G * SIZE : u * ROW + (item + f) * SIZE);
+                const int at = BY_ITEM ? (item + f) * ROW + u * G * SIZE : u * ROW + (item + f) * SIZE;
+                unsigned char* to = shared + VALUES_AT + at;
                 if (has) {
                     const long long entry = table(CELLS_AT)[unit / PARTS * g.taps + t];
                     const T* from = values + (entry * BK + filter + f) * BC + unit % PARTS * G;

@@ -6,7 +6,7 @@
 //                     more are read nearly once (contiguous) and single channels 16 times (channels_last)
 //   issue             8 loads, 4 packs and 1 16-byte store for each of c*H slots, of 32 lanes each
 //   shared -> mma     per 16 pixels x 16 entries, in wavefronts of 128 bytes: 4 for pixels + 2*NT / MT for values
-//   mma               NT of m16n8k16 for those, 1.6 clocks each on sm_90 (mma.sync): shared memory is the limit at NT <= 2
+//   mma               NT of m16n8k16 for those, 1.6 clocks each on sm_90 (mma.sync): shared memory limits NT <= 2
 // Loading and multiplying overlap between the CTAs of a multiprocessor.
 
 constexpr int PARTS_N = (BK + N - 1) / N;  // CTAs that share a block-row
@@ -66,7 +66,8 @@ fprop(const T* __restrict__ x, const T* __restrict__ values, const int* __restri
             const int dr = (first_tap + t) / g.s_size - r0, ds = (first_tap + t) % g.s_size - s0;
             table(DISPLACED_AT)[t] = dr * (g.dilation_h / g.step_h) * g.cols + ds * (g.dilation_w / g.step_w);
         }
-        const int h0 = p0 * g.stride_h + r0 * g.dilation_h - g.pad_h, w0 = q0 * g.stride_w + s0 * g.dilation_w - g.pad_w;
+        const int h0 = p0 * g.stride_h + r0 * g.dilation_h - g.pad_h;
+        const int w0 = q0 * g.stride_w + s0 * g.dilation_w - g.pad_w;
 
         for (int first_block = 0; first_block < g.c_blocks; first_block += blocks_at_once) {
             const int blocks = min(blocks_at_once, g.c_blocks - first_block);

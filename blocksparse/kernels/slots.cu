@@ -29,7 +29,7 @@ constexpr int STEP = MATH == TF32 ? 8 : 4;
 
 constexpr int THREADS = WARPS * 32;
 constexpr int SIZE = sizeof(T);
-constexpr int G = BC < SLOT ? BC : SLOT;  // channels of a unit: those of a block that lie in one 16-byte piece of values
+constexpr int G = BC < SLOT ? BC : SLOT;  // channels of a unit: those of a block in one 16-byte piece of values
 constexpr int PARTS = BC / G;
 constexpr int N = NT * 8;
 constexpr int POSITIONS = WARPS * MT * 16 / SLOT;  // pixels of a tile, in fprop and dgrad
@@ -67,15 +67,18 @@ __device__ __forceinline__ void ldmatrix4_trans(unsigned (&d)[4], const void* ro
 
 __device__ __forceinline__ void mma(float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
 #if MATH == FP16
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #elif MATH == BF16
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #else
-    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #endif
@@ -159,8 +162,8 @@ constexpr int ITEMS_AT = 0;                                  // [ITEMS] byte off
 constexpr int ENTRIES_AT = ITEMS_AT + ITEMS * 4;             // [ITEMS / G] entry * PARTS + part
 constexpr int CHANNELS_AT = ENTRIES_AT + ITEMS * 4;          // [LANES * G] channel of each plane of the image
 constexpr int DISPLACED_AT = CHANNELS_AT + LANES * SLOT * 4; // [MAX_TAPS] slots from a pixel to the one a tap reads
-constexpr int TAPS_AT = DISPLACED_AT + MAX_TAPS * 4;         // [MAX_BLOCKS] which taps a channel block has, one bit each
-constexpr int USED_AT = TAPS_AT + MAX_BLOCKS * 4;            // [MAX_BLOCKS + 1] channel blocks with any, their number last
+constexpr int TAPS_AT = DISPLACED_AT + MAX_TAPS * 4;         // [MAX_BLOCKS] taps of a channel block, one bit each
+constexpr int USED_AT = TAPS_AT + MAX_BLOCKS * 4;            // [MAX_BLOCKS + 1] those with any, their number last
 constexpr int CELLS_AT = USED_AT + MAX_BLOCKS * 4 + 16;      // [CELLS] entry of (channel block, tap)
 constexpr int VALUES_AT = CELLS_AT + CELLS * 4;
 
@@ -179,34 +182,72 @@ __device__ __forceinline__ Slot zero_slot() {
 
 // ---------------------------------------------------------------------- global memory -> image
 
+// Walks the slots of an image, THREADS at a time, neighbouring threads on neighbouring elements of the tensor: a number
+// of three digits whose carries cost less than dividing anew for every slot.
+struct Walk {
+    int size[3], at[3], step[3];  // the first digit runs fastest
+
+    __device__ __forceinline__ Walk(int first, int second, int third) : size{first, second, third} {
+        const int area = first * second;
+        split(threadIdx.x, area, at);
+        split(THREADS, area, step);
+    }
+    __device__ __forceinline__ void split(int number, int area, int (&digits)[3]) const {
+        digits[2] = number / area;
+        digits[1] = (number - digits[2] * area) / size[0];
+        digits[0] = number - digits[2] * area - digits[1] * size[0];
+    }
+    __device__ __forceinline__ bool inside() const {
+        return at[2] < size[2];
+    }
+    __device__ __forceinline__ void advance() {
+        at[0] += step[0], at[1] += step[1], at[2] += step[2];
+        if (at[0] >= size[0]) at[0] -= size[0], ++at[1];
+        if (at[1] >= size[1]) at[1] -= size[1], ++at[2];
+    }
+};
+
 // Rows and columns row0 + i*step_h, col0 + j*step_w of `count` channels of images image0 .. + SLOT, to `at`.
-__device__ __forceinline__ void load_image(
+template <bool LAST>
+__device__ __forceinline__ void load_image_as(
     unsigned at, const T* __restrict__ in, const Strides& stride, int height, int width, const Conv& g, int image0,
     int row0, int col0, int step_h, int step_w, int rows, int cols, int plane, const int* channels, int count) {
-    const int area = rows * cols;
-    for (int i = threadIdx.x; i < count * area; i += THREADS) {
-        // Neighbouring threads read neighbouring elements.
-        const int channel = g.channels_last ? i % count : i / area;
-        const int pixel = g.channels_last ? i / count : i - channel * area;
-        const int row = pixel / cols;
-        const int h = row0 + row * step_h, w = col0 + (pixel - row * cols) * step_w;
+    const T* first = in + image0 * stride.n;
+    const int images = g.images - image0;
+    Walk walk = LAST ? Walk(count, cols, rows) : Walk(cols, rows, count);
+#pragma unroll(MT * NT < 16 ? 2 : 1)  // more loads in flight, where registers are left
+    for (; walk.inside(); walk.advance()) {
+        const int channel = walk.at[LAST ? 0 : 2], row = walk.at[LAST ? 2 : 1], col = walk.at[LAST ? 1 : 0];
+        const int h = row0 + row * step_h, w = col0 + col * step_w;
         union {
             Slot slot;
             T image[SLOT];
         } to;
         to.slot = zero_slot();
         if (h >= 0 && h < height && w >= 0 && w < width) {
-            const T* from = in + image0 * stride.n + channels[channel] * stride.c + h * stride.h + w * stride.w;
+            const T* from = first + channels[channel] * stride.c + h * stride.h + w * stride.w;
 #pragma unroll
             for (int j = 0; j < SLOT; ++j) {
-                if (image0 + j < g.images) to.image[j] = from[j * stride.n];
+                if (j < images) to.image[j] = from[j * stride.n];
             }
 #if MATH == TF32
 #pragma unroll
             for (int j = 0; j < SLOT; ++j) to.slot.part[j] = round_tf32(to.image[j]);
 #endif
         }
-        *(Slot*)(shared + at + (channel * plane + pixel) * 16) = to.slot;
+        *(Slot*)(shared + at + (channel * plane + row * cols + col) * 16) = to.slot;
+    }
+}
+
+__device__ __forceinline__ void load_image(
+    unsigned at, const T* __restrict__ in, const Strides& stride, int height, int width, const Conv& g, int image0,
+    int row0, int col0, int step_h, int step_w, int rows, int cols, int plane, const int* channels, int count) {
+    if (g.channels_last) {
+        load_image_as<true>(at, in, stride, height, width, g, image0, row0, col0, step_h, step_w, rows, cols, plane,
+                            channels, count);
+    } else {
+        load_image_as<false>(at, in, stride, height, width, g, image0, row0, col0, step_h, step_w, rows, cols, plane,
+                             channels, count);
     }
 }
 
@@ -302,7 +343,8 @@ __device__ __forceinline__ int list_items(const Chunk& chunk, int first_block, c
 
 // The plane that items beyond the last point at.
 __device__ __forceinline__ void clear_zero_plane(unsigned image, int planes, const Conv& g) {
-    for (int i = threadIdx.x; i < g.plane; i += THREADS) *(Slot*)(shared + image + (planes * g.plane + i) * 16) = zero_slot();
+    image += planes * g.plane * 16;
+    for (int i = threadIdx.x; i < g.plane; i += THREADS) *(Slot*)(shared + image + i * 16) = zero_slot();
 }
 
 // ---------------------------------------------------------------------- pixels x N += gathered image x values
@@ -310,7 +352,11 @@ __device__ __forceinline__ void clear_zero_plane(unsigned image, int planes, con
 // Where this lane's pixels of the tile lie in the image. M is (pixel of the tile, image of the slot).
 struct Pixels {
 #if MATH == FP16 || MATH == BF16
-    unsigned at[MT];  // the pixel whose eight images ldmatrix takes from this lane
+    unsigned slots[(MT + 1) / 2];  // two to a register: the pixel whose eight images ldmatrix takes from this lane
+
+    __device__ __forceinline__ unsigned at(int m) const {
+        return (m % 2 ? slots[m / 2] >> 16 : slots[m / 2] & 0xffff) * 16;
+    }
 #else
     unsigned at[MT][2];  // rows lane / 4 and lane / 4 + 8
 #endif
@@ -329,7 +375,8 @@ __device__ __forceinline__ Pixels find_pixels(int step_h, int step_w, const Conv
     for (int m = 0; m < MT; ++m) {
         const int first = (warp * MT + m) * 16 / SLOT;
 #if MATH == FP16 || MATH == BF16
-        pixels.at[m] = pixel_at(first + (lane >> 3 & 1), step_h, step_w, g);
+        const unsigned slot = pixel_at(first + (lane >> 3 & 1), step_h, step_w, g) / 16;
+        pixels.slots[m / 2] = m % 2 ? pixels.slots[m / 2] | slot << 16 : slot;
 #else
         pixels.at[m][0] = pixel_at(first + (lane >> 4), step_h, step_w, g) + (lane >> 2 & 3) * 4;
         pixels.at[m][1] = pixel_at(first + 2 + (lane >> 4), step_h, step_w, g) + (lane >> 2 & 3) * 4;
@@ -368,7 +415,7 @@ __device__ __forceinline__ void multiply(
 #pragma unroll
         for (int m = 0; m < MT; ++m) {
             unsigned a[4];
-            ldmatrix4_trans(a, shared + item + pixels.at[m]);
+            ldmatrix4_trans(a, shared + item + pixels.at(m));
 #pragma unroll
             for (int n = 0; n < NT; ++n) mma(acc[m][n], a, b[n]);
         }

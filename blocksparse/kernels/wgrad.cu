@@ -7,7 +7,7 @@
 // Budget of a CTA, chunk of c channels with t taps each, and tile of P pixels, 2-byte values, H >= P with the halo:
 //   global -> shared  16*c*H bytes of x, 16*N*P of dy
 //   issue             8 loads, 4 packs and 1 16-byte store for each of c*H + N*P slots, of 32 lanes each
-//   shared -> mma     per 16 entries x 16 (2 pixels of 8 images), in wavefronts of 128 bytes: 4 for x + 2*NT / MT for dy
+//   shared -> mma     per 16 entries x 16 (2 pixels of 8 images), in wavefronts of 128 bytes: 4 for x, 2*NT/MT for dy
 //   mma               NT of m16n8k16 for those
 // and 8 bytes of workspace per split and value.
 
@@ -58,7 +58,8 @@ __device__ __forceinline__ void multiply_pixels(
 #pragma unroll
             for (int m = 0; m < MT; ++m) {
                 if (m >= tiles) break;
-                const float upper = read(at[m][0] + pixels[k] + image * 4), lower = read(at[m][1] + pixels[k] + image * 4);
+                const unsigned pixel = pixels[k] + image * 4;
+                const float upper = read(at[m][0] + pixel), lower = read(at[m][1] + pixel);
 #pragma unroll
                 for (int n = 0; n < NT; ++n) {
                     acc[m][n][0] += upper * b[n][0];
@@ -137,11 +138,12 @@ wgrad(const T* __restrict__ x, const T* __restrict__ dy, const int* __restrict__
                 for (int tile = first_tile; tile < last_tile; ++tile) {
                     const int q0 = tile % g.tiles_w * g.tile_w, p0 = tile / g.tiles_w % g.tiles_h * g.tile_h;
                     const int image0 = tile / g.tiles_w / g.tiles_h * SLOT;
-                    load_image(IMAGE_AT, x, g.x, g.height, g.width, g, image0, p0 * g.stride_h + r0 * g.dilation_h - g.pad_h,
-                               q0 * g.stride_w + s0 * g.dilation_w - g.pad_w, g.step_h, g.step_w, g.rows, g.cols, g.plane,
-                               table(CHANNELS_AT), chunk.units * G);
-                    load_image(dy_at, dy, g.y, g.p_size, g.q_size, g, image0, p0, q0, 1, 1, g.tile_h, g.tile_w, dy_plane,
-                               table(FILTERS_AT), filters);
+                    const int h0 = p0 * g.stride_h + r0 * g.dilation_h - g.pad_h;
+                    const int w0 = q0 * g.stride_w + s0 * g.dilation_w - g.pad_w;
+                    load_image(IMAGE_AT, x, g.x, g.height, g.width, g, image0, h0, w0, g.step_h, g.step_w, g.rows,
+                               g.cols, g.plane, table(CHANNELS_AT), chunk.units * G);
+                    load_image(dy_at, dy, g.y, g.p_size, g.q_size, g, image0, p0, q0, 1, 1, g.tile_h, g.tile_w,
+                               dy_plane, table(FILTERS_AT), filters);
                     __syncthreads();
                     multiply_pixels(acc, at, item_tiles, dy_at, dy_plane, area);
                     __syncthreads();
@@ -153,7 +155,8 @@ wgrad(const T* __restrict__ x, const T* __restrict__ dy, const int* __restrict__
                         const int item = (m * WARPS + warp) * 16 + half * 8 + lane / 4;
                         if (item >= count) continue;
                         const int entry = table(ENTRIES_AT)[item / G];
-                        const long long to = ((long long)(entry / PARTS) * BK + filter) * BC + entry % PARTS * G + item % G;
+                        const int channel = entry % PARTS * G + item % G;
+                        const long long to = ((long long)(entry / PARTS) * BK + filter) * BC + channel;
 #pragma unroll
                         for (int n = 0; n < NT; ++n) {
 #pragma unroll

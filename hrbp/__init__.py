@@ -9,25 +9,33 @@ hrbp.densify(model)                                 # a plain dense model that c
 """
 
 from . import data, models
+from .checkpoint import dense_state_dict, load, save
 from .density import densities
 from .evolve import Evolver
 from .regroup import Grouping, regroup
 from .saliency import saliency
 from .sparsify import densify, sparsify, summary
 from .structure import STRUCTURES, choose, make_mask
+from .train import Settings, Trainer, train
 
 __all__ = [
     "STRUCTURES",
     "Evolver",
     "Grouping",
+    "Settings",
+    "Trainer",
     "choose",
     "data",
+    "dense_state_dict",
     "densify",
     "densities",
+    "load",
     "make_mask",
     "models",
     "regroup",
     "saliency",
+    "save",
     "sparsify",
     "summary",
+    "train",
 ]

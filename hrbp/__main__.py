@@ -1,4 +1,4 @@
-"""python -m hrbp: masks of trained weights, on the command line. Every command has --help."""
+"""python -m hrbp: training sparse networks, and masks of trained weights. Every command has --help."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from .picture import check_plot, draw_grouping
 from .regroup import Grouping
 from .report import MaskReport, Score, columns, report_mask, stored_blocks, table, total_score
 from .structure import Groups, structure
+from .train_cli import add_train
 from .weights import layers, read_weights, sparse_layer, sparse_names, write_groupings
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ FEWEST_CHANNELS = 4  # layers with no more input channels are stems and depthwis
 DESCRIPTION = """\
 Sparse CNN training and its masks.
 
+  python -m hrbp train --sparsity 0.9 --out run        a sparse network, on images that need no download
   python -m hrbp regroup model.pt --sparsity 0.9       what HRBP and HRBP++ keep of trained weights, layer by layer
   python -m hrbp info sparse.pt                        which masks a file's weights have, what they cost
   python -m hrbp info resnet50                         the layers of a network that this library builds
@@ -92,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
     parser = argparse.ArgumentParser("python -m hrbp", description=DESCRIPTION, formatter_class=_Raw)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (add_regroup, add_info):
+    for add in (add_train, add_regroup, add_info):
         add(commands)
     args = parser.parse_args(argv)
     try:

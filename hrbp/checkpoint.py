@@ -1,0 +1,234 @@
+"""Files that hold a trained model or a training under way: written whole, and refused when damaged or foreign."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import io
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from blocksparse import BSRConv2d, BSRLinear, BSRPattern
+
+from . import models
+from .sparsify import MASKED, Sparsity, _replace, densify, plan_of, put_mask, unwrapped
+from .structure import NM, Elementwise, Grains, Groups
+from .weights import whole_file
+
+VERSION = 1
+MODEL, TRAINING = "model", "training"
+MARK = b"\nhrbp "  # starts the last line of a file: hrbp KIND VERSION SHA256-of-all-before
+STRUCTURES = {kind.__name__: kind for kind in (Grains, NM, Groups, Elementwise)}
+LAST, PREVIOUS, DIVERGED = "last.pt", "previous.pt", "diverged.pt"
+
+
+# ---------------------------------------------------------------------- models
+
+
+def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write a model, sparse or dense, to be loaded by `load`: the stored blocks, their pattern, and what it is made of.
+
+    The file appears whole or not at all; torch.load(path, weights_only=True) reads it, too.
+
+    Args:
+        model: any module; wrappers (DistributedDataParallel, torch.compile, AveragedModel) are looked through.
+        path: of the file.
+    """
+    model = unwrapped(model)
+    content = {
+        "network": getattr(model, "_hrbp_network", None),
+        "plan": plain_plan(model),
+        "state_dict": dict(model.state_dict()),
+    }
+    with whole_file(path) as file:
+        file.write(_sealed(MODEL, content))
+
+
+def load(
+    path: str | os.PathLike[str], model: nn.Module | None = None, *, device: torch.device | str = "cpu"
+) -> nn.Module:
+    """The model that `save` wrote, in eval mode.
+
+        model = hrbp.load("model.pt")
+        y = model(x)
+
+    Args:
+        path: of the file.
+        model: a dense model as it was before `sparsify`, for networks that hrbp.models.build does not build; its layers
+            are replaced and its weights overwritten.
+        device: where the model goes.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged or foreign, or does not fit the model.
+    """
+    who = "load()"
+    content = read(path, MODEL, who)
+    if model is None:
+        if content["network"] is None:
+            raise ValueError(
+                f"{who}: {path} holds a network that hrbp.models.build does not build; pass model=, as it was before"
+                " sparsify()"
+            )
+        model = models.rebuild(content["network"])
+    state = content["state_dict"]
+    try:
+        _make_sparse(model, state)
+        model.load_state_dict(state)
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{who}: {path} does not fit the model: {error}") from error
+    if (plan := content["plan"]) is not None:
+        rule = dict(plan["structure"])
+        structure = STRUCTURES[rule.pop("kind")](**rule)
+        model._hrbp_sparsity = Sparsity(structure, plan["distribution"], plan["asked"], plan["dense"])  # type: ignore[assignment]
+    return model.to(device).eval()
+
+
+def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The state_dict of the dense model that computes the same, zeros where nothing is stored; the model stays."""
+    return densify(copy.deepcopy(unwrapped(model))).state_dict()
+
+
+def plain_plan(model: nn.Module) -> dict[str, Any] | None:
+    """What `sparsify` did to a model, as plain values."""
+    plan = plan_of(model, required=False)
+    if plan is None:
+        return None
+    rule = {"kind": type(plan.structure).__name__, **dataclasses.asdict(plan.structure)}  # type: ignore[call-overload]
+    return {"structure": rule, "distribution": plan.distribution, "asked": plan.asked, "dense": plan.dense}
+
+
+def _make_sparse(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Replace the layers of a dense model that are sparse in `state`; their values are loaded later."""
+    for key in state:
+        name, _, part = key.rpartition(".")
+        if part not in ("indptr", "mask"):
+            continue
+        layer: Any = model.get_submodule(name)
+        if type(layer) not in MASKED:  # sparse already, or a buffer of the same name
+            continue
+        if part == "mask":
+            put_mask(layer, state[key].clone())
+            continue
+        values, indices, order = (state.get(f"{name}.{part}") for part in ("values", "indices", "row_order"))
+        if values is None or values.dim() != 3 or indices is None:
+            raise ValueError(f"{name} has no values [nnzb, bk, bc] or no indices")
+        shape = (*layer.weight.shape, 1, 1)[:4]
+        pattern = BSRPattern(shape, values.shape[1:], state[key], indices, order)
+        made = BSRConv2d if isinstance(layer, nn.Conv2d) else BSRLinear
+        _replace(model, layer, made.from_dense(layer, pattern))
+
+
+# ---------------------------------------------------------------------- trainings
+
+
+def write_training(folder: Path, state: dict[str, Any], name: str = LAST) -> None:
+    """Write last.pt; what was last.pt becomes previous.pt. At every moment one of the two is whole."""
+    sealed, last = _sealed(TRAINING, state), folder / LAST
+    with whole_file(folder / name) as file:
+        file.write(sealed)
+        file.flush()
+        os.fsync(file.fileno())
+        if name == LAST and last.exists():
+            os.replace(last, folder / PREVIOUS)
+
+
+def read_training(folder: Path, refuses: Callable[[Any], str | None], say: Callable[[str], None]) -> Any:
+    """The state in last.pt, or in previous.pt where that cannot be used; None where there is neither.
+
+    Args:
+        folder: of the two files.
+        refuses: why a state is not of this training, or None.
+        say: told which file is not used, and why. It is set aside under another name.
+
+    Raises:
+        ValueError: there are checkpoints, and none can be used. They stay as they are.
+    """
+    bad: dict[Path, str] = {}
+    for path in (folder / LAST, folder / PREVIOUS):
+        if not path.exists():
+            continue
+        try:
+            state = read(path, TRAINING, "resume")
+        except ValueError as error:
+            bad[path] = str(error)
+            continue
+        if reason := refuses(state):
+            bad[path] = f"resume: {path} is of another training: {reason}"
+            continue
+        for refused, why in bad.items():
+            os.replace(refused, refused.with_suffix(".refused"))  # or it would displace the good one
+            say(f"{why}; set aside as {refused.with_suffix('.refused').name}, continuing from {path}")
+        return state
+    if bad:
+        raise ValueError("; ".join(bad.values()) + "; nothing was changed: use the settings it had, or another folder")
+    return None
+
+
+def has_training(folder: Path) -> bool:
+    """Whether there are checkpoints."""
+    return any((folder / name).exists() for name in (LAST, PREVIOUS))
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a process that was killed while writing left behind."""
+    for path in folder.glob(".*.part"):
+        path.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------------- bytes
+
+
+def _sealed(kind: str, content: dict[str, Any]) -> bytes:
+    """torch.save's bytes, and a last line that says what they are and what their checksum is."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    data = buffer.getvalue()
+    return data + MARK + f"{kind} {VERSION} {hashlib.sha256(data).hexdigest()}\n".encode()
+
+
+def read(path: str | os.PathLike[str], kind: str, who: str = "read()") -> dict[str, Any]:
+    """The content of a file of this kind ("model" or "training"), tensors on the CPU; nothing in it is executed.
+
+    Raises ValueError for a file that is damaged, foreign, of the other kind or of another version.
+    """
+    raw = Path(path).read_bytes()
+    at = raw.rfind(MARK, max(0, len(raw) - 128))
+    words = raw[at + 1 :].decode("ascii", "replace").split() if at >= 0 else []
+    if len(words) != 4 or not raw.endswith(b"\n"):
+        raise ValueError(f"{who}: {path} is cut short or was not written by hrbp; it needs a whole hrbp {kind} file")
+    _, found, version, checksum = words
+    if found != kind:
+        raise ValueError(f"{who}: {path} holds a {found}; it needs a {kind}")
+    if version != str(VERSION):
+        raise ValueError(f"{who}: {path} has format {version}; this hrbp reads format {VERSION}")
+    data = raw[:at]
+    if hashlib.sha256(data).hexdigest() != checksum:
+        raise ValueError(f"{who}: {path} is damaged: its checksum does not fit its content")
+    try:
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises nearly anything
+        raise ValueError(f"{who}: {path} cannot be read: {error}") from error
+
+
+def differences(there: Any, here: Any, name: str = "") -> list[str]:
+    """Where two plain values differ, in words."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        return [
+            text
+            for key in dict.fromkeys([*there, *here])
+            for text in differences(there.get(key), here.get(key), f"{name}.{key}" if name else str(key))
+        ]
+    return [] if there == here else [f"{name} is {_short(there)} there and {_short(here)} here"]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -24,6 +24,7 @@ from .picture import check_plot, draw_grouping
 from .regroup import Grouping
 from .report import MaskReport, Score, columns, report_mask, stored_blocks, table, total_score
 from .structure import Groups, structure
+from .study import add_study
 from .train_cli import add_train
 from .weights import layers, read_weights, sparse_layer, sparse_names, write_groupings
 
@@ -36,6 +37,7 @@ DESCRIPTION = """\
 Sparse CNN training and its masks.
 
   python -m hrbp train --sparsity 0.9 --out run        a sparse network, on images that need no download
+  python -m hrbp study                                 structures side by side: accuracy, memory, time
   python -m hrbp regroup model.pt --sparsity 0.9       what HRBP and HRBP++ keep of trained weights, layer by layer
   python -m hrbp info sparse.pt                        which masks a file's weights have, what they cost
   python -m hrbp info resnet50                         the layers of a network that this library builds
@@ -94,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
     parser = argparse.ArgumentParser("python -m hrbp", description=DESCRIPTION, formatter_class=_Raw)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (add_train, add_regroup, add_info):
+    for add in (add_train, add_study, add_regroup, add_info):
         add(commands)
     args = parser.parse_args(argv)
     try:

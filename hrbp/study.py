@@ -1,0 +1,828 @@
+"""Which structure keeps how much accuracy, at what memory and time: many trainings, one table, one figure."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+import math
+import os
+import re
+import signal
+import statistics
+import time
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from fractions import Fraction
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .checkpoint import differences
+from .data import Batches, ImageSet, load
+from .evolve import METHODS
+from .models import NETWORKS, build, narrow, parameter_count
+from .picture import COLOURS, check_plot
+from .progress import Progress, duration
+from .report import columns, report_model
+from .sparsify import sparse_layers, sparsify, summary
+from .structure import STRUCTURES, Grains, Groups
+from .structure import structure as make_structure
+from .train import Diverged, Settings, Trainer
+from .weights import whole_file
+
+if TYPE_CHECKING:
+    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+
+ROUNDS = 15  # in which every network takes one timed step after the other
+IMAGES_PER_CLASS = 10  # that gradients of saliencies are of; GraSP's
+TEST_BATCH = 500
+RESULTS, TABLE, FIGURE = "results.json", "table.csv", "study.png"
+MARKERS, LINES = "osD^vPX*", ("-", "--", ":")
+
+
+# ---------------------------------------------------------------- what is compared
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to train; with a sparsity it is a line of the table.
+
+    structure     "dense"; "narrow": dense and as thin as it takes to have as many parameters as the sparse networks;
+                  else as in `sparsify`
+    method        how the mask changes, as in `Evolver`
+    saliency      what chooses the first mask
+    distribution  of the layers' densities
+    options       of the structure
+    """
+
+    structure: str
+    method: str = "static"
+    saliency: str = "random"
+    distribution: str = "erk"
+    options: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """What differs from the ordinary, such as "hrbp++ rigl"."""
+        named = [f"{key}={Fraction(value).limit_denominator(99)}" for key, value in self.options.items()]
+        ways = [way for way in (self.saliency, self.method) if way not in ("random", "static")]
+        return " ".join([self.structure, *named, *ways])
+
+    @property
+    def layout(self) -> Variant:
+        """The same without changes of the mask, which a step takes as long as."""
+        return Variant(self.structure, "static", self.saliency, self.distribution, self.options)
+
+    def refuses(self) -> str | None:
+        """Why these do not go together, or None."""
+        if self.structure in ("dense", "narrow"):
+            return None if self.method == "static" else "it has no mask"
+        rule = make_structure(self.structure, **self.options)
+        if self.method == "hrbp" and not isinstance(rule, Groups):
+            return "it has no groups"
+        if self.method != "static" and not isinstance(rule, Grains | Groups):
+            return "its masks do not change"
+        return None
+
+
+QUICK = tuple(Variant(name) for name in ("dense", "narrow", "unstructured", "hrbp++", "hrbp", "channel"))
+
+TABLE_1 = (
+    Variant("dense"),
+    Variant("narrow"),
+    Variant("unstructured"),
+    Variant("channel"),
+    Variant("unstructured", saliency="snip", distribution="global"),
+    Variant("unstructured", saliency="grasp", distribution="global"),
+    Variant("unstructured", "set"),
+    Variant("unstructured", "rigl"),
+    Variant("elementwise"),
+    Variant("hrbp++"),
+    Variant("hrbp++", "hrbp"),
+)
+ABLATION = tuple(Variant("hrbp++", options={"tap_density": taps / 9}) for taps in (1, 3, 5, 7, 9))
+
+# Ma et al., HRBP (CPAL 2024), Table 1 and the ablation over s. Its HRBP has 4 of 9 taps: "hrbp++" here.
+# (model, data) -> variant -> sparsity -> accuracy in %, and the speed-up of training on an A100 where there is one.
+_Published = dict[str, dict[float, tuple[float, float | None]]]
+
+
+def _table_1(dense: float, *pairs: tuple[float, float]) -> _Published:
+    names = [variant.name for variant in TABLE_1[2:]]
+    sparse: _Published = {name: {0.9: (a, None), 0.95: (b, None)} for name, (a, b) in zip(names, pairs, strict=True)}
+    return {"dense": {0.0: (dense, None)}, **sparse}
+
+
+PUBLISHED: dict[tuple[str, str], _Published] = {
+    ("resnet32", "cifar10"): _table_1(
+        94.80, (92.81, 91.38), (90.27, 87.19), (92.59, 91.01), (92.38, 91.39), (92.30, 90.76), (92.84, 92.02),
+        (91.63, 90.77), (92.30, 90.84), (92.72, 91.25),
+    ),
+    ("resnet32", "cifar100"): _table_1(
+        74.64, (69.48, 67.03), (62.71, 56.33), (68.89, 65.22), (69.24, 66.50), (69.66, 67.41), (70.98, 68.50),
+        (66.97, 64.35), (69.22, 65.94), (69.51, 66.41),
+    ),
+    ("vgg19", "cifar10"): _table_1(
+        94.23, (92.91, 91.91), (90.84, 87.12), (93.63, 93.43), (93.30, 93.04), (92.46, 91.73), (93.15, 92.30),
+        (92.81, 91.86), (92.88, 91.66), (93.07, 91.79),
+    ),
+    ("vgg19", "cifar100"): _table_1(
+        74.16, (70.39, 68.63), (59.61, 49.31), (72.84, 71.83), (71.95, 71.23), (72.36, 69.81), (71.63, 69.13),
+        (70.52, 68.60), (70.25, 67.89), (70.49, 68.04),
+    ),
+}  # fmt: skip
+for _pair, _name, _speeds in (
+    (("resnet32", "cifar10"), "elementwise", (1.1, 1.2)), (("resnet32", "cifar10"), "hrbp++", (1.4, 1.6)),
+    (("vgg19", "cifar10"), "elementwise", (1.2, 1.2)), (("vgg19", "cifar10"), "hrbp++", (1.4, 1.9)),
+):  # fmt: skip
+    for _sparsity, _speed in zip((0.9, 0.95), _speeds, strict=True):
+        PUBLISHED[_pair][_name][_sparsity] = PUBLISHED[_pair][_name][_sparsity][0], _speed
+for _variant, _accuracies in zip(
+    ABLATION, ({0.9: 92.65, 0.95: 91.3}, {0.9: 92.2}, {0.9: 92.3}, {0.9: 92.3}, {0.9: 91.8, 0.95: 89.8}), strict=True
+):
+    PUBLISHED["resnet32", "cifar10"][_variant.name] = {s: (a, None) for s, a in _accuracies.items()}
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What a study does where nothing else is said."""
+
+    models: Sequence[str]
+    width: Mapping[str, float]
+    data: Sequence[str]
+    variants: Sequence[Variant]
+    sparsities: Sequence[float]
+    seeds: Sequence[int]
+    batch_size: int
+    training: Mapping[str, Any]
+
+
+PRESETS = {
+    "quick": Preset(
+        ("resnet8",), {}, ("shapes",), QUICK, (0.9, 0.95), (0, 1), 64, {"epochs": 6, "lr": 0.1, "warmup": 0.5}
+    ),
+    "paper": Preset(
+        ("resnet32", "vgg19"), {"resnet32": 2.0}, ("cifar10", "cifar100"), TABLE_1, (0.9, 0.95), (0, 1, 2), 128,
+        {"epochs": 160, "lr": 0.1, "schedule": "step", "milestones": (0.5, 0.75), "gamma": 0.1},
+    ),
+}  # fmt: skip
+
+
+# ---------------------------------------------------------------- running it
+
+
+class Study:
+    """Trains every variant at every sparsity with every seed; made and run again, it continues where it was stopped.
+
+        results = Study("runs/study", epochs=6).run()
+        print(table(results))
+
+    In the folder `out`: results.json and table.csv, written anew after every training, study.png, after every seed, and
+    a folder for each training with its log, its checkpoints and, once it is finished, result.json.
+
+    Step times are measured first: all networks take one step after the other, over and over, so that whatever else the
+    machine does meets all of them alike. They are those of steps that do not change masks.
+
+    Args:
+        out: folder; a new one, or that of the same study.
+        variants: what to compare. "dense" is trained once a seed.
+        model, width: as in `models.build`.
+        images: sets to train and to test with, or a name for `data.load`.
+        sparsities: of the layers made sparse.
+        seeds: of weights, masks, order and augmentation of the images.
+        batch_size: images of a step.
+        every: steps between changes of masks; default: 100, in short trainings a fortieth of them.
+        device: default: the GPU if there is one.
+        quiet: print nothing.
+        **training: see `Settings`; epochs is needed.
+
+    Raises:
+        ValueError: options that do not fit, or a folder with another study or with something else.
+        FileNotFoundError: no CIFAR at `root`; the message says what to put there.
+    """
+
+    def __init__(
+        self,
+        out: str | os.PathLike[str],
+        variants: Sequence[Variant] = QUICK,
+        *,
+        model: str = "resnet8",
+        width: float = 1.0,
+        images: tuple[ImageSet, ImageSet] | str = "shapes",
+        sparsities: Sequence[float] = (0.9, 0.95),
+        seeds: Sequence[int] = (0, 1),
+        batch_size: int = 64,
+        every: int | None = None,
+        device: torch.device | str | None = None,
+        quiet: bool = False,
+        **training: Any,
+    ) -> None:
+        who = "Study()"
+        for name, values in (("variants", [v.name for v in variants]), ("sparsities", sparsities), ("seeds", seeds)):
+            if not values or len(set(values)) < len(values):
+                raise ValueError(f"{who}: {name} is {list(values)}; it needs one or more, each once")
+        if any(not 0 < sparsity < 1 for sparsity in sparsities):
+            raise ValueError(f"{who}: sparsities is {list(sparsities)}; they need to be between 0 and 1")
+        if every is not None and every < 1:
+            raise ValueError(f"{who}: every is {every}; it needs an integer >= 1")
+        for variant in variants:
+            if reason := variant.refuses():
+                raise ValueError(f"{who}: {variant.name!r} cannot be trained: {reason}; leave it out")
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.out, self.model, self.width, self.batch_size = Path(out), model, width, batch_size
+        if isinstance(images, str):
+            images = load(images, "train"), load(images, "test")
+        self.train, self.test = images
+        shape = self.train.shape
+        self.shape = {"classes": len(self.train.classes), "image_size": shape[1], "channels": shape[0]}
+        self.training = Settings(**training)
+        self.total_steps = self.training.epochs * (len(self.train) // batch_size)
+        self.every = max(1, min(100, self.total_steps // 40)) if every is None else every
+        self.lines = [
+            (variant, sparsity)
+            for sparsity in sparsities
+            for variant in variants
+            if variant.structure != "dense" or sparsity == sparsities[0]
+        ]
+        self.runs = [(variant, sparsity, seed) for seed in seeds for variant, sparsity in self.lines]
+        self.say = Progress(quiet)
+        with torch.device("meta"):
+            dense = build(model, width=width, **self.shape)  # type: ignore[arg-type]
+        settings = {
+            "model": model, "width": width, "data": self.train.name, "images": [len(self.train), len(self.test)],
+            "labels": zlib.crc32(self.train.labels.cpu().numpy().tobytes()),
+            "shape": shape, "dense_parameters": parameter_count(dense), "variants": [asdict(v) for v in variants],
+            "sparsities": sparsities, "seeds": seeds, "batch_size": batch_size, "every": self.every,
+            "training": asdict(self.training), "trainings": len(self.runs),
+        }  # fmt: skip
+        self.results: dict[str, Any] = json.loads(json.dumps({"settings": settings}))
+        self.results.update(machine=_machine(self.device), steps={}, runs=[], stopped=None)
+        self._open(who)
+
+    def _open(self, who: str) -> None:
+        """Take up the study that the folder holds; refuse any other content."""
+        file = self.out / RESULTS
+        if not file.exists():
+            if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+                raise ValueError(f"{who}: {self.out} holds something that is no study; use a new folder")
+            return
+        before = read(file)
+        if found := differences(before.get("settings"), self.results["settings"]):
+            more = f"; and {len(found) - 3} more" if len(found) > 3 else ""
+            raise ValueError(
+                f"{who}: {self.out} holds a study with other settings: {'; '.join(found[:3])}{more}; use those, or"
+                " another folder"
+            )
+        if before.get("machine") == self.results["machine"]:
+            self.results["steps"] = before["steps"]
+
+    def run(self) -> dict[str, Any]:
+        """Train what is not finished, to the end or until SIGINT or SIGTERM.
+
+        Returns:
+            What results.json holds: "settings", "machine", "steps" (seconds of a step by line of the table), "runs"
+            (one dict a training) and "stopped" (the signal that stopped it, else None).
+        """
+        self.out.mkdir(parents=True, exist_ok=True)
+        found = [(run, self._finished(*run)) for run in self.runs]
+        self.results["runs"] = [result for _, result in found if result is not None]
+        self._write()
+        if not self.results["steps"]:
+            self._measure()
+            self._write()
+        todo = [run for run, result in found if result is None]
+        begin, done, scale = time.monotonic(), 0.0, 1.0
+        for i, (variant, sparsity, seed) in enumerate(todo):
+            left = duration(scale * sum(self._expected(v, s) for v, s, _ in todo[i:]))
+            at = len(self.runs) - len(todo) + i + 1
+            head = f"[{at}/{len(self.runs)}, {left} left] {_line_name(variant, sparsity)} seed {seed}"
+            result = self._train(variant, sparsity, seed, head)
+            if isinstance(result, str):
+                self.results["stopped"] = result
+                break
+            self.results["runs"].append(result)
+            self._write()
+            done += self._expected(variant, sparsity)
+            scale = (time.monotonic() - begin) / done  # trainings test and write, too
+            what = "diverged" if result["accuracy"] is None else f"{result['accuracy']:.2%}"
+            self.say.say(f"{head}: {what} in {duration(result['seconds'])}")
+            if i + 1 < len(todo) and todo[i + 1][2] != seed:
+                self.say.say(f"\n{table(self.results)}\n")
+                self._draw()
+        self._write()
+        self._draw()
+        return self.results
+
+    def _expected(self, variant: Variant, sparsity: float) -> float:
+        return self.results["steps"][_line_name(variant.layout, sparsity)] * self.total_steps
+
+    # ------------------------------------------------------------ one training
+
+    def _folder(self, variant: Variant, sparsity: float, seed: int) -> Path:
+        name = re.sub(r"[^\w.+=-]+", "-", f"{_line_name(variant, sparsity)} seed {seed}")
+        return self.out / name
+
+    def _identity(self, variant: Variant, sparsity: float, seed: int) -> dict[str, Any]:
+        sparsity = 0.0 if variant.structure == "dense" else sparsity
+        return {"line": _line_name(variant, sparsity), **asdict(variant), "asked": sparsity, "seed": seed}
+
+    def _finished(self, variant: Variant, sparsity: float, seed: int) -> dict[str, Any] | None:
+        file = self._folder(variant, sparsity, seed) / "result.json"
+        if not file.exists():
+            return None
+        result, mine = read(file), self._identity(variant, sparsity, seed)
+        if any(result.get(key) != value for key, value in mine.items()):
+            raise ValueError(f"Study(): {file} is of another training; remove it, or use another folder")
+        return result
+
+    def _train(self, variant: Variant, sparsity: float, seed: int, head: str) -> dict[str, Any] | str:
+        """What the table needs of a training, or the signal that stopped it."""
+        folder, identity = self._folder(variant, sparsity, seed), self._identity(variant, sparsity, seed)
+        options: dict[str, Any] = {}
+        if variant.method != "static":
+            options = {"every": self.every, "seed": seed, **self.training.evolve_options}
+            if variant.method == "gmp":
+                options["sparsity"] = sparsity
+        settings = Settings(**{**asdict(self.training), "evolve": variant.method, "evolve_options": options})
+        trainer = Trainer(
+            self._network(variant, 0.0 if variant.method == "gmp" else sparsity, seed),
+            Batches(self.train, self.batch_size, train=True, seed=seed, device=self.device),
+            Batches(self.test, TEST_BATCH, train=False, device=self.device),
+            settings, out=folder, resume=True, config=identity, quiet=True,
+        )  # fmt: skip
+        trainer.progress = _RunningLine(self.say, head)
+        try:
+            result = trainer.run()
+        except Diverged as error:
+            last = {"accuracy": None, "diverged": str(error), "seconds": 0.0}
+            made = trainer.model
+        else:
+            if result.stopped:
+                return result.stopped
+            last = {"accuracy": result.accuracy, "steps": result.steps, "seconds": result.seconds}
+            last |= {"step_seconds": result.step_seconds, "memory": result.memory}
+            made = result.model
+        held = summary(made)
+        stored = [report.storage for report in report_model(made).values()]
+        finished = {
+            **identity, **last, "sparsity": held.sparsity, "parameters": held.parameters,
+            "storage": sum(s.values + s.file_index for s in stored),
+            "masked": any(not layer.blocks for layer in sparse_layers(made).values()),
+        }  # fmt: skip
+        _write_json(folder / "result.json", finished)
+        return finished
+
+    def _network(self, variant: Variant, sparsity: float, seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        model = build(self.model, width=self.width, **self.shape)  # type: ignore[arg-type]
+        if variant.structure == "dense":
+            return model
+        if variant.structure == "narrow":
+            sparsify(model, sparsity, structure="unstructured", seed=seed)
+            torch.manual_seed(seed)
+            return narrow(self.model, summary(model).parameters, **self.shape)
+        options: dict[str, Any] = dict(variant.options)
+        if variant.saliency not in ("random", "magnitude"):
+            count = math.ceil(IMAGES_PER_CLASS * len(self.train.classes) / self.batch_size)
+            options["batch"] = list(islice(Batches(self.train, self.batch_size, train=True, seed=seed).epoch(), count))
+        return sparsify(
+            model, sparsity, structure=variant.structure, distribution=variant.distribution, saliency=variant.saliency,
+            seed=seed, **options,
+        )  # fmt: skip
+
+    # ------------------------------------------------------------ step times
+
+    def _measure(self) -> None:
+        """Median seconds of a step of every network, from rounds in which each takes one."""
+        self.say.say(f"measuring steps of {len(self.lines)} networks on {self.results['machine']}")
+        batches = Batches(self.train, self.batch_size, train=True, device=self.device)
+        x, y = next(iter(batches.epoch()))
+        layouts = {_line_name(v.layout, s): (v.layout, s) for v, s in [(Variant("dense"), 0.0), *self.lines]}
+        steps = {name: self._step(variant, sparsity) for name, (variant, sparsity) in layouts.items()}
+        times: dict[str, list[float]] = {name: [] for name in steps}
+        for round in range(ROUNDS + 2):  # the first two warm up
+            for name, step in steps.items():
+                seconds = step(x, y)
+                if round >= 2:
+                    times[name].append(seconds)
+        dense = times["dense"]
+        pace = statistics.median(dense)
+        # Ratios within a round: what slows it down slows both sides.
+        self.results["steps"] = {
+            name: pace * statistics.median(t / d for t, d in zip(ts, dense, strict=True)) for name, ts in times.items()
+        }
+
+    def _step(self, variant: Variant, sparsity: float) -> Any:
+        """A function that takes one step on a batch and returns its seconds."""
+        on_gpu, settings = self.device.type == "cuda", self.training
+        form = torch.channels_last if settings.channels_last else torch.contiguous_format
+        model = self._network(variant, sparsity, 0).to(self.device, memory_format=form)  # type: ignore[call-overload]
+        optimizer = torch.optim.SGD(model.parameters(), 1e-3, settings.momentum)
+        amp = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}[settings.amp]
+
+        def step(x: torch.Tensor, y: torch.Tensor) -> float:
+            if on_gpu:
+                torch.cuda.synchronize()
+            begin = time.perf_counter()
+            with torch.autocast(self.device.type, amp, enabled=amp is not None):
+                logits = model(x.to(memory_format=form))
+            F.cross_entropy(logits.float(), y).backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if on_gpu:
+                torch.cuda.synchronize()
+            return time.perf_counter() - begin
+
+        return step
+
+    def _write(self) -> None:
+        _write_json(self.out / RESULTS, self.results)
+        with whole_file(self.out / TABLE) as file:
+            text = io.StringIO(newline="")
+            found = rows(self.results)
+            writer = csv.DictWriter(text, list(found[0]) if found else ["line"])
+            writer.writeheader()
+            writer.writerows(found)
+            file.write(text.getvalue().encode())
+
+    def _draw(self) -> None:
+        try:
+            draw(self.out / FIGURE, self.results)
+        except ValueError as error:
+            self.say.say(f"no figure: {error}")
+
+
+class _RunningLine(Progress):
+    """A training's lines, each in place of the one before, after what the study says of it."""
+
+    def __init__(self, progress: Progress, head: str) -> None:
+        super().__init__(progress.quiet, progress.stream)
+        self.progress, self.head = progress, head
+
+    def show(self, text: str) -> None:
+        self.shown = time.monotonic()
+        self.progress.show(f"{self.head}: {text}")
+
+    def say(self, text: str) -> None:
+        if self.due():
+            self.show(text)
+
+
+def read(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """A JSON file of a study; ValueError if it is damaged."""
+    try:
+        found = json.loads(Path(path).read_text())
+    except ValueError as error:
+        raise ValueError(f"Study(): {path} is damaged ({error}); remove it") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"Study(): {path} is no file of a study; remove it")
+    return found
+
+
+def _write_json(path: Path, content: Any) -> None:
+    with whole_file(path) as file:
+        file.write((json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
+
+
+def _machine(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"{threads} CPU thread{'s' if threads > 1 else ''}"
+
+
+def _line_name(variant: Variant, sparsity: float) -> str:
+    return variant.name if variant.structure == "dense" else f"{variant.name} {100 * sparsity:g}%"
+
+
+# ---------------------------------------------------------------- what it came to
+
+
+def rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The lines of the table, from what results.json holds; None where nothing is known.
+
+    line, structure, asked        variant and sparsity, as asked for
+    accuracy, deviation           mean and sample deviation over seeds, as shares
+    seeds, diverged               trainings that came to an end; those whose loss did not stay finite
+    kept                          accuracy / that of the dense network
+    parameters                    weights that are not masked away
+    sparsity, model_sparsity      of the layers made sparse; of the whole network, relative to the dense one
+    memory                        bytes of weights, index, gradients and optimizer state
+    storage                       bytes of convolutions and linear layers in a file: values and their BSR index
+    step_seconds, step            of training, measured; relative to the dense network
+    published, published_speedup  accuracy in the HRBP paper, as a share; training there, faster than dense
+    """
+    settings = results["settings"]
+    published = _published(settings)
+    steps, found = results["steps"], []
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for run in sorted(results["runs"], key=lambda run: run["asked"]):
+        lines.setdefault(run["line"], []).append(run)
+    order = {Variant(**v).name: i for i, v in enumerate(settings["variants"])}
+    dense = _mean([r["accuracy"] for r in lines.get("dense", []) if r["accuracy"] is not None])
+    for line, runs in lines.items():
+        variant = Variant(**{key: runs[0][key] for key in Variant.__dataclass_fields__})
+        asked = runs[0]["asked"]
+        ended = [run for run in runs if run["accuracy"] is not None]
+        right = [run["accuracy"] for run in ended]
+        accuracy, parameters = _mean(right), round(statistics.mean(run["parameters"] for run in runs))
+        memory = _mean([run["memory"] for run in ended])
+        seconds = steps.get(_line_name(variant.layout, asked))
+        paper, speedup = published.get(variant.name, {}).get(asked, (None, None))
+        found.append({
+            "line": line, "structure": variant.name, "asked": asked, "accuracy": accuracy,
+            "deviation": statistics.stdev(right) if len(right) > 1 else None,
+            "seeds": len(ended), "diverged": len(runs) - len(ended),
+            "kept": accuracy / dense if accuracy is not None and dense else None,
+            "parameters": parameters, "sparsity": statistics.mean(run["sparsity"] for run in runs),
+            "model_sparsity": 1 - parameters / settings["dense_parameters"],
+            "memory": None if memory is None else round(memory),
+            "storage": round(statistics.mean(run["storage"] for run in runs)),
+            "step_seconds": seconds, "step": seconds / steps["dense"] if seconds else None,
+            "published": None if paper is None else paper / 100, "published_speedup": speedup,
+        })  # fmt: skip
+    return sorted(found, key=lambda row: (row["asked"], order[row["structure"]]))
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return statistics.mean(values) if values else None
+
+
+def _published(settings: Mapping[str, Any]) -> _Published:
+    """What the paper says of this study; nothing if it trains otherwise."""
+    paper = PRESETS["paper"]
+    same = {name: list(v) if isinstance(v, tuple) else v for name, v in paper.training.items()}
+    model = settings["model"]
+    if settings["width"] != paper.width.get(model, 1.0) or settings["batch_size"] != paper.batch_size:
+        return {}
+    if any(settings["training"][name] != value for name, value in same.items()):
+        return {}
+    return PUBLISHED.get((model, settings["data"]), {})
+
+
+def table(results: Mapping[str, Any]) -> str:
+    """The table, what it says in a sentence for each sparsity, and what must be known to read it."""
+    found = rows(results)
+    if not found:
+        return "no training is finished yet"
+    papers, seeds = any(row["published"] is not None for row in found), len(results["settings"]["seeds"])
+    head = ["", "sparsity %", "accuracy %", "seeds", "of dense %", "parameters", "whole net %", "training MB", "step",
+            "stored kB"]  # fmt: skip
+    lines = [head + ["paper %"] * papers]
+
+    def cell(value: float | None, form: str, scale: float = 1.0) -> str:
+        return "-" if value is None else f"{value * scale:{form}}"
+
+    for row in found:
+        spread = "" if row["deviation"] is None else f" +- {100 * row['deviation']:4.2f}"
+        line = [
+            row["structure"], _shown_sparsity(row),
+            "diverged" if row["accuracy"] is None else f"{100 * row['accuracy']:.2f}{spread}",
+            f"{row['seeds']}", cell(row["kept"], ".1f", 100), f"{row['parameters']:,}",
+            f"{100 * row['model_sparsity']:.2f}", cell(row["memory"], ".3f", 1e-6),
+            "-" if row["step"] is None else f"{row['step']:.2f}x", f"{row['storage'] / 1e3:.1f}",
+        ]  # fmt: skip
+        if papers:
+            faster = f" ({row['published_speedup']}x)" if row["published_speedup"] else ""
+            line.append(cell(row["published"], ".2f", 100) + faster)
+        lines.append(line)
+    settings = results["settings"]
+    title = (
+        f"{settings['model']} x {settings['width']:g}, {settings['data']}, {settings['training']['epochs']} epochs,"
+        f" {seeds} seed{'s' if seeds > 1 else ''}; {len(results['runs'])} of"
+        f" {settings['trainings']} trainings are finished"
+    )
+    return "\n".join([title, "", columns(lines), "", *_notes(results, found, papers), "", *sentences(found)])
+
+
+def _shown_sparsity(row: Mapping[str, Any]) -> str:
+    if row["asked"] == 0:
+        return "0"
+    return f"as {100 * row['asked']:g}" if row["structure"] == "narrow" else f"{100 * row['sparsity']:.2f}"
+
+
+def _notes(results: Mapping[str, Any], found: Sequence[Mapping[str, Any]], papers: bool) -> list[str]:
+    notes = []
+    if (dense := results["steps"].get("dense")) is not None:
+        notes.append(
+            f"step: time of a training step on {results['machine']} relative to dense ({1e3 * dense:.3g} ms for"
+            f" {results['settings']['batch_size']} images), measured in turns; under 1 is faster"
+        )
+        slow = dict.fromkeys(row["structure"] for row in found if row["step"] and row["step"] > 1.05)
+        if slow:
+            notes.append(f"slower than dense here: {', '.join(slow)}")
+    notes.append("training MB: weights, index, gradients and optimizer state; stored kB: layers in a file, with index")
+    if masked := dict.fromkeys(run["structure"] for run in results["runs"] if run["masked"]):
+        notes.append(f"{', '.join(masked)}: a dense weight under a mask, with a dense layer's memory and time")
+    if any(row["structure"] == "narrow" for row in found):
+        notes.append("narrow: a dense network of as many parameters as the sparse ones")
+    if papers:
+        notes.append("paper: HRBP (CPAL 2024), Table 1; in brackets, training on an A100 against dense")
+    return notes
+
+
+def sentences(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What each structure keeps, best first: one sentence for each sparsity, computed from the rows."""
+    ended = [row for row in found if row["accuracy"] is not None]
+    dense = next((row for row in ended if row["structure"] == "dense"), None)
+    said = []
+    for asked in sorted({row["asked"] for row in ended} - {0.0}):
+        here = sorted((row for row in ended if row["asked"] == asked), key=lambda row: -row["accuracy"])
+        if dense is None:
+            start = f"At {100 * asked:g}% sparsity the accuracy is "
+            parts = [f"{100 * row['accuracy']:.1f}% with {row['structure']}" for row in here]
+        else:
+            start = f"At {100 * asked:g}% sparsity, of the dense network's {100 * dense['accuracy']:.1f}% accuracy, "
+            parts = [
+                f"{row['structure']} keeps {100 * row['kept']:.1f}% ({100 * row['accuracy']:.1f}%)" for row in here
+            ]
+            parts[1:] = [part.replace(" keeps", "", 1) for part in parts[1:]]
+        listed = parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+        said.append(f"{start}{listed}; {_doubt(here)}.")
+    return said
+
+
+def _doubt(found: Sequence[Mapping[str, Any]]) -> str:
+    """Which differences of accuracy say nothing: those under twice their standard error, deviations pooled."""
+    spread = [(row["seeds"], row["deviation"]) for row in found if row["deviation"] is not None]
+    if not spread:
+        return "with one seed, small differences say nothing"
+    variance = sum((n - 1) * d**2 for n, d in spread) / sum(n - 1 for n, _ in spread)
+    points = 200 * math.sqrt(2 * variance / min(n for n, _ in spread))
+    return f"differences under {points:.1f} points are within the spread of the seeds"
+
+
+def draw(path: str | os.PathLike[str], results: Mapping[str, Any]) -> None:
+    """Accuracy against sparsity, and against measured step time, a colour each structure.
+
+    Args:
+        path: ends in .png, .svg or .pdf; written whole or not at all.
+        results: what results.json holds.
+
+    Raises:
+        ValueError: no matplotlib, another ending, or no training that is finished.
+    """
+    check_plot(path)
+    found = [row for row in rows(results) if row["accuracy"] is not None]
+    if not found:
+        raise ValueError("draw(): no training is finished; there is nothing to draw")
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter
+
+    figure = Figure(figsize=(13, 5.5), dpi=120, layout="constrained")
+    by_sparsity, by_time = figure.subplots(1, 2, sharey=True)
+    settings, seeds = results["settings"], max(row["seeds"] for row in found)
+    figure.suptitle(
+        f"{settings['model']} x {settings['width']:g} on {settings['data']}, {settings['training']['epochs']} epochs, "
+        + (f"mean and deviation of {seeds} seeds" if seeds > 1 else "1 seed")
+    )
+    sparsities = sorted({row["asked"] for row in found} - {0.0})
+    structures = list(dict.fromkeys(row["structure"] for row in found if row["structure"] != "dense"))
+    apart = 0.012 * (len(sparsities) + 1)  # of a step on the axis: error bars beside one another
+    for i, structure in enumerate(structures):
+        mine = [row for row in found if row["structure"] == structure]
+        look: dict[str, Any] = {
+            "color": [c / 255 for c in COLOURS[i % len(COLOURS)]],
+            "marker": MARKERS[i % len(MARKERS)],
+        }
+        look |= {"label": structure, "capsize": 3, "linestyle": ("-", "--", ":")[i // len(COLOURS) % 3]}
+        right, spread = [100 * row["accuracy"] for row in mine], [100 * (row["deviation"] or 0) for row in mine]
+        shift = apart * (i - (len(structures) - 1) / 2)
+        by_sparsity.errorbar([sparsities.index(row["asked"]) + shift for row in mine], right, spread, **look)
+        timed = [row["step"] for row in mine]
+        if None not in timed:
+            by_time.errorbar(timed, right, spread, **look)
+            for row, x, y in zip(mine, timed, right, strict=True):
+                by_time.annotate(
+                    f"{100 * row['asked']:g}%", (x, y), (5, 4), textcoords="offset points", fontsize=8,
+                    color=look["color"],
+                )  # fmt: skip
+    for row in (row for row in found if row["structure"] == "dense"):
+        y, spread_of = 100 * row["accuracy"], 100 * (row["deviation"] or 0)
+        by_sparsity.axhline(y, color="black", linewidth=1, label="dense")
+        by_sparsity.axhspan(y - spread_of, y + spread_of, color="black", alpha=0.1, linewidth=0)
+        by_time.errorbar([1.0], [y], [spread_of], color="black", marker="o", capsize=3)
+        by_time.annotate("dense", (1.0, y), (5, 4), textcoords="offset points", fontsize=8)
+    by_sparsity.set_xticks(range(len(sparsities)), [f"{100 * s:g}%" for s in sparsities])
+    by_sparsity.set_xlim(-0.5, len(sparsities) - 0.5)
+    by_sparsity.set(xlabel="sparsity of the layers made sparse", ylabel="test accuracy", title="what is kept")
+    by_time.margins(x=0.08)
+    by_time.axvline(1.0, color="0.6", linewidth=1, linestyle=":")
+    by_time.set(
+        xlabel=f"training step, relative to dense ({results['machine']}); left of 1 is faster", title="at what time"
+    )
+    by_sparsity.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}%"))
+    for axis in (by_sparsity, by_time):
+        axis.grid(alpha=0.3)
+    handles, names = by_sparsity.get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 6), frameon=False)
+    with whole_file(path) as file:
+        figure.savefig(file, format=Path(path).suffix[1:].lower())
+
+
+# ---------------------------------------------------------------- on the command line
+
+DESCRIPTION = """\
+Trains one network dense and sparse, in many ways, and puts side by side what that keeps of its accuracy, and what it
+costs in memory and time. The default takes about five minutes on a laptop.
+
+  python -m hrbp study
+  python -m hrbp study --structures dense hrbp hrbp++ --methods static rigl hrbp --sparsities 0.8 0.9 --seeds 0 1 2
+  python -m hrbp study --preset paper --root ~/data                         Table 1 of the HRBP paper, for days
+  python -m hrbp study --preset paper --model resnet32 --data cifar10 --seeds 0
+"""
+
+END = """\
+The same command again continues where it was stopped, by Ctrl-C or by anything else. In the folder: results.json,
+table.csv, study.png, and each training with its log. Several networks or data sets have a folder each in it.
+--structures and --methods train all pairs that go together; dense and narrow networks are trained once.
+Exit status: 0; 2 for an option or a file that cannot be used; 128 + N if stopped by signal N.
+"""
+
+
+def add_study(commands: Commands) -> None:
+    """The command `study` and its options."""
+    parser = commands.add_parser(
+        "study", help="compare structures and methods", description=DESCRIPTION, epilog=END,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    add = parser.add_argument
+    add("--preset", choices=PRESETS, default="quick", help="what holds where nothing else is said, default quick")
+    add("--model", choices=NETWORKS, nargs="+", metavar="NAME", help=f"{', '.join(NETWORKS)}")
+    add("--width", type=float, help="times the published channel counts")
+    add("--data", nargs="+", metavar="NAME", help="shapes (generated), cifar10, cifar100, or a folder of images")
+    add("--root", default="data", help="where CIFAR's archives lie, default data")
+    add("--structures", nargs="+", metavar="NAME", help=f"dense, narrow, {', '.join(STRUCTURES)}, 2:4, ...")
+    add("--methods", nargs="+", choices=METHODS, metavar="NAME", help=f"how masks change: {', '.join(METHODS)}")
+    add("--sparsities", nargs="+", type=float, metavar="S", help="of the layers made sparse, default 0.9 0.95")
+    add("--seeds", nargs="+", type=int, metavar="N", help="default 0 1, paper: 0 1 2")
+    add("--epochs", type=int, help="default 6, paper: 160")
+    add("--batch-size", type=int, help="default 64, paper: 128")
+    add("--lr", type=float, help="default 0.1")
+    add("--every", type=int, help="steps between mask changes, default 100, in short trainings a fortieth of them")
+    add("--out", metavar="DIR", help="folder, default runs/study, paper: runs/study-paper")
+    add("--device", help="default cuda if there is a GPU, else cpu")
+    add("--amp", choices=("none", "bf16", "fp16"), help="mixed precision, default bf16 on a GPU, none on a CPU")
+    parser.set_defaults(run=run_study)
+
+
+def run_study(args: argparse.Namespace) -> int:
+    """The studies of all networks on all data sets, each with its table."""
+    preset = PRESETS[args.preset]
+    on_gpu = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu")).type == "cuda"
+    training = dict(preset.training)
+    training |= {key: value for key in ("epochs", "lr") if (value := getattr(args, key)) is not None}
+    training |= {
+        "amp": {"none": None, None: "bf16" if on_gpu else None}.get(args.amp, args.amp),
+        "channels_last": on_gpu,
+    }
+    pairs = [(model, data) for data in args.data or preset.data for model in args.model or preset.models]
+    loaded = {data: (load(data, "train", root=args.root), load(data, "test", root=args.root)) for _, data in pairs}
+    out = Path(args.out or ("runs/study" if args.preset == "quick" else f"runs/study-{args.preset}"))
+    studies = [
+        Study(
+            out if len(pairs) == 1 else out / f"{model}-{loaded[data][0].name}",
+            _variants(args, preset, model, data), model=model,
+            width=preset.width.get(model, 1.0) if args.width is None else args.width, images=loaded[data],
+            sparsities=args.sparsities or preset.sparsities,
+            seeds=preset.seeds if args.seeds is None else args.seeds,
+            batch_size=args.batch_size or preset.batch_size, every=args.every, device=args.device, **training,
+        )
+        for model, data in pairs
+    ]  # fmt: skip
+    for made in studies:
+        results = made.run()
+        print(f"\n{table(results)}\n")
+        if results["stopped"]:
+            print(f"stopped by {results['stopped']}; the same command continues")
+            return 128 + signal.Signals[results["stopped"]].value
+        print(f"in {made.out}: {RESULTS}, {TABLE}, {FIGURE}, and a folder for each training")
+    return 0
+
+
+def _variants(args: argparse.Namespace, preset: Preset, model: str, data: str) -> Sequence[Variant]:
+    """What the command line asks for: all pairs that go together."""
+    if args.structures is None and args.methods is None:
+        return (
+            *preset.variants,
+            *(ABLATION if (preset, model, data) == (PRESETS["paper"], "resnet32", "cifar10") else ()),
+        )
+    structures = args.structures or dict.fromkeys(variant.structure for variant in preset.variants)
+    chosen = []
+    for structure in dict.fromkeys(structures):
+        pairs = [Variant(structure, method) for method in dict.fromkeys(args.methods or ["static"])]
+        if structure in ("dense", "narrow"):
+            pairs = [Variant(structure)]
+        for variant in pairs:
+            if reason := variant.refuses():
+                print(f"left out: {variant.name}, as {reason}")
+            else:
+                chosen.append(variant)
+    return chosen

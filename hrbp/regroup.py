@@ -25,8 +25,9 @@ STARTS = 8  # searches side by side
 STEPS = 30  # most alternations of one search
 SHAKEN = 0.1  # share of the rows that a perturbation moves
 SHAKES = 20  # most rounds of perturbations
-SHAKEN_CELLS = 6_000_000  # weights that all rounds together go through: larger layers have more averaging and gain less
-SWAPPED_CELLS = 20_000_000  # weights of all pairs of rows up to which pairs are tried
+SHAKEN_CELLS = 3_000_000  # weights that all rounds together go through: larger layers have more averaging and gain less
+ROW_CELLS = 512  # weights that take as long as assigning a row
+SWAPPED_CELLS = 16_000_000  # weights that tried exchanges of pairs of rows together go through
 SWAP_CHUNK_CELLS = 500_000  # of pairs tried at once
 MAX_BLOCK_ROWS = 128  # rows of a block by default
 
@@ -395,10 +396,6 @@ class _Search:
     def best_rows(self, worth: Tensor, prices: Tensor | None = None) -> Tensor:
         return choose_balanced(worth, self.rows // self.groups, prices)
 
-    def every_tap(self, problems: int) -> Tensor:
-        shape = (problems, self.groups, self.taps)
-        return torch.ones(shape, dtype=torch.bool, device=self.cells.device)
-
 
 def _alternate(search: _Search, found: _Found) -> tuple[_Found, Tensor]:
     """All half-steps in turn until no solution gains any more; what they keep [B]."""
@@ -441,7 +438,8 @@ def _by_score(search: _Search, paper: _Found) -> _Found:
     found, kept = _alternate(search, found)
     best = found.pick(int(kept.argmax()))
     most = kept.max()
-    for _ in range(min(SHAKES, max(1, SHAKEN_CELLS // search.cells.numel())) if 1 < search.groups < search.rows else 0):
+    rounds = min(SHAKES, max(1, SHAKEN_CELLS // (search.cells.numel() + ROW_CELLS * search.rows)))
+    for _ in range(rounds if 1 < search.groups < search.rows else 0):
         found, kept = _alternate(search, _shaken(search, best, ranked, generator))
         if bool(kept.max() > most):
             best, most = found.pick(int(kept.argmax())), kept.max()
@@ -453,7 +451,8 @@ def _by_score(search: _Search, paper: _Found) -> _Found:
 def _template(search: _Search, sums: Tensor) -> tuple[Tensor, Tensor]:
     """Channels and taps for these sums [B, t, channels, taps], from nothing; every group for itself."""
     channels = top(sums.sum(3), search.kept_channels)
-    for _ in range(2):
+    taps = torch.ones_like(sums[:, :, 0], dtype=torch.bool)
+    for _ in range(2 if search.kept_taps < search.taps else 0):
         taps = search.best_taps(sums, channels)
         channels = top((sums * taps[:, :, None]).sum(3), search.kept_channels)
     return channels, taps
@@ -487,22 +486,23 @@ def _swapped(search: _Search, best: _Found) -> _Found:
     """Exchanges pairs of rows between groups as long as that gains, channels and taps chosen anew for each pair.
 
     This sees what the alternation cannot, whose channels and taps stay behind while rows move. It pays on small layers,
-    and all pairs of a larger one are too many to try: these are left as they are.
+    and all pairs of a larger one are too many to try: SWAPPED_CELLS bounds the work.
     """
-    pair_cells = 2 * search.matrix.shape[1]
-    first, second = torch.triu_indices(search.rows, search.rows, 1, device=search.cells.device)
-    if len(first) * pair_cells > SWAPPED_CELLS:
+    pair_cells, left = 2 * search.matrix.shape[1], SWAPPED_CELLS
+    if search.rows * (search.rows - 1) // 2 * pair_cells > left:
         return best
+    first, second = torch.triu_indices(search.rows, search.rows, 1, device=search.cells.device)
     group = best.member[0].to(torch.uint8).argmax(0)
     sums = search.sums(best.member)[0]
     channels, taps = best.channels[0].clone(), best.taps[0].clone()
     kept = _kept(sums, channels, taps)
     stale = torch.ones(search.groups, dtype=torch.bool, device=group.device)
-    for _ in range(search.rows):  # more rounds than it takes, should rounding ever let gains go in a circle
-        if not bool(stale.any()):
-            break
+    while True:
         a, b = group[first], group[second]
         tried = ((a != b) & (stale[a] | stale[b])).nonzero()[:, 0]
+        left -= len(tried) * pair_cells
+        if len(tried) == 0 or left < 0:
+            break
         stale[:] = False
         gains = torch.cat(
             [

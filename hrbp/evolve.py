@@ -23,7 +23,7 @@ from .choose import balanced, top
 from .density import densities
 from .regroup import Grouping, keep_by_counts
 from .sparsify import SparseLayer, plan_of, sparse_layers
-from .structure import Choice, Grains, Groups, grouping_choice
+from .structure import Choice, Grains, Groups, grouping_choice, sparsity_of
 
 METHODS = ("static", "set", "rigl", "hrbp", "gmp")
 
@@ -279,7 +279,7 @@ class Evolver:
         first = self.steps <= self.every
         choices = {}
         for name, layer in self.layers.items():
-            sparsity = min(1 - asked[name], 1 - 1e-9)
+            sparsity = sparsity_of(asked[name])
             if isinstance(rule, Groups):
                 choices[name] = _pruned_groups(rule, layer, scores[name], sparsity, regroup_rows=first)
             else:
@@ -309,10 +309,15 @@ def _swap_units(kept: Tensor, worth: Tensor, wish: Tensor, share: float) -> Tens
 
     A unit that goes may come back at once, as in RigL. Rows keep equally many units.
     """
+    stay, go = _staying(kept, worth, share)
+    return stay | top(wish.masked_fill(stay, -math.inf), go)
+
+
+def _staying(kept: Tensor, worth: Tensor, share: float) -> tuple[Tensor, int]:
+    """Which units stay, and how many go in each row: never more than there are others to come."""
     count = int(kept[0].sum())
     go = min(round(share * count), kept.shape[1] - count)
-    stay = top(worth.masked_fill(~kept, -math.inf), count - go)
-    return stay | top(wish.masked_fill(stay, -math.inf), go)
+    return top(worth.masked_fill(~kept, -math.inf), count - go), go
 
 
 def _in_groups(grouping: Grouping, cells: Tensor) -> Tensor:
@@ -333,13 +338,14 @@ def _exchanged_channels(grouping: Grouping, weight: Tensor, growth: Tensor, shar
 
     worth, wish = (runs(torch.einsum("grcp,gp->gc", _in_groups(grouping, t.float()), taps)) for t in (weight, growth))
     was = runs(kept.float()) > 0
-    chosen = _swap_units(was, worth, wish, share)
     if fair:
         # Those that stay are worth more than any that may come, which keeps them: the old choice was fair, too.
-        count = int(was[0].sum())
-        stay = top(worth.masked_fill(~was, -math.inf), count - min(round(share * count), was.shape[1] - count))
+        stay, _ = _staying(was, worth, share)
         wish = wish / wish.max().clamp_min(1e-30)
-        chosen = balanced(torch.where(stay, 2.0 + grouping.groups * was.shape[1], wish.double())[None], count)[0]
+        value = torch.where(stay, 2.0 + grouping.groups * was.shape[1], wish.double())
+        chosen = balanced(value[None], int(was[0].sum()))[0]
+    else:
+        chosen = _swap_units(was, worth, wish, share)
     starts = chosen.nonzero()[:, 1].view(grouping.groups, -1, 1) * grouping.granule
     channels = (starts + torch.arange(grouping.granule, device=starts.device)).flatten(1)
     return Grouping(grouping.shape, grouping.row_order, channels, grouping.taps, grouping.granule)

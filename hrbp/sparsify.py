@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.optim.swa_utils import AveragedModel
 
-from blocksparse import BSRConv2d, BSRLinear, BSRPattern, explain
+from blocksparse import BSRConv2d, BSRLinear, explain
 
 from .density import densities
 from .saliency import saliency as score_weights
-from .structure import Choice, Structure
+from .structure import Choice, Structure, sparsity_of
 from .structure import structure as make_structure
 
 LEAST_BLOCK = 8  # weights of a block: smaller ones spend more on the index (16 bytes a block) than they save
@@ -138,7 +138,7 @@ def sparsify(
     made: dict[str, tuple[nn.Module | None, Choice]] = {}
     for i, (name, layer) in enumerate(chosen.items()):
         score = scores[name].view(_shape4(layer))
-        choice = shape_rule.choose(score, min(1 - asked[name], 1 - 1e-9), seed + i)
+        choice = shape_rule.choose(score, sparsity_of(asked[name]), seed + i)
         made[name] = (_block_module(layer, choice, backend) if has_blocks(choice) else None, choice)
     # Nothing can fail from here on.
     for name, (module, choice) in made.items():
@@ -320,9 +320,6 @@ class SparseLayer:
 
     def row_order(self) -> Tensor | None:
         return self.module.pattern.row_order if self.blocks else None
-
-    def pattern(self) -> BSRPattern | None:
-        return self.module.pattern if self.blocks else None
 
     def set(self, choice: Choice, optimizer: torch.optim.Optimizer | None = None) -> bool:
         """Keep what the choice keeps; weights and optimizer state that stay are carried, new ones start at zero.

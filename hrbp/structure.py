@@ -182,8 +182,8 @@ class NM(Structure):
         return f"m = {self.m} does not divide C = {shape[1]}" if self.m < 1 or shape[1] % self.m else None
 
 
-def _sparsity(density: float) -> float:
-    """1 - density, below 1: the least that groups keep is one run of channels."""
+def sparsity_of(density: float) -> float:
+    """1 - density, below 1: every structure keeps at least one grain, or one run of channels."""
     return min(1 - density, 1 - 1e-9)
 
 
@@ -249,7 +249,7 @@ class Groups(Structure):
         return Grouping((k, c, r, s), order, channels, taps, self.granule)
 
     def density(self, shape: Sequence[int], density: float) -> float:
-        size = self.size(shape, _sparsity(density))
+        size = self.size(shape, sparsity_of(density))
         return size.channels * size.taps / (shape[1] * shape[2] * shape[3])
 
 
@@ -282,7 +282,7 @@ class Elementwise(Structure):
 
     def density(self, shape: Sequence[int], density: float) -> float:
         cells = shape[1] * shape[2] * shape[3]
-        size = group_shape((shape[0], cells, 1, 1), _sparsity(density), groups=self.groups, min_rows=self.min_rows)
+        size = group_shape((shape[0], cells, 1, 1), sparsity_of(density), groups=self.groups, min_rows=self.min_rows)
         return size.channels / cells
 
 

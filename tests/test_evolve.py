@@ -141,12 +141,10 @@ def test_rigl_exchanges_units_as_the_slow_reference_does(structure, options):
         assert moved > 0 or structure == "filter"
 
 
-@pytest.mark.parametrize("balanced", [False, True])
-@pytest.mark.parametrize(("tap_density", "granule"), [(1.0, 1), (4 / 9, 4)])
-def test_rigl_exchanges_the_channels_of_groups(balanced, tap_density, granule):
-    net = make("hrbp++", tap_density=tap_density, granule=granule, groups=4, balanced=balanced, row_granule=1)
+def after_an_update(net: Net, method: str, **options):
+    """One step and one update of a net of groups; dense gradients, and name -> (groups, weight) just before it."""
     optimizer = torch.optim.SGD(net.parameters(), 1e-3)
-    evolver = Evolver(net, optimizer, "rigl", total_steps=100, every=1, drop=0.5)
+    evolver = Evolver(net, optimizer, method, every=1, **options)
     grads = dense_gradients(net)
     backward(net)
     optimizer.step()
@@ -155,6 +153,14 @@ def test_rigl_exchanges_the_channels_of_groups(balanced, tap_density, granule):
         n: (rule.grouping(layer.mask(), layer.row_order()), layer.weight()) for n, layer in sparse_layers(net).items()
     }
     evolver.step()
+    return rule, grads, before
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+@pytest.mark.parametrize(("tap_density", "granule"), [(1.0, 1), (4 / 9, 4)])
+def test_rigl_exchanges_the_channels_of_groups(balanced, tap_density, granule):
+    net = make("hrbp++", tap_density=tap_density, granule=granule, groups=4, balanced=balanced, row_granule=1)
+    rule, grads, before = after_an_update(net, "rigl", total_steps=100, drop=0.5)
     for name, layer in sparse_layers(net).items():
         old, weight = before[name]
         new = rule.grouping(layer.mask(), layer.row_order())
@@ -184,16 +190,7 @@ def test_rigl_exchanges_the_channels_of_groups(balanced, tap_density, granule):
 
 def test_hrbp_counts_again_in_every_group():
     net = make("hrbp++", groups=2, sparsity=0.8)
-    optimizer = torch.optim.SGD(net.parameters(), 1e-3)
-    evolver = Evolver(net, optimizer, "hrbp", total_steps=10, every=1, drop=1.0)
-    grads = dense_gradients(net)
-    backward(net)
-    optimizer.step()
-    rule = plan_of(net).structure
-    before = {
-        n: (rule.grouping(layer.mask(), layer.row_order()), layer.weight()) for n, layer in sparse_layers(net).items()
-    }
-    evolver.step()
+    rule, grads, before = after_an_update(net, "hrbp", total_steps=10, drop=1.0)
     moved = 0
     for name, layer in sparse_layers(net).items():
         old, weight = before[name]

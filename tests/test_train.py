@@ -172,7 +172,7 @@ class Twin:
             if layer is None or not layer.blocks:
                 ours, spread = dense[name], lambda t: t
             else:
-                ours, spread = layer.parameter, layer.pattern().to_dense
+                ours, spread = layer.parameter, layer.module.pattern.to_dense
             state = self.made.optimizer.state[ours]
             pairs = [(ours.detach(), p.detach()), *zip((state[m] for m in moments), self.state[name], strict=False)]
             for mine, theirs in pairs:

@@ -1,4 +1,4 @@
-"""The networks of the papers, at any width: ResNets, VGG-19 and MobileNetV1, and their narrow dense rivals."""
+"""The networks of the papers, at any width: ResNets, VGG-19, MobileNetV1 and V2, and their narrow dense rivals."""
 
 from __future__ import annotations
 
@@ -26,10 +26,11 @@ def build(name: str, *, classes: int, width: float = 1.0, image_size: int = 32, 
     | resnet18, resnet50           | 7x7 stride 2 and pooling; 3x3 on small images   | He et al. 2016, sec. 4.1   |
     | vgg19                        | 3x3; batch norm, one classifier layer           | Wang et al. 2020 (GraSP)   |
     | mobilenetv1                  | 3x3 stride 2; stride 1 on small images          | Howard et al. 2017         |
+    | mobilenetv2                  | 3x3 stride 2; stride 1 on small images          | Sandler et al. 2018        |
 
     'ResNet-32' and 'WRN-32-2' of the HRBP paper are resnet32 with width 2. Where a residual block changes shape a 1x1
-    convolution projects. Small images are those of up to 64 pixels. resnet18 and resnet50 at width 1 have the
-    state_dict names and shapes of torchvision. Only nn.Conv2d, nn.BatchNorm2d and nn.Linear hold parameters.
+    convolution projects. Small images are those of up to 64 pixels. resnet18, resnet50 and mobilenetv2 at width 1 have
+    the state_dict names and shapes of torchvision. Only nn.Conv2d, nn.BatchNorm2d and nn.Linear hold parameters.
 
     Args:
         name: one of the above.
@@ -302,6 +303,57 @@ class MobileNetV1(nn.Module):
         return self.fc(self.avgpool(x).flatten(1))
 
 
+class InvertedResidual(nn.Module):
+    """y = x + BN(conv1x1(relu6(BN(depthwise3x3(relu6(BN(conv1x1(x))))))); no x where the shape changes.
+
+    The first 1x1 convolution widens by `expansion`, the last one narrows; with expansion 1 the first is left out.
+    """
+
+    def __init__(self, c: int, k: int, stride: int, expansion: int) -> None:
+        super().__init__()
+        inner = c * expansion
+        self.conv = nn.Sequential()
+        if expansion > 1:
+            self.conv.append(_conv_bn_relu6(c, inner, 1))
+        self.conv.extend((_conv_bn_relu6(inner, inner, 3, stride, groups=inner), _conv(inner, k, 1), nn.BatchNorm2d(k)))
+        self.shortcut = stride == 1 and c == k
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return x + y if self.shortcut else y
+
+
+def _conv_bn_relu6(c: int, k: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Sequential:
+    return nn.Sequential(_conv(c, k, kernel, stride, groups), nn.BatchNorm2d(k), nn.ReLU6(inplace=True))
+
+
+class MobileNetV2(nn.Module):
+    """Inverted residuals: seventeen of them between an ordinary convolution and a 1x1 one."""
+
+    def __init__(
+        self, stages: tuple[tuple[int, int, int, int], ...], classes: int, widths: _Widths, small: bool, channels: int
+    ) -> None:
+        super().__init__()
+        c = widths(32)
+        self.features = nn.Sequential(_conv_bn_relu6(channels, c, 3, 1 if small else 2))
+        for expansion, base, depth, stride in stages:
+            k = widths(base)
+            for i in range(depth):
+                self.features.append(InvertedResidual(c, k, 1 if i else stride, expansion))
+                c = k
+        k = widths(1280)
+        self.features.append(_conv_bn_relu6(c, k, 1))
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.classifier = nn.Sequential(nn.Dropout(0.2), nn.Linear(k, classes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.avgpool(self.features(x)).flatten(1))
+
+
+# (expansion, filters, blocks, stride of the first): Sandler et al., table 2
+INVERTED = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
+
+
 def _separable_blocks() -> Iterator[tuple[int, int]]:
     """(filters, stride)"""
     yield from ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2))
@@ -315,4 +367,5 @@ NETWORKS: dict[str, tuple[type[nn.Module], tuple]] = {
     "resnet50": (ResNet, (Bottleneck, 64, (3, 4, 6, 3))),
     "vgg19": (VGG, (((64, 2), (128, 2), (256, 4), (512, 4), (512, 4)),)),
     "mobilenetv1": (MobileNetV1, (tuple(_separable_blocks()),)),
+    "mobilenetv2": (MobileNetV2, (INVERTED,)),
 }

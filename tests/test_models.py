@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import sys
 from collections import Counter
@@ -13,6 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from blocksparse import BSRConv2d
+from hrbp import densify, sparsify, summary
 from hrbp.models import NETWORKS, build, narrow, parameter_count, rebuild
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
@@ -56,6 +59,7 @@ def output_sizes(model: nn.Module, size: int, channels: int = 3) -> list[tuple]:
         ("resnet18", 1, 1000, 224, 11_689_512),  # torchvision
         ("resnet50", 1, 1000, 224, 25_557_032),  # torchvision
         ("mobilenetv1", 1, 1000, 224, 4_231_976),  # Howard et al.: 4.2 M
+        ("mobilenetv2", 1, 1000, 224, 3_504_872),  # torchvision; Sandler et al.: 3.4 M
     ],
 )
 def test_published_parameter_counts(name, width, classes, size, parameters):
@@ -102,6 +106,67 @@ def test_pretrained_weights_of_torchvision_fit(name, expansion, depths, entries)
     assert len(state) == entries
 
 
+def test_pretrained_weights_of_torchvisions_mobilenet_fit():
+    """Names and shapes of torchvision's mobilenet_v2 state_dict, written out from table 2 of Sandler et al."""
+    state: dict[str, tuple[int, ...]] = {}
+
+    def conv_norm(conv, norm, shape):
+        state[f"{conv}.weight"] = shape
+        state.update({f"{norm}.{part}": shape[:1] for part in ("weight", "bias", "running_mean", "running_var")})
+        state[f"{norm}.num_batches_tracked"] = ()
+
+    conv_norm("features.0.0", "features.0.1", (32, 3, 3, 3))
+    c, at = 32, 1
+    for t, k, n in ((1, 16, 1), (6, 24, 2), (6, 32, 3), (6, 64, 4), (6, 96, 3), (6, 160, 3), (6, 320, 1)):
+        for _ in range(n):
+            name, inner, i = f"features.{at}.conv", t * c, 0
+            if t > 1:
+                conv_norm(f"{name}.0.0", f"{name}.0.1", (inner, c, 1, 1))
+                i = 1
+            conv_norm(f"{name}.{i}.0", f"{name}.{i}.1", (inner, 1, 3, 3))
+            conv_norm(f"{name}.{i + 1}", f"{name}.{i + 2}", (k, inner, 1, 1))
+            c, at = k, at + 1
+    conv_norm("features.18.0", "features.18.1", (1280, 320, 1, 1))
+    state.update({"classifier.1.weight": (1000, 1280), "classifier.1.bias": (1000,)})
+    model = shapes_only("mobilenetv2", classes=1000, image_size=224)
+    assert {key: tuple(t.shape) for key, t in model.state_dict().items()} == state
+    assert len(state) == 314
+
+
+def test_mobilenetv2_halves_images_where_it_should():
+    """Sandler et al., table 2: where the 3x3 convolutions halve, and which blocks add their input."""
+    model = shapes_only("mobilenetv2", classes=10, image_size=224)
+    depthwise = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.groups > 1]
+    assert all(m.groups == m.in_channels == m.out_channels for m in depthwise)
+    assert [m.stride[0] for m in depthwise] == [1, 2, 1, 2, 1, 1, 2, 1, 1, 1, 1, 1, 1, 2, 1, 1, 1]
+    adds = [m.shortcut for m in model.features if hasattr(m, "shortcut")]
+    assert [i for i, flag in enumerate(adds) if flag] == [2, 4, 5, 7, 8, 9, 11, 12, 14, 15]
+
+
+def test_inverted_residuals_add_what_relu6_let_through():
+    torch.manual_seed(0)
+    block = build("mobilenetv2", classes=10).eval().features[5]  # expansion 6, stride 1, 32 filters
+    widen, depth, narrow = (m for m in block.modules() if isinstance(m, nn.Conv2d))
+    x = 9 * torch.randn(2, 32, 8, 8)
+    y = nn.functional.conv2d(x, widen.weight).clamp(0, 6)
+    y = nn.functional.conv2d(y, depth.weight, padding=1, groups=192).clamp(0, 6)
+    y = x + nn.functional.conv2d(y, narrow.weight)
+    assert torch.allclose(block(x), y, rtol=1e-3, atol=1e-2)  # fresh batch norm divides by sqrt(1 + 1e-5)
+
+
+@pytest.mark.parametrize("name", ["mobilenetv1", "mobilenetv2"])
+def test_depthwise_layers_stay_dense_and_the_others_do_not(name):
+    torch.manual_seed(0)
+    model = sparsify(build(name, classes=10, width=0.5), 0.8, structure="hrbp++").eval()
+    kinds = {"depthwise" if m.groups > 1 else "stem": type(m) for m in model.modules() if isinstance(m, nn.Conv2d)}
+    assert kinds == {"stem": nn.Conv2d, "depthwise": nn.Conv2d}
+    pointwise = [m for m in model.modules() if isinstance(m, BSRConv2d)]
+    assert len(pointwise) == {"mobilenetv1": 13, "mobilenetv2": 34}[name]
+    assert summary(model).sparsity == pytest.approx(0.8, abs=0.01)
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.allclose(densify(copy.deepcopy(model))(x), model(x), atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("name", "width", "size"), [("resnet50", 1, 224), ("resnet32", 2, 32), ("vgg19", 1, 32)], ids=lambda v: str(v)
 )
@@ -116,13 +181,14 @@ def test_the_benchmark_measures_these_layers(name, width, size):
 
 def test_small_images_are_not_reduced_at_once():
     first = {}
-    for name in ("resnet18", "resnet50", "mobilenetv1"):
+    for name in ("resnet18", "resnet50", "mobilenetv1", "mobilenetv2"):
         for size in (32, 64, 65, 224):
             sizes = output_sizes(shapes_only(name, classes=10, image_size=size), size)
             first[name, size] = sizes[0][2][0], sizes[1][5][0]  # the stem's kernel, and the size after the stem
     for name in ("resnet18", "resnet50"):
         assert [first[name, s] for s in (32, 64, 65, 224)] == [(3, 32), (3, 64), (7, 17), (7, 56)]
-    assert [first["mobilenetv1", s] for s in (32, 64, 65, 224)] == [(3, 32), (3, 64), (3, 33), (3, 112)]
+    for name in ("mobilenetv1", "mobilenetv2"):
+        assert [first[name, s] for s in (32, 64, 65, 224)] == [(3, 32), (3, 64), (3, 33), (3, 112)]
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -174,7 +240,7 @@ def test_channel_counts_that_need_no_rounding_are_exact(width):
     assert [k for k, *_ in other] == [k * width for k, *_ in one]
 
 
-@pytest.mark.parametrize("name", ["resnet8", "resnet20", "resnet18", "vgg19", "mobilenetv1"])
+@pytest.mark.parametrize("name", ["resnet8", "resnet20", "resnet18", "vgg19", "mobilenetv1", "mobilenetv2"])
 @pytest.mark.parametrize("share", [2, 0.1, 0.05, 0.01])
 def test_narrow_networks_have_the_parameters_asked_for(name, share):
     budget = int(share * parameter_count(shapes_only(name, classes=10, width=2 if name == "resnet8" else 1)))
@@ -219,7 +285,7 @@ def test_tiny_budgets():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"name": "resnet19"}, r"build\(\): name is 'resnet19'; it needs one of resnet8, .*mobilenetv1"),
+        ({"name": "resnet19"}, r"build\(\): name is 'resnet19'; it needs one of resnet8, .*mobilenetv2"),
         ({"width": 0}, "width is 0; it needs a positive number"),
         ({"width": math.nan}, "width is nan; it needs a positive number"),
         ({"width": math.inf}, "width is inf; it needs a positive number"),

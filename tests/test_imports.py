@@ -41,7 +41,7 @@ ALLOWED = {
 
 # The files of hrbp, each of which imports only those before it.
 ORDER = [
-    "choose", "density", "saliency", "models", "data", "regroup", "structure", "sparsify", "evolve", "weights",
+    "choose", "density", "saliency", "models", "data", "regroup", "structure", "subp", "sparsify", "evolve", "weights",
     "report", "picture", "progress", "checkpoint", "train", "train_cli", "study", "__init__", "__main__",
 ]  # fmt: skip
 

@@ -24,7 +24,7 @@ from .picture import check_plot, draw_grouping
 from .regroup import Grouping
 from .report import MaskReport, Score, columns, report_mask, stored_blocks, table, total_score
 from .structure import Groups, structure
-from .study import add_study
+from .study_cli import add_study
 from .train_cli import add_train
 from .weights import layers, read_weights, sparse_layer, sparse_names, write_groupings
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ COLOURS = ((31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 1
 SINGLE = (60, 60, 60)  # weights without a group
 PIXELS = 2400, 640  # most of a panel, across and down: a larger matrix is averaged
 FORMATS = (".png", ".svg", ".pdf")
+MARKERS, LINES = "osD^vPX*", ("-", "--", ":")
 
 
 def check_plot(path: str | os.PathLike[str]) -> None:
@@ -31,6 +33,9 @@ def check_plot(path: str | os.PathLike[str]) -> None:
         raise ValueError("a picture needs matplotlib, which is not installed: pip install 'blocksparse-conv[plot]'")
     if Path(path).suffix.lower() not in FORMATS:
         raise ValueError(f"a picture is written to {path}; it needs a name that ends in {', '.join(FORMATS)}")
+
+
+# ---------------------------------------------------------------- masks
 
 
 def draw_grouping(
@@ -136,3 +141,75 @@ def _label_taps(axis: Any, kernel: tuple[int, int], width: int, rotated: bool) -
     names = [f"({i}, {j})" for i in range(r) for j in range(s)]
     axis.set_xticks([(t + 0.5) * width for t in range(r * s)], names[::-1] if rotated else names)
     axis.tick_params(axis="x", length=0)
+
+
+# ---------------------------------------------------------------- studies
+
+
+def draw_study(
+    path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], machine: str
+) -> None:
+    """Accuracy against sparsity, and against measured step time, a colour each structure.
+
+    Args:
+        path: ends in .png, .svg or .pdf; written whole or not at all.
+        rows: as study.rows makes them.
+        settings, machine: of the study.
+
+    Raises:
+        ValueError: no matplotlib, another ending, or no training that is finished.
+    """
+    check_plot(path)
+    found = [row for row in rows if row["accuracy"] is not None]
+    if not found:
+        raise ValueError("draw_study(): no training is finished; there is nothing to draw")
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter
+
+    figure = Figure(figsize=(13, 5.5), dpi=120, layout="constrained")
+    by_sparsity, by_time = figure.subplots(1, 2, sharey=True)
+    seeds = max(row["seeds"] for row in found)
+    figure.suptitle(
+        f"{settings['model']} x {settings['width']:g} on {settings['data']}, {settings['training']['epochs']} epochs, "
+        + (f"mean and deviation of {seeds} seeds" if seeds > 1 else "1 seed")
+    )
+    sparsities = sorted({row["asked"] for row in found} - {0.0})
+    structures = list(dict.fromkeys(row["structure"] for row in found if row["structure"] != "dense"))
+    apart = 0.012 * (len(sparsities) + 1)  # of a step on the axis: error bars beside one another
+    for i, structure in enumerate(structures):
+        mine = [row for row in found if row["structure"] == structure]
+        look: dict[str, Any] = {
+            "color": [c / 255 for c in COLOURS[i % len(COLOURS)]],
+            "marker": MARKERS[i % len(MARKERS)],
+        }
+        look |= {"label": structure, "capsize": 3, "linestyle": LINES[i // len(COLOURS) % 3]}
+        right, spread = [100 * row["accuracy"] for row in mine], [100 * (row["deviation"] or 0) for row in mine]
+        shift = apart * (i - (len(structures) - 1) / 2)
+        by_sparsity.errorbar([sparsities.index(row["asked"]) + shift for row in mine], right, spread, **look)
+        timed = [row["step"] for row in mine]
+        if None not in timed:
+            by_time.errorbar(timed, right, spread, **look)
+            for row, x, y in zip(mine, timed, right, strict=True):
+                by_time.annotate(
+                    f"{100 * row['asked']:g}%", (x, y), (5, 4), textcoords="offset points", fontsize=8,
+                    color=look["color"],
+                )  # fmt: skip
+    for row in (row for row in found if row["structure"] == "dense"):
+        y, spread_of = 100 * row["accuracy"], 100 * (row["deviation"] or 0)
+        by_sparsity.axhline(y, color="black", linewidth=1, label="dense")
+        by_sparsity.axhspan(y - spread_of, y + spread_of, color="black", alpha=0.1, linewidth=0)
+        by_time.errorbar([1.0], [y], [spread_of], color="black", marker="o", capsize=3)
+        by_time.annotate("dense", (1.0, y), (5, 4), textcoords="offset points", fontsize=8)
+    by_sparsity.set_xticks(range(len(sparsities)), [f"{100 * s:g}%" for s in sparsities])
+    by_sparsity.set_xlim(-0.5, len(sparsities) - 0.5)
+    by_sparsity.set(xlabel="sparsity of the layers made sparse", ylabel="test accuracy", title="what is kept")
+    by_time.margins(x=0.08)
+    by_time.axvline(1.0, color="0.6", linewidth=1, linestyle=":")
+    by_time.set(xlabel=f"training step, relative to dense ({machine}); left of 1 is faster", title="at what time")
+    by_sparsity.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}%"))
+    for axis in (by_sparsity, by_time):
+        axis.grid(alpha=0.3)
+    handles, names = by_sparsity.get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 6), frameon=False)
+    with whole_file(path) as file:
+        figure.savefig(file, format=Path(path).suffix[1:].lower())

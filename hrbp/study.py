@@ -2,49 +2,40 @@
 
 from __future__ import annotations
 
-import argparse
-import csv
-import io
 import json
 import math
 import os
 import re
-import signal
 import statistics
 import time
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .checkpoint import differences
+from . import sweep
 from .data import Batches, ImageSet, load
-from .evolve import METHODS
-from .models import NETWORKS, build, narrow, parameter_count
-from .picture import COLOURS, check_plot
+from .models import build, narrow, parameter_count
+from .picture import draw_study
 from .progress import Progress, duration
 from .report import columns, report_model
 from .sparsify import sparse_layers, sparsify, summary
-from .structure import STRUCTURES, Grains, Groups
+from .structure import Grains, Groups
 from .structure import structure as make_structure
-from .train import Diverged, Settings, Trainer
-from .weights import whole_file
-
-if TYPE_CHECKING:
-    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+from .train import Settings, Trainer
 
 ROUNDS = 15  # in which every network takes one timed step after the other
 IMAGES_PER_CLASS = 10  # that gradients of saliencies are of; GraSP's
 TEST_BATCH = 500
-RESULTS, TABLE, FIGURE = "results.json", "table.csv", "study.png"
-MARKERS, LINES = "osD^vPX*", ("-", "--", ":")
+FIGURE = "study.png"
 
 
 # ---------------------------------------------------------------- what is compared
@@ -263,23 +254,8 @@ class Study:
             "training": asdict(self.training), "trainings": len(self.runs),
         }  # fmt: skip
         self.results: dict[str, Any] = json.loads(json.dumps({"settings": settings}))
-        self.results.update(machine=_machine(self.device), steps={}, runs=[], stopped=None)
-        self._open(who)
-
-    def _open(self, who: str) -> None:
-        """Take up the study that the folder holds; refuse any other content."""
-        file = self.out / RESULTS
-        if not file.exists():
-            if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
-                raise ValueError(f"{who}: {self.out} holds something that is no study; use a new folder")
-            return
-        before = read(file)
-        if found := differences(before.get("settings"), self.results["settings"]):
-            more = f"; and {len(found) - 3} more" if len(found) > 3 else ""
-            raise ValueError(
-                f"{who}: {self.out} holds a study with other settings: {'; '.join(found[:3])}{more}; use those, or"
-                " another folder"
-            )
+        self.results.update(machine=sweep.machine(self.device), steps={}, runs=[], stopped=None)
+        before = sweep.take_up(self.out, self.results["settings"], who)
         if before.get("machine") == self.results["machine"]:
             self.results["steps"] = before["steps"]
 
@@ -291,7 +267,7 @@ class Study:
             (one dict a training) and "stopped" (the signal that stopped it, else None).
         """
         self.out.mkdir(parents=True, exist_ok=True)
-        found = [(run, self._finished(*run)) for run in self.runs]
+        found = [(run, sweep.read_result(self._folder(*run), self._identity(*run))) for run in self.runs]
         self.results["runs"] = [result for _, result in found if result is not None]
         self._write()
         if not self.results["steps"]:
@@ -333,15 +309,6 @@ class Study:
         sparsity = 0.0 if variant.structure == "dense" else sparsity
         return {"line": _line_name(variant, sparsity), **asdict(variant), "asked": sparsity, "seed": seed}
 
-    def _finished(self, variant: Variant, sparsity: float, seed: int) -> dict[str, Any] | None:
-        file = self._folder(variant, sparsity, seed) / "result.json"
-        if not file.exists():
-            return None
-        result, mine = read(file), self._identity(variant, sparsity, seed)
-        if any(result.get(key) != value for key, value in mine.items()):
-            raise ValueError(f"Study(): {file} is of another training; remove it, or use another folder")
-        return result
-
     def _train(self, variant: Variant, sparsity: float, seed: int, head: str) -> dict[str, Any] | str:
         """What the table needs of a training, or the signal that stopped it."""
         folder, identity = self._folder(variant, sparsity, seed), self._identity(variant, sparsity, seed)
@@ -357,18 +324,11 @@ class Study:
             Batches(self.test, TEST_BATCH, train=False, device=self.device),
             settings, out=folder, resume=True, config=identity, quiet=True,
         )  # fmt: skip
-        trainer.progress = _RunningLine(self.say, head)
-        try:
-            result = trainer.run()
-        except Diverged as error:
-            last = {"accuracy": None, "diverged": str(error), "seconds": 0.0}
-            made = trainer.model
-        else:
-            if result.stopped:
-                return result.stopped
-            last = {"accuracy": result.accuracy, "steps": result.steps, "seconds": result.seconds}
-            last |= {"step_seconds": result.step_seconds, "memory": result.memory}
-            made = result.model
+        trainer.progress = sweep.RunningLine(self.say, head)
+        ended = sweep.finish(trainer)
+        if isinstance(ended, str):
+            return ended
+        made, last = ended
         held = summary(made)
         stored = [report.storage for report in report_model(made).values()]
         finished = {
@@ -376,7 +336,7 @@ class Study:
             "storage": sum(s.values + s.file_index for s in stored),
             "masked": any(not layer.blocks for layer in sparse_layers(made).values()),
         }  # fmt: skip
-        _write_json(folder / "result.json", finished)
+        sweep.write_json(folder / sweep.RESULT, finished)
         return finished
 
     def _network(self, variant: Variant, sparsity: float, seed: int) -> nn.Module:
@@ -405,97 +365,34 @@ class Study:
         batches = Batches(self.train, self.batch_size, train=True, device=self.device)
         x, y = next(iter(batches.epoch()))
         layouts = {_line_name(v.layout, s): (v.layout, s) for v, s in [(Variant("dense"), 0.0), *self.lines]}
-        steps = {name: self._step(variant, sparsity) for name, (variant, sparsity) in layouts.items()}
-        times: dict[str, list[float]] = {name: [] for name in steps}
-        for round in range(ROUNDS + 2):  # the first two warm up
-            for name, step in steps.items():
-                seconds = step(x, y)
-                if round >= 2:
-                    times[name].append(seconds)
-        dense = times["dense"]
-        pace = statistics.median(dense)
-        # Ratios within a round: what slows it down slows both sides.
-        self.results["steps"] = {
-            name: pace * statistics.median(t / d for t, d in zip(ts, dense, strict=True)) for name, ts in times.items()
-        }
+        steps = {name: self._step(variant, sparsity, x, y) for name, (variant, sparsity) in layouts.items()}
+        self.results["steps"] = sweep.in_turns(steps, ROUNDS)
 
-    def _step(self, variant: Variant, sparsity: float) -> Any:
+    def _step(self, variant: Variant, sparsity: float, x: torch.Tensor, y: torch.Tensor) -> Callable[[], float]:
         """A function that takes one step on a batch and returns its seconds."""
-        on_gpu, settings = self.device.type == "cuda", self.training
+        settings = self.training
         form = torch.channels_last if settings.channels_last else torch.contiguous_format
         model = self._network(variant, sparsity, 0).to(self.device, memory_format=form)  # type: ignore[call-overload]
         optimizer = torch.optim.SGD(model.parameters(), 1e-3, settings.momentum)
         amp = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}[settings.amp]
 
-        def step(x: torch.Tensor, y: torch.Tensor) -> float:
-            if on_gpu:
-                torch.cuda.synchronize()
-            begin = time.perf_counter()
+        def step() -> None:
             with torch.autocast(self.device.type, amp, enabled=amp is not None):
                 logits = model(x.to(memory_format=form))
             F.cross_entropy(logits.float(), y).backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            if on_gpu:
-                torch.cuda.synchronize()
-            return time.perf_counter() - begin
 
-        return step
+        return partial(sweep.timed, self.device, step)
 
     def _write(self) -> None:
-        _write_json(self.out / RESULTS, self.results)
-        with whole_file(self.out / TABLE) as file:
-            text = io.StringIO(newline="")
-            found = rows(self.results)
-            writer = csv.DictWriter(text, list(found[0]) if found else ["line"])
-            writer.writeheader()
-            writer.writerows(found)
-            file.write(text.getvalue().encode())
+        sweep.write_results(self.out, self.results, rows(self.results))
 
     def _draw(self) -> None:
         try:
-            draw(self.out / FIGURE, self.results)
+            draw_study(self.out / FIGURE, rows(self.results), self.results["settings"], self.results["machine"])
         except ValueError as error:
             self.say.say(f"no figure: {error}")
-
-
-class _RunningLine(Progress):
-    """A training's lines, each in place of the one before, after what the study says of it."""
-
-    def __init__(self, progress: Progress, head: str) -> None:
-        super().__init__(progress.quiet, progress.stream)
-        self.progress, self.head = progress, head
-
-    def show(self, text: str) -> None:
-        self.shown = time.monotonic()
-        self.progress.show(f"{self.head}: {text}")
-
-    def say(self, text: str) -> None:
-        if self.due():
-            self.show(text)
-
-
-def read(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """A JSON file of a study; ValueError if it is damaged."""
-    try:
-        found = json.loads(Path(path).read_text())
-    except ValueError as error:
-        raise ValueError(f"Study(): {path} is damaged ({error}); remove it") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"Study(): {path} is no file of a study; remove it")
-    return found
-
-
-def _write_json(path: Path, content: Any) -> None:
-    with whole_file(path) as file:
-        file.write((json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
-
-
-def _machine(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    threads = torch.get_num_threads()
-    return f"{threads} CPU thread{'s' if threads > 1 else ''}"
 
 
 def _line_name(variant: Variant, sparsity: float) -> str:
@@ -526,20 +423,19 @@ def rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     for run in sorted(results["runs"], key=lambda run: run["asked"]):
         lines.setdefault(run["line"], []).append(run)
     order = {Variant(**v).name: i for i, v in enumerate(settings["variants"])}
-    dense = _mean([r["accuracy"] for r in lines.get("dense", []) if r["accuracy"] is not None])
+    dense = sweep.mean([r["accuracy"] for r in lines.get("dense", []) if r["accuracy"] is not None])
     for line, runs in lines.items():
         variant = Variant(**{key: runs[0][key] for key in Variant.__dataclass_fields__})
         asked = runs[0]["asked"]
         ended = [run for run in runs if run["accuracy"] is not None]
         right = [run["accuracy"] for run in ended]
-        accuracy, parameters = _mean(right), round(statistics.mean(run["parameters"] for run in runs))
-        memory = _mean([run["memory"] for run in ended])
+        accuracy, parameters = sweep.mean(right), round(statistics.mean(run["parameters"] for run in runs))
+        memory = sweep.mean([run["memory"] for run in ended])
         seconds = steps.get(_line_name(variant.layout, asked))
         paper, speedup = published.get(variant.name, {}).get(asked, (None, None))
         found.append({
             "line": line, "structure": variant.name, "asked": asked, "accuracy": accuracy,
-            "deviation": statistics.stdev(right) if len(right) > 1 else None,
-            "seeds": len(ended), "diverged": len(runs) - len(ended),
+            "deviation": sweep.deviation(right), "seeds": len(ended), "diverged": len(runs) - len(ended),
             "kept": accuracy / dense if accuracy is not None and dense else None,
             "parameters": parameters, "sparsity": statistics.mean(run["sparsity"] for run in runs),
             "model_sparsity": 1 - parameters / settings["dense_parameters"],
@@ -549,10 +445,6 @@ def rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
             "published": None if paper is None else paper / 100, "published_speedup": speedup,
         })  # fmt: skip
     return sorted(found, key=lambda row: (row["asked"], order[row["structure"]]))
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return statistics.mean(values) if values else None
 
 
 def _published(settings: Mapping[str, Any]) -> _Published:
@@ -645,184 +537,5 @@ def sentences(found: Sequence[Mapping[str, Any]]) -> list[str]:
             ]
             parts[1:] = [part.replace(" keeps", "", 1) for part in parts[1:]]
         listed = parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
-        said.append(f"{start}{listed}; {_doubt(here)}.")
+        said.append(f"{start}{listed}; {sweep.doubt(here)}.")
     return said
-
-
-def _doubt(found: Sequence[Mapping[str, Any]]) -> str:
-    """Which differences of accuracy say nothing: those under twice their standard error, deviations pooled."""
-    spread = [(row["seeds"], row["deviation"]) for row in found if row["deviation"] is not None]
-    if not spread:
-        return "with one seed, small differences say nothing"
-    variance = sum((n - 1) * d**2 for n, d in spread) / sum(n - 1 for n, _ in spread)
-    points = 200 * math.sqrt(2 * variance / min(n for n, _ in spread))
-    return f"differences under {points:.1f} points are within the spread of the seeds"
-
-
-def draw(path: str | os.PathLike[str], results: Mapping[str, Any]) -> None:
-    """Accuracy against sparsity, and against measured step time, a colour each structure.
-
-    Args:
-        path: ends in .png, .svg or .pdf; written whole or not at all.
-        results: what results.json holds.
-
-    Raises:
-        ValueError: no matplotlib, another ending, or no training that is finished.
-    """
-    check_plot(path)
-    found = [row for row in rows(results) if row["accuracy"] is not None]
-    if not found:
-        raise ValueError("draw(): no training is finished; there is nothing to draw")
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter
-
-    figure = Figure(figsize=(13, 5.5), dpi=120, layout="constrained")
-    by_sparsity, by_time = figure.subplots(1, 2, sharey=True)
-    settings, seeds = results["settings"], max(row["seeds"] for row in found)
-    figure.suptitle(
-        f"{settings['model']} x {settings['width']:g} on {settings['data']}, {settings['training']['epochs']} epochs, "
-        + (f"mean and deviation of {seeds} seeds" if seeds > 1 else "1 seed")
-    )
-    sparsities = sorted({row["asked"] for row in found} - {0.0})
-    structures = list(dict.fromkeys(row["structure"] for row in found if row["structure"] != "dense"))
-    apart = 0.012 * (len(sparsities) + 1)  # of a step on the axis: error bars beside one another
-    for i, structure in enumerate(structures):
-        mine = [row for row in found if row["structure"] == structure]
-        look: dict[str, Any] = {
-            "color": [c / 255 for c in COLOURS[i % len(COLOURS)]],
-            "marker": MARKERS[i % len(MARKERS)],
-        }
-        look |= {"label": structure, "capsize": 3, "linestyle": ("-", "--", ":")[i // len(COLOURS) % 3]}
-        right, spread = [100 * row["accuracy"] for row in mine], [100 * (row["deviation"] or 0) for row in mine]
-        shift = apart * (i - (len(structures) - 1) / 2)
-        by_sparsity.errorbar([sparsities.index(row["asked"]) + shift for row in mine], right, spread, **look)
-        timed = [row["step"] for row in mine]
-        if None not in timed:
-            by_time.errorbar(timed, right, spread, **look)
-            for row, x, y in zip(mine, timed, right, strict=True):
-                by_time.annotate(
-                    f"{100 * row['asked']:g}%", (x, y), (5, 4), textcoords="offset points", fontsize=8,
-                    color=look["color"],
-                )  # fmt: skip
-    for row in (row for row in found if row["structure"] == "dense"):
-        y, spread_of = 100 * row["accuracy"], 100 * (row["deviation"] or 0)
-        by_sparsity.axhline(y, color="black", linewidth=1, label="dense")
-        by_sparsity.axhspan(y - spread_of, y + spread_of, color="black", alpha=0.1, linewidth=0)
-        by_time.errorbar([1.0], [y], [spread_of], color="black", marker="o", capsize=3)
-        by_time.annotate("dense", (1.0, y), (5, 4), textcoords="offset points", fontsize=8)
-    by_sparsity.set_xticks(range(len(sparsities)), [f"{100 * s:g}%" for s in sparsities])
-    by_sparsity.set_xlim(-0.5, len(sparsities) - 0.5)
-    by_sparsity.set(xlabel="sparsity of the layers made sparse", ylabel="test accuracy", title="what is kept")
-    by_time.margins(x=0.08)
-    by_time.axvline(1.0, color="0.6", linewidth=1, linestyle=":")
-    by_time.set(
-        xlabel=f"training step, relative to dense ({results['machine']}); left of 1 is faster", title="at what time"
-    )
-    by_sparsity.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}%"))
-    for axis in (by_sparsity, by_time):
-        axis.grid(alpha=0.3)
-    handles, names = by_sparsity.get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 6), frameon=False)
-    with whole_file(path) as file:
-        figure.savefig(file, format=Path(path).suffix[1:].lower())
-
-
-# ---------------------------------------------------------------- on the command line
-
-DESCRIPTION = """\
-Trains one network dense and sparse, in many ways, and puts side by side what that keeps of its accuracy, and what it
-costs in memory and time. The default takes about five minutes on a laptop.
-
-  python -m hrbp study
-  python -m hrbp study --structures dense hrbp hrbp++ --methods static rigl hrbp --sparsities 0.8 0.9 --seeds 0 1 2
-  python -m hrbp study --preset paper --root ~/data                         Table 1 of the HRBP paper, for days
-  python -m hrbp study --preset paper --model resnet32 --data cifar10 --seeds 0
-"""
-
-END = """\
-The same command again continues where it was stopped, by Ctrl-C or by anything else. In the folder: results.json,
-table.csv, study.png, and each training with its log. Several networks or data sets have a folder each in it.
---structures and --methods train all pairs that go together; dense and narrow networks are trained once.
-Exit status: 0; 2 for an option or a file that cannot be used; 128 + N if stopped by signal N.
-"""
-
-
-def add_study(commands: Commands) -> None:
-    """The command `study` and its options."""
-    parser = commands.add_parser(
-        "study", help="compare structures and methods", description=DESCRIPTION, epilog=END,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    add = parser.add_argument
-    add("--preset", choices=PRESETS, default="quick", help="what holds where nothing else is said, default quick")
-    add("--model", choices=NETWORKS, nargs="+", metavar="NAME", help=f"{', '.join(NETWORKS)}")
-    add("--width", type=float, help="times the published channel counts")
-    add("--data", nargs="+", metavar="NAME", help="shapes (generated), cifar10, cifar100, or a folder of images")
-    add("--root", default="data", help="where CIFAR's archives lie, default data")
-    add("--structures", nargs="+", metavar="NAME", help=f"dense, narrow, {', '.join(STRUCTURES)}, 2:4, ...")
-    add("--methods", nargs="+", choices=METHODS, metavar="NAME", help=f"how masks change: {', '.join(METHODS)}")
-    add("--sparsities", nargs="+", type=float, metavar="S", help="of the layers made sparse, default 0.9 0.95")
-    add("--seeds", nargs="+", type=int, metavar="N", help="default 0 1, paper: 0 1 2")
-    add("--epochs", type=int, help="default 6, paper: 160")
-    add("--batch-size", type=int, help="default 64, paper: 128")
-    add("--lr", type=float, help="default 0.1")
-    add("--every", type=int, help="steps between mask changes, default 100, in short trainings a fortieth of them")
-    add("--out", metavar="DIR", help="folder, default runs/study, paper: runs/study-paper")
-    add("--device", help="default cuda if there is a GPU, else cpu")
-    add("--amp", choices=("none", "bf16", "fp16"), help="mixed precision, default bf16 on a GPU, none on a CPU")
-    parser.set_defaults(run=run_study)
-
-
-def run_study(args: argparse.Namespace) -> int:
-    """The studies of all networks on all data sets, each with its table."""
-    preset = PRESETS[args.preset]
-    on_gpu = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu")).type == "cuda"
-    training = dict(preset.training)
-    training |= {key: value for key in ("epochs", "lr") if (value := getattr(args, key)) is not None}
-    training |= {
-        "amp": {"none": None, None: "bf16" if on_gpu else None}.get(args.amp, args.amp),
-        "channels_last": on_gpu,
-    }
-    pairs = [(model, data) for data in args.data or preset.data for model in args.model or preset.models]
-    loaded = {data: (load(data, "train", root=args.root), load(data, "test", root=args.root)) for _, data in pairs}
-    out = Path(args.out or ("runs/study" if args.preset == "quick" else f"runs/study-{args.preset}"))
-    studies = [
-        Study(
-            out if len(pairs) == 1 else out / f"{model}-{loaded[data][0].name}",
-            _variants(args, preset, model, data), model=model,
-            width=preset.width.get(model, 1.0) if args.width is None else args.width, images=loaded[data],
-            sparsities=args.sparsities or preset.sparsities,
-            seeds=preset.seeds if args.seeds is None else args.seeds,
-            batch_size=args.batch_size or preset.batch_size, every=args.every, device=args.device, **training,
-        )
-        for model, data in pairs
-    ]  # fmt: skip
-    for made in studies:
-        results = made.run()
-        print(f"\n{table(results)}\n")
-        if results["stopped"]:
-            print(f"stopped by {results['stopped']}; the same command continues")
-            return 128 + signal.Signals[results["stopped"]].value
-        print(f"in {made.out}: {RESULTS}, {TABLE}, {FIGURE}, and a folder for each training")
-    return 0
-
-
-def _variants(args: argparse.Namespace, preset: Preset, model: str, data: str) -> Sequence[Variant]:
-    """What the command line asks for: all pairs that go together."""
-    if args.structures is None and args.methods is None:
-        return (
-            *preset.variants,
-            *(ABLATION if (preset, model, data) == (PRESETS["paper"], "resnet32", "cifar10") else ()),
-        )
-    structures = args.structures or dict.fromkeys(variant.structure for variant in preset.variants)
-    chosen = []
-    for structure in dict.fromkeys(structures):
-        pairs = [Variant(structure, method) for method in dict.fromkeys(args.methods or ["static"])]
-        if structure in ("dense", "narrow"):
-            pairs = [Variant(structure)]
-        for variant in pairs:
-            if reason := variant.refuses():
-                print(f"left out: {variant.name}, as {reason}")
-            else:
-                chosen.append(variant)
-    return chosen

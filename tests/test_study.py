@@ -16,9 +16,11 @@ from pathlib import Path
 
 import pytest
 
-from hrbp import data, study
+from hrbp import data, study, study_cli
 from hrbp.checkpoint import load
-from hrbp.study import PRESETS, PUBLISHED, TABLE_1, Study, Variant, draw, read, rows, sentences, table
+from hrbp.picture import draw_study
+from hrbp.study import PRESETS, PUBLISHED, TABLE_1, Study, Variant, rows, sentences, table
+from hrbp.sweep import read
 
 ROOT = Path(__file__).parent.parent
 VARIANTS = (
@@ -197,6 +199,10 @@ def test_parameters_and_memory_are_those_of_what_is_stored(whole):
     assert "unstructured: a dense weight under a mask" in table(whole[1])
 
 
+def draw(path, results):
+    draw_study(path, rows(results), results["settings"], results["machine"])
+
+
 def planted(results, **accuracies):
     """The results with other accuracies: structure -> one for each seed."""
     results = copy.deepcopy(results)
@@ -320,7 +326,7 @@ def test_the_paper_has_a_number_for_every_line_of_its_table():
 
 def command(*args):
     parser = argparse.ArgumentParser()
-    study.add_study(parser.add_subparsers(required=True))
+    study_cli.add_study(parser.add_subparsers(required=True))
     parsed = parser.parse_args(["study", *map(str, args)])
     return parsed.run(parsed)
 
@@ -328,7 +334,7 @@ def command(*args):
 @pytest.fixture
 def few(monkeypatch):
     """`load` gives few images."""
-    monkeypatch.setattr(study, "load", lambda name, split, **more: data.load(name, split, count=128, **more))
+    monkeypatch.setattr(study_cli, "load", lambda name, split, **more: data.load(name, split, count=128, **more))
 
 
 def test_the_command_trains_what_goes_together_and_ends_with_the_table(few, tmp_path, capsys):
@@ -355,6 +361,6 @@ def test_the_papers_study_says_where_cifar_goes(tmp_path):
 @pytest.mark.parametrize(("model", "data_set", "lines"), [("resnet32", "cifar10", 16), ("vgg19", "cifar100", 11)])
 def test_the_papers_study_is_its_table(model, data_set, lines):
     args = argparse.Namespace(preset="paper", structures=None, methods=None)
-    chosen = study._variants(args, PRESETS["paper"], model, data_set)
+    chosen = study_cli._variants(args, PRESETS["paper"], model, data_set)
     assert len({variant.name for variant in chosen}) == lines
     assert {variant.refuses() for variant in chosen} == {None}

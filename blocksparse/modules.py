@@ -56,7 +56,7 @@ class _BSRModule(nn.Module):
     def pattern(self) -> BSRPattern:
         """The pattern this module runs now (a copy: writing to neither touches the other)."""
         nnzb, bk, bc = self.values.shape
-        return BSRPattern._from_index(self.weight_shape, (bk, bc), nnzb, self.index.clone())
+        return BSRPattern.from_index(self.weight_shape, (bk, bc), nnzb, self.index.clone())
 
     # ------------------------------------------------------------------ a new pattern
 

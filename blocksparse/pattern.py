@@ -218,13 +218,19 @@ class BSRPattern:
         packed = self._index.to(device)
         if packed is self._index:
             return self
-        return BSRPattern._from_index(self._shape, self._blocksize, self._nnzb, packed)
+        return BSRPattern.from_index(self._shape, self._blocksize, self._nnzb, packed)
 
     @classmethod
-    def _from_index(
+    def from_index(
         cls, shape: tuple[int, int, int, int], blocksize: tuple[int, int], nnzb: int, packed: Tensor
     ) -> BSRPattern:
-        """Around a packed buffer that `pack` made and that nobody will write to."""
+        """The pattern around a packed buffer, which is neither copied nor checked.
+
+        Args:
+            shape, blocksize, nnzb: of the pattern that the buffer is from.
+            packed: a copy of that pattern's `index`. Whoever writes to it changes this pattern: for modules that own
+                their index and build a pattern around it for the length of a forward.
+        """
         pattern = cls.__new__(cls)
         object.__setattr__(pattern, "_shape", shape)
         object.__setattr__(pattern, "_blocksize", blocksize)

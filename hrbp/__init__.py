@@ -14,7 +14,7 @@ from .density import densities
 from .evolve import Evolver
 from .regroup import Grouping, regroup
 from .saliency import saliency
-from .sparsify import densify, sparsify, summary
+from .sparsify import densify, release, sparsify, summary
 from .structure import STRUCTURES, choose, make_mask
 from .train import Settings, Trainer, train
 
@@ -33,6 +33,7 @@ __all__ = [
     "make_mask",
     "models",
     "regroup",
+    "release",
     "saliency",
     "save",
     "sparsify",

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from blocksparse import BSRConv2d, BSRLinear, BSRPattern
 
 from . import models
-from .sparsify import MASKED, Sparsity, _replace, densify, plan_of, put_mask, unwrapped
-from .structure import NM, Elementwise, Grains, Groups
+from .master import put_master
+from .sparsify import FOLLOWING, MASKED, Sparsity, _replace, densify, has_blocks, plan_of, put_mask, unwrapped
+from .structure import NM, Choice, Elementwise, Grains, Groups, sparsity_of
 from .weights import whole_file
 
 VERSION = 1
@@ -34,6 +35,8 @@ LAST, PREVIOUS, DIVERGED = "last.pt", "previous.pt", "diverged.pt"
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write a model, sparse or dense, to be loaded by `load`: the stored blocks, their pattern, and what it is made of.
+
+    Dense master weights are written whole; `release` the model first where only what takes part is wanted.
 
     The file appears whole or not at all; torch.load(path, weights_only=True) reads it, too.
 
@@ -78,16 +81,14 @@ def load(
                 " sparsify()"
             )
         model = models.rebuild(content["network"])
-    state = content["state_dict"]
+    state, plan = content["state_dict"], _plan(content["plan"])
     try:
-        _make_sparse(model, state)
+        _make_sparse(model, state, plan)
         model.load_state_dict(state)
     except (AttributeError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{who}: {path} does not fit the model: {error}") from error
-    if (plan := content["plan"]) is not None:
-        rule = dict(plan["structure"])
-        structure = STRUCTURES[rule.pop("kind")](**rule)
-        model._hrbp_sparsity = Sparsity(structure, plan["distribution"], plan["asked"], plan["dense"])  # type: ignore[assignment]
+    if plan is not None:
+        model._hrbp_sparsity = plan  # type: ignore[assignment]
     return model.to(device).eval()
 
 
@@ -102,17 +103,36 @@ def plain_plan(model: nn.Module) -> dict[str, Any] | None:
     if plan is None:
         return None
     rule = {"kind": type(plan.structure).__name__, **dataclasses.asdict(plan.structure)}  # type: ignore[call-overload]
-    return {"structure": rule, "distribution": plan.distribution, "asked": plan.asked, "dense": plan.dense}
+    return {
+        "structure": rule, "distribution": plan.distribution, "asked": plan.asked, "dense": plan.dense,
+        "method": plan.method,
+    }  # fmt: skip
 
 
-def _make_sparse(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+def _plan(plain: dict[str, Any] | None) -> Sparsity | None:
+    if plain is None:
+        return None
+    rule = dict(plain["structure"])
+    structure = STRUCTURES[rule.pop("kind")](**rule)
+    return Sparsity(structure, plain["distribution"], plain["asked"], plain["dense"], plain.get("method"))
+
+
+def _make_sparse(model: nn.Module, state: Mapping[str, Tensor], plan: Sparsity | None) -> None:
     """Replace the layers of a dense model that are sparse in `state`; their values are loaded later."""
+    method = None if plan is None else plan.method
+    if plan is not None and method in FOLLOWING:
+        for name, density in plan.asked.items():
+            if type(dense := model.get_submodule(name)) in MASKED:
+                put_master(dense, rule=plan.structure, sparsity=sparsity_of(density))
     for key in state:
         name, _, part = key.rpartition(".")
         if part not in ("indptr", "mask"):
             continue
         layer: Any = model.get_submodule(name)
         if type(layer) not in MASKED:  # sparse already, or a buffer of the same name
+            continue
+        if part == "mask" and plan is not None and method is not None:
+            _put_master(layer, plan, state[key], state.get(f"{name}.row_order"))
             continue
         if part == "mask":
             put_mask(layer, state[key].clone())
@@ -124,6 +144,14 @@ def _make_sparse(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         pattern = BSRPattern(shape, values.shape[1:], state[key], indices, order)
         made = BSRConv2d if isinstance(layer, nn.Conv2d) else BSRLinear
         _replace(model, layer, made.from_dense(layer, pattern))
+
+
+def _put_master(layer: Any, plan: Sparsity, mask: Tensor, row_order: Tensor | None) -> None:
+    """As `sparsify` with a method made this layer, which has a mask of its own."""
+    assert isinstance(plan.structure, Grains)
+    shape = (*mask.shape, 1, 1)[:4]
+    choice = Choice(mask.view(shape), plan.structure.blocksize(shape), row_order)
+    put_master(layer, choice, blocks=has_blocks(choice))
 
 
 # ---------------------------------------------------------------------- trainings

@@ -17,11 +17,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.grad import conv2d_weight
 
 from .choose import balanced, top
 from .density import densities
+from .master import dense_gradient, symmetric_padding
 from .regroup import Grouping, keep_by_counts
+from .sparsify import METHODS as MASTER_METHODS
 from .sparsify import SparseLayer, plan_of, sparse_layers
 from .structure import Choice, Grains, Groups, grouping_choice, sparsity_of
 
@@ -115,6 +116,11 @@ class Evolver:
             raise ValueError(f"{who}: sparsity is {sparsity}; it needs a number in [0, 1)")
         plan = plan_of(model)
         assert plan is not None
+        if plan.method != (method if method in MASTER_METHODS else None):
+            made = "without a method" if plan.method is None else f"with method={plan.method!r}"
+            raise ValueError(
+                f"{who}: method is {method!r} and the model was made by sparsify() {made}; they need the same"
+            )
         if method != "static" and not isinstance(plan.structure, Grains | Groups):
             raise ValueError(f"{who}: masks of structure {plan.structure.name!r} do not change; use method='static'")
         if method == "hrbp" and not isinstance(plan.structure, Groups):
@@ -384,14 +390,10 @@ def _pruned_groups(rule: Groups, layer: SparseLayer, score: Tensor, sparsity: fl
 def _dense_gradient(layer: SparseLayer, x: Tensor, dy: Tensor) -> Tensor:
     """dL/dW [K, C, R, S] of a layer, of all its weights, stored or not; float32 at least."""
     module = layer.module
-    x = x.to(dy.dtype)
-    if x.dtype == torch.float64:  # PyTorch refuses the channels_last gradient of float64
-        x, dy = x.contiguous(), dy.contiguous()
     if not hasattr(module, "stride"):
-        grad = dy.flatten(0, -2).t() @ x.flatten(0, -2)
-    else:
-        grad = conv2d_weight(x, layer.shape, dy, module.stride, module.padding, module.dilation)
-    return grad.view(layer.shape).to(torch.promote_types(grad.dtype, torch.float32))
+        return dense_gradient(x, dy, layer.shape[:2], None).view(layer.shape)
+    padding = symmetric_padding(module) if isinstance(module, nn.Conv2d) else module.padding
+    return dense_gradient(x, dy, layer.shape, (module.stride, padding, module.dilation))
 
 
 # ---------------------------------------------------------------------- ranks

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from blocksparse import BSRConv2d, BSRLinear, BSRPattern
 
 from .choose import check_score, top
+from .master import MasterConv2d, MasterLinear
 from .regroup import Grouping
 from .structure import Choice
 
@@ -182,9 +183,9 @@ def report_model(
     """`report_mask` of every layer, by name.
 
     Args:
-        model: a module, whose BSRConv2d and BSRLinear keep their stored blocks, whose masked layers their mask and
-            whose other Conv2d and Linear what is not zero in their weight; or layer name -> mask (bool), weight (its
-            non-zeros are kept) or Choice.
+        model: a module, whose BSRConv2d and BSRLinear keep their stored blocks, whose masked layers their mask (those
+            with a dense master weight what takes part of it) and whose other Conv2d and Linear what is not zero in
+            their weight; or layer name -> mask (bool), weight (its non-zeros are kept) or Choice.
         scores: layer name -> score, for some layers or all.
         dtype: of the stored values; default: that of each weight, float32 for masks.
         seed: of the random groups that efficacy compares with.
@@ -210,6 +211,9 @@ def _layers_of(model: nn.Module) -> dict[str, tuple[Tensor | Choice, torch.dtype
     for name, module in model.named_modules():
         if isinstance(module, BSRConv2d | BSRLinear):
             found[name] = stored_blocks(module.pattern), module.values.dtype
+        elif isinstance(module, MasterConv2d | MasterLinear):
+            own = module.live() if module.blocksize is None else stored_blocks(module.pattern)
+            found[name] = own, module.weight.dtype
         elif isinstance(module, nn.Conv2d | nn.Linear):
             mask = getattr(module, "mask", None)
             found[name] = (module.weight.detach() if mask is None else mask, module.weight.dtype)

@@ -2,15 +2,18 @@
 
 Layers whose structure has a BSR form hold their stored blocks and nothing else (blocksparse.BSRConv2d, BSRLinear);
 single weights (unstructured, n:m, ...) stay dense tensors under a mask, which saves nothing but shows what they reach.
+Training methods that let dropped weights learn, to bring them back (`method`), keep a dense weight (master.py).
 """
 
 from __future__ import annotations
 
+import copy
 import fnmatch
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,11 +21,12 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.optim.swa_utils import AveragedModel
 
-from blocksparse import BSRConv2d, BSRLinear, explain
+from blocksparse import BSRConv2d, BSRLinear, BSRPattern, explain
 
 from .density import densities
+from .master import MasterConv2d, MasterLinear, put_master, symmetric_padding, take_master_off
 from .saliency import saliency as score_weights
-from .structure import Choice, Structure, sparsity_of
+from .structure import NM, Choice, Grains, Structure, sparsity_of
 from .structure import structure as make_structure
 
 LEAST_BLOCK = 8  # weights of a block: smaller ones spend more on the index (16 bytes a block) than they save
@@ -49,20 +53,24 @@ class MaskedLinear(nn.Linear):
 
 
 MASKED = {nn.Conv2d: MaskedConv2d, nn.Linear: MaskedLinear}
-SPARSE = (BSRConv2d, BSRLinear, MaskedConv2d, MaskedLinear)
+SPARSE = (BSRConv2d, BSRLinear, MaskedConv2d, MaskedLinear, MasterConv2d, MasterLinear)
+FOLLOWING = ("ste", "sr-ste")  # training methods of which the mask follows a dense master weight
+METHODS = (*FOLLOWING, "subp")  # all that train one
 
 
 @dataclass(frozen=True)
 class Sparsity:
     """How a model was made sparse.
 
-    asked: layer -> the density that its structure was asked for. dense: layer -> why it was left dense.
+    asked: layer -> the density that its structure was asked for. dense: layer -> why it was left dense. method: that
+    layers keep a dense master weight for, or None.
     """
 
     structure: Structure
     distribution: str
     asked: dict[str, float]
     dense: dict[str, str]
+    method: str | None = None
 
 
 # ---------------------------------------------------------------------- making a model sparse
@@ -73,6 +81,7 @@ def sparsify(
     sparsity: float,
     *,
     structure: str = "hrbp++",
+    method: str | None = None,
     distribution: str = "erk",
     saliency: str = "random",
     include: Iterable[Selector] | None = None,
@@ -95,11 +104,16 @@ def sparsify(
         sparsity: share of the weights of the layers made sparse that is dropped, in [0, 1). `summary` tells the share
             of the whole model.
         structure: as in `make_mask`.
+        method: None: layers hold what they keep, and nothing else. "ste", "sr-ste" or "subp": layers keep a dense
+            weight, of which they compute with a part, for the `Evolver` method of that name. With the first two (n:m
+            and the grains) the mask is at any time that of the largest |weight|, whatever the saliency; with "subp"
+            (uniform 1xn) it is a choice, run as blocks, that the Evolver changes.
         distribution: how densities differ between layers: "uniform", "erk", "global" (by score).
         saliency: what chooses the weights: "random", "magnitude", "snip", "grasp", "synflow", "magnitude+gradient".
             With "random", groups (hrbp, hrbp++) are of neighbouring filters, which costs nothing when running.
         include: only these: names of layers (with * and ? as wildcards) or types. The stem and the last layer too, if
-            they are named. Default: all layers.
+            they are named. Default: all layers. A layer whose shape the structure refuses stays dense, and the summary
+            says why, unless its full name is given here: then that is an error.
         exclude: not these.
         batch, loss: for saliencies that need gradients; see `hrbp.saliency`.
         backend: of the sparse layers, as in blocksparse.conv2d.
@@ -117,12 +131,19 @@ def sparsify(
         raise ValueError(f"{who}: the model is sparse already; call densify(model) first")
     if saliency == "random" and structure in ("hrbp", "hrbp++"):
         options.setdefault("row_granule", None)
+    if method == "subp" and structure == "1xn":
+        options.setdefault("uniform", True)
     shape_rule = make_structure(structure, **options)
+    _check_method(method, shape_rule, who)
+    include = None if include is None else list(include)
     chosen, dense = _candidates(model, include, exclude, who)
     for name in list(chosen):
         if reason := shape_rule.refuses(_shape4(chosen[name])):
             dense[name] = f"{shape_rule.name}: {reason}"
             del chosen[name]
+    for selector in include or ():
+        if isinstance(selector, str) and (reason := dense.get(selector)) not in (None, "excluded"):
+            raise ValueError(f"{who}: include names {selector!r}, which has to stay dense: {reason}; leave it out")
     if not chosen:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(dense.items())[-3:])
         raise ValueError(f"{who}: no layer to make sparse ({reasons or 'the model has no Conv2d or Linear'})")
@@ -135,19 +156,36 @@ def sparsify(
         scores=scores,
         realise=lambda name, density: shape_rule.density(_shape4(chosen[name]), density),
     )
-    made: dict[str, tuple[nn.Module | None, Choice]] = {}
+    makes: list[Callable[[], None]] = []
     for i, (name, layer) in enumerate(chosen.items()):
-        score = scores[name].view(_shape4(layer))
-        choice = shape_rule.choose(score, sparsity_of(asked[name]), seed + i)
-        made[name] = (_block_module(layer, choice, backend) if has_blocks(choice) else None, choice)
-    # Nothing can fail from here on.
-    for name, (module, choice) in made.items():
-        if module is None:
-            put_mask(chosen[name], choice.mask)
+        share = sparsity_of(asked[name])
+        if method in FOLLOWING:
+            shape_rule.choose(layer.weight.detach().view(_shape4(layer)).abs(), share)  # refuses what it cannot keep
+            makes.append(partial(put_master, layer, rule=shape_rule, sparsity=share))
+            continue
+        choice = shape_rule.choose(scores[name].view(_shape4(layer)), share, seed + i)
+        if method is not None:
+            makes.append(partial(put_master, layer, choice, blocks=has_blocks(choice), backend=backend))
+        elif has_blocks(choice):
+            makes.append(partial(_replace, model, layer, _block_module(layer, choice.pattern(), backend)))
         else:
-            _replace(model, chosen[name], module)
-    model._hrbp_sparsity = Sparsity(shape_rule, distribution, asked, dense)  # type: ignore[assignment]
+            makes.append(partial(put_mask, layer, choice.mask))
+    for make in makes:  # nothing can fail from here on
+        make()
+    model._hrbp_sparsity = Sparsity(shape_rule, distribution, asked, dense, method)  # type: ignore[assignment]
     return model
+
+
+def _check_method(method: str | None, rule: Structure, who: str) -> None:
+    if method not in (None, *METHODS):
+        raise ValueError(f"{who}: method is {method!r}; it needs one of {', '.join(METHODS)}, or None")
+    if method in FOLLOWING and not isinstance(rule, NM | Grains):
+        raise ValueError(
+            f"{who}: method {method!r} takes the largest |weight| anew at every step, which structure {rule.name!r}"
+            " does not allow; it needs n:m or grains (unstructured, kernel, ...)"
+        )
+    if method == "subp" and not (isinstance(rule, Grains) and rule.name == "1xn" and rule.uniform):
+        raise ValueError(f"{who}: method 'subp' trains uniform 1xn blocks; it needs structure '1xn' with uniform=True")
 
 
 def has_blocks(choice: Choice) -> bool:
@@ -167,8 +205,32 @@ def densify(model: nn.Module) -> nn.Module:
             _replace(model, module, module.to_dense())
         elif isinstance(module, MaskedConv2d | MaskedLinear):
             _take_mask_off(module)
+        elif isinstance(module, MasterConv2d | MasterLinear):
+            take_master_off(module)
     if hasattr(model, "_hrbp_sparsity"):
         del model._hrbp_sparsity
+    return model
+
+
+def release(model: nn.Module) -> nn.Module:
+    """Give up the dense master weights of `sparsify(method=...)`, in place: what takes no part is dropped.
+
+    Layers then hold what they compute with, as `sparsify` without a method leaves them: stored blocks, or a mask. Other
+    layers stay as they are. Returns the model, which computes the same; an optimizer has to be made anew.
+    """
+    plan = plan_of(model, required=False)
+    for layer in sparse_layers(model).values():
+        if layer.master:
+            module = layer.module
+            mask, pattern = layer.mask(), None if module.blocksize is None else module.pattern
+            backend = module.backend
+            take_master_off(module)
+            if pattern is None:
+                put_mask(module, mask)
+            else:
+                _replace(unwrapped(model), module, _block_module(module, pattern, backend))
+    if plan is not None:
+        unwrapped(model)._hrbp_sparsity = replace(plan, method=None)  # type: ignore[assignment]
     return model
 
 
@@ -259,10 +321,10 @@ def _shape4(layer: Any) -> tuple[int, int, int, int]:
     return k, c, r, s
 
 
-def _block_module(layer: nn.Conv2d | nn.Linear, choice: Choice, backend: str | None) -> nn.Module:
+def _block_module(layer: nn.Conv2d | nn.Linear, pattern: BSRPattern, backend: str | None) -> nn.Module:
     if isinstance(layer, nn.Conv2d):
-        return BSRConv2d.from_dense(layer, choice.pattern(), backend=backend)
-    return BSRLinear.from_dense(layer, choice.pattern(), backend=backend)
+        return BSRConv2d.from_dense(layer, pattern, backend=backend)
+    return BSRLinear.from_dense(layer, pattern, backend=backend)
 
 
 def put_mask(layer: Any, mask: Tensor) -> None:
@@ -291,15 +353,24 @@ def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
 
 
 class SparseLayer:
-    """One sparse layer, whichever way it is stored: its mask, its weights, and a new choice of them."""
+    """One sparse layer, whichever way it is stored: its mask, its weights, and a new choice of them.
+
+    blocks: it holds stored blocks and nothing else. master: it holds a dense weight and computes with a part of it.
+    """
 
     def __init__(self, name: str, module: Any) -> None:
         self.name, self.module = name, module
         self.blocks = isinstance(module, BSRConv2d | BSRLinear)
+        self.master = isinstance(module, MasterConv2d | MasterLinear)
+
+    @property
+    def runs_blocks(self) -> bool:
+        """Whether it computes on stored blocks, rather than on a dense weight under a mask."""
+        return self.blocks or (self.master and self.module.blocksize is not None)
 
     @property
     def parameter(self) -> nn.Parameter:
-        """What the optimizer updates: the stored blocks, or the dense weight under the mask."""
+        """What the optimizer updates: the stored blocks, or the dense weight, masked or master."""
         return self.module.values if self.blocks else self.module.weight
 
     @property
@@ -310,24 +381,29 @@ class SparseLayer:
         """bool [K, C, R, S], a copy."""
         if self.blocks:
             return self.module.pattern.to_mask()
+        if self.master:
+            return self.module.live()
         return self.module.mask.view(self.shape).clone()
 
     def weight(self) -> Tensor:
         """[K, C, R, S], zeros outside the mask, a copy."""
         if self.blocks:
             return self.module.pattern.to_dense(self.module.values.detach())
-        return self.module.weight.detach().view(self.shape).clone()
+        return self.module.weight.detach().view(self.shape) * self.mask()
 
     def row_order(self) -> Tensor | None:
-        return self.module.pattern.row_order if self.blocks else None
+        """int [K], the filter that each row of the stored blocks is; None: row i is filter i."""
+        return self.module.pattern.row_order if self.runs_blocks else None
 
     def set(self, choice: Choice, optimizer: torch.optim.Optimizer | None = None) -> bool:
         """Keep what the choice keeps; weights and optimizer state that stay are carried, new ones start at zero.
 
-        Returns True when all tensors kept their memory.
+        A master weight and its optimizer state stay as they are. Returns True when all tensors kept their memory.
         """
         if self.blocks:
             return self.module.set_pattern(choice.pattern(), optimizer)
+        if self.master:
+            return self.module.set_choice(choice)
         stays = self.mask() & choice.mask.to(self.parameter.device)
         tensors = [self.parameter.detach()]
         if self.parameter.grad is not None:
@@ -464,11 +540,11 @@ def summary(model: nn.Module, x: Tensor | Sequence[int] | None = None, *, measur
             dense_weights = math.prod(row.shape)
             row.dense_flops = per_weight * dense_weights
             row.flops = row.dense_flops
-            if layer is not None and layer.blocks:
-                row.flops = per_weight * layer.parameter.numel()
+            if layer is not None and layer.runs_blocks:
+                row.flops = per_weight * layer.module.values.numel()
                 row.backend = _backend_of(layer.module, at)
-            if measure and layer is not None and layer.blocks:
-                row.seconds, row.dense_seconds = _timed(layer.module, at)
+                if measure:
+                    row.seconds, row.dense_seconds = _timed(layer.module, at)
         if layer is not None:
             cells += math.prod(row.shape)
             kept += round(row.density * math.prod(row.shape))
@@ -482,9 +558,15 @@ def summary(model: nn.Module, x: Tensor | Sequence[int] | None = None, *, measur
     )
     total = everything - masked_away
     notes = []
-    if any(not layer.blocks for layer in sparse.values()):
+    if any(not layer.runs_blocks for layer in sparse.values()):
         notes.append(
             "masked: a dense weight under a mask, with the memory and the time of a dense layer at any density"
+        )
+    if any(layer.master for layer in sparse.values()):
+        assert plan is not None
+        notes.append(
+            f"master: {plan.method!r} trains a dense weight, with the memory of a dense layer (of its gradient and"
+            " optimizer state, too) and the time of its weight gradient; hrbp.release(model) drops what takes no part"
         )
     return Summary(rows, 1 - kept / cells if cells else 0.0, 1 - total / max(1, dense_total), total, dense_total, notes)
 
@@ -504,6 +586,11 @@ def _sparse_row(layer: SparseLayer, plan: Sparsity | None) -> Row:
     cells = math.prod(layer.shape)
     dense = cells + bias
     named = plan.structure.name if plan is not None and layer.name in plan.asked else "blocks"
+    if layer.master:
+        stored, size = int(layer.mask().sum()), dense * item
+        size += sum(t.numel() * t.element_size() for t in module.buffers(recurse=False))  # mask, row order, index
+        named += f" {module.blocksize}, master" if layer.runs_blocks else ", masked, master"
+        return Row(layer.name, layer.shape, named, stored / cells, stored + bias, dense, size, dense * item)
     if layer.blocks:
         bk, bc = kept.shape[1:]
         count = kept.numel() + bias
@@ -544,16 +631,16 @@ def _inputs_of(model: nn.Module, x: Tensor | Sequence[int]) -> dict[str, tuple[T
 
 
 def _backend_of(module: Any, x: Tensor) -> str:
-    if isinstance(module, BSRLinear):
+    if isinstance(module, BSRLinear | MasterLinear):
         x = x.reshape(-1, x.shape[-1], 1, 1)
         return explain(x, module.values, module.pattern, backend=module.backend).backend
-    conv = (module.stride, module.padding, module.dilation)
+    conv = (module.stride, symmetric_padding(module), module.dilation)
     return explain(x, module.values, module.pattern, *conv, backend=module.backend).backend
 
 
 def _timed(module: Any, x: Tensor, rounds: int = 5) -> tuple[float, float]:
     """Median seconds of forward + backward of a sparse layer and of its dense twin, in turns."""
-    dense = module.to_dense()
+    dense = densify(copy.deepcopy(module))
     x = x.detach().clone().requires_grad_()
     dy = torch.randn_like(module(x))
     times: tuple[list[float], list[float]] = ([], [])

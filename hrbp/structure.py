@@ -70,6 +70,10 @@ class Structure(ABC):
     def choose(self, score: Tensor, sparsity: float, seed: int = 0) -> Choice:
         """What is kept of a layer with this score [K, C, R, S] >= 0 when a share `sparsity` of it is dropped."""
 
+    def mask(self, score: Tensor, sparsity: float) -> Tensor:
+        """The mask of `choose`, for a score that is known to be finite and >= 0: it is not looked at on the host."""
+        return self.choose(score, sparsity).mask
+
     @abstractmethod
     def density(self, shape: Sequence[int], density: float) -> float:
         """The share of a layer [K, C, R, S] that is kept when `density` is asked for: whole grains, at least one."""
@@ -112,7 +116,7 @@ class Grains(Structure):
         """[K/k, C/c, R/r, S/s]: the score of each grain."""
         k, c, r, s = self.sizes(score.shape)
         kk, cc, rr, ss = score.shape
-        return score.view(kk // k, k, cc // c, c, rr // r, r, ss // s, s).sum((1, 3, 5, 7))
+        return score.reshape(kk // k, k, cc // c, c, rr // r, r, ss // s, s).sum((1, 3, 5, 7))
 
     def expand(self, grains: Tensor, shape: Sequence[int]) -> Tensor:
         """A mask of grains as a mask of weights."""
@@ -129,14 +133,23 @@ class Grains(Structure):
     def choose(self, score: Tensor, sparsity: float, seed: int = 0) -> Choice:
         cells = check_score(score, sparsity, f"make_mask({self.name!r})")
         self._check(score.shape)
-        sums = self.sums(cells)
+        return self.choice(self._kept(cells, sparsity), score.shape)
+
+    def mask(self, score: Tensor, sparsity: float) -> Tensor:
+        return self.expand(self._kept(score, sparsity), score.shape)
+
+    def _kept(self, score: Tensor, sparsity: float) -> Tensor:
+        sums = self.sums(score)
         flat = sums.flatten(1) if self.uniform else sums.view(1, -1)
-        return self.choice(top(flat, self.count(score.shape, 1 - sparsity)).view(sums.shape), score.shape)
+        return top(flat, self.count(score.shape, 1 - sparsity)).view(sums.shape)
 
     def choice(self, kept: Tensor, shape: Sequence[int]) -> Choice:
         """The choice of these grains."""
-        k, c, _, _ = self.sizes(shape)
-        return Choice(self.expand(kept, shape), (k, c) if self.stored else None)
+        return Choice(self.expand(kept, shape), self.blocksize(shape))
+
+    def blocksize(self, shape: Sequence[int]) -> tuple[int, int] | None:
+        """(bk, bc) that stores grains of a layer of this shape, if they have a BSR form."""
+        return self.sizes(shape)[:2] if self.stored else None
 
     def density(self, shape: Sequence[int], density: float) -> float:
         self._check(shape)
@@ -169,9 +182,12 @@ class NM(Structure):
     def choose(self, score: Tensor, sparsity: float, seed: int = 0) -> Choice:
         cells = check_score(score, sparsity, f"make_mask({self.name!r})")
         self._check(score.shape)
+        return Choice(self.mask(cells, sparsity), None)
+
+    def mask(self, score: Tensor, sparsity: float) -> Tensor:
         k, c, r, s = score.shape
-        along = cells.view(k, c // self.m, self.m, r * s).transpose(2, 3)
-        return Choice(top(along, self.kept(sparsity)).transpose(2, 3).reshape(score.shape), None)
+        along = score.reshape(k, c // self.m, self.m, r * s).transpose(2, 3)
+        return top(along, self.kept(sparsity)).transpose(2, 3).reshape(score.shape)
 
     def density(self, shape: Sequence[int], density: float) -> float:
         self._check(shape)

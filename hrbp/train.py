@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import json
 import math
@@ -27,7 +28,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from . import checkpoint, progress
 from .data import Batches, ImageSet, load
 from .evolve import METHODS, Evolver, Update
-from .sparsify import plan_of, sparse_layers, summary
+from .sparsify import plan_of, release, sparse_layers, summary
 
 CHECK_STEPS = 10  # between looks at the loss on a GPU, each of which waits for it; on a CPU every step is looked at
 DEFAULTS = {"sgd": (0.1, 5e-4), "adamw": (1e-3, 1e-2)}  # learning rate, weight decay
@@ -148,7 +149,8 @@ class Trainer:
         print(trainer.run().accuracy)
 
     In the folder `out`: log.jsonl (the configuration, then a line an epoch and a mask update), last.pt and previous.pt
-    (checkpoints, see checkpoint.py), training.png, and at the end model.pt, for hrbp.load.
+    (checkpoints, see checkpoint.py), training.png, and at the end model.pt, for hrbp.load (of dense master weights only
+    what takes part).
 
     A training that is continued ends with the same bits as one that was not stopped, where the operators have
     deterministic kernels (on a CPU they do; on a GPU call torch.use_deterministic_algorithms(True)).
@@ -197,8 +199,11 @@ class Trainer:
                 f"{who}: batch_size is {train.batch_size} for {self.world} ranks and accumulate = {settings.accumulate}"
                 f" parts; it needs a multiple of {self.world * settings.accumulate}"
             )
-        if settings.evolve != "static" and plan_of(model, required=False) is None:
+        plan = plan_of(model, required=False)
+        if settings.evolve != "static" and plan is None:
             raise ValueError(f"{who}: evolve is {settings.evolve!r} and the model is dense; call hrbp.sparsify() first")
+        if plan is not None and settings.evolve == "static" and plan.method is not None:
+            raise ValueError(f"{who}: evolve is 'static'; the model was made for {plan.method!r} and needs that")
         self.train, self.test, self.settings, self.device = train, test, settings, train.images.device
         self.format = torch.channels_last if settings.channels_last else torch.contiguous_format
         self.model = model.to(self.device, memory_format=self.format)  # type: ignore[call-overload]
@@ -446,7 +451,10 @@ class Trainer:
             progress.add_to_log(self.out / "log.jsonl", entry)
 
     def _finish(self, out: Path) -> None:
-        checkpoint.save(self._trained(), out / "model.pt")
+        model, plan = self._trained(), plan_of(self.model, required=False)
+        if plan is not None and plan.method is not None:
+            model = release(copy.deepcopy(model))
+        checkpoint.save(model, out / "model.pt")
         try:
             progress.draw_training(out / "training.png", self.history)
         except ValueError as error:

@@ -119,7 +119,7 @@ class _Master(nn.Module):
     # ------------------------------------------------------------------ changing, moving, loading
 
     def _adopt(self, pattern: BSRPattern) -> bool:
-        """Take over a pattern that nobody else holds, in place if it is as large; True when the index kept its memory."""
+        """Take over a pattern that nobody else holds; True when the index kept its memory: it was as large."""
         if self.nnzb == pattern.nnzb and self.index is not None and self.index.shape == pattern.index.shape:
             self.index.copy_(pattern.index)
             return True

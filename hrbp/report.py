@@ -15,10 +15,12 @@ from blocksparse import BSRConv2d, BSRLinear, BSRPattern
 from .choose import check_score, top
 from .master import MasterConv2d, MasterLinear
 from .regroup import Grouping
+from .stream import References, Stream, stream
 from .structure import Choice
 
 RANDOM_DRAWS = 5  # random groupings that stand for chance
 INDEX_BYTES = 4  # int32
+LANES = 8  # filters, or input channels, that one processor works on
 
 
 class Score(NamedTuple):
@@ -50,21 +52,12 @@ class Score(NamedTuple):
 class Storage(NamedTuple):
     """Bytes. `model` are those of Mao et al., the others those of this library."""
 
-    model: float  # kept weights of value_bits and indices of index_bits
+    model: float  # records of value_bits for a weight and index_bits for an index, with fillers: see `Stream`
     model_dense: float  # all weights of value_bits, no index
     dense: int  # all weights in the dtype
     values: int  # stored blocks in the dtype
     memory_index: int  # of the tables in memory
     file_index: int  # of indptr, indices and row_order, which a checkpoint holds
-
-
-class References(NamedTuple):
-    """Memory references that one output pixel of all filters needs; see `report_mask`."""
-
-    values: int
-    indices: int
-    inputs: int
-    sums: int
 
 
 @dataclass(frozen=True)
@@ -76,8 +69,11 @@ class MaskReport:
     grain           the largest aligned box (k, c, r, s), filters in BSR row order, that is kept or dropped whole
     kept, stored    weights: True cells of the mask; cells of the stored blocks
     score           None: no score was given
+    references      memory references for one output pixel of all filters: see `Stream`
     row_balance     most weights of a filter / mean; 1 is even, and what a mask that keeps nothing has
     column_balance  likewise of an input channel
+    fprop_balance   likewise of 8 neighbouring filters in BSR row order, which compute outputs
+    dgrad_balance   likewise of 8 neighbouring input channels, whose input gradients are computed
     dgrad_fill      see `dgrad_fill`
     """
 
@@ -91,6 +87,8 @@ class MaskReport:
     references: References
     row_balance: float
     column_balance: float
+    fprop_balance: float
+    dgrad_balance: float
     dgrad_fill: float
 
     @property
@@ -110,17 +108,10 @@ def report_mask(
 ) -> MaskReport:
     """What a mask keeps, what it costs to store and to read, and how evenly it is spread.
 
-    Storage is counted twice. The model of Mao et al. has value_bits for a kept weight and index_bits for an index. The
-    bytes of this library are those of the BSR form: values in `dtype`, int32 tables. A mask whose structure has no BSR
-    form is counted in blocks of its grain, single weights in (1, 1); a dense one as a plain tensor, without an index.
-
-    References are counted for one output pixel of all filters. What a grain (k, c, r, s) shares is read once for it:
-
-        values = kept weights         inputs = grains * c*r*s
-        indices = grains              sums = grains * k, each partial sum of a filter that goes out to memory
-
-    Single weights need 4 of them each, kernels of 3x3 20/9. A group of an HRBP mask is one grain with an index for each
-    of its channels and taps. Wherever filters are moved, each has one index more, which tells its row or its group.
+    Storage is counted twice. The model of Mao et al. is a stream of records, each with an index and the weights of one
+    grain; references are those of a machine that reads it, for one output pixel of all filters: see `Stream`. The bytes
+    of this library are those of the BSR form: values in `dtype`, int32 tables. A mask whose structure has no BSR form
+    is counted in blocks of its grain, single weights in (1, 1); a dense one as a plain tensor, without an index.
 
     Efficacy compares with groups of random rows of the same shape, the mean of 5 draws, each with its best channels and
     taps.
@@ -148,8 +139,8 @@ def report_mask(
     index = pattern.index.numel() if pattern else 0
     file_index = pattern.indptr.numel() + pattern.nnzb if pattern else 0
     moved = k if pattern is not None and pattern.row_order is not None else 0
-    references = _references(kept, box, choice.grouping, moved)
-    references = references._replace(indices=0) if dense else references
+    read = _dense_stream(choice) if dense else stream(choice, box, None if moved else _run(choice, box), index_bits)
+    in_rows = mask if pattern is None or pattern.row_order is None else mask[pattern.row_order.long()]
     item = dtype.itemsize
     return MaskReport(
         shape=(k, c, r, s),
@@ -159,16 +150,18 @@ def report_mask(
         stored=stored,
         score=None if score is None else _score(choice, score, seed),
         storage=Storage(
-            model=(kept * value_bits + references.indices * index_bits) / 8,
+            model=read.bits(value_bits) / 8,
             model_dense=cells * value_bits / 8,
             dense=cells * item,
             values=stored * item,
             memory_index=index * INDEX_BYTES,
             file_index=(file_index + moved) * INDEX_BYTES,
         ),
-        references=references,
+        references=read.references(),
         row_balance=_balance(mask.sum((1, 2, 3))),
         column_balance=_balance(mask.sum((0, 2, 3))),
+        fprop_balance=_balance(_by_lanes(in_rows.sum((1, 2, 3)))),
+        dgrad_balance=_balance(_by_lanes(mask.sum((0, 2, 3)))),
         dgrad_fill=dgrad_fill(choice),
     )
 
@@ -306,7 +299,7 @@ def describe(choice: Choice) -> str:
     if (bk, bc, br, bs) != (1, 1, 1, 1) and (bk, bc, br, bs) in names:
         return names[bk, bc, br, bs]
     if (bk, bc, br, bs) == (1, 1, 1, 1):
-        return _ratio(mask) or "single weights"
+        return "single weights" if (ratio := _ratio(mask)) is None else f"{ratio[0]}:{ratio[1]}"
     all_taps = " of all taps" if (br, bs) == (r, s) and r * s > 1 else ""
     return f"blocks {bk}x{bc}{all_taps}" if all_taps or (br, bs) == (1, 1) else f"boxes {bk}x{bc}x{br}x{bs}"
 
@@ -315,15 +308,15 @@ def _times(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
-def _ratio(mask: Tensor) -> str | None:
-    """'2:4' where every m neighbouring channels keep n weights at each tap, for the smallest such m."""
+def _ratio(mask: Tensor) -> tuple[int, int] | None:
+    """(n, m) where every m neighbouring channels keep n weights at each tap, for the smallest such m."""
     k, c, r, s = mask.shape
     for m in (2, 4, 8, 16, 32):
         if c % m == 0:
             counts = mask.view(k, c // m, m, r, s).sum(2)
             n = int(counts.flatten()[0])
             if bool((counts == n).all()):
-                return f"{n}:{m}"
+                return n, m
     return None
 
 
@@ -373,12 +366,21 @@ def random_groups(score: Tensor, like: Grouping, seed: int = 0, draws: int = RAN
 # ---------------------------------------------------------------------- cost
 
 
-def _references(kept: int, box: tuple[int, int, int, int], groups: Grouping | None, moved: int) -> References:
-    if groups is not None:
-        lists, cells = groups.channels.numel() + groups.taps.numel(), groups.channels.numel() * groups.taps.shape[1]
-        return References(kept, lists + moved, cells, groups.shape[0])
-    grains = kept // math.prod(box)
-    return References(kept, grains + moved, grains * math.prod(box[1:]), grains * box[0])
+def _dense_stream(choice: Choice) -> Stream:
+    """One record that needs no index."""
+    k, c, r, s = choice.mask.shape
+    return Stream(torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.bool), k * c * r * s, c * r * s, k, 0)
+
+
+def _run(choice: Choice, box: tuple[int, int, int, int]) -> int | None:
+    """The m of an n:m mask."""
+    ratio = _ratio(choice.mask) if choice.grouping is None and box == (1, 1, 1, 1) else None
+    return None if ratio is None else ratio[1]
+
+
+def _by_lanes(counts: Tensor) -> Tensor:
+    """Sums of LANES neighbours, the last ones of the rest."""
+    return nn.functional.pad(counts, (0, -len(counts) % LANES)).view(-1, LANES).sum(1)
 
 
 def _balance(counts: Tensor) -> float:
@@ -433,10 +435,10 @@ def table(reports: Mapping[str, MaskReport]) -> str:
 
     kept%       share of the weights
     retained%, of unstr.%, efficacy   see Score
-    model%      storage by the model of Mao et al., relative to dense
+    model%      storage as a stream of 8-bit weights and 4-bit relative indices, relative to dense
     dense, memory, file kB   the dense weight; stored blocks and index in memory; in a checkpoint
     refs        memory references of an output pixel, per weight of the dense layer
-    rows, cols  largest / mean of the weights of a filter, of an input channel
+    rows, cols  largest / mean of the weights of 8 filters, of 8 input channels
     dgrad%      share that blocks fill of their rectangles in the input gradient
     """
     scored = any(report.score for report in reports.values())
@@ -448,7 +450,7 @@ def table(reports: Mapping[str, MaskReport]) -> str:
         shape = "x".join(map(str, report.shape if report.shape[2:] != (1, 1) else report.shape[:2]))
         shares = _shares(report.score) if scored else []
         refs = sum(report.references) / math.prod(report.shape)
-        spread = [f"{v:.2f}" for v in (refs, report.row_balance, report.column_balance)]
+        spread = [f"{v:.2f}" for v in (refs, report.fprop_balance, report.dgrad_balance)]
         kept = f"{100 * report.density:.2f}"
         costs = [*_costs(report.storage), *spread, f"{100 * report.dgrad_fill:.0f}"]
         lines.append([name, shape, kept, report.structure, *shares, *costs])

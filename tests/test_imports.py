@@ -43,8 +43,7 @@ ALLOWED = {
 ORDER = [
     "choose", "density", "saliency", "models", "data", "regroup", "structure", "subp", "master", "sparsify", "evolve",
     "weights", "stream", "report", "picture", "progress", "checkpoint", "train", "train_cli", "sweep", "study",
-    "study_cli",
-    "__init__", "__main__",
+    "study_cli", "__init__", "__main__",
 ]  # fmt: skip
 
 

@@ -45,8 +45,12 @@ def kind_of(choice):
     if choice.grouping is not None:
         groups, taps = choice.grouping.groups, [sorted(t) for t in choice.grouping.taps.tolist()]
         return {"kind": "groups", "moved": moved, "order": order, "parts": groups, "taps": taps, "p": len(taps[0])}
-    if ":" in report.structure and not moved:
-        return {"kind": "n:m", "n": int(report.structure.split(":")[0]), "m": int(report.structure.split(":")[1])}
+    if report.grain == (1, 1, 1, 1) and not moved:
+        for m in (2, 4, 8, 16, 32):
+            counts = {int(run.sum(0)[i, j]) for o in mask for run in o.split(m) for i in range(mask.shape[2])
+                      for j in range(mask.shape[3])}  # fmt: skip
+            if mask.shape[1] % m == 0 and len(counts) == 1:
+                return {"kind": "n:m", "n": counts.pop(), "m": m}
     if mask.all() and choice.blocksize is None:
         return {"kind": "dense"}
     return {"kind": "boxes", "moved": moved, "order": order, "parts": k // report.grain[0], "box": report.grain}

@@ -44,8 +44,9 @@ def conv2d(
         pattern: which blocks they are.
         bias: [K] or None.
         stride, padding, dilation: int or (height, width).
-        backend: "torch", "triton", "cupy", or None for the best that can run. A backend asked for by name runs or
-            raises; nothing else takes its place.
+        backend: "torch", "triton", "cupy", "dense" (the stored blocks scattered into a filter bank for PyTorch's own
+            convolution), or None for the fastest that can run, by estimate: `explain` tells. A backend asked for by
+            name runs or raises; nothing else takes its place.
 
     Returns:
         y [N, K, P, Q] in the memory format of x. Differentiable once in x, values and bias; the gradient of values is
@@ -248,7 +249,7 @@ def _fprop(
     plan = plan_conv("conv2d()", x.shape, weight_shape, values.shape, conv, x.dtype, x.device, backend)
     tables = unpack(index, weight_shape, plan.blocksize, plan.nnzb, "conv2d()")
     x = x.contiguous(memory_format=memory_format(x))
-    return plan.fprop(x, values.contiguous(), tables, None if bias is None else bias.contiguous())
+    return plan.on(tables).fprop(x, values.contiguous(), tables, None if bias is None else bias.contiguous())
 
 
 def _fprop_fake(
@@ -277,7 +278,7 @@ def _dgrad(
     _check_dy("conv2d_dgrad()", dy, plan.geometry)
     tables = unpack(index, weight_shape, plan.blocksize, plan.nnzb, "conv2d_dgrad()")
     dy = dy.contiguous(memory_format=format_of(channels_last))
-    return plan.dgrad(dy, values.contiguous(), tables, channels_last)
+    return plan.on(tables).dgrad(dy, values.contiguous(), tables, channels_last)
 
 
 def _dgrad_fake(
@@ -309,7 +310,7 @@ def _wgrad(
     _check_dy("conv2d_wgrad()", dy, plan.geometry)
     tables = unpack(index, weight_shape, plan.blocksize, plan.nnzb, "conv2d_wgrad()")
     layout = memory_format(x)
-    return plan.wgrad(x.contiguous(memory_format=layout), dy.contiguous(memory_format=layout), tables)
+    return plan.on(tables).wgrad(x.contiguous(memory_format=layout), dy.contiguous(memory_format=layout), tables)
 
 
 def _wgrad_fake(

@@ -1,7 +1,8 @@
 """ConvPlan: which backend and tiles run a convolution, why, and what that costs.
 
 A plan depends on static facts alone (geometry, blocksize, nnzb, dtype, device, precision), never on which blocks are
-stored, so that it outlives mask updates and is safe to capture in a CUDA graph.
+stored, so that it outlives mask updates and is safe to capture in a CUDA graph. One choice looks at the mask, on a CPU
+alone: whether the dense product would be faster there.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import functools
 import importlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
@@ -18,21 +19,21 @@ import torch
 from torch import Tensor
 
 from .geometry import ConvGeometry, conv_pairs
-from .index import IndexTables, packed_size
-from .kernels import slots, tiles
+from .index import IndexTables, packed_size, unpack
+from .kernels import break_even, slots, tiles
 from .pattern import BSRPattern
 
-BACKENDS = ("torch", "triton", "cupy")
+BACKENDS = ("torch", "triton", "cupy", "dense")
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def available_backends() -> dict[str, str | None]:
-    """{backend: None if it can run here, else why not}. torch runs everywhere; nothing is loaded but what is asked."""
+    """{backend: None if it can run here, else why not}. torch and dense run everywhere; others load when asked for."""
     return {name: _absent(name) for name in BACKENDS}
 
 
 def _absent(backend: str) -> str | None:
-    if backend == "torch":
+    if backend in ("torch", "dense"):
         return None
     if backend == "cupy":
         return _cupy_conv().runtime.absent()
@@ -59,8 +60,9 @@ class ConvPlan:
     """What will run for one convolution. `print(plan)` tells a person; the fields tell a program.
 
     Attributes:
-        backend: "torch", "triton" or "cupy".
+        backend: "torch", "triton", "cupy" or "dense".
         why: why this backend.
+        free: no backend was asked for.
         tiles: {kind: Tile, or SlotTile of the cupy backend} of a backend that tiles, else {}.
         precision: how fp32 products are rounded: "tf32" or "ieee" (torch.backends.cudnn.conv.fp32_precision).
         flops: floating-point operations of one kind on the stored blocks; dense_flops: on all of them.
@@ -76,6 +78,20 @@ class ConvPlan:
     why: str
     tiles: dict[str, tiles.Tile] | dict[str, slots.SlotTile]
     precision: str
+    free: bool
+
+    def on(self, tables: IndexTables) -> ConvPlan:
+        """The plan for this mask: on a CPU the dense product where that is estimated to be faster."""
+        if not (self.free and self.backend == "torch" and self.device.type == "cpu"):
+            return self
+        work = _torch_conv().work(tables, self.geometry, self.blocksize)
+        stored = self.nnzb * self.blocksize[0] * self.blocksize[1]
+        dense = break_even.dense_is_faster(self.geometry, work, stored, torch.get_num_threads())
+        return self._dense if dense else self
+
+    @functools.cached_property
+    def _dense(self) -> ConvPlan:
+        return replace(self, backend="dense", why="estimated to be faster here than this mask's blocks")
 
     @property
     def flops(self) -> int:
@@ -97,14 +113,14 @@ class ConvPlan:
         return dict.fromkeys(tiles.KINDS, activations + values + index)
 
     def fprop(self, x: Tensor, values: Tensor, tables: IndexTables, bias: Tensor | None) -> Tensor:
-        if self.backend == "torch":
-            return _torch_conv().fprop(x, values, tables, bias, self.geometry)
+        if not self.tiles:
+            return _plain(self.backend).fprop(x, values, tables, bias, self.geometry)
         tile = self.tiles["fprop"]
         return _tiled(self.backend).fprop(x, values, tables, bias, self.geometry, tile, precision=self.precision)
 
     def dgrad(self, dy: Tensor, values: Tensor, tables: IndexTables, channels_last: bool) -> Tensor:
-        if self.backend == "torch":
-            return _torch_conv().dgrad(dy, values, tables, self.geometry, channels_last)
+        if not self.tiles:
+            return _plain(self.backend).dgrad(dy, values, tables, self.geometry, channels_last)
         tile = self.tiles["dgrad"]
         return _tiled(self.backend).dgrad(
             dy, values, tables, self.geometry, channels_last, tile, precision=self.precision
@@ -112,8 +128,8 @@ class ConvPlan:
 
     def wgrad(self, x: Tensor, dy: Tensor, tables: IndexTables) -> Tensor:
         shape = (self.nnzb, *self.blocksize)
-        if self.backend == "torch":
-            return _torch_conv().wgrad(x, dy, tables, self.geometry, shape)
+        if not self.tiles:
+            return _plain(self.backend).wgrad(x, dy, tables, self.geometry, shape)
         tile = self.tiles["wgrad"]
         return _tiled(self.backend).wgrad(x, dy, tables, self.geometry, shape, tile, precision=self.precision)
 
@@ -142,6 +158,15 @@ def _torch_conv() -> ModuleType:
     from .kernels import torch_conv
 
     return torch_conv
+
+
+def _plain(backend: str) -> ModuleType:
+    """The kernels of a backend without tiles."""
+    if backend == "torch":
+        return _torch_conv()
+    from .kernels import dense_conv
+
+    return dense_conv
 
 
 def _cupy_conv() -> ModuleType:
@@ -198,19 +223,22 @@ def _plan(
 ) -> ConvPlan:
     geometry = ConvGeometry.of(x_shape, weight_shape, stride, padding, dilation, who)
     nnzb, bk, bc = values_shape
-    chosen, why = _choose(geometry, (bk, bc), dtype, device, backend, who)
+    density = nnzb * bk * bc / max(1, geometry.k * geometry.c * geometry.taps)
+    chosen, why = _choose(geometry, (bk, bc), density, dtype, device, backend, who)
     kind_tiles: Any = {}
     if chosen == "triton":
         arch = _arch(device)
         kind_tiles = {k: tiles.pick(k, geometry, (bk, bc), nnzb, dtype, arch, precision) for k in tiles.KINDS}
     elif chosen == "cupy":
         kind_tiles = {k: slots.pick(k, geometry, (bk, bc), nnzb, dtype) for k in tiles.KINDS}
-    return ConvPlan(geometry, (bk, bc), nnzb, dtype, device, chosen, why, kind_tiles, precision)
+    free = backend is None
+    return ConvPlan(geometry, (bk, bc), nnzb, dtype, device, chosen, why, kind_tiles, precision, free)
 
 
 def _choose(
     geometry: ConvGeometry,
     blocksize: tuple[int, int],
+    density: float,
     dtype: torch.dtype,
     device: torch.device,
     backend: str | None,
@@ -219,10 +247,12 @@ def _choose(
     """(backend, why). A backend asked for by name runs or raises; nothing else takes its place."""
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"{who}: backend is {backend!r}; it needs one of {', '.join(map(repr, BACKENDS))} or None")
-    if backend == "torch":
-        return "torch", "asked for"
+    if backend in ("torch", "dense"):
+        return backend, "asked for"
     if backend is None and device.type != "cuda":
         return "torch", f"the default on {device.type}"
+    if backend is None and density >= break_even.GPU_DENSITY:
+        return "dense", f"the default on a GPU from density {break_even.GPU_DENSITY}, an estimate"
     reasons: dict[str, str] = {}
     for name in (backend,) if backend else ("triton", "cupy"):
         reason = _absent(name) or _refusal(name, geometry, blocksize, dtype, device)
@@ -291,4 +321,5 @@ def explain(
     who = "explain()"
     pattern.check_values(values, who)
     conv = conv_pairs(stride, padding, dilation, who)
-    return plan_conv(who, x.shape, pattern.shape, values.shape, conv, values.dtype, values.device, backend)
+    plan = plan_conv(who, x.shape, pattern.shape, values.shape, conv, values.dtype, values.device, backend)
+    return plan.on(unpack(pattern.index, pattern.shape, pattern.blocksize, pattern.nnzb, who))

@@ -229,8 +229,9 @@ def test_inference_mode():
 def test_explain_names_backend_reason_and_cost():
     x, values, _, pattern = layer()
     text = str(bs.explain(x, values, pattern, 2, 1))
-    assert "backend: torch (the default on cpu)" in text
+    assert "backend: dense (estimated to be faster here than this mask's blocks)" in text  # a tiny layer
     assert "GFLOP" in text
+    assert "backend: torch (asked for)" in str(bs.explain(x, values, pattern, 2, 1, backend="torch"))
     plan = bs.explain(x, values, pattern, 2, 1)
     assert plan.flops == 2 * 2 * 3 * 4 * pattern.nnzb * 64
     assert plan.dense_flops == 2 * 2 * 3 * 4 * 16 * 24 * 9

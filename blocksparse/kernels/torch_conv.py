@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
@@ -35,6 +35,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..geometry import ConvGeometry
 from ..index import IndexTables
 from ..layout import format_of, is_channels_last
+from .break_even import Work
 
 CONV_TAPS = 2 / 3  # least share of stored taps for `conv`: the rest is multiplied by zeros
 PADDING = 1.25  # most that padding channel lists to one length may add before groups run one by one
@@ -97,6 +98,7 @@ class _Decomposition:
     positions: Tensor | None  # its inverse
     blocks: Tensor | None  # [nnzb] stored block of each working block; None: identity
     block_positions: Tensor | None  # its inverse
+    works: dict[ConvGeometry, Work] = field(default_factory=dict)  # made when asked for
 
     def conv(self, g: ConvGeometry) -> bool:
         return bool(self.batches) and (g.taps > 1 or g.padding == (0, 0))
@@ -658,18 +660,46 @@ def _working(values: Tensor, d: _Decomposition, dtype: torch.dtype) -> Tensor:
     return (values if d.blocks is None else values.index_select(0, d.blocks)).to(dtype)
 
 
-def _dense_steps(g: ConvGeometry) -> ConvGeometry:
+def work(tables: IndexTables, g: ConvGeometry, blocksize: tuple[int, int]) -> Work:
+    """What the products of this mask come to."""
+    d = _decomposition(tables, g, blocksize)
+    if g not in d.works:
+        d.works[g] = _work(d, g, blocksize[1])
+    return d.works[g]
+
+
+def _work(d: _Decomposition, g: ConvGeometry, bc: int) -> Work:
+    if d.conv(g):
+        rows = [_length(batch.rows) for batch in d.batches]
+        gathered = sum(batch.groups * batch.width for batch in d.batches if isinstance(batch.channels, Tensor))
+        weights = sum(n * batch.width for n, batch in zip(rows, d.batches, strict=True)) * g.taps
+        return Work(True, len(d.batches), gathered, g.k, weights)
+    calls = gathered = moved = weights = 0
+    for group in d.groups:
+        rows_of = _length(group.rows)
+        if isinstance(group.channels, Tensor):
+            gathered += group.channels.numel()
+        for part in group.parts:
+            channels = _length(part.blocks) * bc
+            calls, moved, weights = calls + 1, moved + rows_of + channels, weights + rows_of * channels
+            if group.channels is None and isinstance(part.channels, Tensor):
+                gathered += channels
+    chunks = sum(1 for _ in _chunks(g, torch.device("cpu"), rows_last=False))
+    return Work(False, calls * chunks, gathered, moved, weights)
+
+
+def dense_steps(g: ConvGeometry) -> ConvGeometry:
     """A strided 1x1 convolution as one of stride 1 over the pixels that it reads.
 
     Besides reading less, it keeps clear of oneDNN, whose channels_last weight gradient of a strided 1x1 convolution of
     few channels is wrong (seen in PyTorch 2.13).
     """
-    return g if g.taps > 1 else replace(g, h=g.p, w=g.q, stride=(1, 1))
+    return replace(g, h=g.p, w=g.q, stride=(1, 1)) if g.taps == 1 and g.padding == (0, 0) else g
 
 
-def _read_pixels(x: Tensor, g: ConvGeometry) -> Tensor:
-    """The pixels of x that _dense_steps(g) is about: x itself unless g is a strided 1x1 convolution."""
-    if g.taps > 1 or g.stride == (1, 1):
+def read_pixels(x: Tensor, g: ConvGeometry) -> Tensor:
+    """The pixels of x that dense_steps(g) is about: x itself unless g is a strided 1x1 convolution without padding."""
+    if dense_steps(g) == g:
         return x
     read = x[:, :, :: g.stride[0], :: g.stride[1]][:, :, : g.p, : g.q]
     return read.contiguous(memory_format=format_of(is_channels_last(x)))
@@ -688,8 +718,8 @@ def fprop(x: Tensor, values: Tensor, tables: IndexTables, bias: Tensor | None, g
     values = _working(values, d, dtype)
     if not conv:
         return _shift_fprop(x, values, d, bias, geometry)
-    read = _read_pixels(x, geometry).to(dtype)
-    y = _conv_fprop(read, values, d, bias, _dense_steps(geometry)).to(x.dtype)
+    read = read_pixels(x, geometry).to(dtype)
+    y = _conv_fprop(read, values, d, bias, dense_steps(geometry)).to(x.dtype)
     return y.contiguous(memory_format=format_of(last))
 
 
@@ -704,7 +734,7 @@ def dgrad(dy: Tensor, values: Tensor, tables: IndexTables, geometry: ConvGeometr
     if dy.numel():
         dy, values = dy.contiguous(memory_format=format_of(channels_last)), _working(values, d, dtype)
         if conv:
-            g = _dense_steps(geometry)
+            g = dense_steps(geometry)
             read = dx if g == geometry else _empty(g.x_shape, dx, channels_last).zero_()
             _conv_dgrad(_take(dy.to(dtype), d.filters), values, d, g, channels_last, read)
             if read is not dx:
@@ -727,8 +757,8 @@ def wgrad(
         return dvalues.zero_().to(x.dtype)
     dy = dy.contiguous(memory_format=format_of(is_channels_last(x)))
     if conv:
-        read = _read_pixels(x, geometry).to(dtype)
-        _conv_wgrad(read, _take(dy.to(dtype), d.filters), d, _dense_steps(geometry), dvalues)
+        read = read_pixels(x, geometry).to(dtype)
+        _conv_wgrad(read, _take(dy.to(dtype), d.filters), d, dense_steps(geometry), dvalues)
     else:
         _shift_wgrad(x, dy, d, geometry, dvalues)
     return (dvalues if d.block_positions is None else dvalues.index_select(0, d.block_positions)).to(x.dtype)

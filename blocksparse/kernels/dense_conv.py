@@ -1,0 +1,108 @@
+"""The dense product behind the same interface: blocks are scattered into a filter bank, PyTorch convolves with it.
+
+What a plan runs where stored blocks alone would take longer: few pixels, few channels, few zeros. One filter bank lives
+as long as the call; weights, gradients and optimizer state stay blocks. It never reads the index on the host.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..geometry import ConvGeometry
+from ..index import IndexTables
+from ..layout import format_of, is_channels_last
+from .torch_conv import dense_steps, read_pixels
+
+aten = torch.ops.aten
+
+
+def _empty(shape: tuple[int, ...], like: Tensor, channels_last: bool) -> Tensor:
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=format_of(channels_last))
+
+
+def _last(channels_last: bool, dtype: torch.dtype, g: ConvGeometry) -> bool:
+    """Whether to convolve in channels_last: not where PyTorch's gradients refuse it, or oneDNN's are wrong."""
+    return channels_last and dtype != torch.float64 and (g.taps > 1 or g.stride == (1, 1))
+
+
+def _blocks(tables: IndexTables, g: ConvGeometry, bc: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Where each stored block lies in [Kb, T, Cb]."""
+    c_blocks = g.c // bc
+    return tables.rows, tables.indices // c_blocks, tables.indices % c_blocks
+
+
+def _as_blocks(bank: Tensor, bk: int, bc: int) -> Tensor:
+    """A filter bank [K, C, R, S], contiguous or channels_last, as its blocks [Kb, T, Cb, bk, bc], a view."""
+    return bank.flatten(2).unflatten(1, (-1, bc)).unflatten(0, (-1, bk)).permute(0, 4, 2, 1, 3)
+
+
+def _bank(values: Tensor, tables: IndexTables, g: ConvGeometry, channels_last: bool) -> Tensor:
+    """[K, C, R, S] in filter order, zeros where nothing is stored."""
+    _, bk, bc = values.shape
+    bank = _empty((g.k, g.c, g.r, g.s), values, channels_last).zero_()
+    _as_blocks(bank, bk, bc)[_blocks(tables, g, bc)] = values
+    if tables.row_order is None:
+        return bank
+    return torch.empty_like(bank).index_copy_(0, tables.row_order.long(), bank)
+
+
+def _compute(t: Tensor) -> Tensor:
+    """float32 for the 16-bit types on a CPU, as the torch backend does."""
+    half = t.dtype in (torch.float16, torch.bfloat16)
+    return t.float() if half and t.device.type == "cpu" else t
+
+
+def _args(g: ConvGeometry) -> tuple[object, ...]:
+    return list(g.stride), list(g.padding), list(g.dilation), False, [0, 0], 1
+
+
+@torch.no_grad()
+def fprop(x: Tensor, values: Tensor, tables: IndexTables, bias: Tensor | None, geometry: ConvGeometry) -> Tensor:
+    """y [N, K, P, Q] in the memory format of x; bias [K] in filter order, or None."""
+    last = is_channels_last(x)
+    if x.numel() == 0:
+        return _empty(geometry.y_shape, x, last)
+    g = dense_steps(geometry)
+    inner = _last(last, x.dtype, g)
+    read = _compute(read_pixels(x, geometry)).contiguous(memory_format=format_of(inner))
+    bank, bias = _bank(_compute(values), tables, g, inner), None if bias is None else _compute(bias)
+    y = aten.convolution(read, bank, bias, *_args(g))
+    return y.to(x.dtype).contiguous(memory_format=format_of(last))
+
+
+@torch.no_grad()
+def dgrad(dy: Tensor, values: Tensor, tables: IndexTables, geometry: ConvGeometry, channels_last: bool) -> Tensor:
+    """dx [N, C, H, W], channels_last or contiguous."""
+    if dy.numel() == 0:
+        return _empty(geometry.x_shape, dy, channels_last).zero_()
+    g = dense_steps(geometry)
+    inner = _last(channels_last, dy.dtype, g)
+    wide = _compute(dy).contiguous(memory_format=format_of(inner))
+    like = _empty(g.x_shape, wide, inner)  # only its shape is read
+    bank = _bank(_compute(values), tables, g, inner)
+    dx, _, _ = aten.convolution_backward(wide, like, bank, None, *_args(g), [True, False, False])
+    if g != geometry:
+        whole = _empty(geometry.x_shape, dy, channels_last).zero_()
+        whole[:, :, :: geometry.stride[0], :: geometry.stride[1]][:, :, : g.p, : g.q] = dx
+        return whole
+    return dx.to(dy.dtype).contiguous(memory_format=format_of(channels_last))
+
+
+@torch.no_grad()
+def wgrad(
+    x: Tensor, dy: Tensor, tables: IndexTables, geometry: ConvGeometry, values_shape: tuple[int, int, int]
+) -> Tensor:
+    """dvalues [nnzb, bk, bc]."""
+    _, bk, bc = values_shape
+    if x.numel() == 0:
+        return x.new_zeros(values_shape)
+    g = dense_steps(geometry)
+    inner = _last(is_channels_last(x), x.dtype, g)
+    read = _compute(read_pixels(x, geometry)).contiguous(memory_format=format_of(inner))
+    dy = _compute(dy).contiguous(memory_format=format_of(inner))
+    like = _empty((g.k, g.c, g.r, g.s), read, inner)  # only its shape is read
+    _, bank, _ = aten.convolution_backward(dy, read, like, None, *_args(g), [False, True, False])
+    if tables.row_order is not None:
+        bank = bank.index_select(0, tables.row_order)
+    return x.new_empty(values_shape).copy_(_as_blocks(bank, bk, bc)[_blocks(tables, g, bc)])

@@ -494,6 +494,8 @@ class Summary:
         gain = ""
         if row.seconds and row.dense_seconds:
             gain = f"{row.dense_seconds / row.seconds:.2f}x"
+        elif row.backend == "dense":
+            gain = "1x"
         elif row.flops and row.dense_flops and row.density < 1:
             gain = f"<={row.dense_flops / row.flops:.2f}x"
         return {
@@ -519,8 +521,9 @@ def summary(model: nn.Module, x: Tensor | Sequence[int] | None = None, *, measur
         measure: also time forward + backward of each sparse layer and of its dense twin on its input from x, in turns.
 
     Returns:
-        A Summary; print it. MB are those of weights, biases and index. A gain is measured, or the ratio of operations,
-        which bounds it, marked <=.
+        A Summary; print it. MB are those of weights, biases and index; operations those of the weights kept. A gain is
+        measured, or the ratio of operations, which bounds it, marked <=; 1x where the dense product is run as the
+        faster one.
     """
     model = unwrapped(model)
     if measure and x is None:

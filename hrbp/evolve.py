@@ -63,8 +63,8 @@ class Evolver:
     - "gmp": gradual magnitude pruning to `sparsity`, from a model made sparse at a lower one, 0 for instance:
       sparsity(t) = final + (initial - final) * (1 - t / end)^3 (Zhu and Gupta, 2017).
 
-    Groups (hrbp, hrbp++) keep their filters; "set" and "rigl" exchange their channels and keep their taps, "gmp"
-    divides the filters anew at its first update.
+    Groups (hrbp, hrbp++) keep their filters, and filters that were rearranged their places; "set" and "rigl" exchange
+    channels of groups and keep their taps, "gmp" divides or sorts the filters anew at its first update.
 
     The dense gradient of weights that are not stored is computed for the steps that need it alone, from the inputs and
     output gradients of the layers, added up over the backward passes of a step, and over data-parallel ranks. Masks
@@ -275,21 +275,23 @@ class Evolver:
         rule = self.plan.structure
         shapes = {name: layer.shape for name, layer in self.layers.items()}
         scores = {name: layer.weight().abs().float() for name, layer in self.layers.items()}
+        first = self.steps <= self.every
+        orders = {name: None if first else layer.row_order() for name, layer in self.layers.items()}
         asked = densities(
             shapes,
             self._sparsity_now(),
             self.plan.distribution,
-            scores=scores,
+            scores={name: rule.ranked(score, orders[name]) for name, score in scores.items()},
             realise=lambda name, density: rule.density(shapes[name], density),
         )
-        first = self.steps <= self.every
         choices = {}
         for name, layer in self.layers.items():
             sparsity = sparsity_of(asked[name])
             if isinstance(rule, Groups):
                 choices[name] = _pruned_groups(rule, layer, scores[name], sparsity, regroup_rows=first)
             else:
-                choices[name] = rule.choose(scores[name], sparsity)
+                assert isinstance(rule, Grains)
+                choices[name] = rule.choose(scores[name], sparsity, order=orders[name])
         return choices
 
 
@@ -304,10 +306,11 @@ def _exchange(rule: Any, layer: SparseLayer, weight: Tensor, growth: Tensor, sha
             return grouping_choice(_recounted(grouping, weight, growth, share))
         return grouping_choice(_exchanged_channels(grouping, weight, growth, share, rule.balanced))
     assert isinstance(rule, Grains)
-    kept, worth, wish = (rule.sums(t) for t in (layer.mask().float(), weight, growth))
+    order = layer.row_order()
+    kept, worth, wish = (rule.sums(t, order) for t in (layer.mask().float(), weight, growth))
     shape = kept.shape
     kept, worth, wish = (t.flatten(1) if rule.uniform else t.view(1, -1) for t in (kept > 0, worth, wish))
-    return rule.choice(_swap_units(kept, worth, wish, share).view(shape), layer.shape)
+    return rule.choice(_swap_units(kept, worth, wish, share).view(shape), layer.shape, order)
 
 
 def _swap_units(kept: Tensor, worth: Tensor, wish: Tensor, share: float) -> Tensor:

@@ -29,7 +29,8 @@ from .saliency import saliency as score_weights
 from .structure import NM, Choice, Grains, Structure, sparsity_of
 from .structure import structure as make_structure
 
-LEAST_BLOCK = 8  # weights of a block: smaller ones spend more on the index (16 bytes a block) than they save
+LEAST_BLOCK = 2  # weights of a block: for single ones the index (16 bytes a block) is four times what they take
+SLOW_BLOCK = 8  # smaller blocks save memory, not time
 
 Selector = str | type[nn.Module]
 
@@ -108,7 +109,8 @@ def sparsify(
             weight, of which they compute with a part, for the `Evolver` method of that name. With the first two (n:m
             and the grains) the mask is at any time that of the largest |weight|, whatever the saliency; with "subp"
             (uniform 1xn) it is a choice, run as blocks, that the Evolver changes.
-        distribution: how densities differ between layers: "uniform", "erk", "global" (by score).
+        distribution: how densities differ between layers: "uniform", "erk", "global" (by score: the best grains of all
+            layers).
         saliency: what chooses the weights: "random", "magnitude", "snip", "grasp", "synflow", "magnitude+gradient".
             With "random", groups (hrbp, hrbp++) are of neighbouring filters, which costs nothing when running.
         include: only these: names of layers (with * and ? as wildcards) or types. The stem and the last layer too, if
@@ -153,7 +155,10 @@ def sparsify(
         {name: tuple(layer.weight.shape) for name, layer in chosen.items()},
         sparsity,
         distribution,
-        scores=scores,
+        scores={
+            name: shape_rule.ranked(score.view(_shape4(chosen[name]))).view(score.shape)
+            for name, score in scores.items()
+        },
         realise=lambda name, density: shape_rule.density(_shape4(chosen[name]), density),
     )
     makes: list[Callable[[], None]] = []
@@ -564,6 +569,11 @@ def summary(model: nn.Module, x: Tensor | Sequence[int] | None = None, *, measur
     if any(not layer.runs_blocks for layer in sparse.values()):
         notes.append(
             "masked: a dense weight under a mask, with the memory and the time of a dense layer at any density"
+        )
+    if any(math.prod(layer.module.pattern.blocksize) < SLOW_BLOCK for layer in sparse.values() if layer.runs_blocks):
+        notes.append(
+            f"blocks of fewer than {SLOW_BLOCK} weights: beside an index of 16 bytes each they save memory at high"
+            " sparsity only, and no time"
         )
     if any(layer.master for layer in sparse.values()):
         assert plan is not None

@@ -11,8 +11,9 @@ sum of the scores of its cells, and the best ones stay.
     filter        one filter
     channel       one input channel of all filters
     block         bk filters x bc input channels at one tap
-    1xn           n filters and one input channel, all taps (Lin et al., 1xN Pattern, 2022); with `uniform` equally many
-                  in every n filters (SUBP: Xiang et al., NeurIPS 2023)
+    1xn           n filters and one input channel, all taps (Lin et al., 1xN Pattern, 2022); with `rearrange`
+                  filters are sorted by their scores first; with `uniform` equally many in every n filters (SUBP: Xiang
+                  et al., NeurIPS 2023)
     elementwise   groups of similar filters that keep the same cells of C x R x S: dense blocks in the output, not in
                   the input gradient; the baseline of the HRBP paper
     hrbp          groups of filters that keep the same channels, all taps (see regroup.py)
@@ -78,6 +79,10 @@ class Structure(ABC):
     def density(self, shape: Sequence[int], density: float) -> float:
         """The share of a layer [K, C, R, S] that is kept when `density` is asked for: whole grains, at least one."""
 
+    def ranked(self, score: Tensor, order: Tensor | None = None) -> Tensor:
+        """What a ranking over layers compares, for every weight: its own score, or that of its grain."""
+        return score
+
     def refuses(self, shape: Sequence[int]) -> str | None:
         """Why a layer [K, C, R, S] cannot have this structure, or None."""
         return None
@@ -93,13 +98,16 @@ class Structure(ABC):
 class Grains(Structure):
     """Boxes (k, c, r, s) of the filter bank, kept or dropped whole; None stands for a whole axis.
 
-    uniform: equally many in every k filters. stored: the box is a BSR block, for all taps or for one.
+    uniform: equally many in every k filters. stored: the box is a BSR block, for all taps or for one. rearrange:
+    filters are sorted by falling score first, so that those of a box are alike. `order`, int [K], is that of the
+    filters; None: as they are, or what a score says where there is one.
     """
 
     name: str
     box: tuple[int | None, int | None, int | None, int | None]
     uniform: bool = False
     stored: bool = True
+    rearrange: bool = False
 
     def sizes(self, shape: Sequence[int]) -> tuple[int, int, int, int]:
         """The box in a layer of this shape."""
@@ -112,17 +120,27 @@ class Grains(Structure):
                 return f"grains of {size} do not divide {name} = {axis}"
         return None
 
-    def sums(self, score: Tensor) -> Tensor:
+    def order(self, score: Tensor) -> Tensor | None:
+        """Filters by falling score, the first ones among equals."""
+        return score.flatten(1).sum(1).argsort(descending=True, stable=True) if self.rearrange else None
+
+    def sums(self, score: Tensor, order: Tensor | None = None) -> Tensor:
         """[K/k, C/c, R/r, S/s]: the score of each grain."""
         k, c, r, s = self.sizes(score.shape)
         kk, cc, rr, ss = score.shape
+        score = score if order is None else score[order.long()]
         return score.reshape(kk // k, k, cc // c, c, rr // r, r, ss // s, s).sum((1, 3, 5, 7))
 
-    def expand(self, grains: Tensor, shape: Sequence[int]) -> Tensor:
-        """A mask of grains as a mask of weights."""
+    def expand(self, grains: Tensor, shape: Sequence[int], order: Tensor | None = None) -> Tensor:
+        """A value of each grain as one of each weight."""
         for axis, size in enumerate(self.sizes(shape)):
             grains = grains.repeat_interleave(size, axis)
-        return grains
+        return grains if order is None else grains[order.long().argsort()]
+
+    def ranked(self, score: Tensor, order: Tensor | None = None) -> Tensor:
+        cells = score.to(torch.promote_types(score.dtype, torch.float32))
+        order = self.order(cells) if order is None else order
+        return self.expand(self.sums(cells, order), score.shape, order)
 
     def count(self, shape: Sequence[int], density: float) -> int:
         """Grains kept: of every k filters if uniform, else of the layer."""
@@ -130,22 +148,24 @@ class Grains(Structure):
         each = (shape[1] // c) * (shape[2] // r) * (shape[3] // s)
         return max(1, round(density * each * (1 if self.uniform else shape[0] // k)))
 
-    def choose(self, score: Tensor, sparsity: float, seed: int = 0) -> Choice:
+    def choose(self, score: Tensor, sparsity: float, seed: int = 0, order: Tensor | None = None) -> Choice:
         cells = check_score(score, sparsity, f"make_mask({self.name!r})")
         self._check(score.shape)
-        return self.choice(self._kept(cells, sparsity), score.shape)
+        order = self.order(cells) if order is None else order
+        return self.choice(self._kept(cells, sparsity, order), score.shape, order)
 
     def mask(self, score: Tensor, sparsity: float) -> Tensor:
-        return self.expand(self._kept(score, sparsity), score.shape)
+        order = self.order(score)
+        return self.expand(self._kept(score, sparsity, order), score.shape, order)
 
-    def _kept(self, score: Tensor, sparsity: float) -> Tensor:
-        sums = self.sums(score)
+    def _kept(self, score: Tensor, sparsity: float, order: Tensor | None) -> Tensor:
+        sums = self.sums(score, order)
         flat = sums.flatten(1) if self.uniform else sums.view(1, -1)
         return top(flat, self.count(score.shape, 1 - sparsity)).view(sums.shape)
 
-    def choice(self, kept: Tensor, shape: Sequence[int]) -> Choice:
+    def choice(self, kept: Tensor, shape: Sequence[int], order: Tensor | None = None) -> Choice:
         """The choice of these grains."""
-        return Choice(self.expand(kept, shape), self.blocksize(shape))
+        return Choice(self.expand(kept, shape, order), self.blocksize(shape), order)
 
     def blocksize(self, shape: Sequence[int]) -> tuple[int, int] | None:
         """(bk, bc) that stores grains of a layer of this shape, if they have a BSR form."""
@@ -309,8 +329,8 @@ def _n_m(*, m: int = 4, n: int | None = None) -> Structure:
     return NM(m, n)
 
 
-def _one_by_n(*, n: int = 16, uniform: bool = False) -> Structure:
-    return Grains("1xn", (n, 1, None, None), uniform)
+def _one_by_n(*, n: int = 16, uniform: bool = False, rearrange: bool = False) -> Structure:
+    return Grains("1xn", (n, 1, None, None), uniform, rearrange=rearrange)
 
 
 def _block(*, blocksize: tuple[int, int] = (32, 32)) -> Structure:
@@ -382,8 +402,8 @@ def make_mask(score: Tensor, sparsity: float, structure: str = "hrbp++", *, seed
             the share kept is as near as these allow.
         structure: see the list at the top of this file.
         seed: of the structures that search (elementwise, hrbp, hrbp++).
-        **options: of the structure: n, m (n:m), n, uniform (1xn), blocksize (block), groups, min_rows, method
-            (elementwise, hrbp, hrbp++), tap_density, granule, row_granule, balanced (hrbp, hrbp++).
+        **options: of the structure: n, m (n:m), n, uniform, rearrange (1xn), blocksize (block), groups, min_rows,
+            method (elementwise, hrbp, hrbp++), tap_density, granule, row_granule, balanced (hrbp, hrbp++).
 
     Returns:
         bool, of the score's shape and device.

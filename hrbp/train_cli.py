@@ -50,7 +50,7 @@ In the folder: log.jsonl (the configuration, then a line an epoch and a mask upd
 
 Ctrl-C or SIGTERM saves and stops; a killed process loses what came after its last checkpoint, nothing more.
 Options of structures: groups, tap_density, granule, row_granule, min_rows, balanced, method (hrbp, hrbp++), blocksize
-(block), n, uniform (1xn), n, m (n:m): --option groups=16 --option granule=8
+(block), n, uniform, rearrange (1xn), n, m (n:m): --option groups=16 --option granule=8
 Exit status: 0; 1 if the loss is not finite; 2 for an option or a file that cannot be used; 128 + N if stopped by
 signal N.
 """

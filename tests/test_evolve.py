@@ -24,6 +24,7 @@ CASES = [
     ("block", {"blocksize": (8, 4)}),
     ("1xn", {"n": 8}),
     ("1xn", {"n": 8, "uniform": True}),
+    ("1xn", {"n": 8, "rearrange": True, "saliency": "magnitude"}),
     ("hrbp", {"groups": 2}),
     ("hrbp", {"groups": 4, "balanced": True}),
     ("hrbp++", {"groups": 2, "granule": 4}),
@@ -97,7 +98,10 @@ def units(net: Net, layer: SparseLayer) -> list[list[list[tuple[int, ...]]]]:
     if name == "block":
         return split(lambda x: (x[0] // 8, x[1] // 4, *x[2:]))
     if name == "1xn":
-        return split(lambda x: (x[0] // 8, x[1]), (lambda x: x[0] // 8) if rule.uniform else (lambda x: 0))
+        order = layer.row_order()
+        row = list(range(k)) if order is None else order.argsort().tolist()
+        assert (order is None) != rule.rearrange
+        return split(lambda x: (row[x[0]] // 8, x[1]), (lambda x: x[0] // 8) if rule.uniform else (lambda x: 0))
     raise AssertionError(name)
 
 
@@ -115,7 +119,7 @@ def exchanged(rows, mask: Tensor, worth: Tensor, wish: Tensor, share: float) -> 
     return new
 
 
-@pytest.mark.parametrize(("structure", "options"), CASES[:7], ids=IDS[:7])
+@pytest.mark.parametrize(("structure", "options"), CASES[:8], ids=IDS[:8])
 def test_rigl_exchanges_units_as_the_slow_reference_does(structure, options):
     net = make(structure, **options)
     optimizer = torch.optim.SGD(net.parameters(), 1e-3, momentum=0.9)

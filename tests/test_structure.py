@@ -31,6 +31,8 @@ GRAINS = [
     ("block", {"blocksize": (3, 1)}, (3, 1)),
     ("1xn", {"n": 4}, (4, 1)),
     ("1xn", {"n": 3, "uniform": True}, (3, 1)),
+    ("1xn", {"n": 2, "rearrange": True}, (2, 1)),
+    ("1xn", {"n": 2, "uniform": True, "rearrange": True}, (2, 1)),
 ]
 OTHERS = [
     ("2:4", {}, (1, 4)),
@@ -85,13 +87,18 @@ def grains_of(name: str, options: dict, shape: tuple[int, ...]) -> list[list[tup
 @given(cases(GRAINS), SPARSITIES)
 def test_the_best_grains_stay(case, sparsity):
     name, options, score = case
-    expected = np.zeros(score.shape, dtype=bool)
+    filters = list(range(len(score)))
+    if options.get("rearrange"):
+        filters.sort(key=lambda i: (-float(score[i].sum()), i))
+    ordered, expected = score[filters], np.zeros(score.shape, dtype=bool)
     for grains in grains_of(name, options, tuple(score.shape)):
         count = max(1, round((1 - sparsity) * len(grains)))
-        best = sorted(range(len(grains)), key=lambda i: (-float(score[grains[i]].sum()), i))[:count]
+        best = sorted(range(len(grains)), key=lambda i: (-float(ordered[grains[i]].sum()), i))[:count]
         for i in best:
             expected[grains[i]] = True
-    assert np.array_equal(make_mask(score, sparsity, name, **options).numpy(), expected)
+    choice = choose(score, sparsity, name, **options)
+    assert np.array_equal(choice.mask.numpy()[filters], expected)
+    assert (list(range(len(score))) if choice.row_order is None else choice.row_order.tolist()) == filters
 
 
 @settings(max_examples=80)
@@ -190,6 +197,7 @@ def test_density_is_that_of_the_mask_and_no_zero_is_stored(case, sparsity, seed)
         ("block", {"blocksize": (8, 4)}, (8, 4)),
         ("1xn", {}, (16, 1)),
         ("1xn", {"n": 8, "uniform": True}, (8, 1)),
+        ("1xn", {"n": 2, "rearrange": True}, (2, 1)),
         ("elementwise", {}, (8, 1)),
         ("hrbp", {}, (8, 1)),
         ("hrbp", {"groups": 2, "granule": 8}, (16, 8)),
@@ -375,7 +383,7 @@ def test_unknown_names_and_options_list_what_there_is():
         "filter": "none",
         "channel": "none",
         "block": "blocksize",
-        "1xn": "n, uniform",
+        "1xn": "n, uniform, rearrange",
         "elementwise": "groups, min_rows, method",
         "hrbp": groups,
         "hrbp++": groups,

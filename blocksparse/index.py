@@ -7,6 +7,7 @@ captured CUDA graphs stay valid.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -97,6 +98,27 @@ def unpack(
         )
     indptr, _, indices, _, rows, _, t_indptr, _, t_indices, _, t_perm, _, *order = packed.split_with_sizes(sizes)
     return IndexTables(packed, indptr, indices, rows, t_indptr, t_indices, t_perm, order[0] if order else None)
+
+
+_views: dict[int, tuple[weakref.ref[Tensor], tuple[object, ...], list[Tensor | None]]] = {}
+
+
+def unpack_once(
+    packed: Tensor,
+    weight_shape: tuple[int, int, int, int],
+    blocksize: tuple[int, int],
+    nnzb: int,
+    who: str = "unpack_once()",
+) -> IndexTables:
+    """unpack(), remembered by the tensor for as long as its memory stays: seven views cost as much as a launch."""
+    key, layout = id(packed), (packed.data_ptr(), packed.numel(), weight_shape, blocksize, nnzb)
+    found = _views.get(key)
+    if found is None or found[0]() is not packed or found[1] != layout:
+        # Views of a detached alias: views of `packed` itself would keep it alive for ever.
+        _, *views = unpack(packed.data, weight_shape, blocksize, nnzb, who)
+        found = weakref.ref(packed, lambda _: _views.pop(key, None)), layout, views
+        _views[key] = found
+    return IndexTables(packed, *found[2])  # type: ignore[arg-type]
 
 
 @lru_cache(maxsize=4096)

@@ -154,12 +154,14 @@ class ConvPlan:
     __repr__ = __str__
 
 
+@functools.cache
 def _torch_conv() -> ModuleType:
     from .kernels import torch_conv
 
     return torch_conv
 
 
+@functools.cache
 def _plain(backend: str) -> ModuleType:
     """The kernels of a backend without tiles."""
     if backend == "torch":
@@ -169,6 +171,7 @@ def _plain(backend: str) -> ModuleType:
     return dense_conv
 
 
+@functools.cache
 def _cupy_conv() -> ModuleType:
     from .kernels import cupy_conv  # CuPy itself waits for the first launch
 
@@ -203,7 +206,7 @@ def plan_conv(
     stride, padding, dilation = conv
     return _plan(
         who, tuple(x_shape), tuple(weight_shape), tuple(values_shape), tuple(stride), tuple(padding), tuple(dilation),
-        dtype, device, backend, _precision(dtype, device),
+        dtype, device, backend, _precision(dtype, device.type == "cuda"),
     )  # fmt: skip
 
 
@@ -282,9 +285,14 @@ def _refusals(reasons: dict[str, str]) -> list[str]:
     return [f"{name} cannot run this: {reason}" for name, reason in reasons.items()]
 
 
-def _precision(dtype: torch.dtype, device: torch.device) -> str:
+def product_precision(t: Tensor) -> str:
+    """How products of tensors like t are rounded now: "tf32" or "ieee". A plan holds for one of them."""
+    return _precision(t.dtype, t.is_cuda)
+
+
+def _precision(dtype: torch.dtype, on_gpu: bool) -> str:
     """PyTorch's own switches for fp32 convolutions on a GPU, the most specific first."""
-    if dtype != torch.float32 or device.type != "cuda":
+    if not on_gpu or dtype != torch.float32:
         return "ieee"
     cudnn: Any = torch.backends.cudnn
     for switch in (cudnn.conv, cudnn, torch.backends):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from hypothesis import given
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from blocksparse import BSRPattern, index
 from strategies import patterns
@@ -71,3 +74,44 @@ def test_a_buffer_of_another_layout_is_refused():
     for packed in (pattern.index[:-1], pattern.index.long(), pattern.index[None]):
         with pytest.raises(ValueError, match=r"the packed index is .* Take it from BSRPattern.index"):
             index.unpack(packed, pattern.shape, pattern.blocksize, pattern.nnzb)
+
+
+# ---------------------------------------------------------------- remembered views
+
+
+def once(pattern):
+    return index.unpack_once(pattern.index, pattern.shape, pattern.blocksize, pattern.nnzb)
+
+
+def test_remembered_views_are_the_tables_and_follow_what_is_written():
+    pattern, other = (BSRPattern.random((8, 12, 3, 3), (4, 3), 0.3) for _ in range(2))
+    first = once(pattern)
+    assert all(a is b for a, b in zip(once(pattern), first, strict=True))
+    for source in (pattern, other):
+        pattern.index.copy_(source.index)
+        for a, b in zip(once(pattern)[1:], source._tables[1:], strict=True):
+            assert (a is None and b is None) or torch.equal(a, b)
+
+
+def test_remembered_views_follow_new_memory():
+    pattern, other = (BSRPattern.random((8, 12, 3, 3), (4, 3), 0.3) for _ in range(2))
+    packed = pattern.index.clone()
+    args = pattern.shape, pattern.blocksize, pattern.nnzb
+    index.unpack_once(packed, *args)
+    packed.data = other.index.clone()
+    assert torch.equal(index.unpack_once(packed, *args).indices, other.indices)
+    packed.data = packed.data[:-1]
+    with pytest.raises(ValueError, match="the packed index is"):
+        index.unpack_once(packed, *args)
+
+
+def test_remembered_views_die_with_the_tensor():
+    pattern = BSRPattern.random((8, 12, 3, 3), (4, 3), 0.3)
+    packed = pattern.index.clone()
+    storage, alive = StorageWeakRef(packed.untyped_storage()), len(index._views)
+    index.unpack_once(packed, pattern.shape, pattern.blocksize, pattern.nnzb)
+    assert len(index._views) == alive + 1
+    del packed
+    gc.collect()
+    assert len(index._views) == alive
+    assert storage.expired()

@@ -9,8 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import blocksparse as bs
+from blocksparse import functional
 from strategies import RUNNERS
 
 FORMATS = [torch.contiguous_format, torch.channels_last]
@@ -240,6 +242,93 @@ def test_explain_names_backend_reason_and_cost():
     )
     assert named.backend == "triton"
     assert set(named.tiles) == {"fprop", "dgrad", "wgrad"}
+
+
+# ---------------------------------------------------------------- the short way past the dispatcher
+
+
+def parts(y, x, values, bias):
+    return (y, *torch.autograd.grad(y, (x, values, bias), torch.linspace(-1, 1, y.numel()).view_as(y)))
+
+
+@pytest.mark.parametrize("runner", RUNNERS, ids="-".join)
+@pytest.mark.parametrize("layout", FORMATS, ids=str)
+def test_the_short_way_is_the_op(runner, layout):
+    """Eager calls skip the dispatcher; the op itself, called by name, gives the same bits and strides."""
+    backend, device = runner
+    x, values, bias, pattern = layer(device, layout=layout)
+    short = parts(bs.conv2d(x, values, pattern, bias, 2, 1, backend=backend).cpu(), x, values, bias)
+    op = torch.ops.bsrconv.fprop(x, values, pattern.index, bias, pattern.shape, [2, 2], [1, 1], [1, 1], backend)
+    for a, b in zip(short, parts(op.cpu(), x, values, bias), strict=True):
+        assert torch.equal(a, b)
+        assert a.stride() == b.stride()
+
+
+class Recorder(TorchDispatchMode):
+    """Notes which of our ops pass, and runs them."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "bsrconv":
+            self.seen.append(func._opname)
+        return func(*args, **(kwargs or {}))
+
+
+def test_whoever_watches_sees_the_ops():
+    x, values, bias, pattern = layer()
+    needed = parts(bs.conv2d(x, values, pattern, bias), x, values, bias)
+    with Recorder() as mode:
+        got = parts(bs.conv2d(x, values, pattern, bias), x, values, bias)
+    assert mode.seen == ["fprop", "dgrad", "wgrad"]
+    assert all(torch.equal(a, b) for a, b in zip(got, needed, strict=True))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        parts(bs.conv2d(x, values, pattern, bias), x, values, bias)
+    names = {event.name for event in profile.events()}
+    assert {"bsrconv::fprop", "bsrconv::dgrad", "bsrconv::wgrad"} <= names
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_vmap_gets_the_op():
+    x, values, bias, pattern = (t.detach() if isinstance(t, torch.Tensor) else t for t in layer())
+    xs = torch.stack([x, -2 * x])
+    got = torch.vmap(lambda x: bs.conv2d(x, values, pattern, bias))(xs)
+    assert torch.equal(got, torch.stack([bs.conv2d(x, values, pattern, bias) for x in xs]))
+
+
+class Tagged(torch.Tensor):
+    """A subclass that sees every function called on it."""
+
+    calls = 0
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        cls.calls += "bsrconv" in str(func)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_subclasses_get_the_op():
+    x, values, bias, pattern = layer()
+    y = bs.conv2d(x.detach().as_subclass(Tagged), values, pattern, bias)
+    assert Tagged.calls == 1
+    assert torch.equal(y.as_subclass(torch.Tensor), bs.conv2d(x, values, pattern, bias))
+
+
+def test_a_repeated_call_checks_nothing_again(monkeypatch):
+    x, values, bias, pattern = layer()
+    first = parts(bs.conv2d(x, values, pattern, bias), x, values, bias)
+
+    def checked(*_):
+        raise AssertionError("checked twice")
+
+    for name in ("_check", "_check_values", "_check_dy"):
+        monkeypatch.setattr(functional, name, checked)
+    again = parts(bs.conv2d(x, values, pattern, bias), x, values, bias)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    with pytest.raises(AssertionError, match="checked twice"):
+        bs.conv2d(x.double(), values, pattern, bias)
 
 
 # ---------------------------------------------------------------- CUDA graphs

@@ -52,6 +52,14 @@ class _BSRModule(nn.Module):
         if self.bias is not None:
             nn.init.uniform_(self.bias, -bound, bound)
 
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight":
+            raise AttributeError(
+                f"{type(self).__name__} has no weight: its parameter is `values`, the stored blocks, and to_dense() makes"
+                " the dense layer. A parent that computes with its children's weights itself needs them dense"
+            )
+        return super().__getattr__(name)
+
     @property
     def pattern(self) -> BSRPattern:
         """The pattern this module runs now (a copy: writing to neither touches the other)."""

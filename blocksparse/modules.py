@@ -55,8 +55,8 @@ class _BSRModule(nn.Module):
     def __getattr__(self, name: str) -> Any:
         if name == "weight":
             raise AttributeError(
-                f"{type(self).__name__} has no weight: its parameter is `values`, the stored blocks, and to_dense() makes"
-                " the dense layer. A parent that computes with its children's weights itself needs them dense"
+                f"{type(self).__name__} has no weight: its parameter is `values`, the stored blocks, and to_dense()"
+                " makes the dense layer. A parent that computes with its children's weights itself needs them dense"
             )
         return super().__getattr__(name)
 

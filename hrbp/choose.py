@@ -48,6 +48,18 @@ def top(value: Tensor, count: int) -> Tensor:
     return above | (level & (level.cumsum(-1) <= room))
 
 
+def top_of_few(value: Tensor, count: int, axis: int) -> Tensor:
+    """As `top`, along any axis: by comparing each pair of items, which is several times faster for a few of them."""
+    items = value.unbind(axis)
+    ahead = [torch.zeros_like(item, dtype=torch.uint8) for item in items]  # how many go before each item
+    for i, item in enumerate(items):
+        for j in range(i + 1, len(items)):
+            first = item >= items[j]
+            ahead[j] += first
+            ahead[i] += ~first
+    return torch.stack([places < count for places in ahead], axis)
+
+
 def balanced(value: Tensor, quota: int, prices: Tensor | None = None) -> Tensor:
     """The items of each group that together are worth most, with equal shares for groups and for items.
 

@@ -1,8 +1,9 @@
-"""How a mask changes while training: SET, RigL, HRBP's own update, gradual pruning.
+"""How a mask changes while training: SET, RigL, HRBP's own update, gradual pruning, STE, SR-STE.
 
 Every update drops what is least worth keeping and grows as much elsewhere, in the units of the structure: grains, or
 the channels of a group. Layers stay as sparse as they were, so that stored blocks, gradients, optimizer state, compiled
-code and CUDA graphs keep their memory; gradual magnitude pruning ("gmp") shrinks them and reallocates.
+code and CUDA graphs keep their memory; gradual magnitude pruning ("gmp") shrinks them and reallocates. With a dense
+master weight (`sparsify(method=...)`) nothing is dropped for good: the mask follows the weight.
 """
 
 from __future__ import annotations
@@ -14,32 +15,41 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from .choose import balanced, top
+from .decay import Decay
 from .density import densities
 from .master import dense_gradient, symmetric_padding
 from .regroup import Grouping, keep_by_counts
+from .sparsify import FOLLOWING, SparseLayer, plan_of, sparse_layers
 from .sparsify import METHODS as MASTER_METHODS
-from .sparsify import SparseLayer, plan_of, sparse_layers
 from .structure import Choice, Grains, Groups, grouping_choice, sparsity_of
 
-METHODS = ("static", "set", "rigl", "hrbp", "gmp")
+METHODS = ("static", "set", "rigl", "hrbp", "gmp", "ste", "sr-ste")
+DECAY = 2e-4  # lambda of Zhou et al. (2021)
+DECAYING = ("sr-ste",)
 
 
 @dataclass(frozen=True)
 class Update:
-    """One change of the masks.
+    """One change of the masks, or, where they follow the weights, what has changed since the last look.
 
-    changed: layer -> share of the weights kept now that were not kept before. reallocated: tensors have new memory:
-    CUDA graphs and DistributedDataParallel wrappers made before must be made again.
+    changed      layer -> share of the weights kept now that were not kept before
+    reallocated  tensors have new memory: CUDA graphs and DistributedDataParallel made before must be made again
+    sad          layer -> sum |E_now - E_before|: cells of the mask E that are not as they were at the update before, or
+                 at the start (Zhou et al., ICLR 2021)
+    drift        layer -> sum |E_now - E_start|
     """
 
     step: int
     changed: dict[str, float]
     reallocated: bool
+    sad: dict[str, int]
+    drift: dict[str, int]
 
 
 class Evolver:
@@ -62,6 +72,11 @@ class Evolver:
       have to agree on a channel to outnumber an old one there, which is rare: "rigl" moves far more.
     - "gmp": gradual magnitude pruning to `sparsity`, from a model made sparse at a lower one, 0 for instance:
       sparsity(t) = final + (initial - final) * (1 - t / end)^3 (Zhu and Gupta, 2017).
+    - "ste": the mask is that of the largest |weight|, anew at every step; what is left out learns on, from the gradient
+      that it would have (straight-through).
+    - "sr-ste": so, and what is left out decays, W <- W - lr * (g + decay * (1 - E) * W): masks settle (Zhou et al.,
+      2021). See decay.py. Both need a model made by `sparsify` with the same method, as it has to keep dense weights;
+      every `every` steps, to the end, it is looked how far the masks have come.
 
     Groups (hrbp, hrbp++) keep their filters, and filters that were rearranged their places; "set" and "rigl" exchange
     channels of groups and keep their taps, "gmp" divides or sorts the filters anew at its first update.
@@ -72,7 +87,8 @@ class Evolver:
     the next one.
 
     Args:
-        model: a model that `sparsify` made; may be wrapped in DistributedDataParallel.
+        model: a model that `sparsify` made; may be wrapped in DistributedDataParallel. Where masks follow the weights,
+            every rank takes those of rank 0.
         optimizer: the one that updates it; its state moves with the weights.
         method: one of the above.
         total_steps: optimizer steps of the whole training.
@@ -80,6 +96,7 @@ class Evolver:
         drop: share exchanged at the start; falls as a cosine to zero at `until`.
         until: share of `total_steps` after which masks stay.
         sparsity: final sparsity of "gmp".
+        decay: of "sr-ste"; default: 2e-4.
         seed: of random growth.
         ema: copies of the model that average its weights: their masks change along.
 
@@ -98,6 +115,7 @@ class Evolver:
         drop: float = 0.3,
         until: float = 0.75,
         sparsity: float | None = None,
+        decay: float | None = None,
         seed: int = 0,
         ema: Iterable[nn.Module] = (),
     ) -> None:
@@ -114,6 +132,9 @@ class Evolver:
             raise ValueError(f"{who}: sparsity is {sparsity!r} with method {method!r}; 'gmp' needs one, others none")
         if sparsity is not None and not 0 <= sparsity < 1:
             raise ValueError(f"{who}: sparsity is {sparsity}; it needs a number in [0, 1)")
+        if decay is not None and not (method in DECAYING and 0 <= decay < math.inf):
+            takes = " and ".join(map(repr, DECAYING))
+            raise ValueError(f"{who}: decay is {decay} with method {method!r}; {takes} take a number >= 0, others none")
         plan = plan_of(model)
         assert plan is not None
         if plan.method != (method if method in MASTER_METHODS else None):
@@ -121,7 +142,7 @@ class Evolver:
             raise ValueError(
                 f"{who}: method is {method!r} and the model was made by sparsify() {made}; they need the same"
             )
-        if method != "static" and not isinstance(plan.structure, Grains | Groups):
+        if method not in ("static", *FOLLOWING) and not isinstance(plan.structure, Grains | Groups):
             raise ValueError(f"{who}: masks of structure {plan.structure.name!r} do not change; use method='static'")
         if method == "hrbp" and not isinstance(plan.structure, Groups):
             raise ValueError(
@@ -148,7 +169,14 @@ class Evolver:
             raise ValueError(
                 f"{who}: the model is {self._initial:.4f} sparse already; 'gmp' to {sparsity} cannot grow it"
             )
+        if method in FOLLOWING and _ranks() > 1:
+            for layer in self.layers.values():
+                dist.broadcast(layer.parameter.detach(), 0)
         _check_ranks(self.layers, who)
+        self._decay = None
+        if method in DECAYING:
+            self._decay = Decay(model, self.layers.values(), optimizer, DECAY if decay is None else decay)
+        self._first = self._last = self._bits()
         self._arm()
 
     # ------------------------------------------------------------------ the loop's side
@@ -170,7 +198,10 @@ class Evolver:
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs beside the model's and the optimizer's own state."""
-        return {"method": self.method, "steps": self.steps, "overdue": self._overdue, "initial": self._initial}
+        return {
+            "method": self.method, "steps": self.steps, "overdue": self._overdue, "initial": self._initial,
+            "first": self._first, "last": self._last,
+        }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state_dict` was taken; load the model and the optimizer first."""
@@ -179,6 +210,7 @@ class Evolver:
                 f"Evolver.load_state_dict(): the state is of method {state.get('method')!r}; this is {self.method!r}"
             )
         self.steps, self._overdue, self._initial = int(state["steps"]), bool(state["overdue"]), float(state["initial"])
+        self._first, self._last = dict(state["first"]), dict(state["last"])
         self._arm()
 
     # ------------------------------------------------------------------ when
@@ -186,6 +218,8 @@ class Evolver:
     def _is_due(self, step: int) -> bool:
         if self.method == "static":
             return False
+        if self.method in FOLLOWING:
+            return step % self.every == 0
         # gmp runs once more at the end or past it, where its schedule arrives.
         last = self.until * self.total_steps + (self.every if self.method == "gmp" else 0)
         return self._overdue or (step % self.every == 0 and step < last)
@@ -239,6 +273,8 @@ class Evolver:
     # ------------------------------------------------------------------ what
 
     def _update(self) -> Update | None:
+        if self.method in FOLLOWING:
+            return self._told(reallocated=False)
         grads = None
         if self._grows_by_gradient:
             grads = self._gathered()
@@ -246,16 +282,26 @@ class Evolver:
             if grads is None:
                 return None
         choices = self._pruned() if self.method == "gmp" else self._exchanged(grads)
-        changed, in_place = {}, True
+        in_place = True
         averages = [sparse_layers(model) for model in self.ema]
         for name, choice in choices.items():
-            layer = self.layers[name]
-            new = choice.mask & ~layer.mask()
-            changed[name] = float(new.sum() / choice.mask.sum().clamp_min(1))
-            in_place &= layer.set(choice, self.optimizer)
+            in_place &= self.layers[name].set(choice, self.optimizer)
             for average in averages:
                 average[name].set(choice)
-        return Update(self.steps, changed, not in_place)
+        return self._told(reallocated=not in_place)
+
+    def _told(self, reallocated: bool) -> Update:
+        """What has become of the masks since the last time."""
+        before, self._last = self._last, self._bits()
+        changed, sad, drift = {}, {}, {}
+        for name, now in self._last.items():
+            changed[name] = _ones(now & ~before[name]) / max(1, _ones(now))
+            sad[name], drift[name] = _ones(now ^ before[name]), _ones(now ^ self._first[name])
+        return Update(self.steps, changed, reallocated, sad, drift)
+
+    def _bits(self) -> dict[str, Tensor]:
+        """layer -> its mask, eight cells a byte."""
+        return {n: torch.from_numpy(np.packbits(layer.mask().cpu().numpy())) for n, layer in self.layers.items()}
 
     def _exchanged(self, grads: dict[str, Tensor] | None) -> dict[str, Choice]:
         choices = {}
@@ -400,6 +446,10 @@ def _dense_gradient(layer: SparseLayer, x: Tensor, dy: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------------- ranks
+
+
+def _ones(bits: Tensor) -> int:
+    return int(np.unpackbits(bits.numpy()).sum())
 
 
 def _ranks() -> int:

@@ -69,7 +69,7 @@ def add_to_log(path: Path, entry: dict[str, Any]) -> None:
 
 
 def draw_training(path: Path, history: Sequence[dict[str, Any]]) -> None:
-    """Accuracy, loss and mask changes over the steps, as three panels.
+    """Accuracy, loss, mask changes and, where masks changed, how many of their cells did, as panels over the steps.
 
     Args:
         path: ends in .png, .svg or .pdf.
@@ -82,8 +82,9 @@ def draw_training(path: Path, history: Sequence[dict[str, Any]]) -> None:
     from matplotlib.figure import Figure
 
     epochs, updates = ([e for e in history if e["kind"] == kind] for kind in ("epoch", "update"))
-    figure = Figure(figsize=(13, 4), layout="constrained")
-    accuracy, loss, masks = figure.subplots(1, 3)
+    panels = 4 if updates else 3
+    figure = Figure(figsize=(13 / 3 * panels, 4), layout="constrained")
+    accuracy, loss, masks, *cells = figure.subplots(1, panels)
     steps = [e["step"] for e in epochs]
     for axis, name in ((accuracy, "accuracy"), (loss, "loss")):
         scale = 100 if name == "accuracy" else 1
@@ -96,7 +97,13 @@ def draw_training(path: Path, history: Sequence[dict[str, Any]]) -> None:
     masks.set_title("masks, %")
     masks.set_ylim(0, 103)
     masks.legend()
-    for axis in (accuracy, loss, masks):
+    for axis in cells:
+        axis.plot([e["step"] for e in updates], [e["sad"] for e in updates], marker=".", label="since the last")
+        axis.plot([e["step"] for e in updates], [e["drift"] for e in updates], label="since the start")
+        axis.set_title("cells of the masks that differ (SAD)")
+        axis.set_ylim(bottom=0)
+        axis.legend()
+    for axis in (accuracy, loss, masks, *cells):
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
     with whole_file(path) as file:

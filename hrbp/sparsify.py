@@ -136,7 +136,10 @@ def sparsify(
     if method == "subp" and structure == "1xn":
         options.setdefault("uniform", True)
     shape_rule = make_structure(structure, **options)
-    _check_method(method, shape_rule, who)
+    if method not in (None, *METHODS):
+        raise ValueError(f"{who}: method is {method!r}; it needs one of {', '.join(METHODS)}, or None")
+    if reason := method_refuses(method, shape_rule):
+        raise ValueError(f"{who}: method {method!r} {reason}")
     include = None if include is None else list(include)
     chosen, dense = _candidates(model, include, exclude, who)
     for name in list(chosen):
@@ -181,16 +184,13 @@ def sparsify(
     return model
 
 
-def _check_method(method: str | None, rule: Structure, who: str) -> None:
-    if method not in (None, *METHODS):
-        raise ValueError(f"{who}: method is {method!r}; it needs one of {', '.join(METHODS)}, or None")
+def method_refuses(method: str | None, rule: Structure) -> str | None:
+    """Why a training method with a dense master weight cannot have this structure, or None."""
     if method in FOLLOWING and not isinstance(rule, NM | Grains):
-        raise ValueError(
-            f"{who}: method {method!r} takes the largest |weight| anew at every step, which structure {rule.name!r}"
-            " does not allow; it needs n:m or grains (unstructured, kernel, ...)"
-        )
+        return f"makes masks anew at every step; it needs n:m or grains (unstructured, kernel, ...), not {rule.name!r}"
     if method == "subp" and not (isinstance(rule, Grains) and rule.name == "1xn" and rule.uniform):
-        raise ValueError(f"{who}: method 'subp' trains uniform 1xn blocks; it needs structure '1xn' with uniform=True")
+        return "trains uniform 1xn blocks; it needs structure '1xn' with uniform=True"
+    return None
 
 
 def has_blocks(choice: Choice) -> bool:

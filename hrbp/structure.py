@@ -33,8 +33,10 @@ from torch import Tensor
 
 from blocksparse import BSRPattern
 
-from .choose import check_score, top
+from .choose import check_score, top, top_of_few
 from .regroup import Grouping, GroupShape, group_shape, regroup
+
+FEW = 16  # items of which each pair is compared sooner than they are sorted
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,8 +208,10 @@ class NM(Structure):
 
     def mask(self, score: Tensor, sparsity: float) -> Tensor:
         k, c, r, s = score.shape
-        along = score.reshape(k, c // self.m, self.m, r * s).transpose(2, 3)
-        return top(along, self.kept(sparsity)).transpose(2, 3).reshape(score.shape)
+        runs, n = score.reshape(k, c // self.m, self.m, r * s), self.kept(sparsity)
+        if self.m <= FEW:
+            return top_of_few(runs, n, 2).view(score.shape)
+        return top(runs.transpose(2, 3), n).transpose(2, 3).reshape(score.shape)
 
     def density(self, shape: Sequence[int], density: float) -> float:
         self._check(shape)

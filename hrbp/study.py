@@ -7,6 +7,7 @@ import math
 import os
 import re
 import statistics
+import sys
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -23,11 +24,13 @@ from torch import nn
 
 from . import sweep
 from .data import Batches, ImageSet, load
+from .evolve import Evolver
 from .models import build, narrow, parameter_count
 from .picture import draw_study
 from .progress import Progress, duration
 from .report import columns, report_model
-from .sparsify import sparse_layers, sparsify, summary
+from .sparsify import METHODS as MASTER_METHODS
+from .sparsify import method_refuses, sparse_layers, sparsify, summary
 from .structure import Grains, Groups
 from .structure import structure as make_structure
 from .train import Settings, Trainer
@@ -68,8 +71,9 @@ class Variant:
 
     @property
     def layout(self) -> Variant:
-        """The same without changes of the mask, which a step takes as long as."""
-        return Variant(self.structure, "static", self.saliency, self.distribution, self.options)
+        """The same without changes of the mask, which a step takes as long as; with those that every step makes."""
+        method = self.method if self.method in MASTER_METHODS else "static"
+        return Variant(self.structure, method, self.saliency, self.distribution, self.options)
 
     def refuses(self) -> str | None:
         """Why these do not go together, or None."""
@@ -78,6 +82,9 @@ class Variant:
         rule = make_structure(self.structure, **self.options)
         if self.method == "hrbp" and not isinstance(rule, Groups):
             return "it has no groups"
+        if self.method in MASTER_METHODS:
+            reason = method_refuses(self.method, rule)
+            return reason and f"{self.method!r} {reason}"
         if self.method != "static" and not isinstance(rule, Grains | Groups):
             return "its masks do not change"
         return None
@@ -352,9 +359,10 @@ class Study:
         if variant.saliency not in ("random", "magnitude"):
             count = math.ceil(IMAGES_PER_CLASS * len(self.train.classes) / self.batch_size)
             options["batch"] = list(islice(Batches(self.train, self.batch_size, train=True, seed=seed).epoch(), count))
+        method = variant.method if variant.method in MASTER_METHODS else None
         return sparsify(
-            model, sparsity, structure=variant.structure, distribution=variant.distribution, saliency=variant.saliency,
-            seed=seed, **options,
+            model, sparsity, structure=variant.structure, method=method, distribution=variant.distribution,
+            saliency=variant.saliency, seed=seed, **options,
         )  # fmt: skip
 
     # ------------------------------------------------------------ step times
@@ -374,6 +382,9 @@ class Study:
         form = torch.channels_last if settings.channels_last else torch.contiguous_format
         model = self._network(variant, sparsity, 0).to(self.device, memory_format=form)  # type: ignore[call-overload]
         optimizer = torch.optim.SGD(model.parameters(), 1e-3, settings.momentum)
+        evolver = None
+        if variant.method != "static":  # what it does at every step counts; masks are looked at too rarely to
+            evolver = Evolver(model, optimizer, variant.method, total_steps=1, every=sys.maxsize)
         amp = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}[settings.amp]
 
         def step() -> None:
@@ -381,6 +392,8 @@ class Study:
                 logits = model(x.to(memory_format=form))
             F.cross_entropy(logits.float(), y).backward()
             optimizer.step()
+            if evolver is not None:
+                evolver.step()
             optimizer.zero_grad(set_to_none=True)
 
         return partial(sweep.timed, self.device, step)

@@ -57,7 +57,7 @@ class Settings:
     accumulate       a batch goes through the model in this many parts; the step is that of the whole batch
     ema              decay of an exponential moving average of the weights, which is then what is tested and saved
     evolve           how masks change: a method of `Evolver`
-    evolve_options   every, drop, until, sparsity, seed: those of `Evolver`
+    evolve_options   every, drop, until, sparsity, decay, seed: those of `Evolver`
     compile          run steps through torch.compile; a name chooses its backend
     save_minutes     time between checkpoints within an epoch; each epoch ends with one anyway
 
@@ -361,14 +361,20 @@ class Trainer:
         )
 
     def _note(self, update: Update) -> None:
-        """Log a change of the masks; after one that moved tensors, make anew what holds the old ones."""
+        """Log a change of the masks; after one that moved tensors, make anew what holds the old ones.
+
+        sad, drift: see `Update`; of all layers, and of each.
+        """
         kept = {name: float(layer.mask().sum()) for name, layer in sparse_layers(self.model).items()}
         total = sum(kept[name] for name in update.changed)
         self.changed = sum(share * kept[name] for name, share in update.changed.items()) / max(1.0, total)
         self.sparsity = summary(self.model).sparsity
         self._log(
             {"kind": "update", "step": self.step, "epoch": self.epoch + 1, "changed": self.changed,
-             "sparsity": self.sparsity, "reallocated": update.reallocated}
+             "sparsity": self.sparsity, "reallocated": update.reallocated,
+             "sad": sum(update.sad.values()), "drift": sum(update.drift.values()),
+             "layers": {name: {"changed": share, "sad": update.sad[name], "drift": update.drift[name]}
+                        for name, share in update.changed.items()}}
         )  # fmt: skip
         if update.reallocated:
             self.optimizer.zero_grad(set_to_none=True)

@@ -14,9 +14,10 @@ from torch import nn
 
 from .data import Batches, ImageSet, load
 from .density import DISTRIBUTIONS
-from .evolve import METHODS
+from .evolve import DECAYING, METHODS
 from .models import NETWORKS, build, narrow
 from .saliency import METHODS as SALIENCIES
+from .sparsify import METHODS as MASTER_METHODS
 from .sparsify import sparsify, summary
 from .structure import STRUCTURES
 from .train import DEFAULTS, SCHEDULES, Diverged, train
@@ -36,6 +37,7 @@ Trains one network, sparse from the first step on: weights, gradients and optimi
   python -m hrbp train --structure narrow                   a thin dense one with as many weights as the sparse one
   python -m hrbp train --structure hrbp --evolve rigl       masks that change while training
   python -m hrbp train --structure unstructured --evolve gmp --sparsity 0.95
+  python -m hrbp train --structure 2:4 --sparsity 0.5 --evolve sr-ste       N:M from scratch; "ste" without the decay
   python -m hrbp train --model resnet32 --width 2 --data cifar10 --root ~/data --schedule step --out runs/first
   python -m hrbp train --out runs/first ... --resume        the same command again: continues where it was
   torchrun --nproc-per-node 4 -m hrbp train --model resnet50 --data ~/imagenet --batch-size 1024 --lr 0.4 --warmup 5
@@ -82,6 +84,7 @@ def add_train(commands: Commands) -> None:
     add("--drop", type=float, default=0.3, help="share exchanged at first, default 0.3")
     add("--until", type=float, default=0.75, help="share of the training after which masks stay, default 0.75")
     add("--initial-sparsity", type=float, default=0.0, help="where gmp starts, default 0")
+    add("--decay", type=float, help=f"of weights that take no part ({', '.join(DECAYING)}), default 2e-4")
 
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=int, help="default 20 for shapes, 160 for CIFAR, 100 for a folder")
@@ -131,6 +134,8 @@ def run_train(args: argparse.Namespace) -> int:
     options = {"every": args.every, "drop": args.drop, "until": args.until, "seed": args.seed} if evolves else {}
     if args.evolve == "gmp":
         options["sparsity"] = args.sparsity
+    if args.decay is not None:
+        options["decay"] = args.decay
     described = (
         "model", "width", "structure", "sparsity", "distribution", "saliency", "option", "initial_sparsity", "seed"
     )  # fmt: skip
@@ -191,9 +196,10 @@ def _network(args: argparse.Namespace, images: ImageSet) -> nn.Module:
         options["batch"] = next(iter(Batches(images, args.batch_size, train=True, seed=args.seed).epoch()))
     structure = "hrbp++" if args.structure == NARROW else args.structure
     sparsity = args.initial_sparsity if args.evolve == "gmp" else args.sparsity
+    method = args.evolve if args.evolve in MASTER_METHODS else None
     sparsify(
-        model, sparsity, structure=structure, distribution=args.distribution, saliency=args.saliency, seed=args.seed,
-        **options,
+        model, sparsity, structure=structure, method=method, distribution=args.distribution, saliency=args.saliency,
+        seed=args.seed, **options,
     )  # fmt: skip
     if args.structure == NARROW:
         torch.manual_seed(args.seed)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment, linprog
 from torch import Tensor
 
-from hrbp.choose import _by_prices, _cheapest_path, _repair, _take, balanced, check_score, top
+from hrbp.choose import _by_prices, _cheapest_path, _repair, _take, balanced, check_score, top, top_of_few
 
 SEEDS = st.integers(0, 2**32 - 1)
 KINDS = ["continuous", "integers", "zeros", "constant", "same items", "same groups", "copies", "heavy", "negative"]
@@ -45,6 +45,8 @@ def test_top_is_a_stable_sort(kind, rows, n, data, seed):
     expected = torch.zeros(rows, n, dtype=torch.bool).scatter_(1, first, True)
     assert torch.equal(top(value, count), expected)
     assert torch.equal(top(value[0], count), expected[0])
+    assert torch.equal(top_of_few(value, count, 1), expected)
+    assert torch.equal(top_of_few(value.t(), count, 0), expected.t())
 
 
 # ---------------------------------------------------------------- the best fair choice

@@ -352,6 +352,21 @@ def test_the_command_trains_what_goes_together_and_ends_with_the_table(few, tmp_
     assert table(results) in capsys.readouterr().out
 
 
+def test_masks_that_follow_dense_weights(tmp_path):
+    lines = [Variant("dense"), Variant("2:4"), Variant("2:4", "sr-ste"), Variant("unstructured", "ste")]
+    results = tiny(tmp_path / "s", lines, sparsities=(0.5,), seeds=(0,)).run()
+    assert set(results["steps"]) == {"dense", "2:4 50%", "2:4 sr-ste 50%", "unstructured ste 50%"}
+    dense, static, srste, ste = rows(results)
+    for row in (static, srste, ste):
+        assert row["sparsity"] == pytest.approx(0.5, abs=0.01)
+        assert row["memory"] >= dense["memory"]
+        assert row["storage"] < dense["storage"] + 4 * dense["parameters"]
+    assert load(tmp_path / "s" / "2-4-sr-ste-50-seed-0" / "model.pt").state_dict()["layer1.0.conv1.mask"].any()
+    assert "2:4 sr-ste" in table(results)
+    with pytest.raises(ValueError, match="'hrbp ste' cannot be trained: 'ste' makes masks anew at every step"):
+        tiny(tmp_path / "none", [Variant("hrbp", "ste")])
+
+
 def test_the_papers_study_says_where_cifar_goes(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"cifar10 is not in .*; put cifar-10-python.tar.gz"):
         command("--preset", "paper", "--root", tmp_path, "--out", tmp_path / "s")

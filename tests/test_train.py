@@ -15,12 +15,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from matplotlib.image import imread
 from torch import nn
 
 import hrbp
-from hrbp import checkpoint, picture, train_cli
+from hrbp import checkpoint, picture, progress, train_cli
 from hrbp.data import Batches, MemorySet
-from hrbp.sparsify import sparse_layers
+from hrbp.sparsify import METHODS, plan_of, sparse_layers
 from hrbp.train import Diverged, Settings, Trainer, train, training_bytes
 
 ROOT = Path(__file__).parent.parent
@@ -55,9 +56,12 @@ def network(norm: bool = True, dropout: float = 0.0, double: bool = False, seed:
     return nn.Sequential(Double(), model.double()) if double else model
 
 
-def sparse(model: nn.Module, structure: str = "hrbp", sparsity: float = 0.5) -> nn.Module:
+def sparse(
+    model: nn.Module, structure: str = "hrbp", sparsity: float = 0.5, evolve: str | None = None, **_
+) -> nn.Module:
     options = {"hrbp": {"groups": 2}, "hrbp++": {"groups": 2}, "1xn": {"n": 8}}.get(structure, {})
-    return hrbp.sparsify(model, sparsity, structure=structure, distribution="uniform", **options)
+    method = evolve if evolve in METHODS else None
+    return hrbp.sparsify(model, sparsity, structure=structure, method=method, distribution="uniform", **options)
 
 
 def trainer(model: nn.Module, out=None, resume=False, config=None, batch=12, sets=None, **settings) -> Trainer:
@@ -359,6 +363,10 @@ VARIANTS = {
     ),
     "set": ("unstructured", {"evolve": "set", "evolve_options": {"every": 4}, "schedule": "step", "warmup": 1.0}),
     "fp16": ("hrbp++", {"evolve": "rigl", "evolve_options": {"every": 3}, "amp": "fp16", "accumulate": 2}),
+    "sr-ste": (
+        "2:4",
+        {"evolve": "sr-ste", "evolve_options": {"every": 4, "decay": 0.1}, "amp": "fp16", "accumulate": 2, "ema": 0.9},
+    ),
     "dense": (None, {"optimizer": "adamw", "amp": "bf16", "channels_last": True}),
 }
 
@@ -367,7 +375,9 @@ def variant(name: str, out, resume=False, **more) -> Trainer:
     structure, settings = VARIANTS[name]
     model = network(dropout=0.3)
     torch.manual_seed(99 if resume else 11)  # of dropout: what continues has to bring its own
-    return trainer(model if structure is None else sparse(model, structure), out, resume, **settings, **more)
+    return trainer(
+        model if structure is None else sparse(model, structure, **settings), out, resume, **settings, **more
+    )
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -610,13 +620,14 @@ CASES = {
     "set": ("hrbp++", dict(evolve="set", evolve_options={"every": 2}, optimizer="adamw", ema=0.9)),
     "parts": ("unstructured", dict(evolve="rigl", evolve_options={"every": 2}, accumulate=2)),
     "gmp": ("hrbp", dict(evolve="gmp", evolve_options={"every": 2, "sparsity": 0.8})),
+    "sr-ste": ("2:4", dict(evolve="sr-ste", evolve_options={"every": 2, "decay": 0.1}, optimizer="adamw", ema=0.9)),
     "norm": ("hrbp", dict(evolve="rigl", evolve_options={"every": 2})),
 }
 
 def made(name, rank, world, **options):
     structure, settings = CASES[name]
     torch.manual_seed(rank)  # ranks start with other weights: rank 0's count
-    model = sparse(network(norm=name == "norm", double=True, seed=rank), structure)
+    model = sparse(network(norm=name == "norm", double=True, seed=rank), structure, **settings)
     batches = [Batches(s, 12, train=kind, seed=3, rank=rank, world=world)
                for s, kind in ((images(60), True), (images(20, seed=1), False))]
     return Trainer(model, *batches, Settings(epochs=3, **settings), quiet=True, **options)
@@ -681,7 +692,7 @@ def test_two_ranks_are_one_with_the_same_batch(tmp_path):
     def of(name):
         return torch.load(tmp_path / f"{name}.pt", weights_only=True)
 
-    for name in ("rigl", "set", "parts", "gmp", "norm"):
+    for name in ("rigl", "set", "parts", "gmp", "sr-ste", "norm"):
         one, first, second = of(f"{name}-1-0"), of(f"{name}-2-0"), of(f"{name}-2-1")
         for part in ("model", "optimizer", "ema"):  # masks and running statistics, too
             same(first["state"][part], second["state"][part])
@@ -694,6 +705,7 @@ def test_two_ranks_are_one_with_the_same_batch(tmp_path):
         assert first["accuracy"] == second["accuracy"] == one["accuracy"]
         assert first["loss"] == pytest.approx(one["loss"])
         for a, b in zip(one["state"]["history"], first["state"]["history"], strict=True):
+            assert a.pop("layers", None) == b.pop("layers", None)  # counts of cells
             assert a == pytest.approx(b)
         updates = [e for e in first["state"]["history"] if e["kind"] == "update"]
         assert len(updates) >= 5
@@ -831,6 +843,7 @@ SMALL = ("--model", "resnet8", "--width", "0.5", "--epochs", "2", "--batch-size"
         ("--structure", "narrow", "--sparsity", "0.5"),
         ("--structure", "hrbp", "--evolve", "rigl", "--every", "2", "--option", "groups=2", "--amp", "bf16"),
         ("--structure", "unstructured", "--evolve", "gmp", "--every", "2", "--saliency", "snip", "--ema", "0.9"),
+        ("--structure", "2:4", "--sparsity", "0.5", "--evolve", "sr-ste", "--every", "2", "--decay", "0.001"),
     ],
 )
 def test_the_command(words, tmp_path, small_shapes, capsys):
@@ -840,7 +853,7 @@ def test_the_command(words, tmp_path, small_shapes, capsys):
     assert "test accuracy" in out
     names = {p.name for p in (tmp_path / "run").iterdir()}
     assert names == {"log.jsonl", "last.pt", "previous.pt", "model.pt", "training.png"}
-    expected = 0.5 if "narrow" in words else 0.9 if "dense" not in words else 0.0
+    expected = 0.5 if "narrow" in words or "2:4" in words else 0.9 if "dense" not in words else 0.0
     model = checkpoint.load(tmp_path / "run" / "model.pt")
     if "narrow" not in words:
         assert hrbp.summary(model).sparsity == pytest.approx(expected, abs=0.05)
@@ -851,6 +864,56 @@ def test_the_command(words, tmp_path, small_shapes, capsys):
     assert "is complete" in capsys.readouterr().out
     with pytest.raises(ValueError, match="seed is 0 there and 1 here"):
         command(*words, "--resume", "--seed", "1")
+
+
+def test_masks_that_follow_the_weights_are_logged_drawn_and_left_behind_at_the_end(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("hrbp.progress.draw_training", lambda path, history: drawn.extend(history))
+    made = variant("sr-ste", tmp_path)
+    layers = sparse_layers(made.model)
+    start = before = {name: layer.mask() for name, layer in layers.items()}
+    counts = []
+    run = made._run_step
+
+    def step(x, y):
+        nonlocal before
+        result = run(x, y)
+        if made.step % 4 == 0:
+            now = {name: layer.mask() for name, layer in layers.items()}
+            counts.append([{n: int((now[n] != m[n]).sum()) for n in now} for m in (before, start)])
+            before = now
+        return result
+
+    made._run_step = step
+    result = made.run()
+    told = [entry for entry in result.history if entry["kind"] == "update"]
+    assert [entry["step"] for entry in told] == [4, 8, 12]
+    for entry, (sad, drift) in zip(told, counts, strict=True):
+        assert (entry["sad"], entry["drift"]) == (sum(sad.values()), sum(drift.values()))
+        assert {name: layer["sad"] for name, layer in entry["layers"].items()} == sad
+        assert {name: layer["drift"] for name, layer in entry["layers"].items()} == drift
+    assert told[-1]["drift"] > told[0]["drift"] > 0
+    logged = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()[1:]]
+    assert logged == result.history == drawn
+    monkeypatch.undo()
+    epochs = [entry for entry in drawn if entry["kind"] == "epoch"]
+    for history, name in ((drawn, "evolved.png"), (epochs, "static.png")):
+        progress.draw_training(tmp_path / name, history)
+    widths = [imread(tmp_path / name).shape[1] for name in ("evolved.png", "static.png")]
+    assert widths[0] * 3 == pytest.approx(widths[1] * 4, abs=4)
+
+    dropped = sum(int((~layer.mask()).sum()) for layer in sparse_layers(made.ema).values())
+    dense = sum(p.numel() for p in made.model.parameters())
+    assert result.parameters == dense - sum(int((~layer.mask()).sum()) for layer in layers.values())
+    assert result.memory >= 3 * 4 * dense  # weights, gradients, momentum, of every weight
+    final = checkpoint.load(tmp_path / "model.pt", network())
+    assert not any(layer.master for layer in sparse_layers(final).values())
+    assert plan_of(final).method is None
+    x = torch.randn(4, 3, 8, 8)
+    torch.testing.assert_close(final(x), result.model.eval()(x))
+    assert sum(int((p == 0).sum()) for p in final.parameters() if p.dim() > 1) >= dropped > 0
+    with pytest.raises(ValueError, match="evolve is 'static' and the model was made for 'sr-ste'"):
+        trainer(sparse(network(), "2:4", evolve="sr-ste"))
 
 
 def test_the_command_says_how_it_ended(tmp_path, small_shapes, capsys, monkeypatch):

@@ -2,8 +2,9 @@
 
 The host functions run on meta tensors over a driver that only names a target, so that what is inspected is what a
 launch on that device would compile, specialisations included. Compiling needs a process in which TRITON_INTERPRET is
-not set: this file, run as a script, compiles the cases it reads from stdin. TRITON_COMPILE=wide compiles every
-blocksize class, load and stride for all targets: about 700 kernels, half an hour on two cores.
+not set: this file, run as a script, compiles the cases it reads from stdin, or launches them on a driver that does
+nothing. TRITON_COMPILE=wide compiles every blocksize class, load and stride for all targets: about 700 kernels, half an
+hour on two cores.
 """
 
 from __future__ import annotations
@@ -128,23 +129,28 @@ RESIZED = [CASES[0]._replace(batch=65, height=30), CASES[0]._replace(batch=63, h
 # ---------------------------------------------------------------------- the compiling process
 
 
+class NamesATarget:
+    """A driver for Triton, without a device."""
+
+    def __init__(self, arch: str = "") -> None:
+        self.arch = arch
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget(*TARGETS[self.arch])
+
+    def get_current_device(self) -> int:
+        return list(TARGETS).index(self.arch)
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
 def compile_cases(cases: list[Case]) -> list[dict[str, Any]]:
     """Facts about the kernel of each case."""
-    from triton.backends.compiler import GPUTarget
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
-
-    class NamesATarget:
-        arch = ""
-
-        def get_current_target(self) -> GPUTarget:
-            return GPUTarget(*TARGETS[self.arch])
-
-        def get_current_device(self) -> int:
-            return list(TARGETS).index(self.arch)
-
-        def get_current_stream(self, device: int) -> int:
-            return 0
 
     compiled = []
     compile_and_launch = JITFunction.run
@@ -159,22 +165,62 @@ def compile_cases(cases: list[Case]) -> list[dict[str, Any]]:
     for case in cases:
         target.arch = case.arch
         compiled.clear()
-        call_on_meta_tensors(case)
+        call(case, "meta")
         facts.append(facts_of(compiled[0]))
     return facts
 
 
-def call_on_meta_tensors(case: Case) -> None:
+def launch_cases(cases: list[Case]) -> list[list[dict[str, Any]]]:
+    """What reaches the driver, and by which way, when each case is launched twice, then with unaligned pointers."""
+    import contextlib
+
+    from triton.compiler import CompiledKernel
+    from triton.runtime.driver import driver
+    from triton.runtime.jit import JITFunction
+
     from blocksparse.kernels import triton_conv
 
-    def meta(shape: Any, dtype: torch.dtype = case.dtype, **kwargs: Any) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta", **kwargs)
+    launches, found_by_triton = [], JITFunction.run
+
+    def note(grid_0: int, grid_1: int, grid_2: int, *args: Any) -> None:
+        plain = [list(a.shape) if isinstance(a, torch.Tensor) else str(a) for a in args[6:]]
+        launches.append({"grid": [grid_0, grid_1, grid_2], "kernel": args[1], "args": plain, "by": "us"})
+
+    def init_handles(self: CompiledKernel) -> None:
+        self.module = self.function = self.name
+        self._run = note
+
+    def by_triton(self: JITFunction, *args: Any, **kwargs: Any) -> Any:
+        before = len(launches)
+        kernel = found_by_triton(self, *args, **kwargs)
+        launches[before]["by"] = "triton"
+        return kernel
+
+    driver.set_active(NamesATarget("sm_90"))
+    CompiledKernel._init_handles, JITFunction.run = init_handles, by_triton
+    triton_conv._on = lambda t: contextlib.nullcontext()
+    found = []
+    for case in cases:
+        for misaligned in (False, False, True):
+            launches.clear()
+            call(case, "cpu", misaligned)
+            found.append(list(launches))
+    return found
+
+
+def call(case: Case, device: str, misaligned: bool = False) -> None:
+    from blocksparse.kernels import triton_conv
+
+    def empty(shape: Any, dtype: torch.dtype = case.dtype, **kwargs: Any) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=device, **kwargs)
 
     g, last = case.geometry, {"memory_format": torch.channels_last}
     lengths = index.lengths(case.weight_shape, case.blocksize, case.nnzb)
-    order = meta(g.k, torch.int32) if case.row_order else None
-    tables = index.IndexTables(meta(0), *(meta(n, torch.int32) for n in lengths), order)
-    x, dy, values = meta(g.x_shape, **last), meta(g.y_shape, **last), meta((case.nnzb, *case.blocksize))
+    order = torch.arange(g.k, dtype=torch.int32, device=device) if case.row_order else None
+    tables = index.IndexTables(empty(0), *(empty(n, torch.int32) for n in lengths), order)
+    x, dy, values = empty(g.x_shape, **last), empty(g.y_shape, **last), empty((case.nnzb, *case.blocksize))
+    if misaligned:
+        values = empty(values.numel() + 1)[1:].view(values.shape)
     if case.kind == "fprop":
         triton_conv.fprop(x, values, tables, None, g, case.tile, precision=case.precision)
     elif case.kind == "dgrad":
@@ -207,29 +253,35 @@ def facts_of(kernel: Any) -> dict[str, Any]:
 # ---------------------------------------------------------------------- the tests
 
 
+def start(what: str, cases: list[Case]) -> subprocess.Popen[str]:
+    """This file as a script in a process of its own: "compile" or "launch"."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", __file__, what],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+    )  # fmt: skip
+    process.stdin.write(json.dumps(cases))
+    process.stdin.close()
+    process.stdin = None
+    return process
+
+
+def result_of(process: subprocess.Popen[str]) -> Any:
+    output, errors = process.communicate()
+    assert process.returncode == 0, errors[-3000:]
+    return json.loads(output)
+
+
 @pytest.fixture(scope="module")
 def facts() -> dict[Case, dict[str, Any]]:
     """Two processes share the cases."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     cases = list(dict.fromkeys([*CASES, *RESIZED]))
     halves = [cases[::2], cases[1::2]]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", __file__],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
-        )
-        for _ in halves
-    ]  # fmt: skip
-    for process, half in zip(processes, halves, strict=True):
-        process.stdin.write(json.dumps(half))
-        process.stdin.close()
-        process.stdin = None
+    processes = [start("compile", half) for half in halves]
     found = {}
     for process, half in zip(processes, halves, strict=True):
-        output, errors = process.communicate()
-        assert process.returncode == 0, errors[-3000:]
-        found |= dict(zip(half, json.loads(output), strict=True))
+        found |= dict(zip(half, result_of(process), strict=True))
     return found
 
 
@@ -263,6 +315,28 @@ def test_sizes_do_not_need_another_kernel(facts):
     assert len({case.geometry for case in [CASES[0], *RESIZED]}) == 3
 
 
+def test_a_kept_kernel_is_launched_as_triton_would():
+    """The second launch skips Triton's search and passes the same arguments; unaligned pointers go through Triton."""
+    small = {"height": 5, "batch": 1}
+    fprop = Case("fprop", "sm_90", (24, 48), row_order=True, **small)
+    cases = [
+        fprop,
+        fprop._replace(row_order=False),  # each differs from the first in one fact
+        fprop._replace(batch=2),
+        fprop._replace(math="bf16"),
+        Case("dgrad", "sm_90", (32, 32), "bf16", stride=2, **small),
+        Case("wgrad", "sm_90", (32, 32), "ieee", density=0.02, height=24),  # split: two kernels
+    ]
+    found = result_of(start("launch", cases))
+    for at, case in enumerate(cases):
+        first, second, misaligned = found[3 * at : 3 * at + 3]
+        assert [launch["by"] for launch in first] == ["triton"] * len(first), case
+        assert [launch["by"] for launch in second] == ["us"] * len(first), case
+        assert [launch | {"by": ""} for launch in first] == [launch | {"by": ""} for launch in second], case
+        assert misaligned[0]["by"] == ("us" if case.kind == "wgrad" else "triton"), case  # wgrad reads no values
+        assert len(first) == (2 if case.kind == "wgrad" else 1)
+
+
 if __name__ == "__main__":
     wanted = [Case(*fields[:2], tuple(fields[2]), *fields[3:]) for fields in json.load(sys.stdin)]
-    json.dump(compile_cases(wanted), sys.stdout)
+    json.dump({"compile": compile_cases, "launch": launch_cases}[sys.argv[1]](wanted), sys.stdout)

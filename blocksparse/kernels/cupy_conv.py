@@ -109,15 +109,24 @@ def _pointer(arg: Any) -> Any:
 runtime: Any = Cuda()
 
 
-def _conv(
-    kind: str, x: Tensor, y: Tensor, g: ConvGeometry, blocksize: tuple[int, int], tile: SlotTile
-) -> np.ndarray[Any, Any]:
+@functools.lru_cache(maxsize=4096)
+def _prepared(
+    kind: str,
+    x_strides: tuple[int, ...],
+    y_strides: tuple[int, ...],
+    g: ConvGeometry,
+    blocksize: tuple[int, int],
+    dtype: torch.dtype,
+    tile: SlotTile,
+    precision: str,
+) -> tuple[tuple[str, ...], int, np.ndarray[Any, Any]]:
+    """(compiler flags, CTAs, struct Conv) of a launch, made once: they take as long as the launch itself."""
     high, wide = slots.tiled(kind, g)
     step_h, step_w = slots.steps(kind, g, tile.taps)
-    last = x.stride(1) == 1 and x.stride(3) != 1
-    return np.array(
+    last = x_strides[1] == 1 and x_strides[3] != 1
+    conv = np.array(
         (
-            x.stride(), y.stride(),
+            x_strides, y_strides,
             g.n, g.h, g.w, g.p, g.q, g.k // blocksize[0], g.c // blocksize[1], g.r, g.s,
             *g.stride, *g.padding, *g.dilation, last,
             tile.tile_h, tile.tile_w, -(-high // tile.tile_h), -(-wide // tile.tile_w), tile.taps, step_h, step_w,
@@ -125,6 +134,7 @@ def _conv(
         ),
         CONV,
     )  # fmt: skip
+    return options(kind, blocksize, dtype, tile, precision), slots.grid(kind, g, blocksize, dtype, tile), conv
 
 
 def _aligned(values: Tensor) -> Tensor:
@@ -155,9 +165,7 @@ def fprop(
     if not values.numel() or not x.numel():
         return y.zero_() if bias is None else y.copy_(bias.view(1, -1, 1, 1))
     blocksize = values.shape[1], values.shape[2]
-    flags = options("fprop", blocksize, x.dtype, tile, precision)
-    conv = _conv("fprop", x, y, g, blocksize, tile)
-    ctas = slots.grid("fprop", g, blocksize, x.dtype, tile)
+    flags, ctas, conv = _prepared("fprop", x.stride(), y.stride(), g, blocksize, x.dtype, tile, precision)
     args = (x, _aligned(values), tables.indptr, tables.indices, bias, tables.row_order, y, conv)
     runtime.launch("fprop", "fprop", flags, ctas, 32 * tile.warps, tile.shared, args)
     return y
@@ -185,9 +193,7 @@ def dgrad(
     if not values.numel() or not dx.numel():
         return dx.zero_()
     blocksize = values.shape[1], values.shape[2]
-    flags = options("dgrad", blocksize, dy.dtype, tile, precision)
-    conv = _conv("dgrad", dx, dy, g, blocksize, tile)
-    ctas = slots.grid("dgrad", g, blocksize, dy.dtype, tile)
+    flags, ctas, conv = _prepared("dgrad", dx.stride(), dy.stride(), g, blocksize, dy.dtype, tile, precision)
     args = (dy, _aligned(values), tables.indptr, tables.indices, tables.row_order, dx, conv)
     runtime.launch("dgrad", "dgrad", flags, ctas, 32 * tile.warps, tile.shared, args)
     return dx
@@ -215,9 +221,7 @@ def wgrad(
     if not out.numel() or not x.numel():
         return out.zero_()
     blocksize = values_shape[1], values_shape[2]
-    flags = options("wgrad", blocksize, x.dtype, tile, precision)
-    conv = _conv("wgrad", x, dy, g, blocksize, tile)
-    ctas = slots.grid("wgrad", g, blocksize, x.dtype, tile)
+    flags, ctas, conv = _prepared("wgrad", x.stride(), dy.stride(), g, blocksize, x.dtype, tile, precision)
     sums = None
     if tile.splits > 1:
         sums = torch.empty((tile.splits, *values_shape), dtype=torch.float32, device=x.device)

@@ -47,7 +47,7 @@ def conv(x=X, values=VALUES, pattern=PATTERN, bias=None, **options):
         (lambda: conv(x=X[:, :, :2]), "is smaller than the 3 x 3 kernel"),
         (
             lambda: conv(backend="cudnn"),
-            r"backend is 'cudnn'; it needs one of 'torch', 'triton', 'cupy' or None",
+            r"backend is 'cudnn'; it needs one of 'torch', 'triton', 'cupy', 'dense' or None",
         ),
         (
             lambda: bs.conv2d_dgrad(DY[:, :, 1:], VALUES, PATTERN, X.shape),
@@ -135,8 +135,8 @@ def test_an_absent_backend_is_explained(backend):
     why, error, default = run_python(code).splitlines()
     assert "no CUDA device is visible" in why
     assert f"backend '{backend}' cannot run this: no CUDA device is visible" in error
-    assert error.endswith("Available here: torch; backend=None chooses one that can")
-    assert default == "torch"
+    assert error.endswith("Available here: torch, dense; backend=None chooses one that can")
+    assert default == "dense"  # every block is stored
 
 
 def test_a_broken_triton_is_named():

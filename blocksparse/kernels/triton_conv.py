@@ -512,6 +512,5 @@ def wgrad(
     if tile.splits > 1:
         size = out.numel()
         constants: dict[str, object] = {"size": size, "splits": tile.splits, "BLOCK": 1024}
-        facts = (size, tile.splits, out.dtype)
-        _launch(_add_splits, (sums, out), facts, lambda: (triton.cdiv(size, 1024), constants))
+        _launch(_add_splits, (sums, out), (size, tile.splits, out.dtype), lambda: (triton.cdiv(size, 1024), constants))
     return out

@@ -19,9 +19,21 @@ from blocksparse import BSRConv2d, BSRLinear, BSRPattern
 
 from . import models
 from .master import put_master
-from .sparsify import FOLLOWING, MASKED, Sparsity, _replace, densify, has_blocks, plan_of, put_mask, unwrapped
+from .sparsify import (
+    FOLLOWING,
+    MASKED,
+    Sparsity,
+    _replace,
+    densify,
+    has_blocks,
+    plan_of,
+    put_mask,
+    sparse_layers,
+    unwrapped,
+)
 from .structure import NM, Choice, Elementwise, Grains, Groups, sparsity_of
-from .weights import whole_file
+from .weights import MASKED as PACKED
+from .weights import pack_masked, unpack_masked, whole_file
 
 VERSION = 1
 MODEL, TRAINING = "model", "training"
@@ -36,7 +48,8 @@ LAST, PREVIOUS, DIVERGED = "last.pt", "previous.pt", "diverged.pt"
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write a model, sparse or dense, to be loaded by `load`: the stored blocks, their pattern, and what it is made of.
 
-    Dense master weights are written whole; `release` the model first where only what takes part is wanted.
+    Masked layers are written as the weights that they keep and a bit for each that they might. Dense master weights are
+    written whole; `release` the model first where only what takes part is wanted.
 
     The file appears whole or not at all; torch.load(path, weights_only=True) reads it, too.
 
@@ -45,10 +58,14 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         path: of the file.
     """
     model = unwrapped(model)
+    state = dict(model.state_dict())
+    masked = [name for name, layer in sparse_layers(model).items() if not (layer.blocks or layer.master)]
+    shapes = {name: pack_masked(state, name) for name in masked}
     content = {
         "network": getattr(model, "_hrbp_network", None),
         "plan": plain_plan(model),
-        "state_dict": dict(model.state_dict()),
+        "state_dict": state,
+        PACKED: shapes,
     }
     with whole_file(path) as file:
         file.write(_sealed(MODEL, content))
@@ -81,8 +98,9 @@ def load(
                 " sparsify()"
             )
         model = models.rebuild(content["network"])
-    state, plan = content["state_dict"], _plan(content["plan"])
+    plan = _plan(content["plan"])
     try:
+        state = unpack_masked(content["state_dict"], content.get(PACKED, {}))
         _make_sparse(model, state, plan)
         model.load_state_dict(state)
     except (AttributeError, RuntimeError, TypeError, ValueError) as error:

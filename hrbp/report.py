@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -15,6 +15,7 @@ from blocksparse import BSRConv2d, BSRLinear, BSRPattern
 from .choose import check_score, top
 from .master import MasterConv2d, MasterLinear
 from .regroup import Grouping
+from .sparsify import MaskedConv2d, MaskedLinear
 from .stream import References, Stream, stream
 from .structure import Choice
 
@@ -55,9 +56,9 @@ class Storage(NamedTuple):
     model: float  # records of value_bits for a weight and index_bits for an index, with fillers: see `Stream`
     model_dense: float  # all weights of value_bits, no index
     dense: int  # all weights in the dtype
-    values: int  # stored blocks in the dtype
-    memory_index: int  # of the tables in memory
-    file_index: int  # of indptr, indices and row_order, which a checkpoint holds
+    values: int  # stored blocks in the dtype; of a masked layer what it keeps
+    memory_index: int  # of the tables in memory; of a masked layer its mask and its zeros
+    file_index: int  # of indptr, indices and row_order, which `hrbp.save` writes; of a masked layer a bit a weight
 
 
 @dataclass(frozen=True)
@@ -195,7 +196,18 @@ def report_model(
         if isinstance(layer, Tensor) and layer.dtype != torch.bool:
             layer, own = layer != 0, layer.dtype
         reports[name] = report_mask(layer, scores.get(name), dtype=dtype or own or torch.float32, seed=seed)
+    for name, module in model.named_modules() if isinstance(model, nn.Module) else ():
+        if isinstance(module, MaskedConv2d | MaskedLinear):
+            reports[name] = _under_a_mask(reports[name])
     return reports
+
+
+def _under_a_mask(report: MaskReport) -> MaskReport:
+    """The same, stored as a mask over a dense weight, in the file as what it keeps and a bit a weight."""
+    cells, dense = math.prod(report.shape), report.storage.dense
+    values = report.kept * (dense // cells)
+    index = {"memory_index": dense - values + cells, "file_index": -(-cells // 8)}
+    return replace(report, storage=report.storage._replace(values=values, **index))
 
 
 def _layers_of(model: nn.Module) -> dict[str, tuple[Tensor | Choice, torch.dtype | None]]:

@@ -26,6 +26,7 @@ from .regroup import Grouping
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar")
 WRAPPERS = ("state_dict", "model_state_dict", "model")  # what training programs call the state_dict in a checkpoint
+MASKED = "masked"  # beside such a state_dict: the shapes of layers that are packed as kept weights and bits
 PREFIXES = ("module.", "_orig_mod.")  # put before every name by DataParallel and by torch.compile
 MAX_HEADER = 100_000_000  # bytes of a .safetensors header, the limit of the format's own reader
 SAFETENSORS_DTYPES = {
@@ -107,7 +108,12 @@ def _read_torch(path: Path, file: IO[bytes]) -> dict[str, Tensor]:
     while isinstance(found, Mapping) and (
         inner := next((w for w in WRAPPERS if isinstance(found.get(w), Mapping)), "")
     ):
-        found = found[inner]
+        shapes, found = found.get(MASKED), found[inner]
+        if shapes:
+            try:
+                found = unpack_masked(found, shapes)
+            except ValueError as error:
+                _refuse(path, f"is damaged: {error}", "a whole file")
     if not isinstance(found, Mapping):
         _refuse(path, f"holds a {type(found).__name__}", "names and tensors: torch.save(model.state_dict(), path)")
     tensors = {str(name): t.detach() for name, t in found.items() if isinstance(t, Tensor)}
@@ -270,6 +276,41 @@ def sparse_layer(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...
         raise ValueError(f"{name}: the saved index does not fit a layer {tuple(shape)}: {error}") from None
     pattern.check_values(values, name)
     return pattern
+
+
+# ---------------------------------------------------------------------- masked layers
+
+
+def pack_masked(state: dict[str, Tensor], name: str) -> list[int]:
+    """Replace a layer's weight by what its mask keeps, in order, and its mask by bits; returns the weight's shape."""
+    mask, weight = state[f"{name}.mask"].bool(), state[f"{name}.weight"]
+    state[f"{name}.weight"] = weight[mask]
+    state[f"{name}.mask"] = torch.from_numpy(np.packbits(mask.cpu().numpy().ravel()))
+    return list(weight.shape)
+
+
+def unpack_masked(state: Mapping[str, Tensor], shapes: Any) -> dict[str, Tensor]:
+    """The tensors with packed layers whole again: NAME.weight, zero outside the mask, and NAME.mask bool, of `shapes`.
+
+    Raises:
+        ValueError: the file does not hold such layers.
+    """
+    state = dict(state)
+    if not isinstance(shapes, Mapping):
+        raise ValueError(f"the shapes of masked layers are a {type(shapes).__name__}; they need names and sizes")
+    for name, shape in shapes.items():
+        weight, bits = state.get(f"{name}.weight"), state.get(f"{name}.mask")
+        whole = isinstance(shape, list) and all(type(n) is int and n > 0 for n in shape)
+        cells = math.prod(shape) if whole else 0
+        if weight is None or bits is None or bits.dtype != torch.uint8 or bits.shape != (-(-cells // 8),):
+            raise ValueError(f"masked layer {name!r} of shape {shape} has no weight, or no mask of a bit for each cell")
+        flags = np.unpackbits(bits.cpu().numpy())
+        mask = torch.from_numpy(flags[:cells].astype(bool)).view(shape)
+        if flags[cells:].any() or weight.shape != (int(mask.sum()),):
+            raise ValueError(f"masked layer {name!r} has {tuple(weight.shape)} weights and a mask of {int(mask.sum())}")
+        state[f"{name}.weight"] = weight.new_zeros(shape).masked_scatter(mask, weight)
+        state[f"{name}.mask"] = mask
+    return state
 
 
 # ---------------------------------------------------------------------- writing

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import math
+import zipfile
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from blocksparse import BSRConv2d, BSRLinear, BSRPattern
+from hrbp import load, save, sparsify
 from hrbp.choose import top
 from hrbp.regroup import Grouping, regroup
 from hrbp.report import (
@@ -30,6 +32,7 @@ from hrbp.report import (
 )
 from hrbp.stream import stream
 from hrbp.structure import Choice, choose
+from hrbp.weights import read_weights
 from strategies import patterns
 
 # structure, options, sparsity, description (None: depends on what was drawn)
@@ -287,6 +290,44 @@ def test_bytes_are_those_of_a_file():
 
     storage = report_mask(made).storage
     assert 0 <= (size(9) - size(1)) / 8 - (storage.values + storage.file_index) < 3000
+
+
+class Small(nn.Module):
+    """A network with all that a file may hold: a stem, strided and 1x1 convolutions, batch norm, a bias."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16)
+        self.body = nn.Sequential(nn.Conv2d(16, 32, 3, 2), nn.Conv2d(32, 64, 1, bias=False), nn.Conv2d(64, 32, 3))
+        self.last = nn.Linear(32, 5)
+
+
+@pytest.mark.parametrize("name", [None, *(line[0] for line in STRUCTURES)])
+def test_bytes_are_those_that_a_saved_model_has_on_disk(name, tmp_path):
+    """torch.save makes a ZIP archive: its members data/0, data/1, ... are the tensors, the rest is the header."""
+    torch.manual_seed(0)
+    model = Small()
+    if name is not None:
+        _, options, sparsity, _ = next(line for line in STRUCTURES if line[0] == name)
+        sparsify(model, sparsity, structure=name, distribution="uniform", saliency="magnitude", **options)
+    reports = report_model(model)
+    save(model, tmp_path / "model.pt")
+    with zipfile.ZipFile(tmp_path / "model.pt") as archive:
+        members = [m for m in archive.infolist() if "/data/" in m.filename]
+    layers = sum(report.storage.values + report.storage.file_index for report in reports.values())
+    rest = [t for key, t in model.state_dict().items() if key.endswith("bias") or key.startswith("norm")]
+    assert sum(m.file_size for m in members) == layers + sum(t.numel() * t.itemsize for t in rest)
+    header = (tmp_path / "model.pt").stat().st_size - sum(m.file_size for m in members)
+    assert 0 < header < 500 * len(members) + 3000
+    again = load(tmp_path / "model.pt", Small())
+    assert all(map(torch.equal, again.state_dict().values(), model.state_dict().values()))
+    if name in ("unstructured", "vector", "kernel", "n:m"):
+        report, layer = reports["body.0"], model.body[0]
+        held = layer.weight.numel() * 4 + layer.mask.numel()
+        assert report.storage.values + report.storage.memory_index == held
+        found = read_weights(tmp_path / "model.pt")  # as `info` reads it
+        assert torch.equal(found["body.0.mask"], layer.mask)
+        assert torch.equal(found["body.0.weight"], layer.weight)
 
 
 def test_dense_layers_store_no_index():

@@ -25,6 +25,7 @@ from hrbp.regroup import Grouping, regroup
 from hrbp.weights import (
     SAFETENSORS_DTYPES,
     layers,
+    pack_masked,
     read_weights,
     sparse_layer,
     sparse_names,
@@ -397,3 +398,43 @@ def test_a_file_is_whole_or_the_old_one(tmp_path):
     with whole_file(path) as file:
         file.write(b"new")
     assert path.read_bytes() == b"new"
+
+
+# ---------------------------------------------------------------- masked layers
+
+
+def packed():
+    """A saved model's content with one masked layer of 2 x 5 weights, three of them kept."""
+    mask = torch.tensor([[1, 0, 0, 0, 1], [0, 0, 1, 0, 0]], dtype=torch.bool)
+    weight = torch.arange(1.0, 11).view(2, 5)
+    state = {"a.weight": weight, "a.mask": mask, "b": torch.ones(2)}
+    return mask, weight * mask, {"state_dict": state, "masked": {"a": pack_masked(state, "a")}}
+
+
+def test_masked_layers_are_bits_and_what_is_kept(tmp_path):
+    mask, weight, content = packed()
+    assert content["state_dict"]["a.weight"].tolist() == [1, 5, 8]
+    assert content["state_dict"]["a.mask"].tolist() == [0b10001001, 0]
+    torch.save(content, tmp_path / "file.pt")
+    same(read_weights(tmp_path / "file.pt"), {"a.weight": weight, "a.mask": mask, "b": torch.ones(2)})
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"masked": [1]}, "the shapes of masked layers are a list"),
+        ({"masked": {"c": [2, 5]}}, "'c' of shape .* has no weight"),
+        ({"masked": {"a": [2, 9]}}, "or no mask of a bit for each cell"),
+        ({"masked": {"a": [2, -5]}}, "or no mask of a bit for each cell"),
+        ({"masked": {"a": [10**9, 10**9]}}, "or no mask of a bit for each cell"),
+        ({"a.mask": torch.tensor([0b10001001, 1], dtype=torch.uint8)}, "has .3,. weights and a mask of 3"),
+        ({"a.mask": torch.tensor([0b10001000, 0], dtype=torch.uint8)}, "has .3,. weights and a mask of 2"),
+        ({"a.weight": torch.ones(3, 1)}, "has .3, 1. weights"),
+    ],
+)
+def test_damaged_masked_layers_are_refused(tmp_path, change, said):
+    _, _, content = packed()
+    for key, value in change.items():
+        (content if key == "masked" else content["state_dict"])[key] = value
+    torch.save(content, tmp_path / "file.pt")
+    refused(tmp_path / "file.pt", f"is damaged: .*{said}")

@@ -112,7 +112,9 @@ def sparsify(
         distribution: how densities differ between layers: "uniform", "erk", "global" (by score: the best grains of all
             layers).
         saliency: what chooses the weights: "random", "magnitude", "snip", "grasp", "synflow", "magnitude+gradient".
-            With "random", groups (hrbp, hrbp++) are of neighbouring filters, which costs nothing when running.
+            With "random", groups (hrbp, hrbp++) are of neighbouring filters, which costs nothing when running, and
+            balanced: every channel is read by equally many groups, give or take one, rather than some by none. The
+            paper's are drawn independently: row_granule=1, balanced=False.
         include: only these: names of layers (with * and ? as wildcards) or types. The stem and the last layer too, if
             they are named. Default: all layers. A layer whose shape the structure refuses stays dense, and the summary
             says why, unless its full name is given here: then that is an error.
@@ -132,7 +134,7 @@ def sparsify(
     if plan_of(model, required=False) is not None:
         raise ValueError(f"{who}: the model is sparse already; call densify(model) first")
     if saliency == "random" and structure in ("hrbp", "hrbp++"):
-        options.setdefault("row_granule", None)
+        options = {"row_granule": None, "balanced": True, **options}
     if method == "subp" and structure == "1xn":
         options.setdefault("uniform", True)
     shape_rule = make_structure(structure, **options)

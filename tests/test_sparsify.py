@@ -257,6 +257,24 @@ def test_checkpoints_carry_the_masks(net, x):
         assert torch.equal(source(x), target(x))
 
 
+@pytest.mark.parametrize("structure", ["hrbp", "hrbp++"])
+def test_random_groups_leave_filters_in_place_and_read_every_channel_equally(structure):
+    net = nn.Sequential(nn.Conv2d(8, 64, 3), nn.Conv2d(64, 64, 3), nn.Conv2d(64, 8, 3))
+
+    def readers(**options) -> torch.Tensor:
+        """[C]: how many of the eight groups read each input channel."""
+        made = hrbp.sparsify(copy.deepcopy(net), 0.9, structure=structure, distribution="uniform", **options)
+        (layer,) = sparse_layers(made).values()
+        assert (layer.row_order() is None) is ("row_granule" not in options)
+        return layer.mask()[:: 64 // 8].any(3).any(2).sum(0)
+
+    groups = readers()
+    assert int(groups.max()) - int(groups.min()) <= 1
+    drawn = readers(balanced=False)
+    assert int(drawn.max()) - int(drawn.min()) > 1
+    readers(row_granule=1)
+
+
 def test_the_summary_counts_right(net, x):
     hrbp.sparsify(net, 0.8, structure="hrbp++", saliency="magnitude")
     result = hrbp.summary(net, x, measure=True)

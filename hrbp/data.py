@@ -110,7 +110,7 @@ class MemorySet(ImageSet):
         labels: int64 [N], in range(len(classes)).
         classes: their names.
         name: of the set, for reports.
-        mean, std: of each channel, black 0 and white 1.
+        mean, std: of each channel, black 0 and white 1; default: 0.5 and 0.25.
     """
 
     def __init__(
@@ -120,8 +120,8 @@ class MemorySet(ImageSet):
         classes: Sequence[str],
         *,
         name: str = "images",
-        mean: Sequence[float] = (0.5, 0.5, 0.5),
-        std: Sequence[float] = (0.25, 0.25, 0.25),
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
     ) -> None:
         who = "MemorySet()"
         if images.dtype != torch.uint8 or images.dim() != 4 or 0 in images.shape:
@@ -135,6 +135,7 @@ class MemorySet(ImageSet):
                 f"{who}: labels run from {int(labels.min())} to {int(labels.max())}; {len(classes)} classes need 0 to"
                 f" {len(classes) - 1}"
             )
+        mean, std = mean or (0.5,) * images.shape[1], std or (0.25,) * images.shape[1]
         if not len(mean) == len(std) == images.shape[1] or min(std) <= 0:
             raise ValueError(f"{who}: mean is {mean} and std {std}; images of {images.shape[1]} channels need as many")
         self.images, self.labels = images, labels.to(images.device)

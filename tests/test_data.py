@@ -30,6 +30,11 @@ def numbered(count: int, size: tuple[int, int] = (16, 16)) -> MemorySet:
     return MemorySet(images, torch.arange(count), [str(i) for i in range(count)])
 
 
+def test_grey_images_need_no_mean():
+    grey = MemorySet(torch.zeros(2, 1, 4, 4, dtype=torch.uint8), torch.tensor([0, 1]), "ab")
+    assert (grey.mean, grey.std) == ((0.5,), (0.25,))
+
+
 def labels_of(batches: Batches, epoch: int = 0, start: int = 0) -> list[list[int]]:
     return [y.tolist() for _, y in batches.epoch(epoch, start)]
 
@@ -58,11 +63,6 @@ seeds = st.integers(0, 2**32 - 1)
 
 
 @given(counts, worlds, st.integers(1, 5), seeds, st.integers(0, 1000))
-def test_grey_images_need_no_mean():
-    grey = MemorySet(torch.zeros(2, 1, 4, 4, dtype=torch.uint8), torch.tensor([0, 1]), "ab")
-    assert (grey.mean, grey.std) == ((0.5,), (0.25,))
-
-
 def test_ranks_share_every_global_batch(count, world, each, seed, epoch):
     """Training: what the ranks see together is what one rank would see, and no image comes twice."""
     size = min(world * each, count // world * world)

@@ -97,10 +97,11 @@ class _BSRModule(nn.Module):
             )
         old, shape = self.pattern, self.values.shape
         new = new.to(self.values.device)
-        values = _carry(self.values.detach(), old, new)
-        grad = None if self.values.grad is None else _carry(self.values.grad, old, new)
+        carry = _carrier(old, new)
+        values = carry(self.values.detach())
+        grad = None if self.values.grad is None else carry(self.values.grad)
         state = {} if optimizer is None else optimizer.state.get(self.values, {})
-        carried = {name: _carry(t, old, new) for name, t in state.items() if isinstance(t, Tensor) and t.shape == shape}
+        carried = {name: carry(t) for name, t in state.items() if isinstance(t, Tensor) and t.shape == shape}
         in_place = self._adopt(new)
         with torch.no_grad():
             self.values.copy_(values)
@@ -341,28 +342,27 @@ def _own_index(pattern: BSRPattern, device: torch.device) -> Tensor:
     return pattern.index.clone() if device.type == "meta" else pattern.index.to(device, copy=True)
 
 
-def _carry(t: Tensor, old: BSRPattern, new: BSRPattern) -> Tensor:
-    """`t` [nnzb, bk, bc] over the blocks of `old`, laid out over those of `new`; zeros where `old` stored nothing."""
+def _carrier(old: BSRPattern, new: BSRPattern) -> Callable[[Tensor], Tensor]:
+    """Lays a tensor [nnzb, bk, bc] over the blocks of `old` out over those of `new`; zeros where `old` has none."""
     order, new_order = old.row_order, new.row_order
     same_rows = (order is None) == (new_order is None) and (
         order is None or new_order is None or torch.equal(order, new_order)
     )
     if old.blocksize != new.blocksize or not same_rows:
-        return new.values_from_dense(old.to_dense(t))
+        return lambda t: new.values_from_dense(old.to_dense(t))
     if old.nnzb == 0:
-        return t.new_zeros((new.nnzb, *new.blocksize))
-    keys, new_keys = (_block_keys(p) for p in (old, new))
+        return lambda t: t.new_zeros((new.nnzb, *new.blocksize))
+    keys, new_keys = _block_keys(old), _block_keys(new)
     at = torch.searchsorted(keys, new_keys).clamp_(max=old.nnzb - 1)
-    kept = keys[at] == new_keys
-    return torch.where(kept[:, None, None], t[at], t.new_zeros(()))
+    absent = (keys[at] != new_keys)[:, None, None]
+    return lambda t: t.index_select(0, at).masked_fill_(absent, 0)
 
 
 def _block_keys(pattern: BSRPattern) -> Tensor:
     """One ascending int64 per stored block: its number in the full grid of blocks."""
-    indptr = pattern.indptr.long()
+    tables = pattern._tables
     _, c, r, s = pattern.shape
-    rows = torch.repeat_interleave(torch.arange(indptr.numel() - 1, device=indptr.device), indptr.diff())
-    return rows * (r * s * (c // pattern.blocksize[1])) + pattern.indices
+    return tables.rows.long() * (r * s * (c // pattern.blocksize[1])) + tables.indices
 
 
 def _copy_dense(module: _BSRModule, dense: nn.Conv2d | nn.Linear, pattern: BSRPattern, weight: Tensor) -> None:

@@ -24,7 +24,6 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -121,7 +120,7 @@ def _members(indptr: np.ndarray, indices: np.ndarray) -> list[list[int]]:
 
 
 def _shared_channels(cols: np.ndarray, taps: int, listed: Tensor, bc: int) -> slice | Tensor | None:
-    """The channels of a group if its taps all store the same ones."""
+    """The channels of a group if its taps all store the same ones; `listed` are those of the first."""
     first = cols.size // taps
     # Within a tap blocks ascend, so that equal rows of `first` blocks can only be one tap each.
     if cols.size % taps or (cols.reshape(taps, first) != cols[:first]).any():
@@ -129,17 +128,7 @@ def _shared_channels(cols: np.ndarray, taps: int, listed: Tensor, bc: int) -> sl
     start = int(cols[0])
     if int(cols[first - 1]) - start + 1 == first:
         return slice(start * bc, (start + first) * bc)
-    return listed[: first * bc]
-
-
-def _tap_parts(tap: int, lo: int, hi: int, cols: np.ndarray, listed: Tensor, bc: int) -> list[_Part]:
-    """Blocks lo .. hi of a group, one tap: one part for each run of neighbours if runs are wide, else one gather."""
-    cuts = [lo, *(np.flatnonzero(np.diff(cols[lo:hi]) != 1) + 1 + lo).tolist(), hi]
-    runs = len(cuts) - 1
-    if runs > 1 and (hi - lo) * bc < RUN_CHANNELS * runs:
-        return [_Part(tap, slice(lo, hi), listed[lo * bc : hi * bc])]
-    starts = [(a, b, int(cols[a])) for a, b in pairwise(cuts)]
-    return [_Part(tap, slice(a, b), slice(col * bc, (col + b - a) * bc)) for a, b, col in starts]
+    return listed
 
 
 def _batches(groups: list[_Group], device: torch.device) -> list[_Batch]:
@@ -198,7 +187,22 @@ def _decompose(
     _, c, r, s = weight_shape
     bk, bc = blocksize
     all_taps, all_cols = np.divmod(indices, c // bc)
-    all_listed = torch.from_numpy((all_cols[:, None] * bc + np.arange(bc, dtype=np.int32)).ravel()).to(device)
+    listed = torch.from_numpy((all_cols[:, None] * bc + np.arange(bc, dtype=np.int32)).ravel()).to(device)
+    # Blocks of one block-row and tap make a segment, neighbours within it a run.
+    new_row = np.zeros(indices.size, dtype=bool)
+    new_row[indptr[:-1][np.diff(indptr) > 0]] = True
+    new_tap = new_row | (np.diff(all_taps, prepend=-1) != 0)
+    new_run = new_tap | (np.diff(all_cols, prepend=-1) != 1)
+    segments, runs = (np.flatnonzero(cut) for cut in (new_tap, new_run))
+    first_segment, first_run = np.searchsorted(segments, indptr).tolist(), np.searchsorted(runs, segments).tolist()
+    first_run.append(runs.size)
+    taps_of = all_taps[segments].tolist()
+    lists = listed.split((np.diff(segments, append=indices.size) * bc).tolist())
+    segment_at, run_at, run_col = (
+        [*segments.tolist(), indices.size],
+        [*runs.tolist(), indices.size],
+        all_cols[runs].tolist(),
+    )
 
     groups: list[_Group] = []
     row_of: list[int] = []
@@ -207,13 +211,18 @@ def _decompose(
     rows_done = blocks_done = 0
     for members in _members(indptr, indices):
         start, stop = int(indptr[members[0]]), int(indptr[members[0] + 1])
-        cols, listed = all_cols[start:stop], all_listed[start * bc : stop * bc]
-        bounds = [0, *(np.flatnonzero(np.diff(all_taps[start:stop])) + 1).tolist(), stop - start]
-        taps = all_taps[start:stop][bounds[:-1]].tolist()
-        channels = _shared_channels(cols, len(taps), listed, bc)
+        mine = range(first_segment[members[0]], first_segment[members[0] + 1])
+        taps = taps_of[mine.start : mine.stop]
+        channels = _shared_channels(all_cols[start:stop], len(taps), lists[mine.start], bc)
         parts: list[_Part] = []
-        for tap, (lo, hi) in zip(taps, pairwise(bounds), strict=True):
-            parts += _tap_parts(tap, lo, hi, cols, listed, bc)
+        for i in mine:
+            lo, hi, cuts = segment_at[i], segment_at[i + 1], range(first_run[i], first_run[i + 1])
+            if len(cuts) > 1 and (hi - lo) * bc < RUN_CHANNELS * len(cuts):  # one gather
+                parts.append(_Part(taps_of[i], slice(lo - start, hi - start), lists[i]))
+                continue
+            for j in cuts:  # a view of each wide run
+                a, b, col = run_at[j], run_at[j + 1], run_col[j]
+                parts.append(_Part(taps_of[i], slice(a - start, b - start), slice(col * bc, (col + b - a) * bc)))
         rows = slice(rows_done, rows_done + len(members) * bk)
         blocks = slice(blocks_done, blocks_done + len(members) * (stop - start))
         tap_list = None if len(taps) == r * s else torch.tensor(taps).to(device)

@@ -14,7 +14,7 @@ from .density import densities
 from .evolve import Evolver
 from .regroup import Grouping, regroup
 from .saliency import saliency
-from .sparsify import densify, release, sparsify, summary
+from .sparsify import densify, release, sparsify, summary, to_semi_structured
 from .structure import STRUCTURES, choose, make_mask
 from .train import Settings, Trainer, train
 
@@ -38,5 +38,6 @@ __all__ = [
     "save",
     "sparsify",
     "summary",
+    "to_semi_structured",
     "train",
 ]

@@ -88,6 +88,7 @@ columns
   rows, cols       most weights of a filter, of an input channel / mean: 1 is even
   dgrad%           share that blocks fill of their bounding rectangles once kernels are rotated and transposed, as
                    the input gradient needs them: 100 is dense
+  Below: which n:m masks are n:m in the input gradient, too, which needs m to divide the filters, and NHWC.
 Exit status: 0; 2 for a file or an option that cannot be used.
 """
 

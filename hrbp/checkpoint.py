@@ -19,6 +19,7 @@ from blocksparse import BSRConv2d, BSRLinear, BSRPattern
 
 from . import models
 from .master import put_master
+from .semi import is_converted
 from .sparsify import (
     FOLLOWING,
     MASKED,
@@ -58,6 +59,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         path: of the file.
     """
     model = unwrapped(model)
+    if converted := [name for name, module in model.named_modules() if is_converted(module)]:
+        raise ValueError(f"save(): {converted[0]} is on sparse tensor cores; save before to_semi_structured()")
     state = dict(model.state_dict())
     masked = [name for name, layer in sparse_layers(model).items() if not (layer.blocks or layer.master)]
     shapes = {name: pack_masked(state, name) for name in masked}

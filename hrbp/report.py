@@ -76,6 +76,7 @@ class MaskReport:
     fprop_balance   likewise of 8 neighbouring filters in BSR row order, which compute outputs
     dgrad_balance   likewise of 8 neighbouring input channels, whose input gradients are computed
     dgrad_fill      see `dgrad_fill`
+    dgrad_ratio     of an n:m mask: what `dgrad_ratio` says; else None
     """
 
     shape: tuple[int, int, int, int]
@@ -91,6 +92,7 @@ class MaskReport:
     fprop_balance: float
     dgrad_balance: float
     dgrad_fill: float
+    dgrad_ratio: str | None
 
     @property
     def density(self) -> float:
@@ -142,10 +144,11 @@ def report_mask(
     moved = k if pattern is not None and pattern.row_order is not None else 0
     read = _dense_stream(choice) if dense else stream(choice, box, None if moved else _run(choice, box), index_bits)
     in_rows = mask if pattern is None or pattern.row_order is None else mask[pattern.row_order.long()]
-    item = dtype.itemsize
+    item, words = dtype.itemsize, describe(choice)
+    ratio = _ratio(mask)
     return MaskReport(
         shape=(k, c, r, s),
-        structure=describe(choice),
+        structure=words,
         grain=box,
         kept=kept,
         stored=stored,
@@ -164,6 +167,7 @@ def report_mask(
         fprop_balance=_balance(_by_lanes(in_rows.sum((1, 2, 3)))),
         dgrad_balance=_balance(_by_lanes(mask.sum((0, 2, 3)))),
         dgrad_fill=dgrad_fill(choice),
+        dgrad_ratio=dgrad_ratio(mask, *ratio) if ratio is not None and words == f"{ratio[0]}:{ratio[1]}" else None,
     )
 
 
@@ -433,6 +437,27 @@ def dgrad_fill(choice: Choice) -> float:
     return len(owner) / int((height * width).sum())
 
 
+def dgrad_ratio(mask: Tensor, n: int, m: int) -> str:
+    """'n:m' if the input gradient can use an n:m mask as such, or why it cannot.
+
+    Its operand W' [C, K*R*S] (see `dgrad_fill`) is n:m if every m neighbours in a row keep n at most. In NHWC these are
+    m neighbouring filters at one tap, given that m divides K. In NCHW they are taps of one kernel, as they are in W
+    itself: only 1x1 kernels are n:m there.
+
+    Args:
+        mask: bool [K, C, R, S].
+        n, m: weights kept of neighbours.
+
+    Source: HRBP (CPAL 2024), appendix H.
+    """
+    k, c = mask.shape[:2]
+    if k % m:
+        return f"K = {k} is no multiple of {m}"
+    kept = mask.flip(2, 3).permute(1, 2, 3, 0).reshape(c, -1, m).sum(2)
+    over = float((kept > n).double().mean())
+    return f"{n}:{m}" if over == 0 else f"{100 * over:.3g}% of runs of {m} filters keep more than {n}"
+
+
 def _distinct(owner: Tensor, place: Tensor, owners: int) -> Tensor:
     """[owners] how many different places each owner has."""
     pairs = torch.unique(owner * (int(place.max()) + 1) + place)
@@ -452,6 +477,8 @@ def table(reports: Mapping[str, MaskReport]) -> str:
     refs        memory references of an output pixel, per weight of the dense layer
     rows, cols  largest / mean of the weights of 8 filters, of 8 input channels
     dgrad%      share that blocks fill of their rectangles in the input gradient
+
+    Below it, which of the n:m layers are n:m in the input gradient, too: see `dgrad_ratio`.
     """
     scored = any(report.score for report in reports.values())
     head = ["layer", "K x C x R x S", "kept%", "structure"]
@@ -473,7 +500,13 @@ def table(reports: Mapping[str, MaskReport]) -> str:
         shares = _shares(total_score([report.score for report in every])) if scored else []
         total = ["all", "", f"{100 * share:.2f}", "", *shares]
         lines.append([*total, *_costs(storage), "", "", "", ""])
-    return columns(lines, left=(0, 3))
+    text = columns(lines, left=(0, 3))
+    told = {name: report.dgrad_ratio for name, report in reports.items() if report.dgrad_ratio is not None}
+    if told:
+        both = ", ".join(name for name, ratio in told.items() if ":" in ratio) or "none"
+        others = "".join(f"; not {name}: {why}" for name, why in told.items() if ":" not in why)
+        text += f"\n\nn:m in the input gradient, too (in NHWC): {both}{others}"
+    return text
 
 
 def total_score(scores: list[Score | None]) -> Score | None:

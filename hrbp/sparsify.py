@@ -23,6 +23,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from blocksparse import BSRConv2d, BSRLinear, BSRPattern, explain
 
+from . import semi
 from .density import densities
 from .master import MasterConv2d, MasterLinear, put_master, symmetric_padding, take_master_off
 from .saliency import saliency as score_weights
@@ -214,6 +215,8 @@ def densify(model: nn.Module) -> nn.Module:
             _take_mask_off(module)
         elif isinstance(module, MasterConv2d | MasterLinear):
             take_master_off(module)
+        elif semi.is_converted(module):
+            semi.revert(module)
     if hasattr(model, "_hrbp_sparsity"):
         del model._hrbp_sparsity
     return model
@@ -239,6 +242,42 @@ def release(model: nn.Module) -> nn.Module:
     if plan is not None:
         unwrapped(model)._hrbp_sparsity = replace(plan, method=None)  # type: ignore[assignment]
     return model
+
+
+def to_semi_structured(model: nn.Module) -> dict[str, str | None]:
+    """Put the 2:4 layers of a model on sparse tensor cores, in place, for inference.
+
+        model = hrbp.load("2-4.pt").half().cuda()
+        print(hrbp.to_semi_structured(model))
+
+    Linear layers and 1x1 convolutions in float16 or bfloat16, on NVIDIA GPUs from compute capability 8.0 on, whose
+    weight has at most 2 of 4 neighbouring input channels, whoever made it so: their weight becomes a
+    torch.sparse.SparseSemiStructuredTensor, at 9/16 of the memory. Others stay as they are.
+
+    Returns:
+        layer -> why it stays, None for those that were converted.
+    """
+    model, told = unwrapped(model), {}
+    sparse = sparse_layers(model)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Conv2d | nn.Linear | BSRConv2d | BSRLinear) and not semi.is_converted(module):
+            layer = sparse.get(name)
+            told[name] = _semi_refuses(module, layer)
+            if told[name] is None:
+                weight = module.weight.detach().view(_shape4(module)) if layer is None else layer.weight()
+                if isinstance(module, MaskedConv2d | MaskedLinear):
+                    _take_mask_off(module)
+                elif isinstance(module, MasterConv2d | MasterLinear):
+                    take_master_off(module)
+                semi.convert(module, weight)
+    return told
+
+
+def _semi_refuses(module: Any, layer: SparseLayer | None) -> str | None:
+    """Why `to_semi_structured` leaves a layer as it is, or None."""
+    if layer is None and type(module) not in MASKED:
+        return f"a {type(module).__name__}, whose forward may differ"
+    return semi.refuses(module, module.weight.detach().view(_shape4(module)) if layer is None else layer.weight())
 
 
 def plan_of(model: nn.Module, required: bool = True) -> Sparsity | None:
@@ -555,7 +594,7 @@ def summary(model: nn.Module, x: Tensor | Sequence[int] | None = None, *, measur
                 row.backend = _backend_of(layer.module, at)
                 if measure:
                     row.seconds, row.dense_seconds = _timed(layer.module, at)
-        if layer is not None:
+        if layer is not None or semi.is_converted(module):
             cells += math.prod(row.shape)
             kept += round(row.density * math.prod(row.shape))
         rows.append(row)
@@ -563,6 +602,8 @@ def summary(model: nn.Module, x: Tensor | Sequence[int] | None = None, *, measur
     masked_away = sum(
         layer.parameter.numel() - int(layer.mask().sum()) for layer in sparse.values() if not layer.blocks
     )
+    converted: list[Any] = [module for module in model.modules() if semi.is_converted(module)]
+    masked_away += sum(module.weight.numel() // 2 for module in converted)
     dense_total = everything + sum(
         math.prod(layer.shape) - layer.parameter.numel() for layer in sparse.values() if layer.blocks
     )
@@ -583,10 +624,30 @@ def summary(model: nn.Module, x: Tensor | Sequence[int] | None = None, *, measur
             f"master: {plan.method!r} trains a dense weight, with the memory of a dense layer (of its gradient and"
             " optimizer state, too) and the time of its weight gradient; hrbp.release(model) drops what takes no part"
         )
+    if plan is not None and isinstance(plan.structure, NM) and plan.structure.m == 4:
+        notes.append(_semi_note({name: _semi_refuses(layer.module, layer) for name, layer in sparse.items()}))
     return Summary(rows, 1 - kept / cells if cells else 0.0, 1 - total / max(1, dense_total), total, dense_total, notes)
 
 
+def _semi_note(told: dict[str, str | None]) -> str:
+    """Which layers `to_semi_structured` would convert, and why not the others."""
+    why: dict[str, list[str]] = {}
+    for name, reason in told.items():
+        if reason is not None:
+            why.setdefault(reason, []).append(name)
+    able = len(told) - sum(map(len, why.values()))
+    stay = [f"not {', '.join(names)} ({reason})" for reason, names in why.items()]
+    return "; ".join([f"sparse tensor cores, by hrbp.to_semi_structured(model): {able} of {len(told)} layers", *stay])
+
+
 def _dense_row(name: str, module: Any, plan: Sparsity | None) -> Row:
+    if semi.is_converted(module):
+        item, cells = module.weight.element_size(), module.weight.numel()
+        bias = 0 if module.bias is None else module.bias.numel()
+        size, shape = semi.stored_bytes(module.weight) + bias * item, tuple(module.weight.shape)
+        return Row(
+            name, shape, "2:4 on sparse tensor cores", 0.5, cells // 2 + bias, cells + bias, size, (cells + bias) * item
+        )
     bias = 0 if module.bias is None else module.bias.numel()
     count = module.weight.numel() + bias
     size = count * module.weight.element_size()

@@ -9,7 +9,7 @@ import zipfile
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -21,6 +21,7 @@ from hrbp.report import (
     Score,
     describe,
     dgrad_fill,
+    dgrad_ratio,
     grain,
     random_groups,
     recognise,
@@ -445,3 +446,74 @@ def test_unstructured_reference_takes_exactly_as_many():
     score = torch.ones(4, 4, 1, 1)
     mask = top(score.view(1, -1), 5).view(4, 4, 1, 1)
     assert report_mask(mask, score).score.unstructured == 5.0
+
+
+# ---------------------------------------------------------------- n:m in the input gradient
+
+
+def operand(mask, layout):
+    """W' [C, K*R*S]: kernels rotated, K and C exchanged, in the order in which the layout stores what it multiplies."""
+    k, c, r, s = mask.shape
+    rows = []
+    for channel in range(c):
+        at = [(i, j) for i in range(r) for j in range(s)]
+        order = (
+            [(f, *tap) for tap in at for f in range(k)] if layout == "NHWC" else [(f, *t) for f in range(k) for t in at]
+        )
+        rows.append([bool(mask[f, channel, r - 1 - i, s - 1 - j]) for f, i, j in order])
+    return torch.tensor(rows)
+
+
+def is_ratio(matrix, n, m):
+    return matrix.shape[1] % m == 0 and all(
+        sum(row[i : i + m]) <= n for row in matrix.tolist() for i in range(0, matrix.shape[1], m)
+    )
+
+
+def both_ways(k, c, r, s, seed):
+    """2:4 along filters and along channels: tiles of 4x4 that keep two of each row and column, shuffled."""
+    generator = torch.Generator().manual_seed(seed)
+    tiles = torch.zeros(k // 4, c // 4, r, s, 4, 4, dtype=torch.bool)
+    for tile in tiles.view(-1, 4, 4):
+        base = torch.eye(4, dtype=torch.bool) | torch.eye(4, dtype=torch.bool).roll(1, 1)
+        tile[:] = base[torch.randperm(4, generator=generator)][:, torch.randperm(4, generator=generator)]
+    return tiles.permute(0, 4, 1, 5, 2, 3).reshape(k, c, r, s)
+
+
+@settings(max_examples=40)
+@given(st.sampled_from([4, 8, 6]), st.sampled_from([(1, 1), (3, 3), (2, 4)]), st.booleans(), st.integers(0, 2**32 - 1))
+def test_which_masks_are_n_m_both_ways(k, taps, transposable, seed):
+    if transposable and k % 4 == 0:
+        mask = both_ways(k, 8, *taps, seed)
+    else:
+        mask = choose(scores(seed, (k, 8, *taps)), 0.5, "2:4").mask
+    said = dgrad_ratio(mask, 2, 4)
+    assert (said == "2:4") == (k % 4 == 0 and is_ratio(operand(mask, "NHWC"), 2, 4))
+    if transposable and k % 4 == 0:
+        assert said == "2:4"
+    if k % 4:
+        assert said == "K = 6 is no multiple of 4"
+    elif said != "2:4":
+        runs = operand(mask, "NHWC").view(-1, 4).sum(1)
+        assert said == f"{100 * float((runs > 2).double().mean()):.3g}% of runs of 4 filters keep more than 2"
+    if taps == (3, 3):
+        assert report_mask(mask).dgrad_ratio == said
+
+
+def test_channels_last_alone_keeps_n_m():
+    mask = both_ways(8, 8, 3, 3, 0)
+    assert dgrad_ratio(mask, 2, 4) == "2:4"
+    assert not is_ratio(operand(mask, "NCHW"), 2, 4)
+    assert is_ratio(operand(both_ways(8, 8, 1, 1, 0), "NCHW"), 2, 4)
+
+
+def test_the_table_says_which_masks_are_n_m_both_ways():
+    masks = {
+        "a": both_ways(8, 8, 3, 3, 0), "b": choose(scores(1, (8, 8, 3, 3)), 0.5, "2:4").mask,
+        "c": choose(scores(2, (6, 8, 1, 1)), 0.5, "2:4").mask,
+    }  # fmt: skip
+    text = table(report_model(masks))
+    assert "n:m in the input gradient, too (in NHWC): a; not b: " in text
+    assert text.endswith("; not c: K = 6 is no multiple of 4")
+    assert "input gradient" not in table(report_model({"d": torch.rand(8, 8, 3, 3) > 0.5}))
+    assert report_mask(torch.ones(4, 4, 1, 1, dtype=torch.bool)).dgrad_ratio is None

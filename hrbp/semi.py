@@ -1,0 +1,91 @@
+"""2:4 layers on sparse tensor cores, for inference, as far as torch.sparse.to_sparse_semi_structured reaches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.sparse import SparseSemiStructuredTensor, to_sparse_semi_structured
+
+DTYPES = (torch.float16, torch.bfloat16)
+
+
+class SemiConv2d(nn.Conv2d):
+    """A 1x1 convolution whose weight is a semi-structured matrix [K, C]: a matrix product over pixels."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        rows, columns = self.stride
+        pixels = input[:, :, ::rows, ::columns].permute(0, 2, 3, 1).contiguous()  # no copy in channels_last
+        return nn.functional.linear(pixels, self.weight, self.bias).permute(0, 3, 1, 2)
+
+
+def refuses(layer: nn.Module, weight: Tensor) -> str | None:
+    """Why a layer cannot run on sparse tensor cores with this weight [K, C, R, S], or None if it can.
+
+    What the layer is comes first, where it is last: on a CPU this tells what a GPU would refuse.
+    """
+    if not isinstance(layer, nn.Conv2d | nn.Linear):
+        return "stored as blocks"
+    k, c, r, s = weight.shape
+    if (r, s) != (1, 1):
+        return f"a {r}x{s} kernel: matrix products alone, linear layers and 1x1 convolutions"
+    if isinstance(layer, nn.Conv2d) and layer.groups != 1:
+        return "grouped"
+    if isinstance(layer, nn.Conv2d) and (layer.padding not in ((0, 0), "valid", "same")):
+        return f"padding {layer.padding}"
+    if c % 4 or bool(((weight != 0).view(k, c // 4, 4).sum(2) > 2).any()):
+        return "not 2:4"
+    if weight.dtype not in DTYPES:
+        return f"{str(weight.dtype).removeprefix('torch.')}: model.half() or model.bfloat16() first"
+    rows, columns = _multiples(weight.dtype)
+    if k % rows or c % columns:
+        return f"{k}x{c} is no multiple of {rows}x{columns}"
+    return _device_refuses(weight.device)
+
+
+def _multiples(dtype: torch.dtype) -> tuple[int, int]:
+    """Of the rows and columns of a matrix, for the library that torch compresses with."""
+    cutlass = SparseSemiStructuredTensor._FORCE_CUTLASS
+    kinds = torch.sparse.SparseSemiStructuredTensorCUTLASS, torch.sparse.SparseSemiStructuredTensorCUSPARSELT
+    sizes = kinds[0 if cutlass else 1]._DTYPE_SHAPE_CONSTRAINTS[dtype]
+    return sizes.sparse_min_rows, sizes.sparse_min_cols
+
+
+def _device_refuses(device: torch.device) -> str | None:
+    if device.type != "cuda" or torch.version.hip:
+        return f"on {'an AMD GPU' if device.type == 'cuda' else device.type}: NVIDIA GPUs alone"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return f"compute capability {major}.{minor}, below 8.0"
+    if not SparseSemiStructuredTensor._FORCE_CUTLASS and not torch.backends.cusparselt.is_available():
+        return "this PyTorch has no cuSPARSELt"
+    return None
+
+
+def convert(layer: Any, weight: Tensor) -> None:
+    """Make a plain layer that is not refused run on sparse tensor cores with this weight, in place."""
+    k, c = weight.shape[:2]
+    layer.weight = nn.Parameter(to_sparse_semi_structured(weight.detach().reshape(k, c)), requires_grad=False)
+    if isinstance(layer, nn.Conv2d):
+        layer.__class__ = SemiConv2d
+
+
+def is_converted(layer: Any) -> bool:
+    """Whether `convert` made it."""
+    return isinstance(getattr(layer, "weight", None), SparseSemiStructuredTensor)
+
+
+def revert(layer: Any) -> None:
+    """Make a converted layer a plain one that computes the same, in place."""
+    weight = layer.weight.detach().to_dense()
+    if isinstance(layer, nn.Conv2d):
+        layer.__class__ = nn.Conv2d
+        weight = weight[:, :, None, None]
+    layer.weight = nn.Parameter(weight)
+
+
+def stored_bytes(weight: Any) -> int:
+    """Of a semi-structured matrix: half of the values, and which they are."""
+    names, _ = weight.__tensor_flatten__()
+    return sum(t.numel() * t.element_size() for t in (getattr(weight, name) for name in names) if isinstance(t, Tensor))

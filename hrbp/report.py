@@ -181,9 +181,9 @@ def report_model(
     """`report_mask` of every layer, by name.
 
     Args:
-        model: a module, whose BSRConv2d and BSRLinear keep their stored blocks, whose masked layers their mask (those
-            with a dense master weight what takes part of it) and whose other Conv2d and Linear what is not zero in
-            their weight; or layer name -> mask (bool), weight (its non-zeros are kept) or Choice.
+        model: a module, whose BSRConv2d and BSRLinear keep their stored blocks, whose masked layers their mask and
+            whose other Conv2d and Linear what is not zero in their weight; those with a dense master weight are told of
+            as `release` would leave them; or layer name -> mask (bool), weight (its non-zeros are kept) or Choice.
         scores: layer name -> score, for some layers or all.
         dtype: of the stored values; default: that of each weight, float32 for masks.
         seed: of the random groups that efficacy compares with.
@@ -201,7 +201,8 @@ def report_model(
             layer, own = layer != 0, layer.dtype
         reports[name] = report_mask(layer, scores.get(name), dtype=dtype or own or torch.float32, seed=seed)
     for name, module in model.named_modules() if isinstance(model, nn.Module) else ():
-        if isinstance(module, MaskedConv2d | MaskedLinear):
+        master = isinstance(module, MasterConv2d | MasterLinear) and module.blocksize is None
+        if isinstance(module, MaskedConv2d | MaskedLinear) or master:
             reports[name] = _under_a_mask(reports[name])
     return reports
 

@@ -126,7 +126,7 @@ def plain_plan(model: nn.Module) -> dict[str, Any] | None:
     rule = {"kind": type(plan.structure).__name__, **dataclasses.asdict(plan.structure)}  # type: ignore[call-overload]
     return {
         "structure": rule, "distribution": plan.distribution, "asked": plan.asked, "dense": plan.dense,
-        "method": plan.method,
+        "method": plan.method, "target": plan.target,
     }  # fmt: skip
 
 
@@ -135,7 +135,8 @@ def _plan(plain: dict[str, Any] | None) -> Sparsity | None:
         return None
     rule = dict(plain["structure"])
     structure = STRUCTURES[rule.pop("kind")](**rule)
-    return Sparsity(structure, plain["distribution"], plain["asked"], plain["dense"], plain.get("method"))
+    later = plain.get("method"), plain.get("target", {})  # which older files do not have
+    return Sparsity(structure, plain["distribution"], plain["asked"], plain["dense"], *later)
 
 
 def _make_sparse(model: nn.Module, state: Mapping[str, Tensor], plan: Sparsity | None) -> None:

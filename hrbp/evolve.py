@@ -1,9 +1,9 @@
-"""How a mask changes while training: SET, RigL, HRBP's own update, gradual pruning, STE, SR-STE.
+"""How a mask changes while training: SET, RigL, HRBP's own update, gradual pruning, STE, SR-STE, SUBP.
 
 Every update drops what is least worth keeping and grows as much elsewhere, in the units of the structure: grains, or
 the channels of a group. Layers stay as sparse as they were, so that stored blocks, gradients, optimizer state, compiled
 code and CUDA graphs keep their memory; gradual magnitude pruning ("gmp") shrinks them and reallocates. With a dense
-master weight (`sparsify(method=...)`) nothing is dropped for good: the mask follows the weight.
+master weight (`sparsify(method=...)`) what is dropped learns on: the mask follows the weight, or is drawn ("subp").
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
@@ -28,10 +28,12 @@ from .regroup import Grouping, keep_by_counts
 from .sparsify import FOLLOWING, SparseLayer, plan_of, sparse_layers
 from .sparsify import METHODS as MASTER_METHODS
 from .structure import Choice, Grains, Groups, grouping_choice, sparsity_of
+from .subp import SoftPruning, pruned_share
 
-METHODS = ("static", "set", "rigl", "hrbp", "gmp", "ste", "sr-ste")
+METHODS = ("static", "set", "rigl", "hrbp", "gmp", "ste", "sr-ste", "subp")
+ARRIVING = ("gmp", "subp")  # whose sparsity rises until it is final
 DECAY = 2e-4  # lambda of Zhou et al. (2021)
-DECAYING = ("sr-ste",)
+DECAYING = ("sr-ste", "subp")
 
 
 @dataclass(frozen=True)
@@ -75,8 +77,13 @@ class Evolver:
     - "ste": the mask is that of the largest |weight|, anew at every step; what is left out learns on, from the gradient
       that it would have (straight-through).
     - "sr-ste": so, and what is left out decays, W <- W - lr * (g + decay * (1 - E) * W): masks settle (Zhou et al.,
-      2021). See decay.py. Both need a model made by `sparsify` with the same method, as it has to keep dense weights;
-      every `every` steps, to the end, it is looked how far the masks have come.
+      2021). See decay.py. Every `every` steps, to the end, it is looked how far the masks have come.
+    - "subp": soft uniform block pruning of 1xn blocks (Xiang et al., NeurIPS 2023). Every n filters drop their
+      worst blocks, equally many, and draw some of them back, ever fewer, as the sparsity rises from 0 at `begin` to
+      that of `sparsify` at `until`: see subp.py. What is left out learns on and decays, as with "sr-ste". In its paper
+      an update comes every epoch.
+
+    The last three need a model made by `sparsify` with the same method, as it has to keep dense weights.
 
     Groups (hrbp, hrbp++) keep their filters, and filters that were rearranged their places; "set" and "rigl" exchange
     channels of groups and keep their taps, "gmp" divides or sorts the filters anew at its first update.
@@ -96,11 +103,13 @@ class Evolver:
         drop: share exchanged at the start; falls as a cosine to zero at `until`.
         until: share of `total_steps` after which masks stay.
         sparsity: final sparsity of "gmp".
-        decay: of "sr-ste"; default: 2e-4.
+        decay: of "sr-ste" and "subp"; default: 2e-4.
         seed: of random growth.
         ema: copies of the model that average its weights: their masks change along.
+        **options: of "subp": score, alpha, tau, pace, begin; see `SoftPruning` in subp.py.
 
     Raises:
+        TypeError: an option that the method does not have.
         ValueError: an option out of range, a structure whose masks cannot change, or masks that differ between ranks.
     """
 
@@ -118,6 +127,7 @@ class Evolver:
         decay: float | None = None,
         seed: int = 0,
         ema: Iterable[nn.Module] = (),
+        **options: Any,
     ) -> None:
         who = "Evolver()"
         if method not in METHODS:
@@ -135,6 +145,19 @@ class Evolver:
         if decay is not None and not (method in DECAYING and 0 <= decay < math.inf):
             takes = " and ".join(map(repr, DECAYING))
             raise ValueError(f"{who}: decay is {decay} with method {method!r}; {takes} take a number >= 0, others none")
+        known = [field.name for field in fields(SoftPruning)] if method == "subp" else []
+        if unknown := sorted(set(options) - set(known)):
+            has = ", ".join(known) or "none"
+            raise TypeError(f"{who}: method {method!r} has no option {', '.join(unknown)}; those of its own are: {has}")
+        self._soft = SoftPruning(**options)
+        if method == "subp":
+            if self._soft.begin > until:
+                raise ValueError(f"{who}: begin is {self._soft.begin} and until {until}; it needs begin <= until")
+            if (arrives := every * max(1, math.ceil(until * total_steps / every))) > total_steps:
+                raise ValueError(
+                    f"{who}: 'subp' reaches its sparsity at step {arrives}, the first multiple of every = {every} from"
+                    f" until = {until} on; it needs one of the {total_steps} steps: lower until or every"
+                )
         plan = plan_of(model)
         assert plan is not None
         if plan.method != (method if method in MASTER_METHODS else None):
@@ -220,8 +243,8 @@ class Evolver:
             return False
         if self.method in FOLLOWING:
             return step % self.every == 0
-        # gmp runs once more at the end or past it, where its schedule arrives.
-        last = self.until * self.total_steps + (self.every if self.method == "gmp" else 0)
+        # Once more at the end or past it, where a schedule arrives.
+        last = self.until * self.total_steps + (self.every if self.method in ARRIVING else 0)
         return self._overdue or (step % self.every == 0 and step < last)
 
     def _share(self) -> float:
@@ -281,7 +304,10 @@ class Evolver:
             self._overdue = grads is None
             if grads is None:
                 return None
-        choices = self._pruned() if self.method == "gmp" else self._exchanged(grads)
+        if self.method == "subp":
+            choices = self._softly_pruned()
+        else:
+            choices = self._pruned() if self.method == "gmp" else self._exchanged(grads)
         in_place = True
         averages = [sparse_layers(model) for model in self.ema]
         for name, choice in choices.items():
@@ -308,13 +334,31 @@ class Evolver:
         for i, (name, layer) in enumerate(self.layers.items()):
             weight = layer.weight().abs().float()
             if grads is None:
-                generator = torch.Generator().manual_seed(
-                    ((self.seed * 1_000_003 + self.steps) * 1_000_003 + i) % 2**63
-                )
+                generator = torch.Generator().manual_seed(self._seed_of(i))
                 growth = torch.rand(layer.shape, generator=generator).to(weight.device)
             else:
                 growth = grads[name]
             choices[name] = _exchange(self.plan.structure, layer, weight, growth, self._share(), self.method == "hrbp")
+        return choices
+
+    def _seed_of(self, layer: int) -> int:
+        """Of what is drawn for a layer at this step, on every rank."""
+        return ((self.seed * 1_000_003 + self.steps) * 1_000_003 + layer) % 2**63
+
+    def _softly_pruned(self) -> dict[str, Choice]:
+        rule = self.plan.structure
+        assert isinstance(rule, Grains)
+        assert rule.box[0] is not None
+        # An epoch of the paper is what lies between two updates.
+        now, epochs = self.steps / self.every, self.total_steps / self.every
+        begin, end = self._soft.begin * epochs, self.until * epochs
+        choices = {}
+        for i, (name, layer) in enumerate(self.layers.items()):
+            sparsity, order = self.plan.target[name], layer.row_order()
+            pruned = pruned_share(now, begin, end, sparsity, self._soft.pace)
+            weight = layer.parameter.detach().view(layer.shape)
+            kept = self._soft.kept(weight, rule.box[0], sparsity, pruned, self._seed_of(i), order)
+            choices[name] = rule.choice(kept[:, :, None, None], layer.shape, order)
         return choices
 
     def _pruned(self) -> dict[str, Choice]:

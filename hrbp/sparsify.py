@@ -11,7 +11,7 @@ import copy
 import fnmatch
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -29,6 +29,7 @@ from .master import MasterConv2d, MasterLinear, put_master, symmetric_padding, t
 from .saliency import saliency as score_weights
 from .structure import NM, Choice, Grains, Structure, sparsity_of
 from .structure import structure as make_structure
+from .subp import counts
 
 LEAST_BLOCK = 2  # weights of a block: for single ones the index (16 bytes a block) is four times what they take
 SLOW_BLOCK = 8  # smaller blocks save memory, not time
@@ -65,7 +66,7 @@ class Sparsity:
     """How a model was made sparse.
 
     asked: layer -> the density that its structure was asked for. dense: layer -> why it was left dense. method: that
-    layers keep a dense master weight for, or None.
+    layers keep a dense master weight for, or None. target: layer -> the sparsity to which "subp" will prune it.
     """
 
     structure: Structure
@@ -73,6 +74,7 @@ class Sparsity:
     asked: dict[str, float]
     dense: dict[str, str]
     method: str | None = None
+    target: dict[str, float] = field(default_factory=dict)
 
 
 # ---------------------------------------------------------------------- making a model sparse
@@ -84,7 +86,7 @@ def sparsify(
     *,
     structure: str = "hrbp++",
     method: str | None = None,
-    distribution: str = "erk",
+    distribution: str | None = None,
     saliency: str = "random",
     include: Iterable[Selector] | None = None,
     exclude: Iterable[Selector] | None = None,
@@ -109,9 +111,10 @@ def sparsify(
         method: None: layers hold what they keep, and nothing else. "ste", "sr-ste" or "subp": layers keep a dense
             weight, of which they compute with a part, for the `Evolver` method of that name. With the first two (n:m
             and the grains) the mask is at any time that of the largest |weight|, whatever the saliency; with "subp"
-            (uniform 1xn) it is a choice, run as blocks, that the Evolver changes.
+            (uniform 1xn) all blocks take part until the Evolver drops them, int(sparsity * C) of every n filters in
+            the end.
         distribution: how densities differ between layers: "uniform", "erk", "global" (by score: the best grains of all
-            layers).
+            layers). Default: "erk", with "subp" "uniform", as its paper has it.
         saliency: what chooses the weights: "random", "magnitude", "snip", "grasp", "synflow", "magnitude+gradient".
             With "random", groups (hrbp, hrbp++) are of neighbouring filters, which costs nothing when running, and
             balanced: every channel is read by equally many groups, give or take one, rather than some by none. The
@@ -136,9 +139,8 @@ def sparsify(
         raise ValueError(f"{who}: the model is sparse already; call densify(model) first")
     if saliency == "random" and structure in ("hrbp", "hrbp++"):
         options = {"row_granule": None, "balanced": True, **options}
-    if method == "subp" and structure == "1xn":
-        options.setdefault("uniform", True)
-    shape_rule = make_structure(structure, **options)
+    distribution = distribution or ("uniform" if method == "subp" else "erk")
+    shape_rule = structure_for(method, structure, options)
     if method not in (None, *METHODS):
         raise ValueError(f"{who}: method is {method!r}; it needs one of {', '.join(METHODS)}, or None")
     if reason := method_refuses(method, shape_rule):
@@ -165,8 +167,11 @@ def sparsify(
             name: shape_rule.ranked(score.view(_shape4(chosen[name]))).view(score.shape)
             for name, score in scores.items()
         },
-        realise=lambda name, density: shape_rule.density(_shape4(chosen[name]), density),
+        realise=None if method == "subp" else lambda name, at: shape_rule.density(_shape4(chosen[name]), at),
     )
+    target = {}
+    if method == "subp":  # the very number where it is one for all, as counts round it down
+        target = {name: sparsity if distribution == "uniform" else sparsity_of(at) for name, at in asked.items()}
     makes: list[Callable[[], None]] = []
     for i, (name, layer) in enumerate(chosen.items()):
         share = sparsity_of(asked[name])
@@ -174,7 +179,7 @@ def sparsify(
             shape_rule.choose(layer.weight.detach().view(_shape4(layer)).abs(), share)  # refuses what it cannot keep
             makes.append(partial(put_master, layer, rule=shape_rule, sparsity=share))
             continue
-        choice = shape_rule.choose(scores[name].view(_shape4(layer)), share, seed + i)
+        choice = shape_rule.choose(scores[name].view(_shape4(layer)), 0.0 if target else share, seed + i)
         if method is not None:
             makes.append(partial(put_master, layer, choice, blocks=has_blocks(choice), backend=backend))
         elif has_blocks(choice):
@@ -183,8 +188,13 @@ def sparsify(
             makes.append(partial(put_mask, layer, choice.mask))
     for make in makes:  # nothing can fail from here on
         make()
-    model._hrbp_sparsity = Sparsity(shape_rule, distribution, asked, dense, method)  # type: ignore[assignment]
+    model._hrbp_sparsity = Sparsity(shape_rule, distribution, asked, dense, method, target)  # type: ignore[assignment]
     return model
+
+
+def structure_for(method: str | None, name: str, options: Mapping[str, Any]) -> Structure:
+    """The structure of this name and options; 1xn is uniform for "subp" unless they say otherwise."""
+    return make_structure(name, **({"uniform": True} if (method, name) == ("subp", "1xn") else {}) | dict(options))
 
 
 def method_refuses(method: str | None, rule: Structure) -> str | None:
@@ -240,7 +250,7 @@ def release(model: nn.Module) -> nn.Module:
             else:
                 _replace(unwrapped(model), module, _block_module(module, pattern, backend))
     if plan is not None:
-        unwrapped(model)._hrbp_sparsity = replace(plan, method=None)  # type: ignore[assignment]
+        unwrapped(model)._hrbp_sparsity = replace(plan, method=None, target={})  # type: ignore[assignment]
     return model
 
 
@@ -624,6 +634,13 @@ def summary(model: nn.Module, x: Tensor | Sequence[int] | None = None, *, measur
             f"master: {plan.method!r} trains a dense weight, with the memory of a dense layer (of its gradient and"
             " optimizer state, too) and the time of its weight gradient; hrbp.release(model) drops what takes no part"
         )
+        if plan.target:
+            shapes = {name: sparse[name].shape for name in plan.target}
+            gone = sum(
+                math.prod(shape) * counts(shape[1], plan.target[name], plan.target[name])[0] / shape[1]
+                for name, shape in shapes.items()
+            )
+            notes.append(f"{plan.method}: the sparse layers end {gone / cells:.2%} sparse, whatever they are now")
     if plan is not None and isinstance(plan.structure, NM) and plan.structure.m == 4:
         notes.append(_semi_note({name: _semi_refuses(layer.module, layer) for name, layer in sparse.items()}))
     return Summary(rows, 1 - kept / cells if cells else 0.0, 1 - total / max(1, dense_total), total, dense_total, notes)

@@ -30,9 +30,8 @@ from .picture import draw_study
 from .progress import Progress, duration
 from .report import columns, report_model
 from .sparsify import METHODS as MASTER_METHODS
-from .sparsify import method_refuses, sparse_layers, sparsify, summary
+from .sparsify import method_refuses, sparse_layers, sparsify, structure_for, summary
 from .structure import Grains, Groups
-from .structure import structure as make_structure
 from .train import Settings, Trainer
 
 ROUNDS = 15  # in which every network takes one timed step after the other
@@ -79,7 +78,7 @@ class Variant:
         """Why these do not go together, or None."""
         if self.structure in ("dense", "narrow"):
             return None if self.method == "static" else "it has no mask"
-        rule = make_structure(self.structure, **self.options)
+        rule = structure_for(self.method, self.structure, self.options)
         if self.method == "hrbp" and not isinstance(rule, Groups):
             return "it has no groups"
         if self.method in MASTER_METHODS:
@@ -186,7 +185,7 @@ class Study:
     a folder for each training with its log, its checkpoints and, once it is finished, result.json.
 
     Step times are measured first: all networks take one step after the other, over and over, so that whatever else the
-    machine does meets all of them alike. They are those of steps that do not change masks.
+    machine does meets all of them alike. They are those of steps that do not change masks, at the final sparsity.
 
     Args:
         out: folder; a new one, or that of the same study.
@@ -196,7 +195,7 @@ class Study:
         sparsities: of the layers made sparse.
         seeds: of weights, masks, order and augmentation of the images.
         batch_size: images of a step.
-        every: steps between changes of masks; default: 100, in short trainings a fortieth of them.
+        every: steps between changes of masks; default: 100, in short trainings a fortieth of them, of "subp" an epoch.
         device: default: the GPU if there is one.
         quiet: print nothing.
         **training: see `Settings`; epochs is needed.
@@ -243,6 +242,7 @@ class Study:
         self.training = Settings(**training)
         self.total_steps = self.training.epochs * (len(self.train) // batch_size)
         self.every = max(1, min(100, self.total_steps // 40)) if every is None else every
+        self.every_by_default = every is None
         self.lines = [
             (variant, sparsity)
             for sparsity in sparsities
@@ -321,7 +321,8 @@ class Study:
         folder, identity = self._folder(variant, sparsity, seed), self._identity(variant, sparsity, seed)
         options: dict[str, Any] = {}
         if variant.method != "static":
-            options = {"every": self.every, "seed": seed, **self.training.evolve_options}
+            options = {} if variant.method == "subp" and self.every_by_default else {"every": self.every}
+            options |= {"seed": seed, **self.training.evolve_options}
             if variant.method == "gmp":
                 options["sparsity"] = sparsity
         settings = Settings(**{**asdict(self.training), "evolve": variant.method, "evolve_options": options})
@@ -383,7 +384,10 @@ class Study:
         model = self._network(variant, sparsity, 0).to(self.device, memory_format=form)  # type: ignore[call-overload]
         optimizer = torch.optim.SGD(model.parameters(), 1e-3, settings.momentum)
         evolver = None
-        if variant.method != "static":  # what it does at every step counts; masks are looked at too rarely to
+        if variant.method == "subp":  # at its final sparsity
+            evolver = Evolver(model, optimizer, variant.method, total_steps=1, every=1)
+            evolver.step()
+        elif variant.method != "static":  # what it does at every step counts; masks are looked at too rarely to
             evolver = Evolver(model, optimizer, variant.method, total_steps=1, every=sys.maxsize)
         amp = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}[settings.amp]
 

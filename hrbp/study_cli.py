@@ -57,7 +57,11 @@ def add_study(commands: Commands) -> None:
     add("--epochs", type=int, help="default 6, paper: 160")
     add("--batch-size", type=int, help="default 64, paper: 128")
     add("--lr", type=float, help="default 0.1")
-    add("--every", type=int, help="steps between mask changes, default 100, in short trainings a fortieth of them")
+    add(
+        "--every",
+        type=int,
+        help="steps between mask changes, default 100, in short trainings a fortieth, of subp an epoch",
+    )
     add("--out", metavar="DIR", help="folder, default runs/study, paper: runs/study-paper")
     add("--device", help="default cuda if there is a GPU, else cpu")
     add("--amp", choices=("none", "bf16", "fp16"), help="mixed precision, default bf16 on a GPU, none on a CPU")

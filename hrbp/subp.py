@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,15 +20,60 @@ from .choose import top
 
 SCORES = ("bpar", "l1")
 CHUNK_CELLS = 16_000_000  # of the matrices of cosines made at a time
-EXPONENTIAL = 0.05  # rate of the exponential schedule, an epoch
+EXPONENTIAL = 0.05  # rate of the exponential pace, an epoch
 
 # How far the pruning is at a share of its time, both in [0, 1]; epochs: the whole time.
-SCHEDULES: dict[str, Callable[[float, float], float]] = {
+PACES: dict[str, Callable[[float, float], float]] = {
     "cubic": lambda share, epochs: share**3,
     "linear": lambda share, epochs: share,
     "cosine": lambda share, epochs: 1 - math.cos(math.pi / 2 * share),
     "exponential": lambda share, epochs: math.expm1(-EXPONENTIAL * epochs * share) / math.expm1(-EXPONENTIAL * epochs),
 }
+
+
+@dataclass(frozen=True)
+class SoftPruning:
+    """The choices that SUBP leaves open.
+
+    score     what a block is worth: "bpar" or "l1", see `block_scores`
+    alpha     of "bpar"
+    tau       temperature of the draw, see `regrown`
+    pace      how the pruned share rises: "cubic", "linear", "cosine" or "exponential", see `pruned_share`
+    begin     share of the training before which every block takes part
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    score: str = "bpar"
+    alpha: float = 1.0
+    tau: float = 1.0
+    pace: str = "cubic"
+    begin: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, known in (("score", SCORES), ("pace", tuple(PACES))):
+            if (value := getattr(self, name)) not in known:
+                raise ValueError(f"SoftPruning(): {name} is {value!r}; it needs one of {', '.join(known)}")
+        if not 0 <= self.alpha < math.inf:
+            raise ValueError(f"SoftPruning(): alpha is {self.alpha}; it needs a number >= 0")
+        if not self.tau > 0:
+            raise ValueError(f"SoftPruning(): tau is {self.tau}; it needs a number > 0")
+        if not 0 <= self.begin <= 1:
+            raise ValueError(f"SoftPruning(): begin is {self.begin}; it needs a number in [0, 1]")
+
+    def kept(
+        self, weight: Tensor, n: int, sparsity: float, pruned: float, seed: int, row_order: Tensor | None = None
+    ) -> Tensor:
+        """The blocks of a layer that take part: bool [K/n, C].
+
+        Args:
+            weight, n, row_order: see `block_scores`.
+            sparsity, pruned: P and p, see `counts`.
+            seed: of the draws.
+        """
+        scores = block_scores(weight, n, self.score, self.alpha, row_order)
+        return kept_blocks(scores, sparsity, pruned, torch.Generator().manual_seed(seed), self.tau)
 
 
 def block_scores(
@@ -65,7 +111,7 @@ def block_scores(
     return _shares(l1) - alpha * torch.where(l1 > 0, _shares(_redundancy(blocks)), 1.0)
 
 
-def pruned_share(epoch: float, begin: float, end: float, sparsity: float, schedule: str = "cubic") -> float:
+def pruned_share(epoch: float, begin: float, end: float, sparsity: float, pace: str = "cubic") -> float:
     """The share p of blocks that stays away in an epoch.
 
         p = P * f(clip((epoch - begin) / (end - begin), 0, 1))
@@ -75,17 +121,17 @@ def pruned_share(epoch: float, begin: float, end: float, sparsity: float, schedu
         epoch: from 0 on.
         begin, end: epochs in which pruning begins and is complete; T = end - begin. Where they are equal, p jumps to P.
         sparsity: P, in [0, 1).
-        schedule: "cubic", "linear", "cosine" or "exponential".
+        pace: "cubic", "linear", "cosine" or "exponential".
     """
-    if schedule not in SCHEDULES:
-        raise ValueError(f"pruned_share(): schedule is {schedule!r}; it needs one of {', '.join(SCHEDULES)}")
+    if pace not in PACES:
+        raise ValueError(f"pruned_share(): pace is {pace!r}; it needs one of {', '.join(PACES)}")
     if not 0 <= begin <= end:
         raise ValueError(f"pruned_share(): begin is {begin} and end {end}; it needs 0 <= begin <= end")
     if epoch >= end:
         return sparsity
     if epoch <= begin:
         return 0.0
-    return sparsity * SCHEDULES[schedule]((epoch - begin) / (end - begin), end - begin)
+    return sparsity * PACES[pace]((epoch - begin) / (end - begin), end - begin)
 
 
 def counts(channels: int, sparsity: float, pruned: float) -> tuple[int, int]:

@@ -57,7 +57,7 @@ class Settings:
     accumulate       a batch goes through the model in this many parts; the step is that of the whole batch
     ema              decay of an exponential moving average of the weights, which is then what is tested and saved
     evolve           how masks change: a method of `Evolver`
-    evolve_options   every, drop, until, sparsity, decay, seed: those of `Evolver`
+    evolve_options   those of `Evolver`; `every` is an epoch for "subp" unless it is given
     compile          run steps through torch.compile; a name chooses its backend
     save_minutes     time between checkpoints within an epoch; each epoch ends with one anyway
 
@@ -216,9 +216,10 @@ class Trainer:
         self.evolver = None
         if settings.evolve != "static":
             averages = [] if self.ema is None else [self.ema]
+            options = {"every": len(train)} if settings.evolve == "subp" else {}
             self.evolver = Evolver(
                 self.model, self.optimizer, settings.evolve, total_steps=self.total_steps, ema=averages,
-                **settings.evolve_options,
+                **options | dict(settings.evolve_options),
             )  # fmt: skip
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.amp == "fp16")
         self.step = self.epoch = self.batch = 0  # done: steps, whole epochs, batches of the present epoch

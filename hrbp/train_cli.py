@@ -38,6 +38,7 @@ Trains one network, sparse from the first step on: weights, gradients and optimi
   python -m hrbp train --structure hrbp --evolve rigl       masks that change while training
   python -m hrbp train --structure unstructured --evolve gmp --sparsity 0.95
   python -m hrbp train --structure 2:4 --sparsity 0.5 --evolve sr-ste       N:M from scratch; "ste" without the decay
+  python -m hrbp train --structure 1xn --option n=16 --sparsity 0.75 --evolve subp   uniform blocks from scratch
   python -m hrbp train --model resnet32 --width 2 --data cifar10 --root ~/data --schedule step --out runs/first
   python -m hrbp train --out runs/first ... --resume        the same command again: continues where it was
   torchrun --nproc-per-node 4 -m hrbp train --model resnet50 --data ~/imagenet --batch-size 1024 --lr 0.4 --warmup 5
@@ -76,14 +77,18 @@ def add_train(commands: Commands) -> None:
     add = parser.add_argument_group("sparsity").add_argument
     add("--structure", default="hrbp++", help=f"{', '.join(STRUCTURES)}, 2:4, ..., dense or narrow; default hrbp++")
     add("--sparsity", type=float, default=0.9, help="of the layers made sparse, default 0.9")
-    add("--distribution", choices=DISTRIBUTIONS, default="erk", help="of the layers' densities, default erk")
+    add("--distribution", choices=DISTRIBUTIONS, help="of the layers' densities, default erk, with subp uniform")
     add("--saliency", choices=SALIENCIES, default="random", help="what chooses the first masks, default random")
     add("--option", type=_option, action="append", default=[], metavar="NAME=VALUE", help="of the structure, see below")
     add("--evolve", choices=METHODS, default="static", help="how masks change, default static")
-    add("--every", type=int, default=100, help="steps between changes, default 100")
+    add("--every", type=int, help="steps between changes, default 100, of subp an epoch")
     add("--drop", type=float, default=0.3, help="share exchanged at first, default 0.3")
     add("--until", type=float, default=0.75, help="share of the training after which masks stay, default 0.75")
     add("--initial-sparsity", type=float, default=0.0, help="where gmp starts, default 0")
+    add(
+        "--evolve-option", type=_option, action="append", default=[], metavar="NAME=VALUE",
+        help="of subp: score (bpar, l1), alpha, tau, pace (cubic, linear, cosine, exponential), begin (0, a share)",
+    )  # fmt: skip
     add("--decay", type=float, help=f"of weights that take no part ({', '.join(DECAYING)}), default 2e-4")
 
     add = parser.add_argument_group("training").add_argument
@@ -131,7 +136,10 @@ def run_train(args: argparse.Namespace) -> int:
         )
         print("".join(f"{note}\n" for note in made.notes), end="")
     evolves = args.evolve != "static"
-    options = {"every": args.every, "drop": args.drop, "until": args.until, "seed": args.seed} if evolves else {}
+    options = {"drop": args.drop, "until": args.until, "seed": args.seed} if evolves else {}
+    options |= dict(args.evolve_option)
+    if evolves and args.every is not None:
+        options["every"] = args.every
     if args.evolve == "gmp":
         options["sparsity"] = args.sparsity
     if args.decay is not None:

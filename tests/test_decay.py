@@ -382,7 +382,7 @@ def test_refusals():
         ({"method": "static"}, "method is 'static' and the model was made by"),
         ({"method": "sr-ste", "decay": -1.0}, r"decay is -1\.0 with method 'sr-ste'"),
         ({"method": "sr-ste", "decay": math.nan}, "decay is nan"),
-        ({"method": "ste", "decay": 0.1}, r"decay is 0\.1 with method 'ste'; 'sr-ste' take"),
+        ({"method": "ste", "decay": 0.1}, r"decay is 0\.1 with method 'ste'; 'sr-ste' and 'subp' take"),
     ]:
         with pytest.raises(ValueError, match=message):
             Evolver(net, optimizer, total_steps=10, **arguments)

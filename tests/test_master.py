@@ -355,7 +355,11 @@ METHODS = [
 
 def sparse(method: str, name: str, sparsity: float, options: dict, seed: int = 0, **more) -> Net:
     torch.manual_seed(seed)
-    return hrbp.sparsify(Net(), sparsity, structure=name, method=method, seed=seed, **options, **more)
+    net = hrbp.sparsify(Net(), sparsity, structure=name, method=method, seed=seed, **options, **more)
+    if method == "subp":  # which begins with all blocks
+        for layer in sparse_layers(net).values():
+            layer.set(plan_of(net).structure.choose(torch.rand(layer.shape), sparsity))
+    return net
 
 
 @pytest.fixture

@@ -367,6 +367,23 @@ def test_masks_that_follow_dense_weights(tmp_path):
         tiny(tmp_path / "none", [Variant("hrbp", "ste")])
 
 
+def test_soft_pruning_is_compared_at_its_final_sparsity(tmp_path):
+    line = Variant("1xn", "subp", options={"n": 4, "uniform": 1})
+    results = tiny(tmp_path / "s", [Variant("dense"), line], sparsities=(0.75,), seeds=(0,), every=None).run()
+    assert line.name == "1xn n=4 uniform=1 subp"
+    dense, soft = rows(results)
+    assert soft["sparsity"] == pytest.approx(0.75, abs=0.05)
+    assert soft["memory"] >= dense["memory"]
+    folder = tmp_path / "s" / "1xn-n=4-uniform=1-subp-75-seed-0"
+    told = [json.loads(text) for text in (folder / "log.jsonl").read_text().splitlines()]
+    steps = [entry["step"] for entry in told if entry["kind"] == "update"]
+    epoch = next(entry["step"] for entry in told if entry["kind"] == "epoch")
+    assert steps == [epoch * (i + 1) for i in range(len(steps))] != []
+    assert Variant("1xn", "subp").refuses() is None
+    with pytest.raises(ValueError, match="'1xn uniform=0 subp' cannot be trained: 'subp' trains uniform 1xn blocks"):
+        tiny(tmp_path / "none", [Variant("1xn", "subp", options={"uniform": 0})])
+
+
 def test_the_papers_study_says_where_cifar_goes(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"cifar10 is not in .*; put cifar-10-python.tar.gz"):
         command("--preset", "paper", "--root", tmp_path, "--out", tmp_path / "s")

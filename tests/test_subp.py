@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy.stats import chi2
 from torch import Tensor
 
-from hrbp.subp import SCHEDULES, block_scores, counts, kept_blocks, pruned_share, regrown
+from hrbp.subp import PACES, block_scores, counts, kept_blocks, pruned_share, regrown
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -96,7 +96,7 @@ def test_redundant_blocks_are_worth_less_than_others_of_their_size():
 
 
 @pytest.mark.parametrize(
-    ("schedule", "middle"),
+    ("pace", "middle"),
     [
         ("cubic", 0.125),
         ("linear", 0.5),
@@ -104,9 +104,9 @@ def test_redundant_blocks_are_worth_less_than_others_of_their_size():
         ("exponential", (1 - math.exp(-0.25)) / (1 - math.exp(-0.5))),
     ],
 )
-def test_schedules(schedule, middle):
+def test_paces(pace, middle):
     def at(epoch: float) -> float:
-        return pruned_share(epoch, 5, 15, 0.8, schedule)
+        return pruned_share(epoch, 5, 15, 0.8, pace)
 
     assert [at(e) for e in (0, 3.5, 5)] == [0.0] * 3
     assert [at(e) for e in (15, 15.5, 99)] == [0.8] * 3
@@ -114,11 +114,11 @@ def test_schedules(schedule, middle):
     rising = [at(5 + i / 4) for i in range(41)]
     assert all(a < b for a, b in itertools.pairwise(rising))
     assert rising[-2] > 0.7  # it arrives, rather than jumping
-    assert [pruned_share(e, 5, 5, 0.8, schedule) for e in (4, 5, 6)] == [0.0, 0.8, 0.8]
+    assert [pruned_share(e, 5, 5, 0.8, pace) for e in (4, 5, 6)] == [0.0, 0.8, 0.8]
 
 
-def test_every_schedule_is_tested():
-    assert set(SCHEDULES) == {"cubic", "linear", "cosine", "exponential"}
+def test_every_pace_is_tested():
+    assert set(PACES) == {"cubic", "linear", "cosine", "exponential"}
 
 
 def test_counts():
@@ -213,7 +213,7 @@ def test_refusals():
         (lambda: block_scores(weight.int(), 4), r"weight is \(8, 4, 3, 3\) torch.int32; it needs floats"),
         (lambda: block_scores(weight[0], 4), r"weight is \(4, 3, 3\)"),
         (lambda: block_scores(weight * math.nan, 4), "weight holds NaN or infinity"),
-        (lambda: pruned_share(1, 0, 5, 0.5, "square"), "schedule is 'square'; it needs one of cubic, linear"),
+        (lambda: pruned_share(1, 0, 5, 0.5, "square"), "pace is 'square'; it needs one of cubic, linear"),
         (lambda: pruned_share(1, 3, 2, 0.5), "begin is 3 and end 2; it needs 0 <= begin <= end"),
         (lambda: counts(4, 0.5, 0.6), r"counts\(\): pruned is 0.6 and sparsity 0.5"),
         (lambda: counts(4, 1.0, 0.6), "sparsity 1.0; it needs 0 <= pruned <= sparsity < 1"),

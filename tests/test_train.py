@@ -367,6 +367,7 @@ VARIANTS = {
         "2:4",
         {"evolve": "sr-ste", "evolve_options": {"every": 4, "decay": 0.1}, "amp": "fp16", "accumulate": 2, "ema": 0.9},
     ),
+    "subp": ("1xn", {"evolve": "subp", "evolve_options": {"every": 2, "decay": 0.1}, "amp": "fp16", "ema": 0.9}),
     "dense": (None, {"optimizer": "adamw", "amp": "bf16", "channels_last": True}),
 }
 
@@ -621,6 +622,7 @@ CASES = {
     "parts": ("unstructured", dict(evolve="rigl", evolve_options={"every": 2}, accumulate=2)),
     "gmp": ("hrbp", dict(evolve="gmp", evolve_options={"every": 2, "sparsity": 0.8})),
     "sr-ste": ("2:4", dict(evolve="sr-ste", evolve_options={"every": 2, "decay": 0.1}, optimizer="adamw", ema=0.9)),
+    "subp": ("1xn", dict(evolve="subp", evolve_options={"every": 2, "decay": 0.1}, ema=0.9)),
     "norm": ("hrbp", dict(evolve="rigl", evolve_options={"every": 2})),
 }
 
@@ -692,7 +694,7 @@ def test_two_ranks_are_one_with_the_same_batch(tmp_path):
     def of(name):
         return torch.load(tmp_path / f"{name}.pt", weights_only=True)
 
-    for name in ("rigl", "set", "parts", "gmp", "sr-ste", "norm"):
+    for name in ("rigl", "set", "parts", "gmp", "sr-ste", "subp", "norm"):
         one, first, second = of(f"{name}-1-0"), of(f"{name}-2-0"), of(f"{name}-2-1")
         for part in ("model", "optimizer", "ema"):  # masks and running statistics, too
             same(first["state"][part], second["state"][part])
@@ -844,6 +846,18 @@ SMALL = ("--model", "resnet8", "--width", "0.5", "--epochs", "2", "--batch-size"
         ("--structure", "hrbp", "--evolve", "rigl", "--every", "2", "--option", "groups=2", "--amp", "bf16"),
         ("--structure", "unstructured", "--evolve", "gmp", "--every", "2", "--saliency", "snip", "--ema", "0.9"),
         ("--structure", "2:4", "--sparsity", "0.5", "--evolve", "sr-ste", "--every", "2", "--decay", "0.001"),
+        (
+            "--structure",
+            "1xn",
+            "--option",
+            "n=4",
+            "--evolve",
+            "subp",
+            "--evolve-option",
+            "score=l1",
+            "--sparsity",
+            "0.5",
+        ),
     ],
 )
 def test_the_command(words, tmp_path, small_shapes, capsys):
@@ -853,7 +867,7 @@ def test_the_command(words, tmp_path, small_shapes, capsys):
     assert "test accuracy" in out
     names = {p.name for p in (tmp_path / "run").iterdir()}
     assert names == {"log.jsonl", "last.pt", "previous.pt", "model.pt", "training.png"}
-    expected = 0.5 if "narrow" in words or "2:4" in words else 0.9 if "dense" not in words else 0.0
+    expected = 0.5 if {"narrow", "2:4", "subp"} & set(words) else 0.9 if "dense" not in words else 0.0
     model = checkpoint.load(tmp_path / "run" / "model.pt")
     if "narrow" not in words:
         assert hrbp.summary(model).sparsity == pytest.approx(expected, abs=0.05)

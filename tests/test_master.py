@@ -189,6 +189,22 @@ def test_compiled_without_breaks_and_without_recompiling_for_an_equally_large_ch
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize(("name", "sparsity"), [("2:4", 0.5), ("8:32", 0.75), ("unstructured", 0.7)])
+def test_compiled_with_a_mask_that_follows_the_weight(name, sparsity):
+    layer, counter = conv(c=32, padding=1), CompileCounter()
+    put_master(layer, rule=structure(name), sparsity=sparsity)
+    compiled = torch.compile(layer, fullgraph=True, backend=counter)
+    generator = torch.Generator().manual_seed(2)
+    x, dy = draw(generator, 2, 32, 5, 5), draw(generator, 2, 16, 5, 5)
+    for _ in range(3):
+        y = compiled(x)
+        torch.testing.assert_close(y, layer(x))
+        torch.testing.assert_close(torch.autograd.grad(y, layer.weight, dy)[0], products(layer, x, dy)["weight"])
+        with torch.no_grad():
+            layer.weight.copy_(draw(generator, *layer.weight.shape))
+    assert counter.frame_count == 1
+
+
 def test_differentiable_once():
     layer = made(True)
     x = draw(torch.Generator().manual_seed(1), 1, 12, 5, 5).requires_grad_()
@@ -468,6 +484,29 @@ def test_layers_that_a_structure_refuses_stay_dense_unless_they_are_named():
             hrbp.sparsify(Net(), 0.5, structure="2:4", include=["one", name])
 
 
+@pytest.mark.parametrize("name", ["mobilenetv1", "mobilenetv2"])
+def test_depthwise_and_narrow_layers_of_mobile_networks_stay_dense(name):
+    """As in the papers, and without a list of exceptions: m = 32 does not divide all of their widths."""
+    model = hrbp.models.build(name, classes=5, width=0.25, image_size=32)
+    hrbp.sparsify(model, 0.75, structure="8:32", method="sr-ste")
+    plan = plan_of(model)
+    modules = dict(model.named_modules())
+    for layer, why in plan.dense.items():
+        module = modules[layer]
+        if why == "depthwise":
+            assert module.groups == module.in_channels > 1
+        elif "does not divide" in why:
+            assert module.in_channels % 32
+        else:
+            assert why in ("the first layer", "the last layer")
+    assert "depthwise" in plan.dense.values()
+    assert any("does not divide" in why for why in plan.dense.values())
+    masked = sparse_layers(model)
+    assert masked.keys() == plan.asked.keys()
+    assert all(modules[layer].in_channels % 32 == 0 and modules[layer].groups == 1 for layer in masked)
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 5)
+
+
 def test_refusals():
     net = Net()
     before = copy.deepcopy(net.state_dict())
@@ -482,6 +521,11 @@ def test_refusals():
             hrbp.sparsify(net, **{"sparsity": 0.5, **arguments})
         assert all(torch.equal(t, before[name]) for name, t in net.state_dict().items())
         assert not sparse_layers(net)
+    with torch.no_grad():
+        net.hidden.weight[3, 5] = torch.nan
+    with pytest.raises(ValueError, match="infinite or NaN"):
+        hrbp.sparsify(net, 0.5, structure="2:4", method="ste")
+    assert not sparse_layers(net)
     net = sparse(*METHODS[3])
     with pytest.raises(ValueError, match=r"Evolver\(\): method is 'rigl' and the model was made by .* method='subp'"):
         hrbp.Evolver(net, torch.optim.SGD(net.parameters(), 0.1), "rigl", total_steps=10)

@@ -88,7 +88,8 @@ columns
   rows, cols       most weights of a filter, of an input channel / mean: 1 is even
   dgrad%           share that blocks fill of their bounding rectangles once kernels are rotated and transposed, as
                    the input gradient needs them: 100 is dense
-  Below: which n:m masks are n:m in the input gradient, too, which needs m to divide the filters, and NHWC.
+  dgrad n:m        whether an n:m mask is one in the input gradient, too (in NHWC); else the share of m neighbouring
+                   filters that keep more than n, or their number K where m does not divide it
 Exit status: 0; 2 for a file or an option that cannot be used.
 """
 

@@ -439,7 +439,7 @@ def dgrad_fill(choice: Choice) -> float:
 
 
 def dgrad_ratio(mask: Tensor, n: int, m: int) -> str:
-    """'n:m' if the input gradient can use an n:m mask as such, or why it cannot.
+    """Whether an n:m mask is n:m in the input gradient, too: "n:m", or the share of runs that keep more, or K.
 
     Its operand W' [C, K*R*S] (see `dgrad_fill`) is n:m if every m neighbours in a row keep n at most. In NHWC these are
     m neighbouring filters at one tap, given that m divides K. In NCHW they are taps of one kernel, as they are in W
@@ -453,10 +453,10 @@ def dgrad_ratio(mask: Tensor, n: int, m: int) -> str:
     """
     k, c = mask.shape[:2]
     if k % m:
-        return f"K = {k} is no multiple of {m}"
+        return f"no, K = {k}"
     kept = mask.flip(2, 3).permute(1, 2, 3, 0).reshape(c, -1, m).sum(2)
     over = float((kept > n).double().mean())
-    return f"{n}:{m}" if over == 0 else f"{100 * over:.3g}% of runs of {m} filters keep more than {n}"
+    return f"{n}:{m}" if over == 0 else f"no, {100 * over:.3g}% over"
 
 
 def _distinct(owner: Tensor, place: Tensor, owners: int) -> Tensor:
@@ -478,8 +478,7 @@ def table(reports: Mapping[str, MaskReport]) -> str:
     refs        memory references of an output pixel, per weight of the dense layer
     rows, cols  largest / mean of the weights of 8 filters, of 8 input channels
     dgrad%      share that blocks fill of their rectangles in the input gradient
-
-    Below it, which of the n:m layers are n:m in the input gradient, too: see `dgrad_ratio`.
+    dgrad n:m   of n:m masks: see `dgrad_ratio`
     """
     scored = any(report.score for report in reports.values())
     head = ["layer", "K x C x R x S", "kept%", "structure"]
@@ -501,13 +500,11 @@ def table(reports: Mapping[str, MaskReport]) -> str:
         shares = _shares(total_score([report.score for report in every])) if scored else []
         total = ["all", "", f"{100 * share:.2f}", "", *shares]
         lines.append([*total, *_costs(storage), "", "", "", ""])
-    text = columns(lines, left=(0, 3))
-    told = {name: report.dgrad_ratio for name, report in reports.items() if report.dgrad_ratio is not None}
-    if told:
-        both = ", ".join(name for name, ratio in told.items() if ":" in ratio) or "none"
-        others = "".join(f"; not {name}: {why}" for name, why in told.items() if ":" not in why)
-        text += f"\n\nn:m in the input gradient, too (in NHWC): {both}{others}"
-    return text
+    if any(report.dgrad_ratio for report in reports.values()):
+        ratios = [report.dgrad_ratio or "" for report in reports.values()]
+        for line, cell in zip(lines, ["dgrad n:m", *ratios, ""], strict=False):
+            line.append(cell)
+    return columns(lines, left=(0, 3))
 
 
 def total_score(scores: list[Score | None]) -> Score | None:

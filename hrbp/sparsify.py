@@ -118,7 +118,8 @@ def sparsify(
         saliency: what chooses the weights: "random", "magnitude", "snip", "grasp", "synflow", "magnitude+gradient".
             With "random", groups (hrbp, hrbp++) are of neighbouring filters, which costs nothing when running, and
             balanced: every channel is read by equally many groups, give or take one, rather than some by none. The
-            paper's are drawn independently: row_granule=1, balanced=False.
+            paper's are drawn independently: row_granule=1, balanced=False. "magnitude" of trained weights, structure
+            "2:4", then fine-tuning under the mask that this gives, is ASP (Mishra et al., 2021).
         include: only these: names of layers (with * and ? as wildcards) or types. The stem and the last layer too, if
             they are named. Default: all layers. A layer whose shape the structure refuses stays dense, and the summary
             says why, unless its full name is given here: then that is an error.
@@ -653,7 +654,7 @@ def _semi_note(told: dict[str, str | None]) -> str:
         if reason is not None:
             why.setdefault(reason, []).append(name)
     able = len(told) - sum(map(len, why.values()))
-    stay = [f"not {', '.join(names)} ({reason})" for reason, names in why.items()]
+    stay = [f"not {', '.join(n) if len(n) < 4 else f'{len(n)} as {n[0]}'} ({reason})" for reason, n in why.items()]
     return "; ".join([f"sparse tensor cores, by hrbp.to_semi_structured(model): {able} of {len(told)} layers", *stay])
 
 

@@ -178,11 +178,7 @@ def draw_study(
     apart = 0.012 * (len(sparsities) + 1)  # of a step on the axis: error bars beside one another
     for i, structure in enumerate(structures):
         mine = [row for row in found if row["structure"] == structure]
-        look: dict[str, Any] = {
-            "color": [c / 255 for c in COLOURS[i % len(COLOURS)]],
-            "marker": MARKERS[i % len(MARKERS)],
-        }
-        look |= {"label": structure, "capsize": 3, "linestyle": LINES[i // len(COLOURS) % 3]}
+        look = _look(i, structure)
         right, spread = [100 * row["accuracy"] for row in mine], [100 * (row["deviation"] or 0) for row in mine]
         shift = apart * (i - (len(structures) - 1) / 2)
         by_sparsity.errorbar([sparsities.index(row["asked"]) + shift for row in mine], right, spread, **look)
@@ -209,7 +205,78 @@ def draw_study(
     by_sparsity.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}%"))
     for axis in (by_sparsity, by_time):
         axis.grid(alpha=0.3)
-    handles, names = by_sparsity.get_legend_handles_labels()
+    _finish(figure, by_sparsity, path)
+
+
+def draw_regularity(
+    path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], machine: str
+) -> None:
+    """Accuracy against sparsity, against the size of the file and against measured time, a colour each structure.
+
+    Args:
+        path: ends in .png, .svg or .pdf; written whole or not at all.
+        rows: as regularity.rows makes them.
+        settings, machine: of the study.
+
+    Raises:
+        ValueError: no matplotlib, another ending, or no training that is finished.
+    """
+    check_plot(path)
+    found = [row for row in rows if row["accuracy"] is not None]
+    if not found:
+        raise ValueError("draw_regularity(): no training is finished; there is nothing to draw")
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter
+
+    figure = Figure(figsize=(18, 7), dpi=110, layout="constrained")
+    by_sparsity, by_file, by_time = axes = figure.subplots(1, 3, sharey=True)
+    seeds = max(row["seeds"] for row in found)
+    figure.suptitle(
+        f"{settings['model']} x {settings['width']:g} on {settings['data']}: pruned step by step, each line from "
+        f"{100 * settings['sparsities'][0]:g}% to its name at {100 * settings['sparsities'][-1]:g}%; "
+        + (f"mean and deviation of {seeds} seeds" if seeds > 1 else "1 seed")
+    )
+    for i, structure in enumerate(dict.fromkeys(row["structure"] for row in found)):
+        mine = [row for row in found if row["structure"] == structure]
+        look = _look(i, structure)
+        if structure == "dense":
+            look |= {"color": "black", "marker": "o", "linestyle": "-"}
+        right, spread = [100 * row["accuracy"] for row in mine], [100 * (row["deviation"] or 0) for row in mine]
+        for axis, key in ((by_sparsity, "asked"), (by_file, "file_ratio"), (by_time, "time")):
+            places = [row[key] for row in mine]
+            if None in places:
+                continue
+            axis.errorbar(places, right, spread, **look)
+            axis.annotate(
+                structure, (places[-1], right[-1]), (5, 3), textcoords="offset points", fontsize=8, color=look["color"]
+            )
+    by_sparsity.set_xticks(settings["sparsities"], [f"{100 * s:g}%" for s in settings["sparsities"]])
+    by_sparsity.set(xlabel="sparsity of the layers made sparse", ylabel="test accuracy", title="at what sparsity")
+    by_file.set(xlabel="file, relative to dense; left of 1 is smaller", title="at what size")
+    by_time.set(
+        xlabel=f"forward + backward of {settings['model']} x {settings['timed_width']:g}, relative to dense",
+        title=f"at what time ({machine})",
+    )
+    for axis in (by_file, by_time):
+        axis.axvline(1.0, color="0.6", linewidth=1, linestyle=":")
+    by_sparsity.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}%"))
+    for axis in axes:
+        axis.margins(x=0.12)
+        axis.grid(alpha=0.3)
+    _finish(figure, by_sparsity, path)
+
+
+def _look(i: int, structure: str) -> dict[str, Any]:
+    """Colour, marker and line of the i-th structure."""
+    return {
+        "color": [c / 255 for c in COLOURS[i % len(COLOURS)]], "marker": MARKERS[i % len(MARKERS)], "label": structure,
+        "capsize": 3, "linestyle": LINES[i // len(COLOURS) % len(LINES)],
+    }  # fmt: skip
+
+
+def _finish(figure: Any, axis: Any, path: str | os.PathLike[str]) -> None:
+    """The legend of this axis, below all of them; and the file."""
+    handles, names = axis.get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 6), frameon=False)
     with whole_file(path) as file:
         figure.savefig(file, format=Path(path).suffix[1:].lower())

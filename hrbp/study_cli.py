@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import argparse
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .data import load
 from .evolve import METHODS
 from .models import NETWORKS
+from .regularity import FIGURE as REGULARITY_FIGURE
+from .regularity import GRAINS, RIVALS, Regularity
+from .regularity import table as regularity_table
 from .structure import STRUCTURES
 from .study import ABLATION, FIGURE, PRESETS, Preset, Study, Variant, table
 from .sweep import RESULTS, TABLE
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+
+REGULARITY = "regularity"
+RETRAIN, TIMED_WIDTH = 2, 8.0  # epochs after a pruning; of resnet8: layers of 128 to 512 channels
 
 DESCRIPTION = """\
 Trains one network dense and sparse, in many ways, and puts side by side what that keeps of its accuracy, and what it
@@ -28,6 +34,13 @@ costs in memory and time. The default takes about five minutes on a laptop.
   python -m hrbp study --structures dense hrbp hrbp++ --methods static rigl hrbp --sparsities 0.8 0.9 --seeds 0 1 2
   python -m hrbp study --preset paper --root ~/data                         Table 1 of the HRBP paper, for days
   python -m hrbp study --preset paper --model resnet32 --data cifar10 --seeds 0
+
+--preset regularity prunes one trained network instead, grain by grain (single weights, vectors, kernels, filters, ...)
+and step by step, training it again after each; the table has storage, memory references, balance and time of each, and
+ends with the structure to choose.
+
+  python -m hrbp study --preset regularity --max-time 0.5 --max-storage 0.2
+  python -m hrbp study --preset regularity --model resnet32 --width 2 --data cifar10 --weights resnet32.pt --retrain 20
 """
 
 END = """\
@@ -45,39 +58,42 @@ def add_study(commands: Commands) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     add = parser.add_argument
-    add("--preset", choices=PRESETS, default="quick", help="what holds where nothing else is said, default quick")
+    add("--preset", choices=(*PRESETS, REGULARITY), default="quick", help="what holds by default, default quick")
     add("--model", choices=NETWORKS, nargs="+", metavar="NAME", help=f"{', '.join(NETWORKS)}")
     add("--width", type=float, help="times the published channel counts")
     add("--data", nargs="+", metavar="NAME", help="shapes (generated), cifar10, cifar100, or a folder of images")
     add("--root", default="data", help="where CIFAR's archives lie, default data")
     add("--structures", nargs="+", metavar="NAME", help=f"dense, narrow, {', '.join(STRUCTURES)}, 2:4, ...")
     add("--methods", nargs="+", choices=METHODS, metavar="NAME", help=f"how masks change: {', '.join(METHODS)}")
-    add("--sparsities", nargs="+", type=float, metavar="S", help="of the layers made sparse, default 0.9 0.95")
+    add("--sparsities", nargs="+", type=float, metavar="S",
+        help="of the layers made sparse, default 0.9 0.95, regularity: 0.5 0.75 0.875")  # fmt: skip
     add("--seeds", nargs="+", type=int, metavar="N", help="default 0 1, paper: 0 1 2")
     add("--epochs", type=int, help="default 6, paper: 160")
     add("--batch-size", type=int, help="default 64, paper: 128")
-    add("--lr", type=float, help="default 0.1")
+    add("--lr", type=float, help="default 0.1; half of that when training again after pruning")
     add(
         "--every",
         type=int,
         help="steps between mask changes, default 100, in short trainings a fortieth, of subp an epoch",
     )
-    add("--out", metavar="DIR", help="folder, default runs/study, paper: runs/study-paper")
+    add("--out", metavar="DIR", help="folder, default runs/study, runs/study-PRESET")
     add("--device", help="default cuda if there is a GPU, else cpu")
     add("--amp", choices=("none", "bf16", "fp16"), help="mixed precision, default bf16 on a GPU, none on a CPU")
+    add = parser.add_argument_group("--preset regularity").add_argument
+    add("--weights", metavar="FILE", help="of the trained network, default: it is trained first")
+    add("--retrain", type=int, help=f"epochs after each pruning, default {RETRAIN}")
+    add("--timed-width", type=float, help=f"width of the timed network, default --width, of resnet8 {TIMED_WIDTH:g}")
+    add("--max-time", type=float, default=0.5, help="that the answer may take, relative to dense, default 0.5")
+    add("--max-storage", type=float, default=0.25, help="that its file may take, relative to dense, default 0.25")
     parser.set_defaults(run=run_study)
 
 
 def run_study(args: argparse.Namespace) -> int:
     """The studies of all networks on all data sets, each with its table."""
+    if args.preset == REGULARITY:
+        return run_regularity(args)
     preset = PRESETS[args.preset]
-    on_gpu = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu")).type == "cuda"
-    training = dict(preset.training)
-    training |= {key: value for key in ("epochs", "lr") if (value := getattr(args, key)) is not None}
-    training |= {
-        "amp": {"none": None, None: "bf16" if on_gpu else None}.get(args.amp, args.amp),
-        "channels_last": on_gpu,
-    }
+    training = _training(args, preset.training)
     pairs = [(model, data) for data in args.data or preset.data for model in args.model or preset.models]
     loaded = {data: (load(data, "train", root=args.root), load(data, "test", root=args.root)) for _, data in pairs}
     out = Path(args.out or ("runs/study" if args.preset == "quick" else f"runs/study-{args.preset}"))
@@ -96,10 +112,53 @@ def run_study(args: argparse.Namespace) -> int:
         results = made.run()
         print(f"\n{table(results)}\n")
         if results["stopped"]:
-            print(f"stopped by {results['stopped']}; the same command continues")
-            return 128 + signal.Signals[results["stopped"]].value
+            return _stopped(results["stopped"])
         print(f"in {made.out}: {RESULTS}, {TABLE}, {FIGURE}, and a folder for each training")
     return 0
+
+
+def run_regularity(args: argparse.Namespace) -> int:
+    """One network, pruned in many ways, and its table."""
+    for name in ("methods", "every"):
+        if getattr(args, name) is not None:
+            raise ValueError(f"study: --{name} is about masks that change, which those of --preset regularity do not")
+    if any(len(getattr(args, name) or ()) > 1 for name in ("model", "data")):
+        raise ValueError("study: --preset regularity takes one --model and one --data; run it once for each")
+    quick = PRESETS["quick"]
+    training = _training(args, quick.training)
+    structures = [*RIVALS, *GRAINS] if args.structures is None else args.structures
+    if args.weights is not None:
+        training.pop("epochs")
+        structures = [name for name in structures if name != "narrow"]
+    data = (args.data or quick.data)[0]
+    made = Regularity(
+        args.out or f"runs/study-{REGULARITY}", structures, model=(args.model or quick.models)[0],
+        width=1.0 if args.width is None else args.width, weights=args.weights,
+        images=(load(data, "train", root=args.root), load(data, "test", root=args.root)),
+        **{} if args.sparsities is None else {"sparsities": args.sparsities},
+        seeds=quick.seeds if args.seeds is None else args.seeds, batch_size=args.batch_size or quick.batch_size,
+        retrain=RETRAIN if args.retrain is None else args.retrain,
+        timed_width=args.timed_width or args.width or TIMED_WIDTH, device=args.device, **training,
+    )  # fmt: skip
+    results = made.run()
+    print(f"\n{regularity_table(results, max_time=args.max_time, max_storage=args.max_storage)}\n")
+    if results["stopped"]:
+        return _stopped(results["stopped"])
+    print(f"in {made.out}: {RESULTS}, {TABLE}, {REGULARITY_FIGURE}, and a folder for each training")
+    return 0
+
+
+def _training(args: argparse.Namespace, preset: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of the trainings."""
+    on_gpu = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu")).type == "cuda"
+    given = {key: value for key in ("epochs", "lr") if (value := getattr(args, key)) is not None}
+    amp = {"none": None, None: "bf16" if on_gpu else None}.get(args.amp, args.amp)
+    return {**preset, **given, "amp": amp, "channels_last": on_gpu}
+
+
+def _stopped(name: str) -> int:
+    print(f"stopped by {name}; the same command continues")
+    return 128 + signal.Signals[name].value
 
 
 def _variants(args: argparse.Namespace, preset: Preset, model: str, data: str) -> Sequence[Variant]:

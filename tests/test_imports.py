@@ -47,7 +47,7 @@ ALLOWED = {
 ORDER = [
     "choose", "density", "saliency", "models", "data", "regroup", "structure", "subp", "master", "semi", "sparsify",
     "decay", "evolve", "weights", "stream", "report", "picture", "progress", "checkpoint", "train", "train_cli",
-    "sweep", "study", "study_cli", "__init__", "__main__",
+    "sweep", "study", "regularity", "study_cli", "__init__", "__main__",
 ]  # fmt: skip
 
 

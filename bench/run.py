@@ -7,7 +7,7 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import machine
@@ -35,22 +35,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     ceilings = measure_ceilings(clock, args.device, options.dtype)
     print("\n".join(report.head_lines(facts, args.dtype, args.batch, ceilings)), flush=True)
     bench = LayerBench(options, clock, make_memory(args.device), ceilings)
-    rows, finished = run_layers(bench, args.layers, begin + args.seconds)
+
+    def keep(rows: list[Row], finished: bool = False, after: Ceilings | None = None) -> None:
+        """What there is goes to the file after each layer: a run that is killed loses nothing."""
+        if args.json:
+            content = {
+                "complete": finished,
+                "seconds": time.perf_counter() - begin,
+                "options": plain_options(args),
+                "machine": facts,
+                "ceilings": {"at_start": vars(ceilings), "at_end": vars(after) if after else None},
+                "rows": [row.as_json() for row in rows],
+                "totals": [total.as_json() for total in totals(rows)],
+            }
+            report.write_json(args.json, content)
+
+    rows, finished = run_layers(bench, args.layers, begin + args.seconds, keep)
     after = measure_ceilings(clock, args.device, options.dtype)
-    seconds = time.perf_counter() - begin
-    sums = totals(rows)
-    print_end(rows, sums, args, ceilings, after, seconds)
-    if args.json:
-        content = {
-            "complete": finished,
-            "seconds": seconds,
-            "options": plain_options(args),
-            "machine": facts,
-            "ceilings": {"at_start": vars(ceilings), "at_end": vars(after)},
-            "rows": [row.as_json() for row in rows],
-            "totals": [total.as_json() for total in sums],
-        }
-        report.write_json(args.json, content)
+    print_end(rows, totals(rows), args, ceilings, after, time.perf_counter() - begin)
+    keep(rows, finished, after)
     if args.plot and rows:
         report.plot(args.plot, rows, f"{facts['device']}, {args.dtype}, batch {args.batch}")
     if not finished:
@@ -58,8 +61,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if report.failed(rows) or not any(row.sparse.status == OK for row in rows) else 0
 
 
-def run_layers(bench: LayerBench, layers: list[Layer], end: float) -> tuple[list[Row], bool]:
-    """(rows, finished): measures and prints one layer after another; an interrupt keeps what there is."""
+def run_layers(
+    bench: LayerBench, layers: list[Layer], end: float, keep: Callable[[list[Row]], None]
+) -> tuple[list[Row], bool]:
+    """(rows, finished): measures, prints and keeps one layer after another; an interrupt keeps what there is."""
     rows: list[Row] = []
     rounds, on_gpu = bench.options.rounds, bench.options.device.type == "cuda"
     progress = Progress([work_of(layer) for layer in layers], end, rounds.least == rounds.most)
@@ -70,6 +75,7 @@ def run_layers(bench: LayerBench, layers: list[Layer], end: float) -> tuple[list
             rows += new
             progress.clear()
             print("\n".join(report.layer_lines(new, on_gpu)), flush=True)
+            keep(rows)
     except KeyboardInterrupt:
         progress.clear()
         print("\ninterrupted: what follows covers the layers above only", flush=True)

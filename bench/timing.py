@@ -97,8 +97,31 @@ class CudaClock:
         return Lap(start.elapsed_time(stop) * 1e-3, host)
 
 
+class CudaStepClock:
+    """Wall-clock time from an idle device to an idle device: the host's part of a call counts."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def lap(self, call: Call, cold: bool = True) -> Lap:
+        torch.cuda.synchronize(self._device)
+        start = time.perf_counter()
+        result = call()
+        host = time.perf_counter()
+        torch.cuda.synchronize(self._device)
+        stop = time.perf_counter()
+        del result
+        return Lap(stop - start, host - start)
+
+
 def make_clock(device: torch.device) -> Clock:
+    """Of kernels."""
     return CudaClock(device) if device.type == "cuda" else CpuClock()
+
+
+def make_step_clock(device: torch.device) -> Clock:
+    """Of whole steps, which a user waits for."""
+    return CudaStepClock(device) if device.type == "cuda" else CpuClock()
 
 
 def last_level_cache() -> int:

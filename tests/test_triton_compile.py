@@ -120,8 +120,30 @@ def wide(arch: str) -> list[Case]:
     return list(cases.values())
 
 
+def row_of(case: Case) -> tuple[str, tiles.Entry]:
+    """The row of the table that a case gets its tile from."""
+    column = tiles.column_of(case.arch)
+    math = case.math if case.dtype == torch.float32 else "half"
+    load = tiles._load(case.kind, case.geometry, case.blocksize, case.nnzb, column)
+    return case.kind, tiles.find(case.kind, case.tile.block_n, math, load, column)
+
+
+def rows_for(arch: str) -> set[tuple[str, tiles.Entry]]:
+    return {(kind, row) for row in tiles.TABLE if arch in row.archs.split() for kind in row.kinds.split()}
+
+
+def every_row(arch: str) -> list[Case]:
+    """The representative cases, and one more for each row of the table that none of them uses."""
+    cases = {row_of(case): case for case in reversed(wide(arch))} | {
+        row_of(case): case for case in representative(arch)
+    }
+    return [*representative(arch), *(case for case in cases.values() if case not in representative(arch))]
+
+
 WIDE = os.environ.get("TRITON_COMPILE") == "wide"
-CASES = [case for arch in TARGETS for case in (wide if WIDE else representative)(arch)]
+# The rows of sm_90 are the ones that a benchmark will rank first.
+LISTS = dict.fromkeys(TARGETS, representative) | {"sm_90": every_row}
+CASES = [case for arch in TARGETS for case in (wide if WIDE else LISTS[arch])(arch)]
 # Other sizes of the first case: they must not need another kernel.
 RESIZED = [CASES[0]._replace(batch=65, height=30), CASES[0]._replace(batch=63, height=27)]
 
@@ -308,6 +330,10 @@ def test_kernel(case: Case, facts):
     # One K-tile of activations in 16-byte copies by all threads.
     threads = case.tile.num_warps * TARGETS[case.arch][2]
     assert f["copies16"] >= case.tile.block_m * case.tile.block_k * case.dtype.itemsize // (16 * threads), f
+
+
+def test_every_row_of_sm_90_is_compiled():
+    assert {row_of(case) for case in CASES if case.arch == "sm_90"} == rows_for("sm_90")
 
 
 def test_sizes_do_not_need_another_kernel(facts):

@@ -1,0 +1,338 @@
+"""python bench/step.py: whole training steps, sparse against dense. --help explains all of it."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import hrbp
+import machine
+import report
+from blocksparse import BSRConv2d, BSRLinear
+from hrbp.train import training_bytes
+from rows import ERROR, FAIL, OK, Times
+from timing import Rounds, interleave, make_memory, make_step_clock
+
+DESCRIPTION = """\
+Times whole training steps (forward, loss, backward, SGD with momentum) of sparse networks against dense ones, in one
+interleaved run. Every sparse network is first checked: its loss and its gradients against the dense network of the
+same function.
+
+  python bench/step.py --network vgg19 --structure hrbp block
+  python bench/step.py --network resnet50 --compile --json step.json
+"""
+
+EPILOG = """\
+columns
+  way       memory format, and how a step runs: eager; graph (a CUDA graph of the whole step); compiled (torch.compile)
+  ms        20th, 50th and 80th percentile of the steps, the host's part included
+  x dense   p50 of the fastest dense way / p50 of this one; x same: of dense in the same way
+  step MB   peak memory during a step beyond what was there before it
+  state MB  weights, index, gradients and optimizer state
+
+Exit status: 0; 1 if a check failed or nothing was timed; 2 for wrong options; 130 if interrupted.
+"""
+
+FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+ALLOWED = 1e-2  # relative error of a gradient after a whole network in fp32: rounding is below, wrong is far above
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network of the papers, its images, and how sparse it is trained."""
+
+    name: str
+    model: str  # of hrbp.models.build
+    width: float
+    classes: int
+    image_size: int
+    batch: int  # on a GPU
+    cpu_batch: int
+    sparsity: float
+
+    def build(self) -> nn.Module:
+        return hrbp.models.build(self.model, classes=self.classes, width=self.width, image_size=self.image_size)
+
+
+NETWORKS = {
+    "resnet50": Network("resnet50", "resnet50", 1, 1000, 224, 128, 2, 0.9),
+    "vgg19": Network("vgg19", "vgg19", 1, 10, 32, 128, 16, 0.95),
+    "wrn32-2": Network("wrn32-2", "resnet32", 2, 10, 32, 128, 16, 0.95),
+    "resnet8": Network("resnet8", "resnet8", 1, 10, 16, 8, 2, 0.9),  # for a first look
+}
+STRUCTURES: dict[str, dict[str, Any]] = {
+    "hrbp": {"structure": "hrbp"},
+    "hrbp++": {"structure": "hrbp++"},
+    "hrbpx8": {"structure": "hrbp", "granule": 8},
+    "block": {"structure": "block"},
+}
+DENSE = "dense"
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a step runs."""
+
+    layout: str
+    mode: str = "eager"  # "graph": a CUDA graph of the whole step; "compiled": torch.compile
+
+    def __str__(self) -> str:
+        return f"{self.layout}, {self.mode}"
+
+
+@dataclass
+class Row:
+    """A network, a structure and a way, with its times or why there are none."""
+
+    network: str
+    structure: str
+    sparsity: float
+    distribution: str
+    batch: int
+    image_size: int
+    dtype: str
+    way: str
+    status: str = OK
+    reason: str = ""
+    times: Times | None = None
+    step_bytes: int | None = None
+    state_bytes: int | None = None
+    parameters: int | None = None
+    speedup: dict[str, float | None] = field(default_factory=dict)  # "dense": over its fastest way; "same": over this
+
+    @property
+    def p50(self) -> float | None:
+        return self.times.p50 if self.times else None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs everything; returns the exit status."""
+    args = parse_arguments(argv)
+    begin = time.perf_counter()
+    if args.device.type == "cuda":
+        machine.set_up_gpu(args.device, tf32=True)
+    facts = machine.describe(args.device)
+    print(f"{facts['device']}, {facts['threads']} threads; torch {facts['torch']}; {args.dtype}", flush=True)
+    rows: list[Row] = []
+    finished = False
+    try:
+        for at, name in enumerate(args.network):
+            left = begin + args.seconds - time.perf_counter()
+            deadline = time.perf_counter() + max(0.0, left) / (len(args.network) - at)
+            print(
+                f"[{at + 1}/{len(args.network)}] {name}, about {max(0.0, left):.0f} s left", file=sys.stderr, flush=True
+            )
+            rows += measure_network(NETWORKS[name], args, deadline)
+            print("\n".join(lines([row for row in rows if row.network == name])), flush=True)
+            write(args, facts, rows, begin, complete=False)  # a run that is killed keeps what it has
+        finished = True
+    except KeyboardInterrupt:
+        print("\ninterrupted: what is above is complete", flush=True)
+    write(args, facts, rows, begin, finished)
+    if not finished:
+        return 130
+    return 1 if any(row.status != OK for row in rows) or not rows else 0
+
+
+def write(args: argparse.Namespace, facts: dict[str, Any], rows: list[Row], begin: float, complete: bool) -> None:
+    if args.json:
+        options = {name: str(value) if name in ("device", "json") else value for name, value in vars(args).items()}
+        content = {"kind": "step", "complete": complete, "seconds": time.perf_counter() - begin, "options": options}
+        report.write_json(args.json, content | {"machine": facts, "rows": [asdict(row) for row in rows]})
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "bench/step.py", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--network", nargs="+", choices=tuple(NETWORKS), default=["resnet50", "vgg19", "wrn32-2"])
+    add("--structure", nargs="+", choices=tuple(STRUCTURES), default=["hrbp", "hrbp++", "hrbpx8", "block"])
+    add("--sparsity", type=float, help="default: 0.9 for ImageNet's networks, 0.95 for CIFAR's")
+    add("--distribution", choices=("erk", "uniform"), default="erk", help="how densities differ between layers")
+    add("--batch", type=int, help="images; default: 128 on a GPU, 2 or 16 on a CPU")
+    add("--dtype", choices=("bf16", "fp32"), help="of autocast; default: bf16 on a GPU, fp32 (none) on a CPU")
+    add("--compile", action="store_true", help="also through torch.compile, in channels_last")
+    add("--device", type=torch.device, help="default: cuda if there is one")
+    add("--seconds", type=float, default=120.0, help="spread repetitions over about so long, but 3 of each at least")
+    add("--quick", action="store_true", help="3 repetitions of each: a first look")
+    add("--json", type=Path, metavar="FILE", help="write every row and the machine to FILE, after each network")
+    args = parser.parse_args(argv)
+    args.device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    args.dtype = args.dtype or ("bf16" if args.device.type == "cuda" else "fp32")
+    if args.sparsity is not None and not 0 < args.sparsity < 1:
+        parser.error(f"--sparsity {args.sparsity}: it needs a number between 0 and 1")
+    if args.batch is not None and args.batch < 1:
+        parser.error(f"--batch {args.batch}: it needs a positive number")
+    return args
+
+
+# ---------------------------------------------------------------- one network
+
+
+def measure_network(network: Network, args: argparse.Namespace, deadline: float) -> list[Row]:
+    """A row for dense and each structure, in every way; steps of all of them interleaved until `deadline`."""
+    device, on_gpu = args.device, args.device.type == "cuda"
+    batch = args.batch or (network.batch if on_gpu else network.cpu_batch)
+    sparsity = args.sparsity or network.sparsity
+    torch.manual_seed(0)
+    dense = network.build().to(device)
+    x = torch.randn(batch, 3, network.image_size, network.image_size, device=device)
+    target = torch.randint(network.classes, (batch,), device=device)
+    ways = [Way("channels_last"), Way("contiguous")]
+    if on_gpu:
+        ways = [Way("channels_last"), Way("channels_last", "graph"), Way("contiguous", "graph")]
+    if args.compile:
+        ways.append(Way("channels_last", "compiled"))
+    memory, pool = make_memory(device), torch.cuda.graph_pool_handle() if on_gpu else None
+    rows: list[Row] = []
+    calls: dict[int, Callable[[], Tensor]] = {}
+    for structure in (DENSE, *args.structure):
+        model, why = copy.deepcopy(dense), ""
+        if structure != DENSE:
+            hrbp.sparsify(model, sparsity, distribution=args.distribution, **STRUCTURES[structure])
+            why = differs(model, x[: min(batch, 8)], target[: min(batch, 8)])
+        for way in ways:
+            row = Row(
+                network.name, structure, sparsity if structure != DENSE else 0.0,
+                args.distribution, batch, network.image_size, args.dtype, str(way),
+            )  # fmt: skip
+            rows.append(row)
+            if why:
+                row.status, row.reason = FAIL, why
+                continue
+            try:
+                step = Step(copy.deepcopy(model), x, target, way, args.dtype, pool)
+                row.step_bytes = memory.extra_bytes(step.call)
+            except Exception as error:  # one way that cannot run ends nothing
+                row.status, row.reason = ERROR, f"{type(error).__name__}: {error}"
+                continue
+            row.state_bytes = training_bytes(step.model, step.optimizer)
+            row.parameters = sum(p.numel() for p in step.model.parameters())
+            calls[len(rows) - 1] = step.call
+    rounds = Rounds(3, 3 if args.quick else 200)
+    for at, laps in interleave(calls, make_step_clock(device), rounds, deadline).items():
+        rows[at].times = Times.of(laps)
+    compare(rows)
+    return rows
+
+
+class Step:
+    """One training step as a call without arguments that returns the loss."""
+
+    def __init__(self, model: nn.Module, x: Tensor, target: Tensor, way: Way, dtype: str, pool: Any) -> None:
+        self.model = model.to(memory_format=FORMATS[way.layout]).train()  # type: ignore[call-overload]
+        self.x, self.target = x.contiguous(memory_format=FORMATS[way.layout]), target
+        self.amp = dtype == "bf16"
+        on_gpu = x.device.type == "cuda"
+        self.optimizer = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9, fused=on_gpu)
+        run = torch.compile(self.model) if way.mode == "compiled" else self.model
+        self.call: Callable[[], Tensor] = lambda: self._step(run)
+        if way.mode == "graph":
+            self.call = self._captured(run, pool)
+        else:
+            for _ in range(2):  # compiles, makes the optimizer's state
+                self.call()
+
+    def _step(self, run: Callable[[Tensor], Tensor]) -> Tensor:
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(self.x.device.type, torch.bfloat16, enabled=self.amp):
+            loss = F.cross_entropy(run(self.x), self.target)
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()
+
+    def _captured(self, run: Callable[[Tensor], Tensor], pool: Any) -> Callable[[], Tensor]:
+        """Graphs share one memory pool: none needs what it had there after it has run."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                self._step(run)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            loss = self._step(run)
+
+        def replay() -> Tensor:
+            graph.replay()
+            return loss
+
+        return replay
+
+
+def differs(model: nn.Module, x: Tensor, target: Tensor) -> str:
+    """Why the sparse model is not the dense one of the same function, in fp32: its loss, then every gradient; or ""."""
+    cudnn: Any = torch.backends.cudnn
+    before, cudnn.conv.fp32_precision = cudnn.conv.fp32_precision, "ieee"
+    try:
+        models = copy.deepcopy(model).train(), hrbp.densify(copy.deepcopy(model)).train()
+        losses = [F.cross_entropy(m(x), target) for m in models]
+        for loss in losses:
+            loss.backward()
+    except Exception as error:  # printed in the rows of this structure
+        return f"{type(error).__name__}: {error}"
+    finally:
+        cudnn.conv.fp32_precision = before
+    if not abs(losses[0].item() - losses[1].item()) <= 1e-3 * abs(losses[1].item()):
+        return f"the loss is {losses[0].item():.6g}, of the dense network {losses[1].item():.6g}"
+    twins = dict(models[1].named_modules())
+    for name, layer in models[0].named_modules():
+        if isinstance(layer, BSRConv2d | BSRLinear):
+            dense: Any = twins[name]
+            needed = layer.pattern.values_from_dense(dense.weight.grad.view(layer.weight_shape))
+            got = layer.values.grad
+            assert got is not None
+            off = float((got - needed).norm() / needed.norm())
+            if not off <= ALLOWED:  # NaN too
+                return f"the gradient of {name} is off by {off:.3g} (allowed {ALLOWED})"
+    return ""
+
+
+def compare(rows: list[Row]) -> None:
+    """Speed-ups over the fastest way of dense, and over dense in the same way."""
+    dense = {row.way: row.p50 for row in rows if row.structure == DENSE and row.p50 is not None}
+    for row in rows:
+        if row.p50 is not None and dense:
+            same = dense.get(row.way)
+            row.speedup = {"dense": min(dense.values()) / row.p50, "same": None if same is None else same / row.p50}
+
+
+def lines(rows: list[Row]) -> list[str]:
+    """The table of one network."""
+    first = rows[0]
+    sparse = next((row.sparsity for row in rows if row.sparsity), 0.0)
+    out = [
+        "",
+        f"{first.network}: batch {first.batch}, {first.image_size}x{first.image_size}, {first.dtype},"
+        f" {100 * sparse:g}% sparse ({first.distribution})",
+        "structure way                         ms p20      p50      p80  x dense   x same   step MB  state MB",
+    ]
+    for row in rows:
+        left = f"{row.structure:<10}{row.way:<25}"
+        if row.times is None:
+            out.append(f"{left} {row.status}: {' '.join(row.reason.split())}"[:200])
+            continue
+        ratios = (row.speedup.get(name) for name in ("dense", "same"))
+        sizes = (row.step_bytes, row.state_bytes)
+        out.append(
+            left
+            + "".join(f"{ms:>9.2f}" for ms in (row.times.p20, row.times.p50, row.times.p80))
+            + "".join(f"{'n/a' if r is None else f'{r:.2f}':>9}" for r in ratios)
+            + "".join(f"{'n/a' if b is None else f'{b / 1e6:.1f}':>10}" for b in sizes)
+        )
+    return out
+
+
+if __name__ == "__main__":
+    sys.exit(main())

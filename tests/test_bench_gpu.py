@@ -1,0 +1,396 @@
+"""bench/gpu.py and what it runs: every stage at toy sizes, nothing lost when stopped, wrong answers named."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import blocksparse as bs
+from blocksparse import functional
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "bench"))
+
+import gpu  # noqa: E402
+import launch  # noqa: E402
+import page  # noqa: E402
+import step  # noqa: E402
+import tiles_check  # noqa: E402
+from rows import ERROR, FAIL, OK, Times  # noqa: E402
+from timing import Lap  # noqa: E402
+
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a machine with a GPU runs the stages for real")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+# ---------------------------------------------------------------- the command
+
+
+@no_gpu
+def test_every_stage_runs_and_makes_a_page(tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "bench" / "gpu.py"), "--quick", "--out", str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr + (tmp_path / "log.txt").read_text()[-3000:]
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["complete"] is True
+    assert results["machine"]["gpu"] == "no CUDA device"
+    found = results["stages"]
+    assert list(found) == ["tests", "tiles", "sanitizer", "launch", "layers", "step"]
+    assert {name for name, stage in found.items() if stage["status"] == "ok"} == set(found) - {"sanitizer"}
+    assert (found["sanitizer"]["status"], found["sanitizer"]["why"]) == ("not run", "no CUDA device")
+    assert found["tests"]["jobs"]["tests"]["result"]["tests"] > 5
+    for name, least in (("tiles", 1), ("launch", 2), ("layers", 8), ("step", 4)):
+        (job,) = found[name]["jobs"].values()
+        assert len(job["result"]["rows"]) >= least, name
+    assert page.main([str(tmp_path / "results.json"), "--out", str(tmp_path / "page")]) == 0
+    text = (tmp_path / "page" / "index.md").read_text()
+    assert "sanitizer: not run (no CUDA device)" in text
+    assert "### training steps" in text
+    assert "### host time of a call" in text
+    assert "| 3x3, 16 channels, 6x6 |" in text
+    assert "### goals" not in text  # of a GPU
+
+
+def test_without_a_gpu_only_toy_sizes_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as stop:
+        gpu.main(["--out", str(tmp_path)])
+    assert stop.value.code == 2
+    assert "PyTorch sees no CUDA device here; --quick" in capsys.readouterr().err
+
+
+def test_the_stages_of_a_gpu_fit_ten_minutes_and_name_real_options(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: f"/usr/bin/{name}")
+    found = {stage.name: stage for stage in gpu.stages(tmp_path, on_gpu=True, quick=False)}
+    assert sum(stage.seconds for stage in found.values()) <= 600
+    assert not any(stage.missing for stage in found.values())
+    assert "-n" in found["tests"].jobs[0].command
+    for job in found["layers"].jobs:
+        options = [word for word in job.command[3:] if word not in ("fp16", "bf16")]
+        assert "--json" in options
+    import arguments
+    import layers
+
+    for job in found["layers"].jobs:  # but for the device, every option is understood
+        words = [w for w in job.command[job.command.index("--layer") :] if w not in ("triton", "cupy")]
+        at = words.index("--dtype") if "--dtype" in words else None
+        words = words if at is None else words[:at] + words[at + 2 :]
+        assert arguments.parse_arguments(words).layers
+    parts = [job.command[job.command.index("--part") + 1] for job in found["tiles"].jobs]
+    assert parts == [f"{i}/{gpu.PARTS}" for i in range(gpu.PARTS)]
+    assert all(layers.parse_layer(spec) for spec in (*tiles_check.REAL, *tiles_check.SMALL))
+
+
+def writes_then_sleeps(folder: Path, name: str) -> gpu.Job:
+    """A process that writes a result, says so, and would go on for ever."""
+    code = (
+        "import json, sys, time\n"
+        f"json.dump({{'kind': 'launch', 'complete': False, 'rows': []}}, open({str(folder / name) + '.json'!r}, 'w'))\n"
+        f"open({str(folder / name) + '.done'!r}, 'w').close()\n"
+        "time.sleep(600)"
+    )
+    return gpu.Job(name, (sys.executable, "-c", code))
+
+
+def wait_for(file: Path) -> None:
+    while not file.exists():
+        time.sleep(0.01)
+
+
+def test_a_process_past_its_limit_is_stopped_and_its_result_kept(tmp_path, monkeypatch):
+    real = gpu.finish
+
+    def finish_late(waiting, found, out):
+        for job, _, _ in waiting:
+            wait_for(out / f"{job.name}.done")
+        real([(job, process, 0.0) for job, process, _ in waiting], found, out)
+        waiting.clear()
+
+    monkeypatch.setattr(gpu, "finish", finish_late)
+    found: dict = {}
+    with (tmp_path / "log").open("w") as log:
+        gpu.run_stage(gpu.Stage("launch", 1.0, [writes_then_sleeps(tmp_path, "slow")]), 1.0, tmp_path, log, found)
+    assert found["status"] == "failed"
+    assert found["why"] == "exit status not 0: slow"
+    assert found["jobs"]["slow"]["late"] is True
+    assert found["jobs"]["slow"]["exit"] == -signal.SIGINT or found["jobs"]["slow"]["exit"] == 1
+    assert found["jobs"]["slow"]["result"]["kind"] == "launch"
+
+
+def test_an_interrupt_keeps_what_was_found_and_ends_the_processes(tmp_path, monkeypatch):
+    processes = []
+    real_start = gpu.start
+
+    def start(job, log):
+        processes.append(real_start(job, log))
+        return processes[-1]
+
+    def interrupted(waiting, found, out):
+        wait_for(out / "slow.done")
+        raise KeyboardInterrupt
+
+    stage = gpu.Stage("launch", 60.0, [writes_then_sleeps(tmp_path, "slow")])
+    monkeypatch.setattr(gpu, "start", start)
+    monkeypatch.setattr(gpu, "finish", interrupted)
+    monkeypatch.setattr(gpu, "stages", lambda *_, **__: [stage, dataclasses.replace(stage, name="layers")])
+    assert gpu.main(["--quick", "--out", str(tmp_path)]) == 130
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["complete"] is False
+    assert list(results["stages"]) == ["launch"]
+    assert results["stages"]["launch"]["jobs"]["slow"]["result"]["kind"] == "launch"
+    assert [process.poll() is not None for process in processes] == [True]
+
+
+def test_a_stage_with_a_wrong_answer_fails(tmp_path):
+    job = gpu.Job("bad", (sys.executable, "-c", "raise SystemExit(1)"))
+    found: dict = {}
+    with (tmp_path / "log").open("w") as log:
+        gpu.run_stage(gpu.Stage("tiles", 60.0, [job, job._replace(name="worse")], True), 60.0, tmp_path, log, found)
+    assert found["status"] == "failed"
+    assert found["why"] == "exit status not 0: bad, worse"
+
+
+# ---------------------------------------------------------------- tiles
+
+
+@no_gpu
+@pytest.mark.parametrize("kind", ["fprop", "dgrad", "wgrad"])
+def test_a_tile_that_computes_wrong_is_found(kind, monkeypatch):
+    from blocksparse.kernels import triton_conv
+
+    work = next(w for w in tiles_check.triton_work("", small=True) if w.kind == kind)
+    checker = tiles_check.Checker(torch.device("cpu"), 1)
+    assert checker.check(work).status == OK
+    right = getattr(triton_conv, kind)
+
+    def wrong(*args, **kwargs):
+        out = right(*args, **kwargs)
+        out[(0,) * out.dim()] += 0.5 * out.abs().max()
+        return out
+
+    monkeypatch.setattr(triton_conv, kind, wrong)
+    row = checker.check(work)
+    assert row.status == FAIL
+    assert "max error" in row.reason
+    monkeypatch.setattr(triton_conv, kind, lambda *_, **__: torch.zeros(()).nonexistent)
+    assert checker.check(work).status == ERROR
+
+
+def test_every_row_of_the_table_is_checked_with_its_own_warps_and_with_eight():
+    from blocksparse.kernels.tiles import TABLE
+
+    for arch in ("sm_80", "sm_90", "sm_100"):
+        found = {
+            (w.kind, w.tile[:3], w.tile.num_stages, w.tile.num_warps) for w in tiles_check.triton_work(arch, False)
+        }
+        needed = {
+            (kind, (row.block_m, row.widest, row.block_k), row.num_stages, warps)
+            for row in TABLE if arch in row.archs.split() for kind in row.kinds.split() for warps in (row.num_warps, 8)
+        }  # fmt: skip
+        assert found == needed
+
+
+# ---------------------------------------------------------------- steps
+
+
+def times(*ms: float) -> Times:
+    return Times.of([Lap(1e-3 * t) for t in ms])
+
+
+def test_steps_are_compared_with_the_fastest_dense_way_and_the_same_one():
+    def row(structure, way, *ms):
+        return step.Row("net", structure, 0.9, "erk", 1, 8, "fp32", way, times=times(*ms) if ms else None)
+
+    rows = [
+        row("dense", "a", 4.0),
+        row("dense", "b", 2.0),
+        row("block", "a", 1.0),
+        row("block", "b"),
+        row("hrbp", "c", 8),
+    ]
+    step.compare(rows)
+    assert rows[2].speedup == {"dense": pytest.approx(2.0), "same": pytest.approx(4.0)}
+    assert rows[3].speedup == {}
+    assert rows[4].speedup == {"dense": pytest.approx(0.25), "same": None}
+
+
+WRONG = {  # batch norm takes a factor out of y, not out of gradients
+    "_fprop": ("the loss is", torch.abs),
+    "_dgrad": ("the gradient of", lambda t: 1.05 * t),
+    "_wgrad": ("the gradient of", lambda t: 1.05 * t),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_sparse_network_that_learns_something_else_gets_no_time(name, monkeypatch, tmp_path, capsys):
+    right, (says, damage) = getattr(functional, name), WRONG[name]
+    monkeypatch.setattr(functional, name, lambda *args: damage(right(*args)))
+    file = tmp_path / "step.json"
+    options = ["--network", "resnet8", "--structure", "block", "--quick", "--device", "cpu", "--json", str(file)]
+    assert step.main(options) == 1
+    rows = [row for row in json.loads(file.read_text())["rows"] if row["structure"] == "block"]
+    assert {row["status"] for row in rows} == {FAIL}
+    assert all(says in row["reason"] and row["times"] is None and row["speedup"] == {} for row in rows)
+    assert "FAIL" in capsys.readouterr().out
+
+
+def test_a_step_trains():
+    torch.manual_seed(0)
+    network = step.NETWORKS["resnet8"]
+    x, target = torch.randn(4, 3, 16, 16), torch.arange(4)
+    run = step.Step(network.build(), x, target, step.Way("channels_last"), "fp32", None)
+    losses = [float(run.call()) for _ in range(8)]
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("options", [["--sparsity", "1"], ["--batch", "0"], ["--network", "lenet"]])
+def test_wrong_options_end_a_step_run(options):
+    with pytest.raises(SystemExit) as stop:
+        step.main(options)
+    assert stop.value.code == 2
+
+
+# ---------------------------------------------------------------- host time
+
+
+def test_host_time_is_beside_that_of_the_dense_module(monkeypatch):
+    laps = itertools.cycle([1e-5, 3e-5, 2e-5, 7e-5])  # forward and step of each module in turn
+    monkeypatch.setattr(launch, "lap_of", lambda call, device: Lap(next(laps)))
+    monkeypatch.setattr(bs, "available_backends", lambda: {"torch": None, "triton": "absent"})
+    dense, sparse = launch.measure(torch.device("cpu"), 3)
+    assert (dense.module, sparse.module, sparse.backend) == ("nn.Conv2d", "BSRConv2d", "torch")
+    assert (dense.forward_us, dense.step_us) == (pytest.approx(10.0), pytest.approx(30.0))
+    assert sparse.beyond == {"forward": pytest.approx(10.0), "step": pytest.approx(40.0)}
+
+
+# ---------------------------------------------------------------- the page
+
+
+FILES = sorted((ROOT / "bench" / "results").glob("cpu-*.json"))
+
+
+def test_the_readmes_table_is_that_of_the_page(tmp_path):
+    """Every row of numbers in README's first table stands in the page that the committed files make."""
+    assert page.main([*map(str, FILES), "--out", str(tmp_path)]) == 0
+    made = (tmp_path / "index.md").read_text().splitlines()
+    written = [
+        line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| ") and " ms, **" in line
+    ]
+    assert len(written) == 5
+    for line in written:
+        assert line in made
+
+
+def content(rows: list[dict], machine: dict | None = None) -> dict:
+    where = {"device": "H", "device_type": "cuda", "threads": 1, "torch": "2", "commit": "c" * 40, "dirty": False}
+    return {
+        "complete": True, "machine": where | (machine or {}), "rows": rows, "totals": [],
+        "options": {"dtype": "fp16", "batch": 8, "tap_density": "1"},
+        "ceilings": {"at_start": {"copy_bytes": 1e12, "matmul_flops": 1e14}, "at_end": None},
+    }  # fmt: skip
+
+
+def layer_row(sparse: float | None, dense: float, **changes) -> dict:
+    def result(t):
+        return {"status": "FAIL" if t is None else "ok", "times": None if t is None else {"p50": t}}
+
+    speed = None if sparse is None else dense / sparse
+    return {
+        "net": "resnet50", "layer": "a", "count": 1, "shape": [64, 64, 3, 3], "x_shape": [8, 64, 9, 9], "stride": 1,
+        "padding": [1, 1], "structure": "random blocks", "blocksize_asked": "32x32", "sparsity_asked": 0.9,
+        "backend_asked": "auto", "kind": "total", "sparse": result(sparse), "rivals": {"dense": result(dense)},
+        "blocksize": [32, 32], "nnzb": 4, "useful_flops": 1e6, "flops_per_second": 1e9 if sparse else None,
+        "percent_of_roofline": None if sparse is None else 50.0,
+        "speedup": {"dense": speed, "grouped": None, "torch_bsr": None, "narrow": None},
+    } | changes  # fmt: skip
+
+
+def device_of(tmp_path: Path, *contents: dict) -> page.Device:
+    files = []
+    for i, each in enumerate(contents):
+        files.append(tmp_path / f"{i}.json")
+        files[-1].write_text(json.dumps(each))
+    (device,) = page.read(files)
+    return device
+
+
+def goals_of(device: page.Device) -> dict[str, list[str]]:
+    lines = [line[2:-2].split(" | ") for line in page.goal_table(device) if line.startswith("| ")]
+    return {cells[0]: cells[1:] for cells in lines[2:]}
+
+
+def test_goals_take_the_best_pattern_of_each_layer_and_count_layers(tmp_path):
+    rows = [
+        layer_row(2.0, 8.0),  # 4x
+        layer_row(4.0, 8.0, blocksize_asked="groupx8", structure="equal groups", percent_of_roofline=80.0),
+        layer_row(5.0, 10.0, layer="b", count=3, x_shape=[8, 64, 5, 5]),  # 2x, three times
+        layer_row(1.0, 50.0, layer="c", stride=2),  # counts for the net alone
+        layer_row(1.0, 0.5, sparsity_asked=0.5),
+    ]
+    found = goals_of(device_of(tmp_path, content(rows)))
+    assert found["3x3 of stride 1, 90%, best pattern: x dense"] == ["at least 3", f"{(8 + 30) / (2 + 15):.3g}", "no"]
+    assert found["all convolutions but the stem, 90%, best pattern: x dense"][1:] == [f"{88 / 18:.3g}", "yes"]
+    assert found["3x3, granule 8, 90%: x dense"][1:] == ["2", "no"]
+    assert found["3x3 of stride 1, 90%, best pattern: least share of its roofline"][1:] == ["50", "no"]
+    assert found["any sparsity, backend chosen by the library: least x dense"][1:] == ["0.5", "no"]
+    assert found["training step, VGG-19, 95%: x dense"][1:] == ["n/a", ""]
+
+
+def test_goals_of_steps_and_launches(tmp_path):
+    step_row = {
+        "network": "vgg19", "batch": 1, "dtype": "bf16", "structure": "hrbp", "sparsity": 0.95, "way": "w",
+        "times": {"p50": 1.0}, "speedup": {"dense": 3.5, "same": 1.0}, "step_bytes": None, "state_bytes": 1,
+    }  # fmt: skip
+    launch_row = {"module": "BSRConv2d", "backend": "triton", "forward_us": 40.0, "step_us": 90.0,
+                  "beyond": {"forward": 25.0, "step": 41.0}}  # fmt: skip
+    steps = content([step_row, step_row | {"speedup": {"dense": 2.0}}]) | {"kind": "step"}
+    device = device_of(tmp_path, steps, content([launch_row]) | {"kind": "launch"})
+    found = goals_of(device)
+    assert found["training step, VGG-19, 95%: x dense"] == ["at least 3", "3.5", "yes"]
+    assert found["host time of a module call beyond nn.Conv2d, us"] == ["at most 30", "25", "yes"]
+    assert "| BSRConv2d triton | 40 us | 25 us | 90 us | 41 us |" in page.page(device)
+
+
+def test_a_failed_row_shows_no_number(tmp_path):
+    device = device_of(tmp_path, content([layer_row(None, 8.0), layer_row(2.0, 8.0, blocksize_asked="8x8")]))
+    (line,) = [line for line in page.page(device) if line.startswith("| 3x3, 64 channels, 9x9")]
+    assert line == "| 3x3, 64 channels, 9x9 | 8.0 ms | FAIL | 2.0 ms, **4.0x** |"
+
+
+def test_points_of_the_roofline_are_useful_flops_over_least_bytes(tmp_path):
+    pytest.importorskip("matplotlib")
+    row = layer_row(2.0, 8.0, kind="fprop")
+    device = device_of(tmp_path, content([row]))
+    (point,) = page.points(device)
+    nbytes = 2 * (8 * 64 * 81 + 8 * 64 * 81 + 4 * 32 * 32) + 4 * (2 + 1 + 4)
+    assert point.intensity == pytest.approx(1e6 / nbytes)
+    assert point.flops_per_second == 1e9
+    assert page.draw(device, tmp_path / "roofline.png") is True
+    assert (tmp_path / "roofline.png").stat().st_size > 5000
+    assert page.draw(dataclasses.replace(device, runs=[]), tmp_path / "none.png") is False
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path, capsys):
+    (tmp_path / "x.json").write_text('{"a": 1}')
+    with pytest.raises(SystemExit) as stop:
+        page.main([str(tmp_path / "x.json"), "--out", str(tmp_path)])
+    assert stop.value.code == 2
+    assert "not a result file of this benchmark" in capsys.readouterr().err

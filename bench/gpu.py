@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -25,7 +27,7 @@ import report
 DESCRIPTION = """\
 Runs every check that needs a GPU, stage by stage, each a process of its own with a share of the time:
 
-  tests      pytest, in parallel
+  tests      pytest over the files that use a GPU, in parallel where pytest-xdist is installed
   tiles      every shipped tile on real layers against float64 (bench/tiles_check.py)
   sanitizer  compute-sanitizer over small layers: memcheck, racecheck
   launch     host time of a module call (bench/launch.py)
@@ -70,8 +72,8 @@ class Stage:
 
 def stages(out: Path, on_gpu: bool, quick: bool, scale: float = 1.0) -> list[Stage]:
     """All stages, in the order in which they are worth having."""
-    tests = ["tests/test_geometry.py"] if quick else []
-    workers = ("-n", str(PARTS)) if on_gpu and not quick else ()
+    tests = ["tests/test_geometry.py"] if quick else device_tests()
+    workers = ("-n", str(PARTS)) if not quick and importlib.util.find_spec("xdist") else ()
     pytest = (*PYTHON, "-m", "pytest", *workers, "-p", "no:cacheprovider", f"--junitxml={out / 'tests.xml'}", *tests)
     interpreter = () if on_gpu else (("TRITON_INTERPRET", "1"),)
     small = ("--small",) if quick else ()
@@ -103,6 +105,12 @@ def stages(out: Path, on_gpu: bool, quick: bool, scale: float = 1.0) -> list[Sta
         Stage("layers", 175 * scale, layer_jobs(out, on_gpu, quick, 175 * scale)),
         Stage("step", 120 * scale, [step_job(out, quick, 120 * scale)]),
     ]
+
+
+def device_tests() -> list[str]:
+    """The test files that run on a GPU where there is one."""
+    files = sorted((HERE.parent / "tests").glob("test_*.py"))
+    return [f"tests/{f.name}" for f in files if re.search("cuda|RUNNERS", f.read_text()) and "compile" not in f.name]
 
 
 def script(name: str, json_file: Path, *options: str) -> tuple[str, ...]:
@@ -208,6 +216,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=570.0, help="the whole run, if every stage takes its share")
     parser.add_argument("--quick", action="store_true", help="toy sizes: shows that every stage runs")
     args = parser.parse_args(argv)
+    args.out = args.out.resolve()  # processes run in the root of the repository
     if not torch.cuda.is_available() and not args.quick:
         parser.error("PyTorch sees no CUDA device here; --quick runs the stages at toy sizes on the CPU")
     if args.seconds <= 0:

@@ -213,7 +213,8 @@ def measure_network(network: Network, args: argparse.Namespace, deadline: float)
                 continue
             try:
                 step = Step(copy.deepcopy(model), x, target, way, args.dtype, pool)
-                row.step_bytes = memory.extra_bytes(step.call)
+                extra = memory.extra_bytes(step.call)
+                row.step_bytes = None if way.mode == "graph" else extra  # a graph took its memory when it was captured
             except Exception as error:  # one way that cannot run ends nothing
                 row.status, row.reason = ERROR, f"{type(error).__name__}: {error}"
                 continue

@@ -82,10 +82,9 @@ def test_the_stages_of_a_gpu_fit_ten_minutes_and_name_real_options(tmp_path, mon
     found = {stage.name: stage for stage in gpu.stages(tmp_path, on_gpu=True, quick=False)}
     assert sum(stage.seconds for stage in found.values()) <= 600
     assert not any(stage.missing for stage in found.values())
-    assert "-n" in found["tests"].jobs[0].command
+    assert {"tests/test_ops.py", "tests/test_products.py", "tests/test_tiles.py"} <= set(found["tests"].jobs[0].command)
     for job in found["layers"].jobs:
-        options = [word for word in job.command[3:] if word not in ("fp16", "bf16")]
-        assert "--json" in options
+        assert "--json" in job.command
     import arguments
     import layers
 

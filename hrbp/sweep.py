@@ -173,5 +173,5 @@ def doubt(found: Sequence[Mapping[str, Any]]) -> str:
     if not spread:
         return "with one seed, small differences say nothing"
     variance = sum((n - 1) * d**2 for n, d in spread) / sum(n - 1 for n, _ in spread)
-    points = 200 * math.sqrt(2 * variance / min(n for n, _ in spread))
+    points = 200 * math.sqrt(2 * variance / min(row["seeds"] for row in found))
     return f"differences under {points:.1f} points are within the spread of the seeds"

@@ -402,3 +402,24 @@ def test_the_command_ends_with_the_answer(tmp_path, capsys, monkeypatch):
     for wrong in (("--methods", "set"), ("--every", "2"), ("--model", "resnet8", "resnet14")):
         with pytest.raises(ValueError, match="regularity"):
             command(*args, *wrong)
+
+
+def test_what_the_command_asks_for(monkeypatch):
+    given = {}
+
+    def note(out, structures, **options):
+        given.update(options, out=out, structures=tuple(structures))
+        raise InterruptedError
+
+    monkeypatch.setattr(study_cli, "Regularity", note)
+    monkeypatch.setattr(study_cli, "load", lambda *_, **more: None)
+    for args, width in (((), 8), (("--width", 2), 2), (("--model", "resnet14"), 1), (("--timed-width", 3), 3)):
+        with pytest.raises(InterruptedError):
+            command(*args)
+        assert (given["timed_width"], given["epochs"], given["retrain"]) == (width, 6, 2)
+        assert given["structures"] == ("dense", "narrow", *GRAINS)
+    del given["epochs"]
+    with pytest.raises(InterruptedError):
+        command("--weights", "w.pt", "--lr", 0.01)
+    assert "epochs" not in given  # and no rival that would be trained as long
+    assert (given["weights"], given["lr"], given["structures"]) == ("w.pt", 0.01, ("dense", *GRAINS))

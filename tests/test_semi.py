@@ -25,18 +25,19 @@ class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, 64, 3, padding=1)
-        self.point = nn.Conv2d(64, 64, 1, stride=2)
+        self.point = nn.Conv2d(64, 64, 1, stride=(2, 1))
         self.bare = nn.Conv2d(64, 64, 1, bias=False, padding="same")
         self.wide = nn.Conv2d(64, 64, 3, padding=1)
         self.padded = nn.Conv2d(64, 64, 1, padding=1)
         self.odd = nn.Conv2d(64, 40, 1)
-        self.hidden = nn.Linear(40, 32)
-        self.head = nn.Linear(32, 5)
+        self.hidden = nn.Linear(40, 64)
+        self.deep = nn.Linear(64, 64)
+        self.head = nn.Linear(64, 5)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.bare(self.point(self.stem(x).relu()).relu()).relu()
         x = self.odd(self.padded(self.wide(x).relu()).relu()).relu().mean((2, 3))
-        return self.head(self.hidden(x).relu())
+        return self.head(self.deep(self.hidden(x).relu()).relu())
 
 
 KERNEL = "a 3x3 kernel: matrix products alone, linear layers and 1x1 convolutions"
@@ -45,7 +46,7 @@ STAY = {
     "wide": KERNEL,
     "padded": "padding (1, 1)",
     "odd": "40x64 is no multiple of 16x16",
-    "hidden": "32x40 is no multiple of 16x16",
+    "hidden": "64x40 is no multiple of 16x16",
     "head": "not 2:4",
 }
 
@@ -85,17 +86,19 @@ def test_converted_layers_compute_the_same(device, method, form):
     plain = hrbp.densify(copy.deepcopy(made))
     masks = {name: layer.mask() for name, layer in sparse_layers(made).items()}
     told = hrbp.to_semi_structured(made)
-    assert told == {"point": None, "bare": None, **STAY}
+    assert told == {"point": None, "bare": None, "deep": None, **STAY}
     assert list(told) == [name for name, _ in made.named_children()]
     x = torch.randn(4, 3, 9, 8, device=device, dtype=torch.bfloat16).contiguous(memory_format=form)
     inputs = {}
     for name, module in plain.named_children():
         module.register_forward_hook(lambda m, args, out, name=name: inputs.update({name: (args[0], out)}))
     plain(x)
-    for name in ("point", "bare"):
+    for name in ("point", "bare", "deep"):
         layer, (at, expected) = made.get_submodule(name), inputs[name]
         assert semi.is_converted(layer)
         assert torch.equal(layer.weight.to_dense() != 0, masks[name][:, :, 0, 0])
+        assert layer.__dict__.keys() == plain.get_submodule(name).__dict__.keys()
+        assert not layer._buffers
         with torch.no_grad():
             y = layer(at)
         assert y.shape == expected.shape
@@ -123,7 +126,7 @@ def test_any_model_whose_weights_are_2_4(device):
 def test_the_summary_says_what_is_there_and_what_is_not(device, tmp_path):
     made = net(device)
     note = str(hrbp.summary(made)).splitlines()[-1]
-    assert note.startswith("sparse tensor cores, by hrbp.to_semi_structured(model): 2 of 6 layers; not wide (a 3x3 ")
+    assert note.startswith("sparse tensor cores, by hrbp.to_semi_structured(model): 3 of 7 layers; not wide (a 3x3 ")
     assert "not odd (40x64 is no multiple of 16x16)" in note
     parameters = hrbp.summary(made).parameters
     before = hrbp.summary(made).sparsity
@@ -146,9 +149,9 @@ def test_without_sparse_tensor_cores_layers_stay():
     made = net("cpu")
     before = copy.deepcopy(made.state_dict())
     told = hrbp.to_semi_structured(made)
-    assert told == {**STAY, "point": "on cpu: NVIDIA GPUs alone", "bare": "on cpu: NVIDIA GPUs alone"}
+    assert told == {**STAY, **dict.fromkeys(("point", "bare", "deep"), "on cpu: NVIDIA GPUs alone")}
     assert all(torch.equal(t, before[name]) for name, t in made.state_dict().items())
-    assert len(sparse_layers(made)) == 6
+    assert len(sparse_layers(made)) == 7
 
 
 def test_why_layers_stay(device, monkeypatch):

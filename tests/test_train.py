@@ -915,6 +915,10 @@ def test_masks_that_follow_the_weights_are_logged_drawn_and_left_behind_at_the_e
         progress.draw_training(tmp_path / name, history)
     widths = [imread(tmp_path / name).shape[1] for name in ("evolved.png", "static.png")]
     assert widths[0] * 3 == pytest.approx(widths[1] * 4, abs=4)
+    for name in ("sad", "drift"):
+        other = [{**entry, name: entry[name] // 2} if entry["kind"] == "update" else entry for entry in drawn]
+        progress.draw_training(tmp_path / "other.png", other)
+        assert (imread(tmp_path / "other.png") != imread(tmp_path / "evolved.png")).any()
 
     dropped = sum(int((~layer.mask()).sum()) for layer in sparse_layers(made.ema).values())
     dense = sum(p.numel() for p in made.model.parameters())

@@ -14,8 +14,9 @@ from .density import densities
 from .evolve import Evolver
 from .regroup import Grouping, regroup
 from .saliency import saliency
-from .sparsify import densify, release, sparsify, summary, to_semi_structured
+from .sparsify import densify, release, sparsify, to_semi_structured
 from .structure import STRUCTURES, choose, make_mask
+from .summary import summary
 from .train import Settings, Trainer, train
 
 __all__ = [

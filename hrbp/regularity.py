@@ -30,9 +30,10 @@ from .models import build, narrow
 from .picture import draw_regularity
 from .progress import Progress, duration
 from .report import columns, report_model
-from .sparsify import _inputs_of, densify, plan_of, sparsify, summary
+from .sparsify import densify, plan_of, sparsify
 from .structure import NM
 from .structure import structure as make_structure
+from .summary import inputs_of, summary
 from .train import Settings, Trainer
 from .weights import read_weights
 
@@ -311,7 +312,7 @@ class Regularity:
         References are those of one image's forward pass, each layer's as often as it has output pixels.
         """
         model = copy.deepcopy(model).cpu()
-        inputs = _inputs_of(model, (1, *self.train.shape))
+        inputs = inputs_of(model, (1, *self.train.shape))
         pixels = {name: out.numel() // out.shape[1] for name, (_, out) in inputs.items()}
         reports = report_model(model)
         work = {name: report.kept * pixels[name] for name, report in reports.items()}

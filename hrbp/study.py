@@ -30,8 +30,9 @@ from .picture import draw_study
 from .progress import Progress, duration
 from .report import columns, report_model
 from .sparsify import METHODS as MASTER_METHODS
-from .sparsify import method_refuses, sparse_layers, sparsify, structure_for, summary
+from .sparsify import method_refuses, sparse_layers, sparsify, structure_for
 from .structure import Grains, Groups
+from .summary import summary
 from .train import Settings, Trainer
 
 ROUNDS = 15  # in which every network takes one timed step after the other

@@ -28,7 +28,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from . import checkpoint, progress
 from .data import Batches, ImageSet, load
 from .evolve import METHODS, Evolver, Update
-from .sparsify import plan_of, release, sparse_layers, summary
+from .sparsify import plan_of, release, sparse_layers
+from .summary import summary
 
 CHECK_STEPS = 10  # between looks at the loss on a GPU, each of which waits for it; on a CPU every step is looked at
 DEFAULTS = {"sgd": (0.1, 5e-4), "adamw": (1e-3, 1e-2)}  # learning rate, weight decay

@@ -18,8 +18,9 @@ from .evolve import DECAYING, METHODS
 from .models import NETWORKS, build, narrow
 from .saliency import METHODS as SALIENCIES
 from .sparsify import METHODS as MASTER_METHODS
-from .sparsify import sparsify, summary
+from .sparsify import sparsify
 from .structure import STRUCTURES
+from .summary import summary
 from .train import DEFAULTS, SCHEDULES, Diverged, train
 
 if TYPE_CHECKING:

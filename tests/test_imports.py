@@ -46,8 +46,8 @@ ALLOWED = {
 # The files of hrbp, each of which imports only those before it.
 ORDER = [
     "choose", "density", "saliency", "models", "data", "regroup", "structure", "subp", "master", "semi", "sparsify",
-    "decay", "evolve", "weights", "stream", "report", "picture", "progress", "checkpoint", "train", "train_cli",
-    "sweep", "study", "regularity", "study_cli", "__init__", "__main__",
+    "summary", "decay", "evolve", "weights", "stream", "report", "picture", "progress", "checkpoint", "train",
+    "train_cli", "sweep", "study", "regularity", "study_cli", "__init__", "__main__",
 ]  # fmt: skip
 
 

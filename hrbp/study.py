@@ -343,7 +343,7 @@ class Study:
         finished = {
             **identity, **last, "sparsity": held.sparsity, "parameters": held.parameters,
             "storage": sum(s.values + s.file_index for s in stored),
-            "masked": any(not layer.blocks for layer in sparse_layers(made).values()),
+            "masked": any(not layer.runs_blocks for layer in sparse_layers(made).values()),
         }  # fmt: skip
         sweep.write_json(folder / sweep.RESULT, finished)
         return finished
@@ -531,6 +531,13 @@ def _notes(results: Mapping[str, Any], found: Sequence[Mapping[str, Any]], paper
     notes.append("training MB: weights, index, gradients and optimizer state; stored kB: layers in a file, with index")
     if masked := dict.fromkeys(run["structure"] for run in results["runs"] if run["masked"]):
         notes.append(f"{', '.join(masked)}: a dense weight under a mask, with a dense layer's memory and time")
+    methods = {Variant(**v).name: v["method"] for v in results["settings"]["variants"]}
+    if trained := [
+        name for name in dict.fromkeys(row["structure"] for row in found) if methods[name] in MASTER_METHODS
+    ]:
+        notes.append(
+            f"{', '.join(trained)}: trains a dense weight, with a dense layer's memory; stored is what computes"
+        )
     if any(row["structure"] == "narrow" for row in found):
         notes.append("narrow: a dense network of as many parameters as the sparse ones")
     if papers:

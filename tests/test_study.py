@@ -362,7 +362,7 @@ def test_masks_that_follow_dense_weights(tmp_path):
         assert row["memory"] >= dense["memory"]
         assert row["storage"] < dense["storage"] + 4 * dense["parameters"]
     assert load(tmp_path / "s" / "2-4-sr-ste-50-seed-0" / "model.pt").state_dict()["layer1.0.conv1.mask"].any()
-    assert "2:4 sr-ste" in table(results)
+    assert "2:4 sr-ste, unstructured ste: trains a dense weight, with a dense layer's memory" in table(results)
     with pytest.raises(ValueError, match="'hrbp ste' cannot be trained: 'ste' makes masks anew at every step"):
         tiny(tmp_path / "none", [Variant("hrbp", "ste")])
 
@@ -374,6 +374,9 @@ def test_soft_pruning_is_compared_at_its_final_sparsity(tmp_path):
     dense, soft = rows(results)
     assert soft["sparsity"] == pytest.approx(0.75, abs=0.05)
     assert soft["memory"] >= dense["memory"]
+    assert soft["storage"] < 0.7 * dense["storage"]
+    assert "1xn n=4 uniform=1 subp: trains a dense weight, with a dense layer's memory" in table(results)
+    assert "under a mask" not in table(results)
     folder = tmp_path / "s" / "1xn-n=4-uniform=1-subp-75-seed-0"
     told = [json.loads(text) for text in (folder / "log.jsonl").read_text().splitlines()]
     steps = [entry["step"] for entry in told if entry["kind"] == "update"]

@@ -22,7 +22,7 @@ from .density import densities
 from .models import NETWORKS, build, parameter_count
 from .picture import check_plot, draw_grouping
 from .regroup import Grouping
-from .report import MaskReport, Score, columns, report_mask, stored_blocks, table, total_score
+from .report import MaskReport, Score, columns, report_mask, stored_blocks, table, total_score, under_a_mask
 from .structure import Groups, structure
 from .study_cli import add_study
 from .train_cli import add_train
@@ -333,9 +333,11 @@ def run_info(args: argparse.Namespace) -> int:
     unknown = []
     for name in _in_order(tensors, [*sparse, *plain]):
         if name in plain:
-            weight = plain[name]
-            dtype = weight.dtype if weight.is_floating_point() else torch.float32
-            reports[name] = report_mask(weight != 0, dtype=dtype)
+            weight, whole = plain[name], tensors.get(f"{name}.weight")
+            masked = whole is not None and weight.dtype == torch.bool
+            kind = whole if whole is not None and masked else weight
+            report = report_mask(weight != 0, dtype=kind.dtype if kind.is_floating_point() else torch.float32)
+            reports[name] = under_a_mask(report) if masked else report
         elif name in shapes:
             pattern = sparse_layer(tensors, name, shapes[name])
             values = tensors[f"{name}.values" if name else "values"]

@@ -203,11 +203,11 @@ def report_model(
     for name, module in model.named_modules() if isinstance(model, nn.Module) else ():
         master = isinstance(module, MasterConv2d | MasterLinear) and module.blocksize is None
         if isinstance(module, MaskedConv2d | MaskedLinear) or master:
-            reports[name] = _under_a_mask(reports[name])
+            reports[name] = under_a_mask(reports[name])
     return reports
 
 
-def _under_a_mask(report: MaskReport) -> MaskReport:
+def under_a_mask(report: MaskReport) -> MaskReport:
     """The same, stored as a mask over a dense weight, in the file as what it keeps and a bit a weight."""
     cells, dense = math.prod(report.shape), report.storage.dense
     values = report.kept * (dense // cells)

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 
+import hrbp
 from blocksparse import BSRConv2d, BSRPattern
 from hrbp.__main__ import main
 from hrbp.models import build, parameter_count
@@ -167,6 +168,21 @@ def test_info_of_masks(tmp_path, capsys):
         size = report.storage.values + report.storage.memory_index
         assert cells[-6] == f"{size / 1e3:.1f}"
     assert lines["all"].split()[1] == "25.00"
+
+
+def test_info_of_a_masked_model(tmp_path, capsys):
+    """What is on disk: half-precision weights that are kept, and a bit a weight."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 32, 3), nn.Linear(32, 10)).half()
+    hrbp.save(hrbp.sparsify(model, 0.75, structure="kernel"), tmp_path / "m.pt")
+    status, out, _ = run(capsys, "info", tmp_path / "m.pt")
+    assert status == 0
+    line = next(line for line in out.splitlines() if line.startswith("1 "))
+    state = torch.load(tmp_path / "m.pt", weights_only=True)["state_dict"]
+    saved = sum(state[key].numel() * state[key].itemsize for key in ("1.weight", "1.mask"))
+    assert saved == 2 * 1152 + 4608 / 8
+    assert f"{saved / 1e3:.1f}" in line.split()
+    assert f"{(2 * 4608 + 4608) / 1e3:.1f}" in line.split()
 
 
 def test_info_of_a_sparse_checkpoint(tmp_path, capsys):

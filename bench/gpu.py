@@ -23,6 +23,7 @@ import torch
 
 import machine
 import report
+from layers import parse_layer
 
 DESCRIPTION = """\
 Runs every check that needs a GPU, stage by stage, each a process of its own with a share of the time:
@@ -31,6 +32,7 @@ Runs every check that needs a GPU, stage by stage, each a process of its own wit
   tiles      every shipped tile on real layers against float64 (bench/tiles_check.py)
   sanitizer  compute-sanitizer over small layers: memcheck, racecheck
   launch     host time of a module call (bench/launch.py)
+  compile    the kernels of the layers, side by side: each layer once, checked
   layers     every layer, structure and backend against the best dense convolution (bench/run.py)
   step       whole training steps (bench/step.py)
 
@@ -39,13 +41,12 @@ Runs every check that needs a GPU, stage by stage, each a process of its own wit
 
 What a stage finds is written to OUT/results.json when it ends, its output goes to OUT/log.txt as it comes, and the
 files of a stage that was killed stay beside them: nothing that was measured is lost. Exit status: 0; 1 if a stage
-failed or found something wrong; 2 for wrong options; 130 if interrupted. Without a GPU, --quick runs all of it at toy
+found something wrong or was stopped at its limit; 2 for wrong options; 130 if interrupted. Without a GPU, --quick runs all of it at toy
 sizes.
 """
 
 HERE = Path(__file__).resolve().parent
 PYTHON = (sys.executable, "-u")
-THREES = ("layer1", "layer2", "layer3", "layer4")
 PARTS = 8  # processes of tests and tiles, on a GPU
 PATIENCE = 8.0  # seconds between an interrupt and the end
 
@@ -98,12 +99,13 @@ def stages(out: Path, on_gpu: bool, quick: bool, scale: float = 1.0) -> list[Sta
     ]  # fmt: skip
     quickly = ("--quick",) if quick else ()
     return [
-        Stage("tests", 150 * scale, [Job("tests", pytest)]),
-        Stage("tiles", 90 * scale, tiles, parallel=True),
-        Stage("sanitizer", 50 * scale, memory, missing=missing),
+        Stage("tests", 130 * scale, [Job("tests", pytest)]),
+        Stage("tiles", 70 * scale, tiles, parallel=True),
+        Stage("sanitizer", 40 * scale, memory, missing=missing),
         Stage("launch", 15 * scale, [Job("launch", script("launch", out / "launch.json", *quickly))]),
-        Stage("layers", 175 * scale, layer_jobs(out, on_gpu, quick, 175 * scale)),
-        Stage("step", 120 * scale, [step_job(out, quick, 120 * scale)]),
+        Stage("compile", 70 * scale, compile_jobs(out), parallel=True, missing="" if on_gpu else "no CUDA device"),
+        Stage("layers", 165 * scale, layer_jobs(out, quick, 165 * scale)),
+        Stage("step", 110 * scale, [step_job(out, quick, 110 * scale)]),
     ]
 
 
@@ -117,30 +119,53 @@ def script(name: str, json_file: Path, *options: str) -> tuple[str, ...]:
     return (*PYTHON, str(HERE / f"{name}.py"), "--json", str(json_file), *options)
 
 
-def layer_jobs(out: Path, on_gpu: bool, quick: bool, seconds: float) -> list[Job]:
-    """Runs of bench/run.py: the whole network, then what the goals ask of the 3x3 layers."""
+class Run(NamedTuple):
+    """A run of bench/run.py, and its share of the time of all."""
+
+    name: str
+    share: float
+    layers: list[str]
+    options: list[str]
+
+
+def runs(quick: bool) -> list[Run]:
+    """The whole network, then what the goals ask of the 3x3 layers."""
     if quick:
-        options = ("--layer", "16,16,3,1,6", "--blocksize", "8x8", "group", "--batch", "8", "--quick")
-        return [Job("layers-toy", script("run", out / "layers-toy.json", *options))]
-    threes = [f"resnet50.{layer}.3x3" for layer in THREES]
-    halves = ("fp16", "bf16") if on_gpu else ("fp32",)
-    backends = ("torch", "triton", "cupy") if on_gpu else ("torch",)
-    runs: list[tuple[str, float, list[str]]] = [
-        ("net", 5, ["--layer", "resnet50", "--blocksize", "32x32", "groupx8", "group", "--dtype", halves[0]]),
-        ("hrbp49", 2, ["--layer", *threes, "--structure", "hrbp", "--tap-density", "4/9", "--dtype", halves[0]]),
-        ("backends", 2, ["--layer", *threes, "--blocksize", "32x32", "group", "--backend", *backends]),
-        ("sparsity", 2, ["--layer", threes[2], "--sparsity", "0", "0.5", "0.7", "0.8", "0.95", "0.98"]),
-        ("second-dtype", 1, ["--layer", *threes, "--dtype", halves[-1]]),
-    ]
-    if on_gpu:
-        runs.append(("batch256", 2, ["--layer", *threes, "--batch", "256", "--dtype", halves[0]]))
-    whole = sum(share for _, share, _ in runs)
+        return [Run("toy", 1, ["16,16,3,1,6"], ["--blocksize", "8x8", "group", "--batch", "8", "--quick"])]
+    three = [f"resnet50.layer{stage}.3x3" for stage in (1, 2, 3, 4)]
     return [
-        # Truth and warm-up come before a run's own clock; the rest is repetitions.
-        Job(f"layers-{name}", script("run", out / f"layers-{name}.json", *options, "--seconds",
-                                     f"{0.6 * seconds * share / whole:.0f}"), share)
-        for name, share, options in runs
-    ]  # fmt: skip
+        Run("net", 5, ["resnet50"], ["--blocksize", "32x32", "groupx8", "group"]),
+        Run("hrbp", 2, three, ["--structure", "hrbp", "--tap-density", "4/9"]),
+        Run("backends", 2, three, ["--blocksize", "32x32", "group", "--backend", "torch", "triton", "cupy"]),
+        Run("sparsity", 2, three[2:3], ["--sparsity", "0", "0.5", "0.7", "0.8", "0.95", "0.98"]),
+        Run("bf16", 1, three, ["--dtype", "bf16"]),
+        Run("batch256", 2, three, ["--batch", "256"]),
+    ]
+
+
+def layer_jobs(out: Path, quick: bool, seconds: float) -> list[Job]:
+    found = runs(quick)
+    whole = sum(run.share for run in found)
+    jobs = []
+    for run in found:
+        # Checks and warm-up come before a run's own clock; the rest is repetitions.
+        clock = f"{0.6 * seconds * run.share / whole:.0f}"
+        options = ("--layer", *run.layers, *run.options, "--seconds", clock)
+        jobs.append(Job(f"layers-{run.name}", script("run", out / f"layers-{run.name}.json", *options), run.share))
+    return jobs
+
+
+def compile_jobs(out: Path) -> list[Job]:
+    """The runs again, one repetition each, in pieces that run side by side: their compilers fill the caches."""
+    jobs = []
+    for run in runs(quick=False):
+        layers = [layer.full_name for spec in run.layers for layer in parse_layer(spec)]
+        pieces = [layers[i::PARTS] for i in range(PARTS)] if len(layers) > PARTS else [layers]
+        for i, piece in enumerate(pieces):
+            name = f"compile-{run.name}-{i}"
+            options = ("--layer", *piece, *run.options, "--repeats", "1")
+            jobs.append(Job(name, script("run", out / f"{name}.json", *options)))
+    return jobs
 
 
 def step_job(out: Path, quick: bool, seconds: float) -> Job:
@@ -203,7 +228,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     if interrupted:
         return 130
-    return 1 if any(found.get("status") == "failed" for found in results["stages"].values()) else 0
+    return 1 if any(found["status"] in ("failed", "late") for found in results["stages"].values()) else 0
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -261,9 +286,11 @@ def run_stage(stage: Stage, seconds: float, out: Path, log: Any, found: dict[str
             stop(process)
             found["jobs"][job.name] = {"exit": process.returncode, "result": result_of(job, out)}
         found["seconds"] = time.monotonic() - begin
-        wrong = [name for name, job in found["jobs"].items() if job["exit"] != 0]
-        found["status"] = "failed" if wrong or waiting else "ok"
-        found["why"] = f"exit status not 0: {', '.join(wrong)}" if wrong else ""
+        late = [name for name, job in found["jobs"].items() if job.get("late")]
+        wrong = [name for name, job in found["jobs"].items() if job["exit"] != 0 and name not in late]
+        found["status"] = "failed" if wrong else "late" if late else "ok"
+        reasons = (("exit status not 0", wrong), ("stopped at its limit", late))
+        found["why"] = "; ".join(f"{why}: {', '.join(names)}" for why, names in reasons if names)
 
 
 def start(job: Job, log: Any) -> subprocess.Popen[bytes]:
@@ -339,7 +366,7 @@ def summary_of(name: str, found: dict[str, Any]) -> str:
         text += (
             f"; {counts['tests']} tests, {counts['failures'] + counts['errors']} failed, {counts['skipped']} skipped"
         )
-    elif results and name != "sanitizer":
+    elif results and name not in ("sanitizer", "compile"):
         rows = [row for result in results for row in result["rows"]]
         bad = sum(row["status"] != "ok" for row in rows if "status" in row)
         bad += sum(row["sparse"]["status"] in ("FAIL", "error") for row in rows if "sparse" in row)

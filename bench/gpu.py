@@ -41,8 +41,8 @@ Runs every check that needs a GPU, stage by stage, each a process of its own wit
 
 What a stage finds is written to OUT/results.json when it ends, its output goes to OUT/log.txt as it comes, and the
 files of a stage that was killed stay beside them: nothing that was measured is lost. Exit status: 0; 1 if a stage
-found something wrong or was stopped at its limit; 2 for wrong options; 130 if interrupted. Without a GPU, --quick runs all of it at toy
-sizes.
+found something wrong or was stopped at its limit; 2 for wrong options; 130 if interrupted. Without a GPU, --quick runs
+all of it at toy sizes.
 """
 
 HERE = Path(__file__).resolve().parent

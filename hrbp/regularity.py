@@ -255,17 +255,17 @@ class Regularity:
     def _run(self, structure: str, sparsity: float, seed: int, head: str) -> dict[str, Any] | str:
         """What the table needs of one link of a chain, or the signal that stopped it."""
         folder, identity = self._folder(structure, sparsity, seed), self._identity(structure, sparsity, seed)
-        at = self.sparsities.index(sparsity)
-        settings, before = self.retraining, self.out / "trained"
-        if at:
-            last = structure, self.sparsities[at - 1], seed
-            before = self._folder(*last)
-            if (result := sweep.read_result(before, self._identity(*last))) and result["accuracy"] is None:
-                return self._result(folder, identity, None, {**result, **identity})
+        at, settings = self.sparsities.index(sparsity), self.retraining
         if structure == "narrow":
-            epochs = self.training.epochs + (at + 1) * self.retraining.epochs
+            epochs = self.training.epochs + (at + 1) * settings.epochs
             model, settings = self._narrow(sparsity, seed), Settings(**{**asdict(self.training), "epochs": epochs})
         else:
+            before = self.out / "trained"
+            if at:
+                last = structure, self.sparsities[at - 1], seed
+                before = self._folder(*last)
+                if (result := sweep.read_result(before, self._identity(*last))) and result["accuracy"] is None:
+                    return self._result(folder, identity, None, {**result, **identity})  # diverged
             model = load_model(before / MODEL)
             if structure != "dense":
                 model = self._pruned(densify(model), structure, sparsity, "magnitude", seed)

@@ -25,7 +25,7 @@ from timing import Rounds, interleave, make_memory, make_step_clock
 
 DESCRIPTION = """\
 Times whole training steps (forward, loss, backward, SGD with momentum) of sparse networks against dense ones, in one
-interleaved run. Every sparse network is first checked: its loss and its gradients against the dense network of the
+interleaved run. Every sparse network is first checked: its outputs and its gradients against the dense network of the
 same function.
 
   python bench/step.py --network vgg19 --structure hrbp block
@@ -44,7 +44,7 @@ Exit status: 0; 1 if a check failed or nothing was timed; 2 for wrong options; 1
 """
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-ALLOWED = 1e-2  # relative error of a gradient after a whole network in fp32: rounding is below, wrong is far above
+ALLOWED = 1e-3  # relative error after a whole network in fp32: rounding is far below, wrong far above
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,7 @@ def measure_network(network: Network, args: argparse.Namespace, deadline: float)
         model, why = copy.deepcopy(dense), ""
         if structure != DENSE:
             hrbp.sparsify(model, sparsity, distribution=args.distribution, **STRUCTURES[structure])
-            why = differs(model, x[: min(batch, 8)], target[: min(batch, 8)])
+            why = differs(model, x[:8])
         for way in ways:
             row = Row(
                 network.name, structure, sparsity if structure != DENSE else 0.0,
@@ -272,21 +272,26 @@ class Step:
         return replay
 
 
-def differs(model: nn.Module, x: Tensor, target: Tensor) -> str:
-    """Why the sparse model is not the dense one of the same function, in fp32: its loss, then every gradient; or ""."""
+def differs(model: nn.Module, x: Tensor) -> str:
+    """Why the sparse model is not the dense one of the same function, in fp32; or "".
+
+    Compared are the mean square of its outputs and the gradient of every sparse layer, without what would blow rounding
+    up to a percent of a gradient: statistics of a small batch, kinks of ReLU, ties of maxima.
+    """
     cudnn: Any = torch.backends.cudnn
     before, cudnn.conv.fp32_precision = cudnn.conv.fp32_precision, "ieee"
     try:
-        models = copy.deepcopy(model).train(), hrbp.densify(copy.deepcopy(model)).train()
-        losses = [F.cross_entropy(m(x), target) for m in models]
+        model = smooth(copy.deepcopy(model)).eval()
+        models = model, hrbp.densify(copy.deepcopy(model))
+        losses = [m(x).square().mean() for m in models]
         for loss in losses:
             loss.backward()
     except Exception as error:  # printed in the rows of this structure
         return f"{type(error).__name__}: {error}"
     finally:
         cudnn.conv.fp32_precision = before
-    if not abs(losses[0].item() - losses[1].item()) <= 1e-3 * abs(losses[1].item()):
-        return f"the loss is {losses[0].item():.6g}, of the dense network {losses[1].item():.6g}"
+    if not abs(losses[0].item() - losses[1].item()) <= ALLOWED * losses[1].item():
+        return f"the mean square of its outputs is {losses[0].item():.6g}, of the dense network {losses[1].item():.6g}"
     twins = dict(models[1].named_modules())
     for name, layer in models[0].named_modules():
         if isinstance(layer, BSRConv2d | BSRLinear):
@@ -298,6 +303,17 @@ def differs(model: nn.Module, x: Tensor, target: Tensor) -> str:
             if not off <= ALLOWED:  # NaN too
                 return f"the gradient of {name} is off by {off:.3g} (allowed {ALLOWED})"
     return ""
+
+
+def smooth(model: nn.Module) -> nn.Module:
+    """The network with differentiable activations and poolings, in place."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.ReLU):
+                setattr(parent, name, nn.SiLU())
+            elif isinstance(child, nn.MaxPool2d):
+                setattr(parent, name, nn.AvgPool2d(child.kernel_size, child.stride, child.padding))
+    return model
 
 
 def compare(rows: list[Row]) -> None:

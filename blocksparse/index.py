@@ -116,7 +116,8 @@ def unpack_once(
     if found is None or found[0]() is not packed or found[1] != layout:
         # Views of a detached alias: views of `packed` itself would keep it alive for ever.
         _, *views = unpack(packed.data, weight_shape, blocksize, nnzb, who)
-        found = weakref.ref(packed, lambda _: _views.pop(key, None)), layout, views
+        # The default keeps the dictionary for tensors that die with the interpreter, after this module's names.
+        found = weakref.ref(packed, lambda _, kept=_views: kept.pop(key, None)), layout, views  # type: ignore[misc]
         _views[key] = found
     return IndexTables(packed, *found[2])  # type: ignore[arg-type]
 

@@ -58,8 +58,8 @@ class Settings:
     accumulate       a batch goes through the model in this many parts; the step is that of the whole batch
     ema              decay of an exponential moving average of the weights, which is then what is tested and saved
     evolve           how masks change: a method of `Evolver`
-    evolve_options   those of `Evolver`; `every` is an epoch for "subp" unless it is given: what is tested after an epoch
-                     then has the masks of the next one already, and while these are drawn it tests low
+    evolve_options   those of `Evolver`; `every` is an epoch for "subp" unless it is given: what is tested after an
+                     epoch then has the masks of the next one already, and while these are drawn it tests low
     compile          run steps through torch.compile; a name chooses its backend
     save_minutes     time between checkpoints within an epoch; each epoch ends with one anyway
 

@@ -257,6 +257,16 @@ def test_a_sparse_network_that_learns_something_else_gets_no_time(name, monkeypa
     assert "FAIL" in capsys.readouterr().out
 
 
+def test_a_structure_that_cannot_be_made_ends_nothing(monkeypatch, tmp_path):
+    monkeypatch.setitem(step.STRUCTURES, "block", {"structure": "block", "blocksize": (7, 7)})
+    file = tmp_path / "step.json"
+    options = ["--network", "resnet8", "--structure", "block", "--quick", "--device", "cpu", "--json", str(file)]
+    assert step.main(options) == 1
+    rows = {row["structure"]: row for row in json.loads(file.read_text())["rows"]}
+    assert rows["dense"]["status"] == OK
+    assert "no layer to make sparse" in rows["block"]["reason"]
+
+
 def test_rounding_alone_is_far_from_a_failure(monkeypatch):
     """With this seed a unit at the kink of a ReLU would make a gradient differ by half a percent."""
     torch.manual_seed(0)

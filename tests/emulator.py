@@ -13,6 +13,7 @@ import os
 import random
 import re
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ HEADER = Path(__file__).parent / "emulator.h"
 BUILDS = Path(tempfile.gettempdir()) / f"blocksparse-emulator-{os.getuid()}"
 COMMON = ("-std=c++17", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-Wno-unused-function")
 FAST = ("-O1", "-fno-trapping-math", "-march=native")
-CHECKED = ("-O1", "-fsanitize=undefined", "-fno-sanitize-recover=undefined")
+CHECKED = ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 
 
 UNFENCED = 1 << 30  # buffers of this many bytes are not copied between pages that fault
@@ -82,6 +83,35 @@ def specialised(kind: str, flags: tuple[str, ...]) -> str:
     """A kind's source with its -D in front, as lines: a precompiled header takes no -D."""
     defines = (flag[2:].replace("=", " ") for flag in flags if flag.startswith("-D"))
     return "".join(f"#define {define}\n" for define in defines) + cupy_conv.source(kind)
+
+
+def sanitized(cases: list[str], prelude: str) -> list[str]:
+    """What the sanitizers of CHECKED say about each piece of Python, "" where it runs to its end.
+
+    They end a process that breaks a rule: each piece has its own, forked from one that they are loaded into.
+    """
+    text = f"""
+import os, sys
+del os.environ["LD_PRELOAD"]  # g++ needs none
+sys.path[:0] = [{str(HEADER.parent)!r}, {str(HEADER.parent.parent)!r}]
+{prelude}
+for i, case in enumerate({cases!r}):
+    if not os.fork():
+        os.dup2(os.open(sys.argv[1] + "/" + str(i), os.O_WRONLY | os.O_CREAT), 2)
+        exec(case)
+        os.write(2, b"the end")
+        os._exit(0)
+    os.wait()
+"""
+    library = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True).stdout
+    settings = {"LD_PRELOAD": library.strip(), "ASAN_OPTIONS": "detect_leaks=0", "PYTHONUNBUFFERED": "1"}
+    with tempfile.TemporaryDirectory() as folder:
+        result = subprocess.run(
+            [sys.executable, "-c", text, folder], env=os.environ | settings, capture_output=True, text=True, check=False
+        )
+        assert result.returncode == 0, result.stderr[-6000:]
+        said = [(Path(folder) / str(i)).read_text() for i in range(len(cases))]
+    return ["" if text.endswith("the end") else text or "it ended without a word" for text in said]
 
 
 def launch(run: Any, name: str, ctas: int, threads: int, shared: int, args: tuple[Any, ...], seed: int) -> None:

@@ -1,137 +1,187 @@
 """What NVRTC makes of the CUDA C++ kernels, without a driver: registers, spills and shared memory of each target.
 
-The sources are the very text that the emulator compiles (cupy_conv.source). CUPY_COMPILE=wide compiles every
-specialisation that the tiles of any layer can ask for, over all blocksize classes: some thousand kernels.
+The sources are the very text that the emulator compiles (cupy_conv.source), the options those that CuPy adds to ours.
+`specialisations` are all there are: a test holds them against what tiles ask for. Each run compiles a set of them that
+shows every pair of values on every target; CUPY_COMPILE=all compiles them all, some two thousand kernels.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import pytest
 import torch
 from cupy_backends.cuda.libs import nvrtc
+from hypothesis import given
 
 from blocksparse import ConvGeometry
 from blocksparse.kernels import cupy_conv, slots
+from test_slots import work
 
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90")
 KINDS = ("fprop", "dgrad", "wgrad")
 MATHS = ((torch.float16, "ieee"), (torch.bfloat16, "ieee"), (torch.float32, "tf32"), (torch.float32, "ieee"))
-WIDE = os.environ.get("CUPY_COMPILE") == "wide"
+ALL = os.environ.get("CUPY_COMPILE") == "all"
 
 REGISTERS = 128  # of a thread: 512 threads to a multiprocessor at least
-# The 3x3 layers of ResNet-50 at batch 64: channels and pixels.
-LAYERS = {64: 56, 128: 28, 256: 14, 512: 7}
+OF_CUPY = ("-ftz=true", "--device-as-default-execution-space")  # what it adds to a RawModule's options
 
 
-class Case(NamedTuple):
+class Special(NamedTuple):
+    """One compilation: what cupy_conv.options turns into -D."""
+
     kind: str
-    blocksize: tuple[int, int]
     dtype: torch.dtype
     precision: str
-    tile: slots.SlotTile
+    unit: int
+    nt: int
+    cut: tuple[int, int]
+    bands: int
 
     @property
     def flags(self) -> tuple[str, ...]:
-        return cupy_conv.options(self.kind, self.blocksize, self.dtype, self.tile, self.precision)
+        warps, mt = self.cut
+        tile = slots.SlotTile(self.nt, mt, warps, slots.ITEMS[self.kind], self.bands, *[0] * 6)
+        return cupy_conv.options(self.dtype, self.unit, tile, self.precision)
+
+    def __str__(self) -> str:
+        names = (flag.removeprefix("-D").split("=") for flag in self.flags[1:])
+        return f"{self.kind:5}  " + "  ".join(f"{name} {value:>4}" for name, value in names if name != "ITEMS")
 
 
-def layer(channels: int) -> ConvGeometry:
-    pixels = LAYERS[channels]
-    return ConvGeometry(64, channels, pixels, pixels, channels, 3, 3, (1, 1), (1, 1))
+def specialisations() -> Iterator[Special]:
+    for kind, (dtype, precision) in itertools.product(KINDS, MATHS):
+        slot = slots.slot_of(dtype)
+        for unit, bands, cut in itertools.product((1, 2, 4, 8), (1, slot), slots.CUTS[kind]):
+            if unit > slot:
+                continue
+            for nt in (1, 2, 4) if kind != "dgrad" else (2, 4) if unit == slot else (2,):
+                if nt * cut[1] <= 8:
+                    yield Special(kind, dtype, precision, unit, nt, cut, bands)
 
 
-def nnzb(channels: int, blocksize: tuple[int, int]) -> int:
-    return channels * channels * 9 // (10 * blocksize[0] * blocksize[1])
+def pairs(special: Special) -> set[tuple]:
+    """(kind, a value, another one)."""
+    math = special.dtype, special.precision
+    named = enumerate((math, special.unit, special.nt, special.cut, special.bands > 1))
+    return {(special.kind, *pair) for pair in itertools.combinations(named, 2)}
 
 
-def representative() -> list[Case]:
-    """Groups of an eighth of the filters and wide blocks, in every precision."""
-    half, bf16, tf32, full = MATHS
-    work = [((8, 1), 64, half), ((64, 1), 512, bf16), ((16, 1), 128, tf32), ((64, 1), 512, full)]
-    work += [((16, 1), 128, half), ((32, 32), 256, bf16)]
-    return [
-        Case(kind, b, *math, slots.pick(kind, layer(c), b, nnzb(c, b), math[0]))
-        for b, c, math in work
-        for kind in KINDS
-    ]
-
-
-def wide() -> list[Case]:
-    cases = {}
-    for kind in KINDS:
-        for b in [(bk, bc) for bk in (8, 16, 24, 32, 64, 72, 128, 256) for bc in (1, 2, 4, 8, 16, 32, 64)]:
-            for c in (64, 512):
-                for dtype, precision in MATHS:
-                    g = ConvGeometry(64, c, LAYERS[c], LAYERS[c], 2 * b[0], 3, 3, (1, 1), (1, 1))
-                    for tile in slots._candidates(kind, g, b, 1000, dtype):
-                        case = Case(kind, b, dtype, precision, tile)
-                        cases[kind, case.flags] = case
-    return list(cases.values())
+def covering(specials: list[Special]) -> list[Special]:
+    """Few of them with every pair of values that any has: again and again the one with the most new pairs."""
+    missing = set().union(*map(pairs, specials))
+    chosen = []
+    while missing:
+        chosen.append(max(specials, key=lambda s: len(pairs(s) & missing)))
+        missing -= pairs(chosen[-1])
+    return sorted(chosen, key=specials.index)
 
 
 class Facts(NamedTuple):
     registers: int
     stack: int
     spilled: int
+    static_shared: int
 
 
-def compiled(case: Case, arch: str) -> Facts:
-    program = nvrtc.createProgram(cupy_conv.source(case.kind), f"{case.kind}.cu", (), ())
+def compiled(source: str, flags: tuple[str, ...], arch: str) -> dict[str, Facts]:
+    """Facts of every kernel of the source."""
+    program = nvrtc.createProgram(source, "", (), ())
     try:
-        nvrtc.compileProgram(program, (*case.flags, f"-arch={arch}", "--ptxas-options=-v"))
+        nvrtc.compileProgram(program, (*flags, *OF_CUPY, f"-arch={arch}", "--ptxas-options=-v"))
         assert nvrtc.getCUBIN(program)
     finally:
         log = nvrtc.getProgramLog(program)
         nvrtc.destroyProgram(program)
-    (entry,) = re.findall(rf"Function properties for {case.kind}\n.*?Used \d+ registers", log, re.DOTALL)
-    return Facts(*(int(re.search(p, entry)[1]) for p in (r"Used (\d+)", r"(\d+) bytes stack", r"(\d+) bytes spill st")))
+    found = {}
+    for entry in re.finditer(r"Function properties for (\w+)\n.*?Used \d+ registers[^\n]*", log, re.DOTALL):
+        patterns = r"Used (\d+)", r"(\d+) bytes stack", r"(\d+) bytes spill st", r"(\d+) bytes smem"
+        numbers = (re.search(pattern, entry[0]) for pattern in patterns)
+        found[entry[1]] = Facts(*(int(number[1]) if number else 0 for number in numbers))
+    return found
 
 
-@pytest.fixture(scope="module")
-def facts() -> dict[tuple[Case, str], Facts]:
-    """Two threads compile: NVRTC lets go of the interpreter."""
-    # sm_86 and sm_89 differ from sm_80 in a few registers: the first kernels show it.
-    cases = (wide if WIDE else representative)()
-    work = [(c, a) for i, c in enumerate(cases) for a in ARCHS if WIDE or i < 6 or a in ("sm_80", "sm_90")]
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(work, pool.map(lambda item: compiled(*item), work), strict=True))
-
-
-def test_every_kernel_fits(facts, capsys):
-    """No spills, no stack, 512 threads to a multiprocessor, shared memory that every target has."""
-    lines = [
-        f"{'kernel':6} {'blocks':>9} {'math':5} {'nt x mt x warps':>15} {'shared':>7}  registers: {' '.join(ARCHS)}"
-    ]
-    for case in dict.fromkeys(case for case, _ in facts):
-        tile, math = case.tile, case.flags[1].removeprefix("-DMATH=")
-        registers = "  ".join(f"{facts[case, arch].registers if (case, arch) in facts else '':4}" for arch in ARCHS)
-        shape = f"{tile.nt} x {tile.mt} x {tile.warps}"
-        lines.append(
-            f"{case.kind:6} {case.blocksize!s:>9} {math:5} {shape:>15} {tile.shared:7}             {registers}"
-        )
+def test_every_kernel_fits(capsys):
+    """No spills, no stack, enough threads to a multiprocessor, and no shared memory but what the launch asks for."""
+    specials = list(specialisations()) if ALL else covering(list(specialisations()))
+    work = [(special, arch) for special in specials for arch in ARCHS]
+    with ThreadPoolExecutor(2) as pool:  # NVRTC lets go of the interpreter
+        found = pool.map(lambda item: compiled(cupy_conv.source(item[0].kind), item[0].flags, item[1]), work)
+        facts = dict(zip(work, found, strict=True))
+    lines = [f"{'registers':58}{'  '.join(ARCHS)}"]
+    for special in specials:
+        registers = (f"{facts[special, arch][special.kind].registers:5}" for arch in ARCHS)
+        lines.append(f"{special!s:58}{'  '.join(registers)}")
     with capsys.disabled():
         print("", *lines, sep="\n")
-    for (case, arch), found in facts.items():
-        assert found.stack == found.spilled == 0, (case, arch, found)
-        assert found.registers <= REGISTERS, (case, arch, found)
-        assert case.tile.shared <= slots.SHARED_BYTES, case
+    wrong = []
+    for (special, arch), kernels in facts.items():
+        assert set(kernels) == {special.kind} | ({"add_splits"} if special.kind == "wgrad" else set())
+        for name, found in kernels.items():
+            fits = 8 <= found.registers <= REGISTERS
+            if not fits or found.stack or found.spilled or found.static_shared:
+                wrong.append(f"{name} of {special} on {arch}: {found}")
+    assert not wrong, "\n".join(wrong)
 
 
-def test_two_ctas_overlap_on_hopper(facts):
-    """While one loads, another multiplies: the kernels have no pipeline of their own."""
-    for case, arch in facts:
-        if arch == "sm_90" and not WIDE:
-            assert 2 * (case.tile.shared + 1024) <= slots.SM_BYTES, case
+@given(work())
+def test_every_tile_is_one_of_the_specialisations(case):
+    geometry, blocksize, nnzb, dtype = case
+    if slots.refusal(geometry, blocksize, dtype, "cuda") is not None:
+        return
+    asked = {
+        cupy_conv.options(dtype, blocksize[1], slots.pick(kind, geometry, blocksize, nnzb, dtype), "ieee")
+        for kind in KINDS
+    }
+    assert asked <= {special.flags for special in specialisations()}
+
+
+def test_the_covering_ones_show_every_pair():
+    specials = list(specialisations())
+    few = covering(specials)
+    assert set().union(*map(pairs, few)) == set().union(*map(pairs, specials))
+    assert len(few) < len(specials) / 8
+
+
+LAYERS = {64: 56, 128: 28, 256: 14, 512: 7}  # the 3x3 layers of ResNet-50: channels and pixels
+
+
+def test_two_ctas_overlap_on_hopper(capsys):
+    """While one loads, another multiplies: the kernels have no pipeline of their own. ResNet-50 at batch 64, 90%."""
+    lines = [
+        f"{'kernel':6} {'layer':6} {'blocks':>8} {'bytes':5} {'nt x mt x warps':>15} {'pixels':>6} {'shared':>6}  CTAs"
+    ]
+    for (c, size), dtype, kind in itertools.product(LAYERS.items(), (torch.float16, torch.float32), KINDS):
+        g = ConvGeometry(64, c, size, size, c, 3, 3, (1, 1), (1, 1))
+        for blocksize in ((c // 8, 1), (16, 1), (32, 32)):
+            tile = slots.pick(kind, g, blocksize, g.k * g.c * 9 // (10 * blocksize[0] * blocksize[1]), dtype)
+            shape, pixels = f"{tile.nt} x {tile.mt} x {tile.warps}", f"{tile.tile_h}x{tile.tile_w}"
+            ctas = slots.grid(kind, g, blocksize, dtype, tile)
+            work = f"{kind:6} {f'{c}@{size}':6} {blocksize!s:>8} {dtype.itemsize:5}"
+            lines.append(f"{work} {shape:>15} {pixels:>6} {tile.shared:6} {ctas:5}")
+            assert tile.shared <= slots.SHARED_BYTES, lines[-1]
+            assert 2 * (tile.shared + 1024) <= slots.SM_BYTES, lines[-1]
+    with capsys.disabled():
+        print("", *lines, sep="\n")
+
+
+def test_the_argument_struct_is_as_large_as_the_host_makes_it():
+    """Field by field the emulator's runs compare them."""
+    source, flags = cupy_conv.source("fprop"), next(specialisations()).flags
+    size = cupy_conv.CONV.itemsize
+    assert compiled(f"{source}\nstatic_assert(sizeof(Conv) == {size});", flags, "sm_80")
+    with pytest.raises(nvrtc.NVRTCError):
+        compiled(f"{source}\nstatic_assert(sizeof(Conv) == {size + 8});", flags, "sm_80")
 
 
 def test_errors_name_the_file_and_line():
     broken = cupy_conv.source("fprop").replace("float acc[MT][NT][4] = {};", "float acc[MT][NT][4] = nonsense;")
     program = nvrtc.createProgram(broken, "fprop.cu", (), ())
     with pytest.raises(nvrtc.NVRTCError):
-        nvrtc.compileProgram(program, (*representative()[0].flags, "-arch=sm_80"))
+        nvrtc.compileProgram(program, (*next(specialisations()).flags, "-arch=sm_80"))
     assert re.search(r'fprop\.cu\(\d+\): error: identifier "nonsense" is undefined', nvrtc.getProgramLog(program))

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 import blocksparse as bs
+import emulator
 from blocksparse import BSRPattern, ConvGeometry, index
 from blocksparse.kernels import cupy_conv, slots
 from blocksparse.kernels.slots import SlotTile
-from emulator import CHECKED, Emulator, EmulatorError
+from emulator import Emulator, EmulatorError
 from strategies import guarded
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -140,24 +141,43 @@ def test_every_barrier_is_needed(kind, at, monkeypatch):
 
 
 @emulated
-@pytest.mark.parametrize("kind", KINDS)
-def test_no_undefined_behaviour(kind, monkeypatch):
-    """The sanitizer's build, which ends the process at signed overflow, misaligned and out-of-range access."""
-    monkeypatch.setattr(cupy_conv, "runtime", Emulator(CHECKED))
-    for work in WORKS[:2]:
-        assert error(work.run(kind), work.exact(kind)) < 1e-3
+def test_the_sanitizers_find_nothing():
+    """Every kind and number format, in bands and not; what the sanitizers do find is test_emulator's subject."""
+    prelude = """
+import conftest, torch
+from blocksparse.kernels import cupy_conv
+from emulator import CHECKED, Emulator
+from test_cupy_conv import WORKS, Work, error
+cupy_conv.runtime = Emulator(CHECKED)
+def run(kind, number, dtype, precision, bands):
+    work = WORKS[number]
+    work = Work(work.pattern.shape, work.pattern.blocksize, work.g.x_shape, work.conv, density=0.5, dtype=dtype)
+    tile = [tile for tile in work.candidates(kind) if (tile.bands > 1) == bands][0]
+    assert error(work.run(kind, tile, precision=precision), work.exact(kind)) < 2e-3
+"""
+    cases = [
+        f"run({kind!r}, {number}, torch.{dtype}, {precision!r}, {bands})"
+        for kind, number, dtype, precision, bands in (
+            ("fprop", 0, "float16", "ieee", True), ("dgrad", 3, "bfloat16", "ieee", False),
+            ("wgrad", 1, "float32", "ieee", True), ("dgrad", 1, "float32", "tf32", True),
+        )
+    ]  # fmt: skip
+    for case, found in zip(cases, emulator.sanitized(cases, prelude), strict=True):
+        assert not found, (case, found)
 
 
 # ---------------------------------------------------------------------- tiles
 
 
 def variants(kind: str, dtype: torch.dtype) -> list[tuple[tuple[int, int], SlotTile]]:
-    """Every cut of the warps and every group of taps that some layer may get: the last tile of each."""
+    """Every cut of the warps, every group of taps that some layer may get, and bands: the last tile of each."""
     found = {}
     for blocksize in ((16, 1), (24, 32)):
         g = ConvGeometry(9, 64, 7, 10, 2 * blocksize[0], 3, 3, (1, 1), (1, 1))
         for tile in slots._candidates(kind, g, blocksize, 40, dtype):
-            found[tile.nt, tile.mt, tile.warps, tile.taps if tile.warps * tile.mt == 4 else 0] = blocksize, tile
+            taps = tile.taps if tile.warps * tile.mt == 4 else 0
+            cut = (tile.mt, tile.warps, taps) if tile.bands == 1 else ()
+            found[tile.nt, tile.bands, cut] = blocksize, tile
     return list(found.values())
 
 
@@ -189,6 +209,21 @@ def test_every_tile_is_right(kind, dtype, poisoned_memory):
 def test_taps_and_channels_in_parts(kind, channels_last, shape, blocksize, x_shape, conv, poisoned_memory):
     work = Work(shape, blocksize, x_shape, conv, density=0.4, order=True)
     assert error(work.run(kind, channels_last=channels_last), work.exact(kind)) < 1e-3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("n", range(1, 8))
+def test_small_batches(kind, dtype, n, poisoned_memory):
+    """A slot holds bands of rows of one image: more bands than rows too, borders and strides between them."""
+    conv = [PLAIN, ((2, 1), (1, 0), (2, 1)), ((3, 2), (4, 1), (1, 1))][n % 3]
+    work = Work((16, 12, 3, 3), (8, 1), (n, 12, 2 + 5 * n, 6), conv, dtype=dtype, order=True)
+    banded = [tile for tile in work.candidates(kind) if tile.bands > 1]
+    assert bool(banded) == (n % slots.slot_of(dtype) > 0)
+    for tile in [work.tile(kind), *banded[-1:]]:
+        for channels_last in (False, True):
+            got = work.run(kind, tile, channels_last=channels_last)
+            assert error(got, work.exact(kind)) <= (1e-3 if dtype == torch.float16 else 2e-6), tile
 
 
 @pytest.mark.parametrize("kind", KINDS)

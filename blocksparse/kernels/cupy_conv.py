@@ -1,8 +1,9 @@
 """CUDA C++ backend: compiles the .cu files beside this one through CuPy and launches them on torch's current stream.
 
-A kernel is slots.cu and one of fprop.cu, dgrad.cu and wgrad.cu, specialised by -D per dtype, blocksize and tile; CuPy
-compiles it on first use, for the device at hand, and keeps the binary on disk. All memory is torch's, and nothing here
-synchronises, so that a step captures into a CUDA graph. CuPy compiles with -ftz: fp32 numbers below 1e-38 are zero.
+A kernel is slots.cu and one of fprop.cu, dgrad.cu and wgrad.cu, specialised by -D per dtype, tile and width of a block;
+CuPy compiles it on first use, for the device at hand, and keeps the binary on disk. All memory is torch's, and nothing
+here synchronises, so that a step that has run once captures into a CUDA graph. CuPy compiles with -ftz: fp32 numbers
+below 1e-38 are zero.
 
 The kernels take strides, so any memory format is right. Contiguous is the native one for narrow blocks: pixels of one
 channel are neighbours there, while channels_last makes single channels 2-byte pieces of 32-byte sectors.
@@ -32,8 +33,8 @@ CONV = np.dtype(  # struct Conv of slots.cu
     + [
         (name, np.int32)
         for name in (
-            "images", "height", "width", "p_size", "q_size", "k_blocks", "c_blocks", "r_size", "s_size",
-            "stride_h", "stride_w", "pad_h", "pad_w", "dilation_h", "dilation_w", "channels_last",
+            "images", "height", "width", "p_size", "q_size", "k_blocks", "c_blocks", "bk", "bc", "r_size", "s_size",
+            "log_parts", "stride_h", "stride_w", "pad_h", "pad_w", "dilation_h", "dilation_w", "channels_last",
             "tile_h", "tile_w", "tiles_h", "tiles_w", "taps", "step_h", "step_w", "rows", "cols", "plane", "units",
             "splits", "lists", "filters", "range",
         )
@@ -47,13 +48,11 @@ def source(kind: str) -> str:
     return "".join(f'#line 1 "{name}"\n{(HERE / name).read_text()}' for name in ("slots.cu", f"{kind}.cu"))
 
 
-def options(
-    kind: str, blocksize: tuple[int, int], dtype: torch.dtype, tile: SlotTile, precision: str
-) -> tuple[str, ...]:
-    """What specialises a kernel."""
+def options(dtype: torch.dtype, bc: int, tile: SlotTile, precision: str) -> tuple[str, ...]:
+    """What specialises a kernel of one kind."""
     math = MATH.get(dtype) or {"tf32": "TF32", "ieee": "FP32"}[precision]
-    names = {"MATH": math, "BK": blocksize[0], "BC": blocksize[1]}
-    names |= {"NT": tile.nt, "MT": tile.mt, "WARPS": tile.warps, "ITEMS": tile.items}
+    names = {"MATH": math, "G": slots.unit_of(bc, dtype)}
+    names |= {"NT": tile.nt, "MT": tile.mt, "WARPS": tile.warps, "ITEMS": tile.items, "BANDS": tile.bands}
     return ("--std=c++17", *(f"-D{name}={value}" for name, value in names.items()))
 
 
@@ -69,10 +68,12 @@ class Cuda:
         if torch.version.hip:
             return "PyTorch is built for ROCm; this backend is CUDA C++"
         try:
-            import cupy  # noqa: F401
+            import cupy
             from cupy_backends.cuda.libs import nvrtc
 
             nvrtc.getVersion()
+            if not hasattr(cupy.cuda.Stream, "from_external"):
+                return f"CuPy {cupy.__version__} is installed; this backend needs 14 or later"
         except Exception as error:  # an import, a driver or a compiler that is not there: each says so in its own way
             return f"importing CuPy failed: {error}"
         return None
@@ -121,20 +122,21 @@ def _prepared(
     precision: str,
 ) -> tuple[tuple[str, ...], int, np.ndarray[Any, Any]]:
     """(compiler flags, CTAs, struct Conv) of a launch, made once: they take as long as the launch itself."""
-    high, wide = slots.tiled(kind, g)
+    high, wide = slots.tiled(kind, g, tile.bands)
     step_h, step_w = slots.steps(kind, g, tile.taps)
-    last = x_strides[1] == 1 and x_strides[3] != 1
+    (bk, bc), last = blocksize, x_strides[1] == 1 and x_strides[3] != 1
+    log_parts = (bc // slots.unit_of(bc, dtype)).bit_length() - 1
     conv = np.array(
         (
             x_strides, y_strides,
-            g.n, g.h, g.w, g.p, g.q, g.k // blocksize[0], g.c // blocksize[1], g.r, g.s,
-            *g.stride, *g.padding, *g.dilation, last,
+            g.n, g.h, g.w, g.p, g.q, g.k // bk, g.c // bc, bk, bc, g.r, g.s,
+            log_parts, *g.stride, *g.padding, *g.dilation, last,
             tile.tile_h, tile.tile_w, -(-high // tile.tile_h), -(-wide // tile.tile_w), tile.taps, step_h, step_w,
             tile.rows, tile.cols, tile.plane, tile.units, tile.splits, tile.lists, tile.filters, tile.range,
         ),
         CONV,
     )  # fmt: skip
-    return options(kind, blocksize, dtype, tile, precision), slots.grid(kind, g, blocksize, dtype, tile), conv
+    return options(dtype, bc, tile, precision), slots.grid(kind, g, blocksize, dtype, tile), conv
 
 
 def _aligned(values: Tensor) -> Tensor:

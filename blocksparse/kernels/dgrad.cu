@@ -1,4 +1,4 @@
-// dgrad: dx from dy. A CTA owns SLOT images of a tile of pixels x g.range channels of dx, held in fp32 in shared
+// dgrad: dx from dy. A CTA owns a slot's images of a tile of pixels x g.range channels of dx, held in fp32 in shared
 // memory, and adds one block-row after the other in order: M = pixels, N = the channels that the block-row stores,
 // K = its stored (tap, filter). A warp owns its pixels throughout, so the sum needs neither atomics nor barriers and
 // comes out the same on every run.
@@ -14,7 +14,7 @@
 //   mma               NT of m16n8k16 per 16 x 16; channels whose taps differ meet zeros in the others' taps
 // dy is read once for every g.range channels, dx is written once.
 
-constexpr bool BY_ITEM = BC != 1;
+constexpr bool BY_ITEM = G != 1;
 constexpr int ROW = BY_ITEM ? row_bytes(N) : row_bytes(ITEMS);
 constexpr int IMAGE_AT = VALUES_AT + (BY_ITEM ? ITEMS : N) * ROW;
 constexpr int SUM_PLANE = POSITIONS * SLOT + 4;  // floats from one channel of the sum to the next: other banks
@@ -51,6 +51,7 @@ __device__ __forceinline__ int load_values(
         if (!(any >> t & 1)) continue;
         if (t % WARPS == warp) {
             for (int f = lane; f < filters; f += 32) items[item + f] = (f * g.plane + table(DISPLACED_AT)[t]) * 16;
+#pragma unroll 1
             for (int first = 0; first < pieces; first += 32) {
                 const int i = first + lane;
                 const int u = BY_ITEM ? i % chunk.units : i / (filters / ALONG);
@@ -61,8 +62,9 @@ __device__ __forceinline__ int load_values(
                 const int at = BY_ITEM ? (item + f) * ROW + u * G * SIZE : u * ROW + (item + f) * SIZE;
                 unsigned char* to = shared + VALUES_AT + at;
                 if (has) {
-                    const long long entry = table(CELLS_AT)[unit / PARTS * g.taps + t];
-                    const T* from = values + (entry * BK + filter + f) * BC + unit % PARTS * G;
+                    const int block = unit >> g.log_parts, part = unit - (block << g.log_parts);
+                    const long long entry = table(CELLS_AT)[block * g.taps + t];
+                    const T* from = values + (entry * g.bk + filter + f) * g.bc + part * G;
                     cp_async<BY_ITEM ? G * SIZE : 16>(to, from);
                 } else {
                     constexpr int WORDS = (BY_ITEM ? G * SIZE : 16) / 4;
@@ -85,7 +87,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 512 / THREADS)
 dgrad(const T* __restrict__ dy, const T* __restrict__ values, const int* __restrict__ indptr,
       const int* __restrict__ indices, const int* __restrict__ row_order, T* __restrict__ dx, const Conv g) {
     // Ranges of channels run fastest: they share the pixels of dy, which so stay in L2.
-    const int ranges = (g.c_blocks * BC + g.range - 1) / g.range;
+    const int ranges = (g.c_blocks * g.bc + g.range - 1) / g.range;
     const int first_channel = blockIdx.x % ranges * g.range;
     int tile = blockIdx.x / ranges;
     const int columns = min(g.stride_w, g.width), classes = min(g.stride_h, g.height) * columns;
@@ -93,11 +95,12 @@ dgrad(const T* __restrict__ dy, const T* __restrict__ values, const int* __restr
     tile /= classes;
     const int j0 = tile % g.tiles_w * g.tile_w;
     tile /= g.tiles_w;
-    const int i0 = tile % g.tiles_h * g.tile_h, image0 = tile / g.tiles_h * SLOT;
+    const int i0 = tile % g.tiles_h * g.tile_h, image0 = tile / g.tiles_h * IMAGES, band = g.tiles_h * g.tile_h;
     if (a + (long long)i0 * g.stride_h >= g.height || b + (long long)j0 * g.stride_w >= g.width) return;
 
-    const int first_block = first_channel / BC, first_part = first_channel % BC / G;
-    const int blocks = min(max(g.range / BC, 1), g.c_blocks - first_block), parts = min(g.range / G, PARTS);
+    const int first_block = first_channel / g.bc, first_part = first_channel % g.bc / G;
+    const int blocks = min(max(g.range / g.bc, 1), g.c_blocks - first_block);
+    const int parts = min(g.range / G, 1 << g.log_parts);  // of a block, in the range
     const unsigned sum_at = IMAGE_AT + (g.filters + 1) * g.plane * 16;
     float* sum = (float*)(shared + sum_at);
     for (int i = threadIdx.x; i < g.range * SUM_PLANE; i += THREADS) sum[i] = 0.0f;
@@ -123,17 +126,17 @@ dgrad(const T* __restrict__ dy, const T* __restrict__ values, const int* __restr
         if (!own) continue;
         for (int row = 0; row < g.k_blocks; ++row) {
             const int end = parts * scan(indptr, indices, row, g.c_blocks, first_tap, g.taps, own, first_block, blocks);
-            for (int filter = 0; end && filter < BK; filter += g.filters) {
-                const int filters = min(g.filters, BK - filter);
+            for (int filter = 0; end && filter < g.bk; filter += g.filters) {
+                const int filters = min(g.filters, g.bk - filter);
                 for (int i = threadIdx.x; i < filters; i += THREADS) {
-                    const int k = row * BK + filter + i;
+                    const int k = row * g.bk + filter + i;
                     table(CHANNELS_AT)[i] = row_order ? row_order[k] : k;
                 }
                 __syncthreads();
-                load_image(IMAGE_AT, dy, g.y, g.p_size, g.q_size, g, image0, i0 + least_h, j0 + least_w, 1, 1, g.rows,
-                           g.cols, g.plane, table(CHANNELS_AT), filters);
+                load_image(IMAGE_AT, dy, g.y, g.p_size, g.q_size, g, image0, band, i0 + least_h, j0 + least_w, 1, 1,
+                           g.rows, g.cols, g.plane, table(CHANNELS_AT), filters);
                 for (int unit = 0; unit < end;) {
-                    const Chunk chunk = take(unit, end, first_part, parts, N / G, 32 * MAX_TAPS);
+                    const Chunk chunk = take(unit, end, first_part, parts, N / G, 32 * MAX_TAPS, g);
                     const int count = load_values(values, chunk, filter, filters, g);
                     cp_async_wait();
                     __syncthreads();
@@ -146,7 +149,8 @@ dgrad(const T* __restrict__ dy, const T* __restrict__ values, const int* __restr
                             const int column = n * 8 + lane % 4 * 2 + j, u = column / G;
                             const int of = __shfl_sync(~0u, chunk.unit, u);
                             if (u >= chunk.units) continue;
-                            const int c = of / PARTS * BC + (of % PARTS - first_part) * G + column % G;
+                            const int block = of >> g.log_parts, part = of - (block << g.log_parts);
+                            const int c = block * g.bc + (part - first_part) * G + column % G;
 #pragma unroll
                             for (int m = 0; m < MT; ++m) {
                                 float* to = sum + c * SUM_PLANE + (warp * MT + m) * 16 + lane / 4;
@@ -163,7 +167,7 @@ dgrad(const T* __restrict__ dy, const T* __restrict__ values, const int* __restr
     }
 
     __syncthreads();
-    const int channels = min(g.range, g.c_blocks * BC - first_channel), area = g.tile_h * g.tile_w;
+    const int channels = min(g.range, g.c_blocks * g.bc - first_channel), area = g.tile_h * g.tile_w;
     for (int i = threadIdx.x; i < channels * area; i += THREADS) {
         const int c = g.channels_last ? i % channels : i / area, position = g.channels_last ? i / channels : i % area;
         const int h = a + (i0 + position / g.tile_w) * g.stride_h, w = b + (j0 + position % g.tile_w) * g.stride_w;
@@ -172,7 +176,7 @@ dgrad(const T* __restrict__ dy, const T* __restrict__ values, const int* __restr
 #pragma unroll
             for (int j = 0; j < SLOT; ++j) result[j] = from_float(sum[c * SUM_PLANE + position * SLOT + j]);
             T* to = dx + image0 * g.x.n + (first_channel + c) * g.x.c + h * g.x.h + w * g.x.w;
-            store_slot(to, g.x.n, g.images - image0, result);
+            store_slot(to, g.x, g.images - image0, band * g.stride_h, h, g.height, result);
         }
     }
 }

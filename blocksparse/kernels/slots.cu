@@ -1,16 +1,18 @@
 // What fprop.cu, dgrad.cu and wgrad.cu share: slots of images in shared memory, lists of stored entries, fragments.
 //
-// A slot is 16 bytes of shared memory: one pixel of one channel in SLOT images (eight of 2 bytes, four of 4 bytes). An
-// image is [channels][plane] slots: a region of pixels of some channels, zero outside the tensor. Whatever its tap,
+// A slot is 16 bytes of shared memory: one pixel of one channel in SLOT images (eight of 2 bytes, four of 4 bytes), or,
+// where the batch is small, in SLOT bands of rows of one image (BANDS). Either way its members lie equally far apart.
+// An image is [channels][plane] slots: a region of pixels of some channels, zero outside the tensor. Whatever its tap,
 // stride, dilation and border, a stored (tap, channel) is one byte offset into it, and ldmatrix takes one address per
 // row: gathering a list of them costs what a dense operand costs. `plane` is odd, so that neighbouring channels of one
 // pixel lie in different banks.
 //
 // Stored entries. A block-row lists them by tap, then by channel block. scan() spreads those of some taps and channel
-// blocks into a table; the channels that occur, in units of G = min(BC, 16 bytes), are then taken in chunks whose image
+// blocks into a table; the channels that occur, in units of G = min(bc, 16 bytes), are then taken in chunks whose image
 // and list fit. Nothing here depends on how the blocks are spread but the number of steps.
 //
-// Specialised by -D: MATH, BK, BC, NT (tiles of 8 in the product's N), MT (tiles of 16 in its M, of one warp), WARPS.
+// Specialised by -D: MATH, G (channels of a unit), NT (tiles of 8 in the product's N), MT (tiles of 16 in its M, of one
+// warp), WARPS, ITEMS (rows of K, in wgrad of M, that are listed at once) and BANDS (of each image: 1 or SLOT).
 
 #define FP16 0
 #define BF16 1
@@ -19,7 +21,7 @@
 
 #if MATH == FP16 || MATH == BF16
 typedef unsigned short T;
-constexpr int SLOT = 8;   // images of a slot
+constexpr int SLOT = 8;   // members of a slot
 constexpr int STEP = 16;  // of the product's K, in one mma
 #else
 typedef float T;
@@ -29,8 +31,7 @@ constexpr int STEP = MATH == TF32 ? 8 : 4;
 
 constexpr int THREADS = WARPS * 32;
 constexpr int SIZE = sizeof(T);
-constexpr int G = BC < SLOT ? BC : SLOT;  // channels of a unit: those of a block in one 16-byte piece of values
-constexpr int PARTS = BC / G;
+constexpr int IMAGES = SLOT / BANDS;  // of a slot
 constexpr int N = NT * 8;
 constexpr int POSITIONS = WARPS * MT * 16 / SLOT;  // pixels of a tile, in fprop and dgrad
 
@@ -143,10 +144,11 @@ struct Strides {
 // x is [images, ., height, width], y is [images, ., p_size, q_size]; the host fills this in (cupy_conv.py).
 struct Conv {
     Strides x, y;
-    int images, height, width, p_size, q_size, k_blocks, c_blocks, r_size, s_size;
+    int images, height, width, p_size, q_size, k_blocks, c_blocks, bk, bc, r_size, s_size;
+    int log_parts;  // a block's channels are 1 << log_parts units: bc == G << log_parts
     int stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
     int channels_last;
-    int tile_h, tile_w, tiles_h, tiles_w;  // a tile's pixels, and the number of tiles of an image
+    int tile_h, tile_w, tiles_h, tiles_w;  // a tile's pixels, and the number of tiles of a band
     int taps;                              // of a group: all, those of one kernel row, or one
     int step_h, step_w;                    // from one row or column of the image to the next, in pixels of the tensor
     int rows, cols, plane;                 // of the image
@@ -159,7 +161,7 @@ struct Conv {
 
 // The tables come first, then the values, then the image; the host adds up the same sizes (slots.py).
 constexpr int ITEMS_AT = 0;                                  // [ITEMS] byte offset into the image of each row of K
-constexpr int ENTRIES_AT = ITEMS_AT + ITEMS * 4;             // [ITEMS / G] entry * PARTS + part
+constexpr int ENTRIES_AT = ITEMS_AT + ITEMS * 4;             // [ITEMS / G] entry << log_parts | part
 constexpr int CHANNELS_AT = ENTRIES_AT + ITEMS * 4;          // [LANES * G] channel of each plane of the image
 constexpr int DISPLACED_AT = CHANNELS_AT + LANES * SLOT * 4; // [MAX_TAPS] slots from a pixel to the one a tap reads
 constexpr int TAPS_AT = DISPLACED_AT + MAX_TAPS * 4;         // [MAX_BLOCKS] taps of a channel block, one bit each
@@ -181,6 +183,10 @@ __device__ __forceinline__ Slot zero_slot() {
 }
 
 // ---------------------------------------------------------------------- global memory -> image
+
+// Overlap: on the 3x3 layers of ResNet-50 at batch 64 and 90%, loading takes three to eight times as long as
+// multiplying by the sum of the budgets (slots.py). Hiding the multiplication altogether would save 13% to 29%, and two
+// CTAs to a multiprocessor hide most of it already. A second image would cost the second CTA: there is none.
 
 // Walks the slots of an image, THREADS at a time, neighbouring threads on neighbouring elements of the tensor: a number
 // of three digits whose carries cost less than dividing anew for every slot.
@@ -207,32 +213,45 @@ struct Walk {
     }
 };
 
-// Rows and columns row0 + i*step_h, col0 + j*step_w of `count` channels of images image0 .. + SLOT, to `at`.
+// Whether a slot has a member j: image j of those left, or the row of band j for `row` of the first. Bands begin `band`
+// rows below one another.
+__device__ __forceinline__ bool exists(int j, int images, int band, int row, int height) {
+    return BANDS == 1 ? j < images : row + j * band >= 0 && row + j * band < height;
+}
+
+// Elements from one member to the next.
+__device__ __forceinline__ long long apart(const Strides& stride, int band) {
+    return BANDS == 1 ? stride.n : band * stride.h;
+}
+
+// Rows and columns row0 + i*step_h, col0 + j*step_w of `count` channels of a slot's members, to `at`.
 template <bool LAST>
 __device__ __forceinline__ void load_image_as(
     unsigned at, const T* __restrict__ in, const Strides& stride, int height, int width, const Conv& g, int image0,
-    int row0, int col0, int step_h, int step_w, int rows, int cols, int plane, const int* channels, int count) {
+    int band, int row0, int col0, int step_h, int step_w, int rows, int cols, int plane, const int* channels,
+    int count) {
     const T* first = in + image0 * stride.n;
+    const long long next = apart(stride, band);
     const int images = g.images - image0;
     Walk walk = LAST ? Walk(count, cols, rows) : Walk(cols, rows, count);
-#pragma unroll(MT * NT < 16 ? 2 : 1)  // more loads in flight, where registers are left
+#pragma unroll 2  // more loads in flight
     for (; walk.inside(); walk.advance()) {
         const int channel = walk.at[LAST ? 0 : 2], row = walk.at[LAST ? 2 : 1], col = walk.at[LAST ? 1 : 0];
         const int h = row0 + row * step_h, w = col0 + col * step_w;
         union {
             Slot slot;
-            T image[SLOT];
+            T member[SLOT];
         } to;
         to.slot = zero_slot();
-        if (h >= 0 && h < height && w >= 0 && w < width) {
+        if ((BANDS > 1 || (h >= 0 && h < height)) && w >= 0 && w < width) {
             const T* from = first + channels[channel] * stride.c + h * stride.h + w * stride.w;
 #pragma unroll
-            for (int j = 0; j < SLOT; ++j) {
-                if (j < images) to.image[j] = from[j * stride.n];
+            for (int j = 0; j < SLOT; ++j, from += next) {
+                if (exists(j, images, band, h, height)) to.member[j] = *from;
             }
 #if MATH == TF32
 #pragma unroll
-            for (int j = 0; j < SLOT; ++j) to.slot.part[j] = round_tf32(to.image[j]);
+            for (int j = 0; j < SLOT; ++j) to.slot.part[j] = round_tf32(to.member[j]);
 #endif
         }
         *(Slot*)(shared + at + (channel * plane + row * cols + col) * 16) = to.slot;
@@ -241,13 +260,14 @@ __device__ __forceinline__ void load_image_as(
 
 __device__ __forceinline__ void load_image(
     unsigned at, const T* __restrict__ in, const Strides& stride, int height, int width, const Conv& g, int image0,
-    int row0, int col0, int step_h, int step_w, int rows, int cols, int plane, const int* channels, int count) {
+    int band, int row0, int col0, int step_h, int step_w, int rows, int cols, int plane, const int* channels,
+    int count) {
     if (g.channels_last) {
-        load_image_as<true>(at, in, stride, height, width, g, image0, row0, col0, step_h, step_w, rows, cols, plane,
-                            channels, count);
+        load_image_as<true>(at, in, stride, height, width, g, image0, band, row0, col0, step_h, step_w, rows, cols,
+                            plane, channels, count);
     } else {
-        load_image_as<false>(at, in, stride, height, width, g, image0, row0, col0, step_h, step_w, rows, cols, plane,
-                             channels, count);
+        load_image_as<false>(at, in, stride, height, width, g, image0, band, row0, col0, step_h, step_w, rows, cols,
+                             plane, channels, count);
     }
 }
 
@@ -289,18 +309,19 @@ __device__ __forceinline__ int scan(
 // A chunk of units of the last scan, one a lane; every warp holds the same.
 struct Chunk {
     int units;      // how many
-    int unit;       // this lane's: channel block (within the scan) * PARTS + part
+    int unit;       // this lane's: channel block (within the scan) << log_parts | part
     unsigned taps;  // which taps it has; none beyond `units`
 };
 
 // The units from number `from` on, at most `most` of them and at most `room` entries of theirs. Units are the parts
 // first_part .. + parts of each used channel block; `end` is their number.
-__device__ __forceinline__ Chunk take(int from, int end, int first_part, int parts, int most, int room) {
+__device__ __forceinline__ Chunk take(
+    int from, int end, int first_part, int parts, int most, int room, const Conv& g) {
     const int lane = threadIdx.x % 32, u = from + lane;
     Chunk chunk = {0, 0, 0};
     if (u < end && lane < most) {
         const int block = table(USED_AT)[u / parts];
-        chunk.unit = block * PARTS + first_part + u % parts;
+        chunk.unit = (block << g.log_parts) + first_part + u % parts;
         chunk.taps = (unsigned)table(TAPS_AT)[block];
     }
     int sum = __popc(chunk.taps);
@@ -319,14 +340,14 @@ __device__ __forceinline__ Chunk take(int from, int end, int first_part, int par
 __device__ __forceinline__ int list_items(const Chunk& chunk, int first_block, const Conv& g) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     int *items = table(ITEMS_AT), *entries = table(ENTRIES_AT), *channels = table(CHANNELS_AT);
-    const int block = chunk.unit / PARTS, part = chunk.unit % PARTS;
+    const int block = chunk.unit >> g.log_parts, part = chunk.unit - (block << g.log_parts);
     int count = 0;
     for (int t = 0; t < g.taps; ++t) {
         const bool has = chunk.taps >> t & 1;
         const unsigned vote = __ballot_sync(~0u, has);
         if (has && t % WARPS == warp) {
             const int i = count + __popc(vote & ((1u << lane) - 1));
-            entries[i] = table(CELLS_AT)[block * g.taps + t] * PARTS + part;
+            entries[i] = (table(CELLS_AT)[block * g.taps + t] << g.log_parts) + part;
             for (int j = 0; j < G; ++j) items[i * G + j] = ((lane * G + j) * g.plane + table(DISPLACED_AT)[t]) * 16;
         }
         count += __popc(vote);
@@ -335,7 +356,7 @@ __device__ __forceinline__ int list_items(const Chunk& chunk, int first_block, c
         const int i = count * G + lane;
         if (i < (count * G + STEP - 1) / STEP * STEP) items[i] = g.units * G * g.plane * 16;
         if (lane < chunk.units) {
-            for (int j = 0; j < G; ++j) channels[lane * G + j] = (first_block + block) * BC + part * G + j;
+            for (int j = 0; j < G; ++j) channels[lane * G + j] = first_block * g.bc + chunk.unit * G + j;
         }
     }
     return count * G;
@@ -349,14 +370,10 @@ __device__ __forceinline__ void clear_zero_plane(unsigned image, int planes, con
 
 // ---------------------------------------------------------------------- pixels x N += gathered image x values
 
-// Where this lane's pixels of the tile lie in the image. M is (pixel of the tile, image of the slot).
+// Where this lane's pixels of the tile lie in the image. M is (pixel of the tile, member of the slot).
 struct Pixels {
 #if MATH == FP16 || MATH == BF16
-    unsigned slots[(MT + 1) / 2];  // two to a register: the pixel whose eight images ldmatrix takes from this lane
-
-    __device__ __forceinline__ unsigned at(int m) const {
-        return (m % 2 ? slots[m / 2] >> 16 : slots[m / 2] & 0xffff) * 16;
-    }
+    unsigned at[MT];  // the pixel whose slot ldmatrix takes from this lane
 #else
     unsigned at[MT][2];  // rows lane / 4 and lane / 4 + 8
 #endif
@@ -375,8 +392,7 @@ __device__ __forceinline__ Pixels find_pixels(int step_h, int step_w, const Conv
     for (int m = 0; m < MT; ++m) {
         const int first = (warp * MT + m) * 16 / SLOT;
 #if MATH == FP16 || MATH == BF16
-        const unsigned slot = pixel_at(first + (lane >> 3 & 1), step_h, step_w, g) / 16;
-        pixels.slots[m / 2] = m % 2 ? pixels.slots[m / 2] | slot << 16 : slot;
+        pixels.at[m] = pixel_at(first + (lane >> 3 & 1), step_h, step_w, g);
 #else
         pixels.at[m][0] = pixel_at(first + (lane >> 4), step_h, step_w, g) + (lane >> 2 & 3) * 4;
         pixels.at[m][1] = pixel_at(first + 2 + (lane >> 4), step_h, step_w, g) + (lane >> 2 & 3) * 4;
@@ -415,7 +431,7 @@ __device__ __forceinline__ void multiply(
 #pragma unroll
         for (int m = 0; m < MT; ++m) {
             unsigned a[4];
-            ldmatrix4_trans(a, shared + item + pixels.at(m));
+            ldmatrix4_trans(a, shared + item + pixels.at[m]);
 #pragma unroll
             for (int n = 0; n < NT; ++n) mma(acc[m][n], a, b[n]);
         }
@@ -469,10 +485,12 @@ __device__ __forceinline__ void multiply(
 
 // ---------------------------------------------------------------------- results
 
-// Images of one pixel, from consecutive elements `from` of a tile in shared memory.
-__device__ __forceinline__ void store_slot(T* to, long long stride, int images, const T* from) {
+// The members of one pixel, `row` of the first being inside the tensor, from consecutive elements.
+__device__ __forceinline__ void store_slot(
+    T* to, const Strides& stride, int images, int band, int row, int height, const T* from) {
+    const long long next = apart(stride, band);
 #pragma unroll
-    for (int j = 0; j < SLOT; ++j) {
-        if (j < images) to[j * stride] = from[j];
+    for (int j = 0; j < SLOT; ++j, to += next) {
+        if (exists(j, images, band, row, height)) *to = from[j];
     }
 }

@@ -6,6 +6,7 @@ are, and the budgets beside each kernel what its sizes cost; the sizes of shared
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -24,7 +25,13 @@ FULL = 2 * 132  # CTAs that fill a device
 
 # slots.cu: LANES, MAX_TAPS, MAX_BLOCKS and CELLS; wgrad.cu: MAX_PIXELS.
 LANES, MAX_TAPS, MAX_BLOCKS, CELLS, MAX_PIXELS = 32, 32, 512, 1024, 256
-ITEMS = {"fprop": 128, "dgrad": 256}  # rows of K in shared memory at once; in wgrad, rows of M: one mma tile each
+ITEMS = {"fprop": 128, "dgrad": 256, "wgrad": 128}  # rows of K in shared memory at once; in wgrad, of M: MT * 16 a warp
+# Warps and mma tiles of each. More of them gained nothing in the budgets' sum over the layers of five networks.
+CUTS = {
+    "fprop": ((4, 1), (4, 2), (8, 2), (8, 4)),
+    "dgrad": ((4, 1), (4, 2), (8, 2)),
+    "wgrad": ((4, 2),),
+}
 
 
 class SlotTile(NamedTuple):
@@ -34,6 +41,7 @@ class SlotTile(NamedTuple):
     mt: int  # tiles of 16 in its M, of one warp
     warps: int
     items: int
+    bands: int  # of an image, to a slot: 1, or a slot holds the bands of one image
     shared: int  # bytes
     tile_h: int
     tile_w: int
@@ -52,7 +60,7 @@ class SlotTile(NamedTuple):
 
 
 def slot_of(dtype: torch.dtype) -> int:
-    """Images of a slot: 16 bytes."""
+    """Members of a slot: images, or bands of rows of one image, that share 16 bytes."""
     return 16 // dtype.itemsize
 
 
@@ -107,9 +115,16 @@ def refusal(
     return None
 
 
-def tiled(kind: str, g: ConvGeometry) -> tuple[int, int]:
-    """Rows and columns of pixels that are cut into tiles."""
-    return (-(-g.h // g.stride[0]), -(-g.w // g.stride[1])) if kind == "dgrad" else (g.p, g.q)
+def tiled(kind: str, g: ConvGeometry, bands: int) -> tuple[int, int]:
+    """Rows (of a band) and columns of pixels that are cut into tiles."""
+    high, wide = (-(-g.h // g.stride[0]), -(-g.w // g.stride[1])) if kind == "dgrad" else (g.p, g.q)
+    return -(-high // bands), wide
+
+
+def tiles_of(kind: str, g: ConvGeometry, dtype: torch.dtype, tile: SlotTile) -> int:
+    """Tiles of pixels, of all slots."""
+    high, wide = tiled(kind, g, tile.bands)
+    return -(-high // tile.tile_h) * -(-wide // tile.tile_w) * -(-g.n * tile.bands // slot_of(dtype))
 
 
 def steps(kind: str, g: ConvGeometry, taps: int) -> tuple[int, int]:
@@ -127,8 +142,7 @@ def grid(kind: str, g: ConvGeometry, blocksize: tuple[int, int], dtype: torch.dt
     parts = g.k // bk * -(-bk // (8 * tile.nt))
     if kind == "wgrad":
         return parts * tile.lists * tile.splits
-    high, wide = tiled(kind, g)
-    tiles = -(-high // tile.tile_h) * -(-wide // tile.tile_w) * -(-g.n // slot_of(dtype))
+    tiles = tiles_of(kind, g, dtype, tile)
     if kind == "fprop":
         return tiles * parts
     return tiles * min(g.stride[0], g.h) * min(g.stride[1], g.w) * -(-g.c // tile.range)
@@ -164,9 +178,9 @@ def _tables(kind: str, items: int, nt: int, bc: int, dtype: torch.dtype) -> int:
     return values_at + (items * _row_bytes(8 * nt, size) if by_item else 8 * nt * _row_bytes(items, size))
 
 
-def _shapes(kind: str, g: ConvGeometry, most: int) -> Iterator[tuple[int, int]]:
+def _shapes(kind: str, g: ConvGeometry, bands: int, most: int) -> Iterator[tuple[int, int]]:
     """Tiles of at most `most` pixels: even cuts of the rows, and as many rows as fit, evenly cut too."""
-    high, wide = tiled(kind, g)
+    high, wide = tiled(kind, g, bands)
     for cuts in {*range(1, 9), *(-(-wide // (1 << i)) for i in range(8))}:
         across = -(-wide // cuts)
         if across <= most:
@@ -192,13 +206,15 @@ def pick(
 def _clocks(kind: str, tile: SlotTile, g: ConvGeometry, blocksize: tuple[int, int], dtype: torch.dtype) -> float:
     """Relative clocks of a launch, by the budgets beside the kernels; four taps of a channel are stored, or all.
 
-    A multiprocessor gets a sector of 32 bytes from L2 in about 1.4 clocks, and 128 bytes from shared memory in one.
+    A multiprocessor gets a sector of 32 bytes from L2 in about 1.4 clocks, and 128 bytes from shared memory in one; to
+    fill a slot takes some 0.4 clocks of issue, however many members it has.
     """
     slot, size = slot_of(dtype), dtype.itemsize
     taps, groups = min(4, g.taps), g.taps / tile.taps
     width = g.q if kind == "dgrad" else g.w
     lines, line = (tile.rows, tile.cols) if tile.cols < width else (1, tile.rows * width)  # what lies in one piece
-    load = 1.4 * slot * lines * (line * size / 32 + 1) * groups
+    members = g.n * tile.bands / max(1, -(-g.n * tile.bands // slot))  # of a slot, on average
+    load = (1.4 * members * lines * (line * size / 32 + 1) + 0.4 * tile.rows * tile.cols) * groups
     pixels = tile.warps * tile.mt * 16 / slot
     if kind == "dgrad":  # per filter; a fifth of the channels is stored
         channel_tiles = math.ceil(tile.range / 5 / (8 * tile.nt))
@@ -207,13 +223,13 @@ def _clocks(kind: str, tile: SlotTile, g: ConvGeometry, blocksize: tuple[int, in
     else:  # per channel
         if kind == "wgrad":
             pixels = tile.tile_h * tile.tile_w
-            load += 1.4 * slot * tile.tile_h * (tile.tile_w * size / 32 + 1) * 8 * tile.nt / tile.units
+            load_dy = 1.4 * members * tile.tile_h * (tile.tile_w * size / 32 + 1) + 0.4 * pixels
+            load += load_dy * 8 * tile.nt / tile.units
         multiply = taps * pixels * max(1 / 8, tile.nt / 20)
         steps_of = tile.units
-    high, wide = tiled(kind, g)
-    ctas = -(-high // tile.tile_h) * -(-wide // tile.tile_w)
+    ctas = tiles_of(kind, g, dtype, tile)
     ctas *= -(-g.c // tile.range) if kind == "dgrad" else -(-blocksize[0] // (8 * tile.nt))
-    resident = min(8, SM_BYTES // (tile.shared + 1024))  # CTAs that overlap on a multiprocessor
+    resident = min(16 // tile.warps, SM_BYTES // (tile.shared + 1024))  # CTAs that overlap on a multiprocessor
     idle = max(1.0, FULL / max(1, grid(kind, g, blocksize, dtype, tile)))
     return ctas * (load + multiply) * (1 + 1 / resident) * (1 + 4 / steps_of) * idle
 
@@ -223,20 +239,19 @@ def _candidates(
 ) -> Iterator[SlotTile]:
     bk, bc = blocksize
     slot, unit = slot_of(dtype), unit_of(bc, dtype)
-    nt = (2 if bc < 32 else 4) if kind == "dgrad" else _even(-(-bk // 8), 4)
-    most = 16 if nt == 1 else 8  # mma tiles of a warp: 4 registers each, of 128
-    for warps, mt in ((4, 1), (4, 2), (8, 2), (8, 4), (8, 8), (8, 16)) if kind != "wgrad" else ((4, 2),):
-        if nt * mt > most or (slot == 4 and mt > 4) or (mt == 16 and bc > 1):
+    nt = (2 if bc < 32 else 4) if kind == "dgrad" else next(n for n in (1, 2, 4) if 8 * n >= min(bk, 32))
+    items = ITEMS[kind]
+    for bands, (warps, mt) in itertools.product((1, slot) if _small(g, slot) else (1,), CUTS[kind]):
+        if nt * mt > 8:  # mma tiles of a warp: 4 registers each, of 128
             continue
-        items = ITEMS.get(kind, warps * mt * 16)
         tables = _tables(kind, items, nt, bc, dtype)
         pixels = MAX_PIXELS // 2 if kind == "wgrad" else warps * mt * 16 // slot
         for taps in sorted({g.taps, g.s, 1}, reverse=True):
             if taps > MAX_TAPS or taps * unit > items:
                 continue
-            for tile_h, tile_w in _shapes(kind, g, pixels):
+            for tile_h, tile_w in _shapes(kind, g, bands, pixels):
                 rows, cols = _image(kind, g, taps, tile_h, tile_w)
-                tile = SlotTile(nt, mt, warps, items, 0, tile_h, tile_w, taps, rows, cols)
+                tile = SlotTile(nt, mt, warps, items, bands, 0, tile_h, tile_w, taps, rows, cols)
                 for budget in (SM_BYTES // 4 - 1024, SHARED_BYTES):
                     if kind == "dgrad":
                         found = _fit_dgrad(tile, tables, budget, g, bk, bc, slot)
@@ -246,9 +261,15 @@ def _candidates(
                         yield _split(found, g, blocksize, nnzb, dtype) if kind == "wgrad" else found
 
 
-def _even(tiles: int, most: int) -> int:
-    """Tiles of each part when `tiles` are shared out over as few parts as `most` allows."""
-    return -(-tiles // -(-tiles // most))
+def _small(g: ConvGeometry, slot: int) -> bool:
+    """Whether slots of whole images have room left that bands of one image would fill.
+
+    On a 3x3 layer of 128 channels at 200 x 200, by _clocks, one, two and four images cost about 0.45, 0.55 and 0.7 of
+    what eight cost where slots hold whole images, and 0.14, 0.27 and 0.55 where they hold bands. On small images, which
+    fill the device neither way, wgrad alone gains. The last bands may begin behind the last row: that, too, is counted
+    in 32 bits.
+    """
+    return g.n % slot > 0 and g.n < 2 * slot and 2 * slot * (g.h + 2 * g.padding[0] + g.stride[0]) < LIMIT
 
 
 def _fit(
@@ -290,7 +311,7 @@ def _split(tile: SlotTile, g: ConvGeometry, blocksize: tuple[int, int], nnzb: in
     """wgrad's splits of the pixels, then of the chunks, to fill the device."""
     bk, bc = blocksize
     parts = g.k // bk * -(-bk // (8 * tile.nt))
-    tiles = -(-g.p // tile.tile_h) * -(-g.q // tile.tile_w) * -(-g.n // slot_of(dtype))
+    tiles = tiles_of("wgrad", g, dtype, tile)
     room = WORKSPACE_BYTES // (4 * max(1, nnzb) * bk * bc)
     splits = max(1, min(-(-2 * FULL // parts), tiles, room))
     chunks = -(-nnzb * bc // (g.k // bk * tile.items))

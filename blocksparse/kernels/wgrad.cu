@@ -1,5 +1,5 @@
 // wgrad: dvalues from x and dy. A CTA owns a split of the pixels and walks chunks of a block-row's stored entries:
-// M = entries, N = filters, K = (pixel, image): slots of both operands are rows of K as they lie.
+// M = entries, N = filters, K = (pixel, member): slots of both operands are rows of K as they lie.
 //
 // Splits go through an fp32 workspace that add_splits() adds up in order: no atomics, the same bits on every run. No
 // grid depends on which blocks are stored.
@@ -7,11 +7,10 @@
 // Budget of a CTA, chunk of c channels with t taps each, and tile of P pixels, 2-byte values, H >= P with the halo:
 //   global -> shared  16*c*H bytes of x, 16*N*P of dy
 //   issue             8 loads, 4 packs and 1 16-byte store for each of c*H + N*P slots, of 32 lanes each
-//   shared -> mma     per 16 entries x 16 (2 pixels of 8 images), in wavefronts of 128 bytes: 4 for x, 2*NT/MT for dy
+//   shared -> mma     per 16 entries x 16 (2 pixels), in wavefronts of 128 bytes: 4 for x, 2*NT/MT for dy
 //   mma               NT of m16n8k16 for those
 // and 8 bytes of workspace per split and value.
 
-constexpr int PARTS_N = (BK + N - 1) / N;
 constexpr int MAX_PIXELS = 256;                        // of a tile
 constexpr int FILTERS_AT = VALUES_AT;                  // [N] channel of dy of each filter
 constexpr int PIXELS_AT = FILTERS_AT + N * 4;          // [MAX_PIXELS + 4] byte offset of a pixel in a plane of x
@@ -46,19 +45,19 @@ __device__ __forceinline__ void multiply_pixels(
 #else
     for (int k = 0; k < count; ++k) {
 #pragma unroll
-        for (int image = 0; image < SLOT; ++image) {
+        for (int member = 0; member < SLOT; ++member) {
             float b[NT][2];
 #pragma unroll
             for (int n = 0; n < NT; ++n) {
 #pragma unroll
                 for (int j = 0; j < 2; ++j) {
-                    b[n][j] = read(dy_at + ((n * 8 + lane % 4 * 2 + j) * dy_plane + k) * 16 + image * 4);
+                    b[n][j] = read(dy_at + ((n * 8 + lane % 4 * 2 + j) * dy_plane + k) * 16 + member * 4);
                 }
             }
 #pragma unroll
             for (int m = 0; m < MT; ++m) {
                 if (m >= tiles) break;
-                const unsigned pixel = pixels[k] + image * 4;
+                const unsigned pixel = pixels[k] + member * 4;
                 const float upper = read(at[m][0] + pixel), lower = read(at[m][1] + pixel);
 #pragma unroll
                 for (int n = 0; n < NT; ++n) {
@@ -79,10 +78,10 @@ wgrad(const T* __restrict__ x, const T* __restrict__ dy, const int* __restrict__
       const int* __restrict__ indices, const int* __restrict__ row_order, T* __restrict__ out,
       float* __restrict__ sums, const long long size, const Conv g) {
     // CTAs of one split run side by side: they share its pixels.
-    const int parts = g.k_blocks * PARTS_N, part = blockIdx.x % parts;
-    const int row = part / PARTS_N, filter = part % PARTS_N * N, filters = min(N, BK - filter);
+    const int parts_n = (g.bk + N - 1) / N, parts = g.k_blocks * parts_n;
+    const int row = blockIdx.x % parts / parts_n, filter = blockIdx.x % parts_n * N, filters = min(N, g.bk - filter);
     const int list = blockIdx.x / parts % g.lists, split = blockIdx.x / parts / g.lists;
-    const int tiles = (g.images + SLOT - 1) / SLOT * g.tiles_h * g.tiles_w;
+    const int tiles = (g.images + IMAGES - 1) / IMAGES * g.tiles_h * g.tiles_w, band = g.tiles_h * g.tile_h;
     const int tiles_each = (tiles + g.splits - 1) / g.splits;
     const int first_tile = split * tiles_each, last_tile = min(first_tile + tiles_each, tiles);
 
@@ -90,7 +89,7 @@ wgrad(const T* __restrict__ x, const T* __restrict__ dy, const int* __restrict__
     const int area = g.tile_h * g.tile_w, dy_plane = (area + 1) | 1;
     const unsigned dy_at = IMAGE_AT + g.units * G * g.plane * 16;
     for (int i = threadIdx.x; i < N; i += THREADS) {
-        const int k = row * BK + min(filter + i, BK - 1);
+        const int k = row * g.bk + min(filter + i, g.bk - 1);
         table(FILTERS_AT)[i] = row_order ? row_order[k] : k;
     }
     for (int i = threadIdx.x; i <= area; i += THREADS) {
@@ -110,9 +109,10 @@ wgrad(const T* __restrict__ x, const T* __restrict__ dy, const int* __restrict__
         }
         for (int first_block = 0; first_block < g.c_blocks; first_block += blocks_at_once) {
             const int blocks = min(blocks_at_once, g.c_blocks - first_block);
-            const int end = PARTS * scan(indptr, indices, row, g.c_blocks, first_tap, g.taps, ~0u, first_block, blocks);
+            const int used = scan(indptr, indices, row, g.c_blocks, first_tap, g.taps, ~0u, first_block, blocks);
+            const int end = used << g.log_parts;
             for (int unit = 0; unit < end;) {
-                const Chunk chunk = take(unit, end, 0, PARTS, g.units, ITEMS / G);
+                const Chunk chunk = take(unit, end, 0, 1 << g.log_parts, g.units, ITEMS / G, g);
                 unit += chunk.units;
                 if (turn++ % g.lists != list) continue;
                 const int count = list_items(chunk, first_block, g);
@@ -137,12 +137,12 @@ wgrad(const T* __restrict__ x, const T* __restrict__ dy, const int* __restrict__
                 float acc[MT][NT][4] = {};
                 for (int tile = first_tile; tile < last_tile; ++tile) {
                     const int q0 = tile % g.tiles_w * g.tile_w, p0 = tile / g.tiles_w % g.tiles_h * g.tile_h;
-                    const int image0 = tile / g.tiles_w / g.tiles_h * SLOT;
+                    const int image0 = tile / g.tiles_w / g.tiles_h * IMAGES;
                     const int h0 = p0 * g.stride_h + r0 * g.dilation_h - g.pad_h;
                     const int w0 = q0 * g.stride_w + s0 * g.dilation_w - g.pad_w;
-                    load_image(IMAGE_AT, x, g.x, g.height, g.width, g, image0, h0, w0, g.step_h, g.step_w, g.rows,
-                               g.cols, g.plane, table(CHANNELS_AT), chunk.units * G);
-                    load_image(dy_at, dy, g.y, g.p_size, g.q_size, g, image0, p0, q0, 1, 1, g.tile_h, g.tile_w,
+                    load_image(IMAGE_AT, x, g.x, g.height, g.width, g, image0, band * g.stride_h, h0, w0, g.step_h,
+                               g.step_w, g.rows, g.cols, g.plane, table(CHANNELS_AT), chunk.units * G);
+                    load_image(dy_at, dy, g.y, g.p_size, g.q_size, g, image0, band, p0, q0, 1, 1, g.tile_h, g.tile_w,
                                dy_plane, table(FILTERS_AT), filters);
                     __syncthreads();
                     multiply_pixels(acc, at, item_tiles, dy_at, dy_plane, area);
@@ -154,9 +154,9 @@ wgrad(const T* __restrict__ x, const T* __restrict__ dy, const int* __restrict__
                     for (int half = 0; half < 2; ++half) {
                         const int item = (m * WARPS + warp) * 16 + half * 8 + lane / 4;
                         if (item >= count) continue;
-                        const int entry = table(ENTRIES_AT)[item / G];
-                        const int channel = entry % PARTS * G + item % G;
-                        const long long to = ((long long)(entry / PARTS) * BK + filter) * BC + channel;
+                        const int packed = table(ENTRIES_AT)[item / G], entry = packed >> g.log_parts;
+                        const int channel = (packed - (entry << g.log_parts)) * G + item % G;
+                        const long long to = ((long long)entry * g.bk + filter) * g.bc + channel;
 #pragma unroll
                         for (int n = 0; n < NT; ++n) {
 #pragma unroll
@@ -164,9 +164,9 @@ wgrad(const T* __restrict__ x, const T* __restrict__ dy, const int* __restrict__
                                 const int f = n * 8 + lane % 4 * 2 + j;
                                 if (f >= filters) continue;
                                 if (sums) {
-                                    sums[split * size + to + f * BC] = acc[m][n][half * 2 + j];
+                                    sums[split * size + to + f * g.bc] = acc[m][n][half * 2 + j];
                                 } else {
-                                    out[to + f * BC] = from_float(acc[m][n][half * 2 + j]);
+                                    out[to + f * g.bc] = from_float(acc[m][n][half * 2 + j]);
                                 }
                             }
                         }

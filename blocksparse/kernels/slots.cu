@@ -234,7 +234,7 @@ __device__ __forceinline__ void load_image_as(
     const long long next = apart(stride, band);
     const int images = g.images - image0;
     Walk walk = LAST ? Walk(count, cols, rows) : Walk(cols, rows, count);
-#pragma unroll 2  // more loads in flight
+#pragma unroll(BANDS == 1 || MT * NT < 8 ? 2 : 1)  // more loads in flight, where registers are left
     for (; walk.inside(); walk.advance()) {
         const int channel = walk.at[LAST ? 0 : 2], row = walk.at[LAST ? 2 : 1], col = walk.at[LAST ? 1 : 0];
         const int h = row0 + row * step_h, w = col0 + col * step_w;

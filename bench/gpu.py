@@ -138,9 +138,11 @@ def runs(quick: bool) -> list[Run]:
         Run("hrbp", 2, three, ["--structure", "hrbp", "--tap-density", "4/9"]),
         Run("backends", 2, three, ["--blocksize", "32x32", "group", "--backend", "torch", "triton", "cupy"]),
         Run(
-            "sparsity", 2, three[2:3],
+            "sparsity",
+            2,
+            three[2:3],
             ["--backend", "triton", "dense", "--sparsity", "0", "0.5", "0.7", "0.8", "0.95", "0.98"],
-        ),  # fmt: skip
+        ),
         Run("bf16", 1, three, ["--dtype", "bf16"]),
         Run("batch256", 2, three, ["--batch", "256"]),
     ]

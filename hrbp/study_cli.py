@@ -37,7 +37,7 @@ costs in memory and time. The default takes about five minutes on a laptop.
 
 --preset regularity prunes one trained network instead, grain by grain (single weights, vectors, kernels, filters, ...)
 and step by step, training it again after each; the table has storage, memory references, balance and time of each, and
-ends with the structure to choose. Its default takes about seven minutes on two cores.
+ends with the structure to choose. Its default takes about ten minutes on two cores.
 
   python -m hrbp study --preset regularity --max-time 0.5 --max-storage 0.2
   python -m hrbp study --preset regularity --model resnet32 --width 2 --data cifar10 --weights resnet32.pt --retrain 20

@@ -21,3 +21,8 @@ def is_channels_last(t: Tensor) -> bool:
 
 def format_of(channels_last: bool) -> torch.memory_format:
     return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def empty(shape: tuple[int, ...], like: Tensor, channels_last: bool, dtype: torch.dtype | None = None) -> Tensor:
+    """An uninitialised tensor on the device of `like`, and of its dtype if none is given."""
+    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=format_of(channels_last))

@@ -11,14 +11,10 @@ from torch import Tensor
 
 from ..geometry import ConvGeometry
 from ..index import IndexTables
-from ..layout import format_of, is_channels_last
-from .torch_conv import dense_steps, read_pixels
+from ..layout import empty, format_of, is_channels_last
+from .torch_conv import compute_dtype, dense_steps, read_pixels
 
 aten = torch.ops.aten
-
-
-def _empty(shape: tuple[int, ...], like: Tensor, channels_last: bool) -> Tensor:
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=format_of(channels_last))
 
 
 def _last(channels_last: bool, dtype: torch.dtype, g: ConvGeometry) -> bool:
@@ -40,7 +36,7 @@ def _as_blocks(bank: Tensor, bk: int, bc: int) -> Tensor:
 def _bank(values: Tensor, tables: IndexTables, g: ConvGeometry, channels_last: bool) -> Tensor:
     """[K, C, R, S] in filter order, zeros where nothing is stored."""
     _, bk, bc = values.shape
-    bank = _empty((g.k, g.c, g.r, g.s), values, channels_last).zero_()
+    bank = empty((g.k, g.c, g.r, g.s), values, channels_last).zero_()
     _as_blocks(bank, bk, bc)[_blocks(tables, g, bc)] = values
     if tables.row_order is None:
         return bank
@@ -48,9 +44,7 @@ def _bank(values: Tensor, tables: IndexTables, g: ConvGeometry, channels_last: b
 
 
 def _compute(t: Tensor) -> Tensor:
-    """float32 for the 16-bit types on a CPU, as the torch backend does."""
-    half = t.dtype in (torch.float16, torch.bfloat16)
-    return t.float() if half and t.device.type == "cpu" else t
+    return t.to(compute_dtype(t, conv=True))
 
 
 def _args(g: ConvGeometry) -> tuple[object, ...]:
@@ -62,7 +56,7 @@ def fprop(x: Tensor, values: Tensor, tables: IndexTables, bias: Tensor | None, g
     """y [N, K, P, Q] in the memory format of x; bias [K] in filter order, or None."""
     last = is_channels_last(x)
     if x.numel() == 0:
-        return _empty(geometry.y_shape, x, last)
+        return empty(geometry.y_shape, x, last)
     g = dense_steps(geometry)
     inner = _last(last, x.dtype, g)
     read = _compute(read_pixels(x, geometry)).contiguous(memory_format=format_of(inner))
@@ -75,15 +69,15 @@ def fprop(x: Tensor, values: Tensor, tables: IndexTables, bias: Tensor | None, g
 def dgrad(dy: Tensor, values: Tensor, tables: IndexTables, geometry: ConvGeometry, channels_last: bool) -> Tensor:
     """dx [N, C, H, W], channels_last or contiguous."""
     if dy.numel() == 0:
-        return _empty(geometry.x_shape, dy, channels_last).zero_()
+        return empty(geometry.x_shape, dy, channels_last).zero_()
     g = dense_steps(geometry)
     inner = _last(channels_last, dy.dtype, g)
     wide = _compute(dy).contiguous(memory_format=format_of(inner))
-    like = _empty(g.x_shape, wide, inner)  # only its shape is read
+    like = empty(g.x_shape, wide, inner)  # only its shape is read
     bank = _bank(_compute(values), tables, g, inner)
     dx, _, _ = aten.convolution_backward(wide, like, bank, None, *_args(g), [True, False, False])
     if g != geometry:
-        whole = _empty(geometry.x_shape, dy, channels_last).zero_()
+        whole = empty(geometry.x_shape, dy, channels_last).zero_()
         whole[:, :, :: geometry.stride[0], :: geometry.stride[1]][:, :, : g.p, : g.q] = dx
         return whole
     return dx.to(dy.dtype).contiguous(memory_format=format_of(channels_last))
@@ -101,7 +95,7 @@ def wgrad(
     inner = _last(is_channels_last(x), x.dtype, g)
     read = _compute(read_pixels(x, geometry)).contiguous(memory_format=format_of(inner))
     dy = _compute(dy).contiguous(memory_format=format_of(inner))
-    like = _empty((g.k, g.c, g.r, g.s), read, inner)  # only its shape is read
+    like = empty((g.k, g.c, g.r, g.s), read, inner)  # only its shape is read
     _, bank, _ = aten.convolution_backward(dy, read, like, None, *_args(g), [False, True, False])
     if tables.row_order is not None:
         bank = bank.index_select(0, tables.row_order)

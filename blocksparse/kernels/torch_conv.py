@@ -33,7 +33,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..geometry import ConvGeometry
 from ..index import IndexTables
-from ..layout import format_of, is_channels_last
+from ..layout import empty, format_of, is_channels_last
 from .break_even import Work
 
 CONV_TAPS = 2 / 3  # least share of stored taps for `conv`: the rest is multiplied by zeros
@@ -291,10 +291,6 @@ def _decomposition(tables: IndexTables, geometry: ConvGeometry, blocksize: tuple
 # ---------------------------------------------------------------------- channels of a 4-d tensor
 
 
-def _empty(shape: tuple[int, ...], like: Tensor, channels_last: bool, dtype: torch.dtype | None = None) -> Tensor:
-    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=format_of(channels_last))
-
-
 def _pixels(t: Tensor) -> Tensor:
     """A channels_last [N, C, H, W] as the matrix [N*H*W, C]."""
     return t.permute(0, 2, 3, 1).reshape(-1, t.shape[1])
@@ -340,7 +336,7 @@ def _filters(w: Tensor, batch: _Batch, group: _Group, blocksize: tuple[int, int]
 def _kernel(values: Tensor, batch: _Batch, width: int, g: ConvGeometry, channels_last: bool) -> Tensor:
     """The batch's filters [rows, width, R, S]: zero at taps that a group does not store, and at padded channels."""
     bk, bc = values.shape[1:]
-    w = _empty((_length(batch.rows), width, g.r, g.s), values, channels_last).zero_()
+    w = empty((_length(batch.rows), width, g.r, g.s), values, channels_last).zero_()
     for group in batch.filters:
         mine = _filters(w, batch, group, (bk, bc))
         taps = g.taps if group.taps is None else group.taps.numel()
@@ -361,7 +357,7 @@ def _conv_fprop(x: Tensor, values: Tensor, d: _Decomposition, bias: Tensor | Non
         parts.append(aten.convolution(_take(x, channels), w, b, *_conv_args(g, batch.groups)))
     if len(parts) == 1 and done == g.k:
         return _take(parts[0], d.positions)
-    y = _empty(g.y_shape, x, last)
+    y = empty(g.y_shape, x, last)
     for batch, part in zip(d.batches, parts, strict=True):
         y[:, batch.rows] = part
     y[:, done:] = 0 if bias is None else bias[done:].view(-1, 1, 1)
@@ -371,7 +367,7 @@ def _conv_fprop(x: Tensor, values: Tensor, d: _Decomposition, bias: Tensor | Non
 def _conv_dgrad(dy: Tensor, values: Tensor, d: _Decomposition, g: ConvGeometry, last: bool, dx: Tensor) -> None:
     for batch in d.batches:
         channels, width = batch.lists(dx, g)
-        like = _empty((g.n, batch.groups * width, g.h, g.w), dy, last)  # only its shape is read
+        like = empty((g.n, batch.groups * width, g.h, g.w), dy, last)  # only its shape is read
         w, args = _kernel(values, batch, width, g, last), _conv_args(g, batch.groups)
         part, _, _ = aten.convolution_backward(dy[:, batch.rows], like, w, None, *args, [True, False, False])
         _add(dx, channels, part.to(dx.dtype).contiguous(memory_format=format_of(is_channels_last(dx))))
@@ -382,7 +378,7 @@ def _conv_wgrad(x: Tensor, dy: Tensor, d: _Decomposition, g: ConvGeometry, dvalu
     for batch in d.batches:
         channels, width = batch.lists(x, g)
         # Only its shape is read.
-        w = _empty((_length(batch.rows), width, g.r, g.s), x, is_channels_last(x))
+        w = empty((_length(batch.rows), width, g.r, g.s), x, is_channels_last(x))
         args = (*_conv_args(g, batch.groups), [False, True, False])
         _, dw, _ = aten.convolution_backward(dy[:, batch.rows], _take(x, channels), w, None, *args)
         for group in batch.filters:
@@ -580,7 +576,7 @@ def _images(t: Tensor, images: slice, g: ConvGeometry) -> Tensor:
 def _shift_fprop(x: Tensor, values: Tensor, d: _Decomposition, bias: Tensor | None, geometry: ConvGeometry) -> Tensor:
     bc, last = values.shape[2], is_channels_last(x)
     rows_last = _rows_last(last, values.shape[1:])
-    y = _empty(geometry.y_shape, x, last)
+    y = empty(geometry.y_shape, x, last)
     matrices = [_matrix(values, group) for group in d.groups]
     for images, g in _chunks(geometry, x.device, rows_last):
         grid, planes = _grid(g), _XPlanes(_images(x, images, g), values, g, rows_last, fill=True)
@@ -658,7 +654,7 @@ def _shift_wgrad(x: Tensor, dy: Tensor, d: _Decomposition, geometry: ConvGeometr
 # ---------------------------------------------------------------------- the three products
 
 
-def _compute_dtype(t: Tensor, conv: bool) -> torch.dtype:
+def compute_dtype(t: Tensor, conv: bool) -> torch.dtype:
     """float32 for the 16-bit types, but for single convolutions on devices that are fast at them."""
     half = t.dtype in (torch.float16, torch.bfloat16)
     return torch.float32 if half and (t.device.type == "cpu" or not conv) else t.dtype
@@ -719,9 +715,9 @@ def fprop(x: Tensor, values: Tensor, tables: IndexTables, bias: Tensor | None, g
     """y [N, K, P, Q] in the memory format of x; bias [K] in filter order, or None."""
     d = _decomposition(tables, geometry, (values.shape[1], values.shape[2]))
     last, conv = is_channels_last(x), d.conv(geometry)
-    dtype = _compute_dtype(x, conv)
+    dtype = compute_dtype(x, conv)
     if x.numel() == 0:
-        return _empty(geometry.y_shape, x, last)
+        return empty(geometry.y_shape, x, last)
     if bias is not None:
         bias = (bias if d.filters is None else bias.index_select(0, d.filters)).to(dtype)
     values = _working(values, d, dtype)
@@ -737,14 +733,14 @@ def dgrad(dy: Tensor, values: Tensor, tables: IndexTables, geometry: ConvGeometr
     """dx [N, C, H, W], channels_last or contiguous."""
     d = _decomposition(tables, geometry, (values.shape[1], values.shape[2]))
     conv = d.conv(geometry)
-    dtype = _compute_dtype(dy, conv)
-    sums = _compute_dtype(dy, False) if conv else dy.dtype  # `conv` adds its groups up in dx itself
-    dx = _empty(geometry.x_shape, dy, channels_last, sums).zero_()
+    dtype = compute_dtype(dy, conv)
+    sums = compute_dtype(dy, False) if conv else dy.dtype  # `conv` adds its groups up in dx itself
+    dx = empty(geometry.x_shape, dy, channels_last, sums).zero_()
     if dy.numel():
         dy, values = dy.contiguous(memory_format=format_of(channels_last)), _working(values, d, dtype)
         if conv:
             g = dense_steps(geometry)
-            read = dx if g == geometry else _empty(g.x_shape, dx, channels_last).zero_()
+            read = dx if g == geometry else empty(g.x_shape, dx, channels_last).zero_()
             _conv_dgrad(_take(dy.to(dtype), d.filters), values, d, g, channels_last, read)
             if read is not dx:
                 dx[:, :, :: geometry.stride[0], :: geometry.stride[1]][:, :, : g.p, : g.q] = read
@@ -760,7 +756,7 @@ def wgrad(
     """dvalues [nnzb, bk, bc]."""
     d = _decomposition(tables, geometry, (values_shape[1], values_shape[2]))
     conv = d.conv(geometry)
-    dtype = _compute_dtype(x, conv)
+    dtype = compute_dtype(x, conv)
     dvalues = x.new_empty(values_shape, dtype=dtype)
     if x.numel() == 0:
         return dvalues.zero_().to(x.dtype)

@@ -9,6 +9,7 @@ y = sparse(torch.randn(8, 256, 14, 14))
 """
 
 from . import reference
+from .carry import OptimizerTensor, optimizer_tensors
 from .functional import conv2d, conv2d_dgrad, conv2d_wgrad, linear
 from .geometry import ConvGeometry
 from .modules import BSRConv2d, BSRLinear
@@ -21,11 +22,13 @@ __all__ = [
     "BSRPattern",
     "ConvGeometry",
     "ConvPlan",
+    "OptimizerTensor",
     "available_backends",
     "conv2d",
     "conv2d_dgrad",
     "conv2d_wgrad",
     "explain",
     "linear",
+    "optimizer_tensors",
     "reference",
 ]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .carry import Carrier, expect_untold, ordinary_tensors, tensors_of_blocks, written
 from .functional import apply_linear, convolve
 from .geometry import conv_pairs
 from .pattern import BSRPattern
@@ -33,16 +35,19 @@ class _BSRModule(nn.Module):
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
+        _check_pattern(pattern, f"{type(self).__name__}()")
         super().__init__()
         self.weight_shape = pattern.shape
         self.backend = backend
         device = torch.device(device) if device is not None else pattern.device
-        values = torch.empty((pattern.nnzb, *pattern.blocksize), device=device, dtype=dtype)
-        self.values = nn.Parameter(values)
-        self.bias = nn.Parameter(torch.empty(pattern.shape[0], device=device, dtype=dtype)) if bias else None
-        # Rebuilt from the state_dict's indptr and indices, so derived tables are not saved.
-        self.register_buffer("index", _own_index(pattern, values.device), persistent=False)
+        with ordinary_tensors():
+            values = torch.empty((pattern.nnzb, *pattern.blocksize), device=device, dtype=dtype)
+            self.values = nn.Parameter(values)
+            self.bias = nn.Parameter(torch.empty(pattern.shape[0], device=device, dtype=dtype)) if bias else None
+            # Rebuilt from the state_dict's indptr and indices, so derived tables are not saved.
+            self.register_buffer("index", _own_index(pattern, values.device), persistent=False)
         self.reset_parameters()
+        _modules.add(self)
 
     def reset_parameters(self) -> None:
         """Uniform in +-1/sqrt(fan_in), as torch's dense layers; fan_in is the mean number of stored inputs a filter."""
@@ -71,12 +76,16 @@ class _BSRModule(nn.Module):
     def set_pattern(self, new: BSRPattern, optimizer: torch.optim.Optimizer | None = None) -> bool:
         """Change which blocks are stored: blocks in both patterns keep their values, new blocks start at zero.
 
-        The gradient of `values` and, with `optimizer`, every state tensor shaped like it (momentum, Adam moments) are
-        carried the same way. `values` stays the same Parameter object.
+        The gradient of `values` moves with them. With `optimizer`, so does its state: momentum, Adam moments and
+        everything else of one number an element; what holds one number for a row, a column or the whole of a block
+        (Adafactor's factors) goes with its block. New blocks have what the optimizer starts with; numbers of the
+        parameter as a whole, such as step counters, stay. `values` stays the same Parameter object.
 
         Args:
             new: a pattern of the same shape (K, C, R, S).
-            optimizer: the optimizer that updates `values`.
+            optimizer: the optimizer that updates `values`. Without it an optimizer's state stays where it is: with as
+                many blocks as before it belongs to other blocks from then on, with more or fewer the next
+                `optimizer.step()` raises a RuntimeError that says so. Make a new optimizer then.
 
         Returns:
             True when everything was written in place: equal nnzb, blocksize and kind of row order. False when tensors
@@ -84,51 +93,92 @@ class _BSRModule(nn.Module):
             hold the old tensors must be rebuilt.
 
         Raises:
-            ValueError: another shape, or an optimizer that does not hold `values`; nothing has changed then.
+            TypeError: `new` is no BSRPattern.
+            ValueError: another shape; an optimizer that does not hold `values`, or keeps state that cannot follow
+                blocks (LBFGS, Shampoo); `values` shared with another module, or made by a parametrization; another
+                number of blocks while the module is in shared memory. Nothing has changed then.
         """
         who = f"{type(self).__name__}.set_pattern()"
+        _check_pattern(new, who)
         if new.shape != self.weight_shape:
             raise ValueError(f"{who}: the pattern has shape {new.shape}; this module needs {self.weight_shape}")
-        if optimizer is not None and not any(
-            p is self.values for group in optimizer.param_groups for p in group["params"]
-        ):
+        if "values" not in self._parameters:
             raise ValueError(
-                f"{who}: the optimizer does not update this module's values; pass the one that does, or None"
+                f"{who}: values is not a parameter of this module but computed from others (weight_norm, prune, ...);"
+                " remove that first"
             )
-        old, shape = self.pattern, self.values.shape
-        new = new.to(self.values.device)
-        carry = _carrier(old, new)
-        values = carry(self.values.detach())
-        grad = None if self.values.grad is None else carry(self.values.grad)
-        state = {} if optimizer is None else optimizer.state.get(self.values, {})
-        carried = {name: carry(t) for name, t in state.items() if isinstance(t, Tensor) and t.shape == shape}
-        in_place = self._adopt(new)
-        with torch.no_grad():
+        if obstacle := self._obstacle(new):
+            raise ValueError(f"{who}: {obstacle}")
+        shape = (new.nnzb, *new.blocksize)
+        parts = [] if optimizer is None else tensors_of_blocks(optimizer, self.values, shape, who)
+        with ordinary_tensors(self.values):
+            new = new.to(self.index.device)
+            if self.values.is_meta:
+                return self._adopt(new, told=optimizer is not None)
+            carry = Carrier(self.pattern, new)
+            values, grad = carry(self.values), self.values.grad
+            grads = None if grad is None else carry(grad)
+            moved = [carry(part.tensor, part.fresh, part.reduced) for part in parts]
+            in_place = self._adopt(new, told=optimizer is not None)
             self.values.copy_(values)
-            if grad is not None and in_place and self.values.grad is not None:
-                self.values.grad.copy_(grad)
-            else:
-                self.values.grad = grad
-            for name, t in carried.items():
-                if in_place:
-                    state[name].copy_(t)
-                else:
-                    state[name] = t
+            self.values.grad = written(grad, grads)
+            for part, t in zip(parts, moved, strict=True):
+                part.state[part.name] = written(part.tensor, t)
         return in_place
 
-    def _adopt(self, new: BSRPattern) -> bool:
+    def _obstacle(self, new: BSRPattern) -> str | None:
+        """Why this module cannot take over a pattern of its shape, or None."""
+        stays = self._has_room(new)
+        if not stays and self.index.device.type == "cpu" and self.index.is_shared():
+            return (
+                f"the module is in shared memory, where it cannot go from {tuple(self.values.shape)} stored values to"
+                f" {(new.nnzb, *new.blocksize)}: other processes would keep the old ones. Change the pattern before"
+                " share_memory(), or that of copy.deepcopy(module)"
+            )
+        for other in list(_modules):
+            if self._shares_values(other) and not (stays and other.index.data_ptr() == self.index.data_ptr()):
+                if new == self.pattern:
+                    return None
+                return (
+                    f"another {type(other).__name__} has the same values, and would read them under its old pattern."
+                    " Give this one values of its own first: module.values ="
+                    " nn.Parameter(module.values.detach().clone())"
+                )
+        return None
+
+    def _shares_values(self, other: _BSRModule) -> bool:
+        """Whether another module's values are this one's, or in the same memory."""
+        if other is self or other._buffers is self._buffers:  # copy.copy() of a module changes along
+            return False
+        mine, theirs = self._parameters.get("values"), other._parameters.get("values")
+        if mine is None or theirs is None or mine is theirs:
+            return mine is not None and mine is theirs
+        plain = type(mine) is nn.Parameter and type(theirs) is nn.Parameter and mine.device == theirs.device
+        return plain and mine.data_ptr() != 0 and mine.data_ptr() == theirs.data_ptr()
+
+    def _has_room(self, new: BSRPattern) -> bool:
+        """Whether a pattern can be written over this one in place."""
+        return (
+            tuple(self.values.shape) == (new.nnzb, *new.blocksize)
+            and self.index.shape == new.index.shape
+            and self.index.device.type != "meta"
+        )
+
+    def _adopt(self, new: BSRPattern, told: bool = False) -> bool:
         """Write `new` into this module's index and give `values` its shape; True when both kept their memory.
 
-        Where the shape of `values` changes its content is undefined afterwards and its gradient dropped.
+        Where the shape of `values` changes its content is undefined afterwards and its gradient dropped. told: an
+        optimizer's state is about to change along.
         """
-        packed, shape = new.index, (new.nnzb, *new.blocksize)
-        same_values, same_index = tuple(self.values.shape) == shape, self.index.shape == packed.shape
-        with torch.no_grad():
-            if same_values and same_index and self.index.device.type != "meta":
-                self.index.copy_(packed)
+        shape = (new.nnzb, *new.blocksize)
+        with ordinary_tensors(self.values):
+            if self._has_room(new):
+                self.index.copy_(new.index)
                 return True
             self.index = _own_index(new, self.index.device)
-            if not same_values:
+            if tuple(self.values.shape) != shape:
+                if not told:
+                    expect_untold(self.values)
                 self.values.grad = None
                 # A graph that is still alive keeps the node that accumulates gradients of the old shape. Assigning
                 # data of another dtype makes autograd drop it; the Parameter object stays the optimizer's.
@@ -147,9 +197,21 @@ class _BSRModule(nn.Module):
         try:
             super()._apply(fn, recurse)
         finally:
-            device = self.values.device
-            self._buffers["index"] = index if device.type == "meta" or index is None else index.to(device)
+            values = self.values
+            if index is not None and values.device.type != "meta":
+                index = index.to(values.device)
+                if index.device.type == "cpu" and values.is_shared() != index.is_shared():
+                    # One of the two alone in shared memory: another process would meet values under a foreign index.
+                    if index.is_shared():
+                        index = index.clone()
+                    elif fn(torch.zeros(1)).is_shared():  # share_memory(); memory-mapped values are "shared", too
+                        index.share_memory_()
+            self._buffers["index"] = index
         return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        _modules.add(self)  # copies and unpickled ones
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -171,6 +233,14 @@ class _BSRModule(nn.Module):
     ) -> None:
         ours = {name: state_dict.get(prefix + name) for name in ("values", "indptr", "indices", "row_order")}
         needed = [name for name in ("values", "indptr", "indices") if ours[name] is None]
+        if len(needed) == 3 and isinstance(dense := state_dict.get(prefix + "weight"), Tensor):
+            name = type(self).__name__
+            error_msgs.append(
+                f"{prefix}weight is a dense layer's, {tuple(dense.shape)}; this {name} stores blocks, `values`. Load it"
+                f" into the dense layer, then {name}.from_dense(layer, pattern); or put in its place"
+                " values = module.pattern.values_from_dense(weight), and the pattern's indptr and indices"
+            )
+            return
         if len(needed) == 3:  # nothing of this layer's blocks: the usual report of missing keys
             missing_keys.extend(prefix + name for name in ("indptr", "indices"))
         elif needed:
@@ -182,10 +252,13 @@ class _BSRModule(nn.Module):
         else:
             try:
                 pattern = self._pattern_of(ours)
+                pattern = pattern.to(self.index.device)
+                if obstacle := self._obstacle(pattern):
+                    raise ValueError(obstacle)
             except (TypeError, ValueError) as error:
                 error_msgs.append(f"{prefix}: {error}")
                 return
-            self._adopt(pattern.to(self.index.device))
+            self._adopt(pattern)
         # The parent knows parameters alone; keys that only this class writes are not unexpected.
         found: list[str] = []
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, found, error_msgs)
@@ -193,10 +266,16 @@ class _BSRModule(nn.Module):
             key for key in found if key.removeprefix(prefix) not in ("indptr", "indices", "row_order")
         )
         if self.index.device != self.values.device and self.values.device.type != "meta":
-            self.index = self.index.to(self.values.device)  # load_state_dict(assign=True)
+            with ordinary_tensors(self.values):
+                self.index = self.index.to(self.values.device)  # load_state_dict(assign=True)
 
     def _pattern_of(self, saved: dict[str, Any]) -> BSRPattern:
         values = saved["values"]
+        if not isinstance(values, Tensor):
+            kind = f"{type(values).__module__}.{type(values).__name__}".removeprefix("builtins.")
+            raise TypeError(f"values is a {kind}; it needs a torch.Tensor (of a numpy array: torch.from_numpy(array))")
+        if not values.is_floating_point():
+            raise TypeError(f"values has dtype {values.dtype}; it needs floating point")
         if values.dim() != 3:
             raise ValueError(f"values has shape {tuple(values.shape)}; it needs (nnzb, bk, bc)")
         pattern = BSRPattern(self.weight_shape, values.shape[1:], saved["indptr"], saved["indices"], saved["row_order"])
@@ -255,6 +334,7 @@ class BSRConv2d(_BSRModule):
         who = "BSRConv2d.from_dense()"
         if not isinstance(conv, nn.Conv2d):
             raise TypeError(f"{who}: conv is {type(conv).__name__}; it needs an nn.Conv2d")
+        _check_pattern(pattern, who)
         if conv.groups != 1:
             raise ValueError(
                 f"{who}: conv has groups={conv.groups}; it needs groups=1 (a grouped convolution is a block-diagonal"
@@ -272,15 +352,16 @@ class BSRConv2d(_BSRModule):
     def to_dense(self) -> nn.Conv2d:
         """An nn.Conv2d that computes the same, with zeros outside the pattern."""
         k, c, r, s = self.weight_shape
-        conv = nn.Conv2d(
-            c, k, (r, s), self.stride, self.padding, self.dilation, bias=self.bias is not None,
-            device=self.values.device, dtype=self.values.dtype,
-        )  # fmt: skip
+        with ordinary_tensors(self.values):
+            conv = nn.Conv2d(
+                c, k, (r, s), self.stride, self.padding, self.dilation, bias=self.bias is not None,
+                device=self.values.device, dtype=self.values.dtype,
+            )  # fmt: skip
         return _fill_dense(conv, self, self.pattern.to_dense(self.values.detach()))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         return convolve(
-            x, self.values, self.index, self.bias,
+            input, self.values, self.index, self.bias,
             self.weight_shape, self.stride, self.padding, self.dilation, self.backend,
         )  # fmt: skip
 
@@ -307,6 +388,7 @@ class BSRLinear(_BSRModule):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        _check_pattern(pattern, "BSRLinear()")
         if pattern.shape[2:] != (1, 1):
             raise ValueError(f"BSRLinear(): the pattern has shape {pattern.shape}; it needs (K, C, 1, 1)")
         super().__init__(pattern, bias, backend, device, dtype)
@@ -316,6 +398,7 @@ class BSRLinear(_BSRModule):
         """The stored blocks of `linear` (weights outside the pattern are dropped), on its device and in its dtype."""
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"BSRLinear.from_dense(): linear is {type(linear).__name__}; it needs an nn.Linear")
+        _check_pattern(pattern, "BSRLinear.from_dense()")
         module = cls(
             pattern, linear.bias is not None,
             backend=backend, device=linear.weight.device, dtype=linear.weight.dtype,
@@ -326,43 +409,37 @@ class BSRLinear(_BSRModule):
     def to_dense(self) -> nn.Linear:
         """An nn.Linear that computes the same, with zeros outside the pattern."""
         k, c = self.weight_shape[:2]
-        linear = nn.Linear(c, k, bias=self.bias is not None, device=self.values.device, dtype=self.values.dtype)
+        with ordinary_tensors(self.values):
+            linear = nn.Linear(c, k, bias=self.bias is not None, device=self.values.device, dtype=self.values.dtype)
         return _fill_dense(linear, self, self.pattern.to_dense(self.values.detach())[:, :, 0, 0])
 
-    def forward(self, x: Tensor) -> Tensor:
-        return apply_linear(x, self.values, self.index, self.bias, self.weight_shape, self.backend)
+    def forward(self, input: Tensor) -> Tensor:
+        return apply_linear(input, self.values, self.index, self.bias, self.weight_shape, self.backend)
 
     def extra_repr(self) -> str:
         k, c = self.weight_shape[:2]
         return f"{c}, {k}, {self._describe()}"
 
 
+_modules: weakref.WeakSet[_BSRModule] = weakref.WeakSet()  # all that live, to see which share values
+
+
+def _check_pattern(pattern: Any, who: str) -> None:
+    if isinstance(pattern, BSRPattern):
+        return
+    if isinstance(pattern, Tensor):
+        what, remedy = f"a tensor of {pattern.dtype}", "BSRPattern.from_mask(mask, (bk, bc)) makes one of a mask"
+    else:
+        what = f"{type(pattern).__name__} {str(pattern)[:40]}"
+        remedy = "it has the sizes of the layer, as in BSRPattern.random((K, C, R, S), (bk, bc), density)"
+        if who in ("BSRConv2d()", "BSRLinear()"):
+            remedy += f". {who[:-2]}.from_dense(layer, pattern) takes them from a dense layer"
+    raise TypeError(f"{who}: pattern is {what}; it needs a BSRPattern: {remedy}")
+
+
 def _own_index(pattern: BSRPattern, device: torch.device) -> Tensor:
     """A copy of the packed tables on `device`; on the meta device the content stays where it is."""
     return pattern.index.clone() if device.type == "meta" else pattern.index.to(device, copy=True)
-
-
-def _carrier(old: BSRPattern, new: BSRPattern) -> Callable[[Tensor], Tensor]:
-    """Lays a tensor [nnzb, bk, bc] over the blocks of `old` out over those of `new`; zeros where `old` has none."""
-    order, new_order = old.row_order, new.row_order
-    same_rows = (order is None) == (new_order is None) and (
-        order is None or new_order is None or torch.equal(order, new_order)
-    )
-    if old.blocksize != new.blocksize or not same_rows:
-        return lambda t: new.values_from_dense(old.to_dense(t))
-    if old.nnzb == 0:
-        return lambda t: t.new_zeros((new.nnzb, *new.blocksize))
-    keys, new_keys = _block_keys(old), _block_keys(new)
-    at = torch.searchsorted(keys, new_keys).clamp_(max=old.nnzb - 1)
-    absent = (keys[at] != new_keys)[:, None, None]
-    return lambda t: t.index_select(0, at).masked_fill_(absent, 0)
-
-
-def _block_keys(pattern: BSRPattern) -> Tensor:
-    """One ascending int64 per stored block: its number in the full grid of blocks."""
-    tables = pattern._tables
-    _, c, r, s = pattern.shape
-    return tables.rows.long() * (r * s * (c // pattern.blocksize[1])) + tables.indices
 
 
 def _copy_dense(module: _BSRModule, dense: nn.Conv2d | nn.Linear, pattern: BSRPattern, weight: Tensor) -> None:

@@ -185,6 +185,9 @@ class Evolver:
         self.layers = {name: layer for name, layer in layers.items() if id(layer.parameter) in held}
         if not self.layers:
             raise ValueError(f"{who}: the optimizer updates no sparse layer; make it after sparsify()")
+        if method != "static":
+            for layer in self.layers.values():
+                layer.check(model, optimizer, who)
         self._initial = 1 - sum(_kept(layer) for layer in layers.values()) / sum(
             math.prod(layer.shape) for layer in layers.values()
         )

@@ -84,11 +84,14 @@ class _Master(nn.Module):
         if self.blocksize is not None and choice.blocksize != self.blocksize:
             raise ValueError(f"{who}: the choice has blocksize {choice.blocksize}; it needs {self.blocksize}")
         device = self.weight.device
-        pattern = None if self.blocksize is None else choice.pattern().to(device)
-        assert self.mask is not None
-        self.mask.copy_(choice.mask.view(self.mask.shape))
-        self.row_order = None if choice.row_order is None else choice.row_order.to(device, torch.int64)
-        return True if pattern is None else self._adopt(pattern)
+        with torch.inference_mode(False), torch.no_grad():  # what a forward in training may use
+            pattern = None if self.blocksize is None else choice.pattern().to(device)
+            if pattern is not None and (obstacle := self._obstacle(pattern)):
+                raise ValueError(f"{who}: {obstacle}")
+            assert self.mask is not None
+            self.mask.copy_(choice.mask.view(self.mask.shape))
+            self._set_row_order(choice.row_order)
+            return True if pattern is None else self._adopt(pattern)
 
     def extra_repr(self) -> str:
         text = super().extra_repr()  # type: ignore[safe-super]
@@ -119,12 +122,32 @@ class _Master(nn.Module):
     # ------------------------------------------------------------------ changing, moving, loading
 
     def _adopt(self, pattern: BSRPattern) -> bool:
-        """Take over a pattern that nobody else holds; True when the index kept its memory: it was as large."""
-        if self.nnzb == pattern.nnzb and self.index is not None and self.index.shape == pattern.index.shape:
-            self.index.copy_(pattern.index)
+        """Take over a pattern; True when the index kept its memory: it was as large."""
+        if self._has_room(pattern):
+            self._index().copy_(pattern.index)
             return True
-        self.nnzb, self.index = pattern.nnzb, pattern.index
+        self.nnzb, self.index = pattern.nnzb, pattern.index.clone()
         return False
+
+    def _has_room(self, pattern: BSRPattern) -> bool:
+        return self.nnzb == pattern.nnzb and self.index is not None and self.index.shape == pattern.index.shape
+
+    def _obstacle(self, pattern: BSRPattern) -> str | None:
+        """Why this layer cannot take over a pattern, or None."""
+        if self._has_room(pattern) or self.index is None or self.index.device.type != "cpu":
+            return None
+        if not self.index.is_shared():
+            return None
+        return (
+            f"the layer is in shared memory, where it cannot go from {self.nnzb} live blocks to {pattern.nnzb}: other"
+            " processes would keep the old ones. Change it before share_memory(), or that of a copy.deepcopy(model)"
+        )
+
+    def _set_row_order(self, order: Tensor | None) -> None:
+        if order is not None and self.row_order is not None:
+            self.row_order.copy_(order)
+        else:
+            self.row_order = None if order is None else order.to(self.weight.device, torch.int64, copy=True)
 
     def _apply(self, fn: Any, recurse: bool = True) -> _Master:
         # The index follows the weight from device to device with its content, and to the meta device without moving:
@@ -133,8 +156,16 @@ class _Master(nn.Module):
         try:
             super()._apply(fn, recurse)
         finally:
-            device = self.weight.device
-            self._buffers["index"] = index if index is None or device.type == "meta" else index.to(device)
+            weight = self.weight
+            if index is not None and weight.device.type != "meta":
+                index = index.to(weight.device)
+                if index.device.type == "cpu" and weight.is_shared() != index.is_shared():
+                    # One of the two alone in shared memory: another process would meet weights under a foreign index.
+                    if index.is_shared():
+                        index = index.clone()
+                    elif fn(torch.zeros(1)).is_shared():  # share_memory(); a memory-mapped weight is "shared", too
+                        index.share_memory_()
+            self._buffers["index"] = index
         return self
 
     def _load_from_state_dict(
@@ -151,26 +182,41 @@ class _Master(nn.Module):
         mask, order = (state_dict.get(prefix + name) for name in ("mask", "row_order"))
         if self.rule is None and mask is not None:
             try:
-                if mask.dtype != torch.bool or mask.shape != self.weight.shape:
-                    raise ValueError(
-                        f"mask is {mask.dtype} {tuple(mask.shape)}; it needs torch.bool {tuple(self.weight.shape)}"
-                    )
-                if self.blocksize is not None:
-                    pattern = BSRPattern.from_mask(mask.view(self.weight_shape), self.blocksize, order)
-                    if not torch.equal(pattern.to_mask().view(mask.shape), mask):
-                        raise ValueError(f"mask is not made of blocks {self.blocksize}")
+                with torch.inference_mode(False), torch.no_grad():
+                    pattern = self._pattern_of(mask, order)
+                    if pattern is not None and (obstacle := self._obstacle(pattern)):
+                        raise ValueError(obstacle)
+                    self._set_row_order(order)
             except (TypeError, ValueError) as error:
                 error_msgs.append(f"{prefix}: {error}")
                 return
-            self.row_order = None if order is None else order.to(self.weight.device, copy=True)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         if pattern is not None:
             device = self._index().device if self.weight.device.type == "meta" else self.weight.device
-            self._adopt(pattern.to(device))
-            if self._index().device != device:  # load_state_dict(assign=True)
-                self.index = self._index().to(device)
+            with torch.inference_mode(False), torch.no_grad():
+                self._adopt(pattern.to(device))
+                if self._index().device != device:  # load_state_dict(assign=True)
+                    self.index = self._index().to(device)
+
+    def _pattern_of(self, mask: Any, order: Any) -> BSRPattern | None:
+        """The blocks of a saved mask; None: of a layer that has none."""
+        for name, saved in (("mask", mask), ("row_order", order)):
+            if saved is not None and not isinstance(saved, Tensor):
+                raise TypeError(f"{name} is a {type(saved).__name__}; it needs a torch.Tensor")
+        if mask.dtype != torch.bool or mask.shape != self.weight.shape:
+            raise ValueError(
+                f"mask is {mask.dtype} {tuple(mask.shape)}; it needs torch.bool {tuple(self.weight.shape)}"
+            )
+        if order is not None and order.shape != self.weight.shape[:1]:
+            raise ValueError(f"row_order has shape {tuple(order.shape)}; it needs {tuple(self.weight.shape[:1])}")
+        if self.blocksize is None:
+            return None
+        pattern = BSRPattern.from_mask(mask.view(self.weight_shape), self.blocksize, order)
+        if not torch.equal(pattern.to_mask().view(mask.shape), mask):
+            raise ValueError(f"mask is not made of blocks {self.blocksize}")
+        return pattern
 
 
 class MasterConv2d(_Master, nn.Conv2d):  # type: ignore[misc]

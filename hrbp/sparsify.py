@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.optim.swa_utils import AveragedModel
 
-from blocksparse import BSRConv2d, BSRLinear, BSRPattern
+from blocksparse import BSRConv2d, BSRLinear, BSRPattern, optimizer_tensors
 
 from . import semi
 from .density import densities
@@ -390,6 +390,8 @@ def put_mask(layer: Any, mask: Tensor) -> None:
 
 
 def _take_mask_off(layer: Any) -> None:
+    with torch.no_grad():
+        layer.weight.mul_(layer.mask)  # optimizers that are not element-wise (Muon) move the others, too
     del layer.mask
     layer.__class__ = nn.Conv2d if isinstance(layer, nn.Conv2d) else nn.Linear
 
@@ -448,24 +450,49 @@ class SparseLayer:
         """int [K], the filter that each row of the stored blocks is; None: row i is filter i."""
         return self.module.pattern.row_order if self.runs_blocks else None
 
-    def set(self, choice: Choice, optimizer: torch.optim.Optimizer | None = None) -> bool:
-        """Keep what the choice keeps; weights and optimizer state that stay are carried, new ones start at zero.
+    def check(self, model: nn.Module, optimizer: torch.optim.Optimizer, who: str) -> None:
+        """Refuse what `set` could not keep right: shared parameters, and optimizers whose state cannot move along.
 
-        A master weight and its optimizer state stay as they are. Returns True when all tensors kept their memory.
+        Args:
+            model: that this layer is of.
+            optimizer: the one that updates it.
+            who: the caller, for messages.
+
+        Raises:
+            ValueError: what is wrong, and what to do.
+        """
+        for name, module in unwrapped(model).named_modules():
+            if module is not self.module and any(p is self.parameter for p in module._parameters.values()):
+                raise ValueError(
+                    f"{who}: {self.name} and {name} share a parameter, of which each would have another mask; give one"
+                    " of them a copy, or leave both dense: sparsify(exclude=...)"
+                )
+        if not self.master:
+            optimizer_tensors(optimizer, self.parameter, f"{who}: {self.name}")
+
+    def set(self, choice: Choice, optimizer: torch.optim.Optimizer | None = None) -> bool:
+        """Keep what the choice keeps; weights and optimizer state that stay are carried, new ones start afresh.
+
+        New weights are zero, and their optimizer state is what the optimizer starts with. A master weight and its
+        optimizer state stay as they are. Returns True when all tensors kept their memory.
+
+        Raises:
+            ValueError: the choice does not fit, or the optimizer's state cannot follow; nothing has changed then.
         """
         if self.blocks:
             return self.module.set_pattern(choice.pattern(), optimizer)
         if self.master:
             return self.module.set_choice(choice)
-        stays = self.mask() & choice.mask.to(self.parameter.device)
-        tensors = [self.parameter.detach()]
-        if self.parameter.grad is not None:
-            tensors.append(self.parameter.grad)
-        state = {} if optimizer is None else optimizer.state.get(self.parameter, {})
-        tensors += [t for t in state.values() if isinstance(t, Tensor) and t.shape == self.parameter.shape]
-        for t in tensors:
-            t.mul_(stays.view(t.shape))
-        self.module.mask.copy_(choice.mask.view(self.parameter.shape))
+        parameter = self.parameter
+        stays = (self.mask() & choice.mask.to(parameter.device)).view(parameter.shape)
+        state = [] if optimizer is None else optimizer_tensors(optimizer, parameter, f"{self.name}: SparseLayer.set()")
+        for t in (parameter.detach(), parameter.grad):
+            if t is not None:
+                t.masked_fill_(~stays, 0)
+        for part in state:  # a number for several weights lasts as long as one of them
+            kept = stays.any(part.reduced, keepdim=True) if part.reduced else stays
+            part.tensor.masked_fill_(~kept, part.fresh)
+        self.module.mask.copy_(choice.mask.view(parameter.shape))
         return True
 
 

@@ -129,10 +129,10 @@ class _BSRModule(nn.Module):
     def _obstacle(self, new: BSRPattern) -> str | None:
         """Why this module cannot take over a pattern of its shape, or None."""
         stays = self._has_room(new)
-        if not stays and self.index.device.type == "cpu" and self.index.is_shared():
+        if not stays and _is_shared(self.index):
             return (
-                f"the module is in shared memory, where it cannot go from {tuple(self.values.shape)} stored values to"
-                f" {(new.nnzb, *new.blocksize)}: other processes would keep the old ones. Change the pattern before"
+                "the module is in shared memory, where values and index cannot take another size, and other processes"
+                f" would keep the old ones: it holds {self.pattern}, and {new} was asked for. Change the pattern before"
                 " share_memory(), or that of copy.deepcopy(module)"
             )
         for other in list(_modules):
@@ -200,12 +200,9 @@ class _BSRModule(nn.Module):
             values = self.values
             if index is not None and values.device.type != "meta":
                 index = index.to(values.device)
-                if index.device.type == "cpu" and values.is_shared() != index.is_shared():
-                    # One of the two alone in shared memory: another process would meet values under a foreign index.
-                    if index.is_shared():
-                        index = index.clone()
-                    elif fn(torch.zeros(1)).is_shared():  # share_memory(); memory-mapped values are "shared", too
-                        index.share_memory_()
+                if _is_shared(values) != _is_shared(index):
+                    # share_memory(), or its end. Another process must never meet values under a foreign index.
+                    index = index.share_memory_() if _is_shared(values) else index.clone()
             self._buffers["index"] = index
         return self
 
@@ -253,6 +250,9 @@ class _BSRModule(nn.Module):
             try:
                 pattern = self._pattern_of(ours)
                 pattern = pattern.to(self.index.device)
+                if _is_shared(self.index) and local_metadata.get("assign_to_params_buffers", False):
+                    with ordinary_tensors():  # values of its own: the shared index stays with the shared ones
+                        self.index = self.index.clone()
                 if obstacle := self._obstacle(pattern):
                     raise ValueError(obstacle)
             except (TypeError, ValueError) as error:
@@ -435,6 +435,11 @@ def _check_pattern(pattern: Any, who: str) -> None:
         if who in ("BSRConv2d()", "BSRLinear()"):
             remedy += f". {who[:-2]}.from_dense(layer, pattern) takes them from a dense layer"
     raise TypeError(f"{who}: pattern is {what}; it needs a BSRPattern: {remedy}")
+
+
+def _is_shared(t: Tensor) -> bool:
+    """Whether t is in memory that other processes may have, too; on a GPU nobody can tell."""
+    return t.device.type == "cpu" and t.is_shared()
 
 
 def _own_index(pattern: BSRPattern, device: torch.device) -> Tensor:

@@ -134,13 +134,12 @@ class _Master(nn.Module):
 
     def _obstacle(self, pattern: BSRPattern) -> str | None:
         """Why this layer cannot take over a pattern, or None."""
-        if self._has_room(pattern) or self.index is None or self.index.device.type != "cpu":
-            return None
-        if not self.index.is_shared():
+        if self._has_room(pattern) or self.index is None or not _is_shared(self.index):
             return None
         return (
-            f"the layer is in shared memory, where it cannot go from {self.nnzb} live blocks to {pattern.nnzb}: other"
-            " processes would keep the old ones. Change it before share_memory(), or that of a copy.deepcopy(model)"
+            "the layer is in shared memory, where its index cannot take another size, and other processes would keep"
+            f" the old one: it holds {self.pattern}, and {pattern} was asked for. Change it before share_memory(), or"
+            " that of copy.deepcopy(model)"
         )
 
     def _set_row_order(self, order: Tensor | None) -> None:
@@ -159,12 +158,9 @@ class _Master(nn.Module):
             weight = self.weight
             if index is not None and weight.device.type != "meta":
                 index = index.to(weight.device)
-                if index.device.type == "cpu" and weight.is_shared() != index.is_shared():
-                    # One of the two alone in shared memory: another process would meet weights under a foreign index.
-                    if index.is_shared():
-                        index = index.clone()
-                    elif fn(torch.zeros(1)).is_shared():  # share_memory(); a memory-mapped weight is "shared", too
-                        index.share_memory_()
+                if _is_shared(weight) != _is_shared(index):
+                    # share_memory(), or its end. Another process must never meet a mask under a foreign index.
+                    index = index.share_memory_() if _is_shared(weight) else index.clone()
             self._buffers["index"] = index
         return self
 
@@ -184,6 +180,9 @@ class _Master(nn.Module):
             try:
                 with torch.inference_mode(False), torch.no_grad():
                     pattern = self._pattern_of(mask, order)
+                    assign = local_metadata.get("assign_to_params_buffers", False)
+                    if assign and self.index is not None and _is_shared(self.index):
+                        self.index = self.index.clone()  # the shared one stays with the shared mask
                     if pattern is not None and (obstacle := self._obstacle(pattern)):
                         raise ValueError(obstacle)
                     self._set_row_order(order)
@@ -343,6 +342,11 @@ def dense_gradient(x: Tensor, dy: Tensor, shape: torch.Size | tuple[int, ...], c
         stride, padding, dilation = conv
         grad = conv2d_weight(x, shape, dy, stride, padding, dilation)
     return grad.to(torch.promote_types(grad.dtype, torch.float32)).view(shape)
+
+
+def _is_shared(t: Tensor) -> bool:
+    """Whether t is in memory that other processes may have, too; on a GPU nobody can tell."""
+    return t.device.type == "cpu" and t.is_shared()
 
 
 def symmetric_padding(conv: nn.Conv2d) -> tuple[int, ...]:

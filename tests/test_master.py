@@ -330,6 +330,44 @@ def test_moves_keep_the_index_whole():
     assert torch.equal(assigned(x), expected)
 
 
+def test_shared_memory_holds_the_index_too():
+    """Another process that has the layer's memory computes with the same blocks, whatever this one chooses."""
+    layer = made(True)
+    nn.Sequential(layer).share_memory()
+    assert layer.index.is_shared()
+    index, before = layer.index, copy.deepcopy(layer.state_dict())
+    same = Choice(layer.live().flip(1), layer.blocksize)
+    other = block_choice(layer.weight_shape, layer.blocksize, 0.8, torch.Generator().manual_seed(5))
+    with pytest.raises(ValueError, match=r"set_choice\(\): the layer is in shared memory"):
+        layer.set_choice(other)
+    larger = copy.deepcopy(layer)
+    assert not larger.set_choice(other)
+    with pytest.raises(RuntimeError, match="the layer is in shared memory"):
+        layer.load_state_dict(larger.state_dict())
+    assert all(torch.equal(t, before[name]) for name, t in layer.state_dict().items())
+    assert layer.set_choice(same)
+    assert layer.index is index
+    kept = index.clone()
+    layer.load_state_dict(larger.state_dict(), assign=True)
+    layer.double()
+    layer.set_choice(same)
+    assert torch.equal(index, kept)
+
+
+@pytest.mark.parametrize("blocks", [True, False])
+def test_a_choice_or_state_of_inference_mode_leaves_a_layer_that_trains(blocks):
+    layer, generator = made(blocks), torch.Generator().manual_seed(5)
+    shape, blocksize = layer.weight_shape, layer.blocksize or (4, 1)
+    with torch.inference_mode():
+        for share in (0.4, 0.8):
+            layer.set_choice(block_choice(shape, blocksize, share, generator, shuffled=True))
+            layer(torch.randn(2, shape[1], 6, 6, dtype=layer.weight.dtype))
+        source = made(blocks, share=0.2)
+        layer.load_state_dict(source.state_dict())
+    layer(torch.randn(2, shape[1], 6, 6, dtype=layer.weight.dtype)).sum().backward()
+    assert layer.weight.grad is not None
+
+
 def test_averaged_copies_follow():
     layer = made(True)
     average = AveragedModel(layer)

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import copy
 import io
+import os
 import pickle
+import subprocess
+import sys
+from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.utils import prune
 
 import blocksparse as bs
 from strategies import patterns
@@ -230,6 +236,211 @@ def test_a_module_owns_its_index():
     assert not torch.equal(clone.index, first.index)
 
 
+def test_set_pattern_in_inference_mode_leaves_modules_that_train():
+    x = torch.randn(2, 12, 5, 5)
+    for density in (0.4, 0.7):  # in place, and with other tensors
+        module = padded(random_pattern())
+        optimizer = trained(module, momentum=0.9)
+        with torch.inference_mode():
+            module.set_pattern(random_pattern(density), optimizer)
+            assert torch.is_inference_mode_enabled()
+        state = optimizer.state[module.values]["momentum_buffer"]
+        assert not any(t.is_inference() for t in (module.values, module.values.grad, module.index, state))
+        module(x).square().mean().backward()
+        optimizer.step()
+
+
+def test_modules_made_or_loaded_in_inference_mode_train():
+    pattern, dense, fine = random_pattern(), nn.Conv2d(12, 8, 3), random_pattern(0.8)
+    flat = bs.BSRPattern.random((8, 12, 1, 1), BLOCK, 0.5)
+    loaded = padded(pattern)
+    with torch.inference_mode():
+        loaded.load_state_dict(padded(fine).state_dict())
+        conv = bs.BSRConv2d.from_dense(dense, bs.BSRPattern.from_mask(fine.to_mask(), BLOCK))
+        modules = [loaded, padded(random_pattern()), conv, conv.to_dense()]
+        linear = bs.BSRLinear(flat)
+        modules += [linear, linear.to_dense()]
+    for module in modules:
+        wide = isinstance(module, bs.BSRLinear | nn.Linear)
+        module(torch.randn(2, 12) if wide else torch.randn(2, 12, 5, 5)).sum().backward()
+        assert all(p.grad is not None and not p.is_inference() for p in module.parameters())
+
+
+def test_a_module_that_was_moved_in_inference_mode_still_takes_a_pattern_there():
+    module = padded(random_pattern())
+    with torch.inference_mode():
+        module.double()
+        assert module.values.is_inference()
+        new = random_pattern(0.8)
+        module.set_pattern(new)
+    assert module.pattern == new
+    copy.deepcopy(module)(torch.randn(1, 12, 5, 5, dtype=torch.float64)).sum().backward()
+
+
+def test_set_pattern_on_the_meta_device():
+    module = bs.BSRConv2d(random_pattern(), padding=1, device="meta")
+    for new in (random_pattern(), random_pattern(0.8)):
+        module.set_pattern(new)
+        assert module.pattern == new
+        assert module.values.is_meta
+        assert module.values.shape[0] == new.nnzb
+
+
+@pytest.mark.parametrize("tie", ["parameter", "memory"])
+def test_values_of_two_modules_do_not_move(tie):
+    """One index would follow, the other would not."""
+    pattern, new = random_pattern(), random_pattern()
+    first, second = padded(pattern), padded(pattern)
+    second.values = first.values if tie == "parameter" else nn.Parameter(first.values.detach())
+    pair = copy.deepcopy(nn.Sequential(first, second))
+    for module in (first, second, *(pair if tie == "parameter" else ())):
+        before = {name: t.clone() for name, t in module.state_dict().items()}
+        for other in (new, random_pattern(0.7)):
+            with pytest.raises(ValueError, match=r"set_pattern\(\): another BSRConv2d has the same values, and would"):
+                module.set_pattern(other)
+            with pytest.raises(RuntimeError, match="another BSRConv2d has the same values"):
+                module.load_state_dict(padded(other).state_dict())
+        assert all(torch.equal(t, before[name]) for name, t in module.state_dict().items())
+        assert module.set_pattern(pattern)  # nothing moves
+    pair.load_state_dict(nn.Sequential(first, second).state_dict())
+    first.values = nn.Parameter(first.values.detach().clone())
+    assert first.set_pattern(new)
+    assert second.pattern == pattern
+
+
+def test_modules_that_are_one_change_together():
+    module = padded(random_pattern())
+    model = nn.ModuleDict({"here": module, "there": module, "shallow": copy.copy(module)})
+    new = random_pattern(0.7)
+    module.set_pattern(new)
+    assert all(part.pattern == new and part.values is module.values for part in model.values())
+
+
+def test_values_that_are_computed_do_not_move():
+    module = padded(random_pattern())
+    prune.l1_unstructured(module, "values", 0.5)
+    with pytest.raises(ValueError, match="values is not a parameter of this module but computed from others"):
+        module.set_pattern(random_pattern())
+
+
+# ---------------------------------------------------------------- memory that processes share
+
+CHILD = """if True:
+    import sys
+
+    import torch
+    import torch.multiprocessing as mp
+    from torch import nn
+
+    import blocksparse as bs
+
+    def pattern(seed, density=0.4):
+        return bs.BSRPattern.random((8, 12, 3, 3), (4, 3), density, torch.Generator().manual_seed(seed))
+
+    def child(model, ready, moved, done, x):
+        before = model(x)
+        ready.set()
+        assert moved.wait(60)
+        assert model[0].pattern == pattern(1)
+        y = model[0].to_dense()(x)
+        assert not torch.equal(before, y)
+        torch.testing.assert_close(model(x), y)
+        done.set()
+
+    if __name__ == "__main__":
+        torch.set_num_threads(1)
+        context = mp.get_context(sys.argv[1])
+        model = nn.Sequential(bs.BSRConv2d(pattern(0)))
+        model.share_memory()
+        assert model[0].index.is_shared()
+        ready, moved, done = context.Event(), context.Event(), context.Event()
+        arguments = model, ready, moved, done, torch.randn(1, 12, 5, 5)
+        process = context.Process(target=child, args=arguments, daemon=True)
+        process.start()
+        assert ready.wait(60)
+        assert model[0].set_pattern(pattern(1))
+        moved.set()
+        process.join(100)
+        assert process.exitcode == 0 and done.is_set()
+"""
+
+
+@pytest.mark.parametrize("way", ["fork", "spawn"])
+def test_another_process_runs_the_new_pattern(way, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(CHILD)
+    environment = {**os.environ, "PYTHONPATH": str(Path(bs.__file__).parent.parent), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(script), way]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("density", [0.0, 0.4])
+def test_shared_modules_keep_their_number_of_blocks(density):
+    pattern, more = random_pattern(density), random_pattern(0.8)
+    model = nn.Sequential(padded(pattern)).share_memory()
+    module = model[0]
+    assert module.index.is_shared()
+    before = {name: t.clone() for name, t in module.state_dict().items()}
+    with pytest.raises(ValueError, match=r"set_pattern\(\): the module is in shared memory"):
+        module.set_pattern(more)
+    with pytest.raises(ValueError, match="in shared memory"):  # as many blocks, and one more table in the index
+        module.set_pattern(bs.BSRPattern.from_mask(pattern.to_mask(), BLOCK, [1, 0, 3, 2, 5, 4, 7, 6]))
+    with pytest.raises(RuntimeError, match="the module is in shared memory"):
+        module.load_state_dict(padded(more).state_dict())
+    assert all(torch.equal(t, before[name]) for name, t in module.state_dict().items())
+    own = copy.deepcopy(module)
+    assert not own.index.is_shared()
+    assert not own.set_pattern(more)
+    assert module.set_pattern(random_pattern(density))
+
+
+def test_the_index_is_shared_as_long_as_the_values_are():
+    pattern, new = random_pattern(), random_pattern()
+    for moved in (
+        lambda m: m.double(),
+        lambda m: m.to_empty(device="cpu"),
+        lambda m: m.to("meta").to_empty(device="cpu"),
+    ):
+        module = padded(pattern).share_memory()
+        index = module.index
+        moved(module)
+        assert not module.index.is_shared()
+        module.set_pattern(new)
+        assert torch.equal(index, pattern.index)
+    for kept in (
+        lambda m: m.float(),
+        lambda m: m.to(memory_format=torch.channels_last),
+        lambda m: m.requires_grad_(False),
+    ):
+        module = padded(pattern).share_memory()
+        index = module.index
+        assert kept(module).index is index
+    module = padded(pattern).share_memory()
+    index = module.index
+    module.load_state_dict(padded(new).state_dict(), assign=True)
+    assert module.pattern == new
+    assert torch.equal(index, pattern.index)
+    assert module.share_memory().index.is_shared()
+
+
+def test_modules_sent_between_processes_bring_their_index():
+    module = padded(random_pattern())
+    received = pickle.loads(ForkingPickler.dumps(module))
+    new = random_pattern()
+    received.set_pattern(new)  # both indices are the same memory: none is left behind
+    assert module.pattern == new
+    assert torch.equal(received.values, module.values)
+    with pytest.raises(ValueError, match="the module is in shared memory"):
+        received.set_pattern(random_pattern(0.8))
+    buffer = io.BytesIO()
+    torch.save(received, buffer)
+    buffer.seek(0)
+    loaded = torch.load(buffer, weights_only=False)
+    assert not loaded.index.is_shared()
+    loaded.set_pattern(random_pattern(0.8))
+
+
 # ---------------------------------------------------------------- checkpoints
 
 
@@ -289,6 +500,12 @@ def corrupt_indices(state):
         (lambda s: s.pop("indices"), "the checkpoint has no indices"),
         (lambda s: s.pop("values"), "the checkpoint has no values"),
         (lambda s: s.update(indices=s["indices"].float()), "it needs integers"),
+        (
+            lambda s: s.update({n: t.numpy() for n, t in s.items()}),
+            r"values is a numpy\.ndarray; it needs a torch\.Tensor",
+        ),
+        (lambda s: s.update(values=s["values"].tolist()), r"values is a list; it needs a torch\.Tensor"),
+        (lambda s: s.update(values=s["values"].char()), r"values has dtype torch\.int8; it needs floating point"),
         (lambda s: [s.pop(k) for k in ("values", "indptr", "indices")], "Missing key"),
         (lambda s: s.update(surprise=torch.zeros(1)), "Unexpected key"),
     ],
@@ -304,6 +521,29 @@ def test_a_damaged_checkpoint_changes_nothing(damage, message):
     if "surprise" not in state:  # torch loads what it knows before it reports a key that it does not
         assert module.pattern == pattern
         assert torch.equal(module.values, values)
+
+
+def test_a_dense_checkpoint_is_told_what_to_do():
+    def saved(bias):
+        return nn.Conv2d(12, 8, 3, bias=bias).state_dict()
+
+    pattern = random_pattern()
+    for strict in (True, False):
+        module = nn.Sequential(padded(pattern))
+        before = {name: t.clone() for name, t in module.state_dict().items()}
+        with pytest.raises(
+            RuntimeError, match=r"0\.weight is a dense layer's, \(8, 12, 3, 3\); this BSRConv2d stores"
+        ) as e:
+            module.load_state_dict({f"0.{n}": t for n, t in saved(True).items()}, strict=strict)
+        assert "BSRConv2d.from_dense(layer, pattern)" in str(e.value)
+        assert all(torch.equal(t, before[name]) for name, t in module.state_dict().items())
+    # The remedy.
+    module, dense = padded(pattern), saved(True)
+    values = module.pattern.values_from_dense(dense.pop("weight"))
+    module.load_state_dict({**dense, "values": values, "indptr": pattern.indptr, "indices": pattern.indices})
+    assert torch.equal(module.values, values)
+    with pytest.raises(RuntimeError, match=r"weight is a dense layer's, \(8, 12\); this BSRLinear stores blocks"):
+        bs.BSRLinear(random_pattern(shape=(8, 12, 1, 1))).load_state_dict(nn.Linear(12, 8).state_dict())
 
 
 # ---------------------------------------------------------------- moves
@@ -365,6 +605,29 @@ def test_a_weight_that_is_asked_for_is_explained():
         _ = module.weight
     with pytest.raises(AttributeError, match="no attribute 'other'"):
         _ = module.other
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: bs.BSRConv2d(32, 64, 3), r"BSRConv2d\(\): pattern is int 32; .* BSRConv2d\.from_dense\(layer"),
+        (lambda: bs.BSRLinear(32, 64), r"BSRLinear\(\): pattern is int 32; .* BSRLinear\.from_dense\(layer"),
+        (lambda: bs.BSRConv2d(torch.ones(SHAPE) > 0), r"a tensor of torch\.bool; .* BSRPattern\.from_mask\(mask"),
+        (lambda: bs.BSRConv2d.from_dense(nn.Conv2d(12, 8, 3), 0.1), r"from_dense\(\): pattern is float 0\.1"),
+        (lambda: bs.BSRLinear.from_dense(nn.Linear(12, 8), None), r"from_dense\(\): pattern is NoneType None"),
+        (lambda: padded(random_pattern()).set_pattern(torch.ones(SHAPE) > 0), r"set_pattern\(\): pattern is a ten"),
+    ],
+)
+def test_what_is_no_pattern_is_refused(call, message):
+    with pytest.raises(TypeError, match=message):
+        call()
+
+
+def test_forward_takes_input_by_name():
+    conv, linear = padded(random_pattern()), bs.BSRLinear(random_pattern(shape=(8, 12, 1, 1)))
+    x, flat = torch.randn(2, 12, 5, 5), torch.randn(2, 12)
+    assert torch.equal(conv(input=x), conv(x))
+    assert torch.equal(linear(input=flat), linear(flat))
 
 
 def test_repr():

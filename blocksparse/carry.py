@@ -226,8 +226,9 @@ _handle: RemovableHandle | None = None
 def expect_untold(parameter: Tensor) -> None:
     """A parameter is about to take another shape, and no optimizer is told.
 
-    From now on, for as long as it lives, the next step of one that still has state of an old shape raises a sentence
-    rather than PyTorch's size mismatch, before anything is updated.
+    From now on, until an optimizer has stepped with state of the new shape, one that still has state of an old shape
+    raises a sentence at its next step, before anything is updated. PyTorch raises a size mismatch there, or, in its
+    fused optimizers, writes beyond the state's memory.
     """
     global _handle
     _untold.setdefault(parameter, set()).add(parameter.shape)
@@ -239,30 +240,42 @@ def _refuse_stale(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str,
     global _handle
     if torch.compiler.is_compiling():
         return
+    for parameter, shapes in list(_untold.items()):
+        fits = False
+        for name, had, needs in _kept(optimizer, parameter, shapes):
+            if needs is not None:
+                raise RuntimeError(
+                    f"{type(optimizer).__name__}.step(): {name!r} has shape {had}; the parameter needs {needs} since "
+                    "set_pattern() or load_state_dict() gave it other blocks, of which this optimizer was not told. "
+                    "set_pattern(new, optimizer) carries its state along; otherwise make a new optimizer"
+                )
+            fits = True
+        if fits:
+            del _untold[parameter]
     if not len(_untold) and _handle is not None:
         _handle.remove()
         _handle = None
-    for parameter, shapes in list(_untold.items()):
-        for name, had, needs in _stale(optimizer, parameter, shapes):
-            raise RuntimeError(
-                f"{type(optimizer).__name__}.step(): {name!r} has shape {had}; the parameter needs {needs} since "
-                "set_pattern() or load_state_dict() gave it other blocks, of which this optimizer was not told. "
-                "set_pattern(new, optimizer) carries its state along; otherwise make a new optimizer"
-            )
 
 
-def _stale(optimizer: Optimizer, parameter: Tensor, shapes: set[torch.Size]) -> Iterator[tuple[str, Any, Any]]:
-    """(name, shape, shape needed) of state that is surely from before."""
+def _kept(
+    optimizer: Optimizer, parameter: Tensor, shapes: set[torch.Size]
+) -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...] | None]]:
+    """(name, shape, shape that it needs) of what an optimizer keeps for a parameter; None: it fits.
+
+    What is of none of the parameter's shapes, now or before, is not judged.
+    """
     if isinstance(optimizer, torch.optim.LBFGS):
-        first = optimizer.param_groups[0]["params"]
-        history = optimizer.state.get(first[0], {}).get("d") if _group_of(optimizer, parameter) else None
-        elements = sum(p.numel() for p in first)
-        if isinstance(history, Tensor) and history.numel() != elements:
-            yield "d", tuple(history.shape), (elements,)
+        every = optimizer.param_groups[0]["params"]
+        history = optimizer.state.get(every[0], {}).get("d") if _group_of(optimizer, parameter) else None
+        elements = (sum(p.numel() for p in every),)
+        if isinstance(history, Tensor):
+            yield "d", tuple(history.shape), None if history.shape == elements else elements
         return
     for name, entry in getattr(optimizer, "state", {}).get(parameter, {}).items():
         if not isinstance(entry, Tensor) or _is_of_the_whole(entry, parameter):
             continue
-        was = any(_reduced(optimizer, name, entry, shape) is not None for shape in shapes)
-        if was and _reduced(optimizer, name, entry, parameter.shape) is None:
+        reduced = _reduced(optimizer, name, entry, parameter.shape)
+        if reduced is not None and 0 not in reduced:  # state of a single block before is none of all blocks now
+            yield name, tuple(entry.shape), None
+        elif any(_reduced(optimizer, name, entry, shape) is not None for shape in shapes):
             yield name, tuple(entry.shape), tuple(parameter.shape)

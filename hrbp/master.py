@@ -7,6 +7,8 @@ and optimizer state, too, and the time of a dense weight gradient.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -84,7 +86,7 @@ class _Master(nn.Module):
         if self.blocksize is not None and choice.blocksize != self.blocksize:
             raise ValueError(f"{who}: the choice has blocksize {choice.blocksize}; it needs {self.blocksize}")
         device = self.weight.device
-        with torch.inference_mode(False), torch.no_grad():  # what a forward in training may use
+        with self._ordinary_tensors():
             pattern = None if self.blocksize is None else choice.pattern().to(device)
             if pattern is not None and (obstacle := self._obstacle(pattern)):
                 raise ValueError(f"{who}: {obstacle}")
@@ -120,6 +122,12 @@ class _Master(nn.Module):
         return _StraightThrough.apply(self.weight, mask)
 
     # ------------------------------------------------------------------ changing, moving, loading
+
+    @contextmanager
+    def _ordinary_tensors(self) -> Iterator[None]:
+        """New tensors can take part in training, even in torch.inference_mode(), unless the weight cannot itself."""
+        with torch.inference_mode(self.weight.is_inference()), torch.no_grad():
+            yield
 
     def _adopt(self, pattern: BSRPattern) -> bool:
         """Take over a pattern; True when the index kept its memory: it was as large."""
@@ -178,7 +186,7 @@ class _Master(nn.Module):
         mask, order = (state_dict.get(prefix + name) for name in ("mask", "row_order"))
         if self.rule is None and mask is not None:
             try:
-                with torch.inference_mode(False), torch.no_grad():
+                with self._ordinary_tensors():
                     pattern = self._pattern_of(mask, order)
                     assign = local_metadata.get("assign_to_params_buffers", False)
                     if assign and self.index is not None and _is_shared(self.index):
@@ -194,7 +202,7 @@ class _Master(nn.Module):
         )
         if pattern is not None:
             device = self._index().device if self.weight.device.type == "meta" else self.weight.device
-            with torch.inference_mode(False), torch.no_grad():
+            with self._ordinary_tensors():
                 self._adopt(pattern.to(device))
                 if self._index().device != device:  # load_state_dict(assign=True)
                     self.index = self._index().to(device)
@@ -266,9 +274,10 @@ def put_master(
         backend: of the blocks, as in blocksparse.conv2d.
     """
     device = layer.weight.device
-    pattern = choice.pattern().to(device) if choice is not None and blocks else None
-    mask = None if choice is None else choice.mask.view(layer.weight.shape).to(device, copy=True)
-    order = None if choice is None or choice.row_order is None else choice.row_order.to(device, torch.int64)
+    with torch.inference_mode(False):  # what a forward in training may use
+        pattern = choice.pattern().to(device) if choice is not None and blocks else None
+        mask = None if choice is None else choice.mask.view(layer.weight.shape).to(device, copy=True)
+        order = None if choice is None or choice.row_order is None else choice.row_order.to(device, torch.int64)
     layer.__class__ = MASTER[type(layer)]
     layer.rule, layer.sparsity, layer.backend = rule, sparsity, backend
     layer.blocksize, layer.nnzb = (None, 0) if pattern is None else (pattern.blocksize, pattern.nnzb)

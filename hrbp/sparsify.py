@@ -382,7 +382,8 @@ def _block_module(layer: nn.Conv2d | nn.Linear, pattern: BSRPattern, backend: st
 
 def put_mask(layer: Any, mask: Tensor) -> None:
     """Make a plain layer a masked one, in place; its weight stays the same Parameter."""
-    mask = mask.view(layer.weight.shape).to(layer.weight.device)
+    with torch.inference_mode(False):  # a mask of its own, and one that can be trained under
+        mask = mask.view(layer.weight.shape).to(layer.weight.device, copy=True)
     with torch.no_grad():
         layer.weight.mul_(mask)
     layer.__class__ = MASKED[type(layer)]

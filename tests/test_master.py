@@ -308,9 +308,18 @@ def test_damaged_states_are_refused():
         (one_cell, r"not made of blocks \(8, 1\)"),
         (good["mask"].float(), r"torch\.float32"),
         (good["mask"][:8], r"mask is torch\.bool \(8, 12, 3, 3\)"),
+        (good["mask"].numpy(), r"mask is a ndarray; it needs a torch\.Tensor"),
     ]:
         with pytest.raises(RuntimeError, match=message):
             layer.load_state_dict({**good, "mask": mask})
+    for order, message in [
+        (torch.arange(8), r"row_order has shape \(8,\); it needs \(16,\)"),
+        (list(range(16)), r"row_order is a list; it needs a torch\.Tensor"),
+    ]:
+        for damaged in (layer, made(False)):
+            with pytest.raises(RuntimeError, match=message):
+                damaged.load_state_dict({**good, "row_order": order})
+            assert damaged.row_order is None
     with pytest.raises(RuntimeError, match=r"Missing key.*mask"):
         layer.load_state_dict({name: t for name, t in good.items() if name != "mask"})
 

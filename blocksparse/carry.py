@@ -59,12 +59,12 @@ def optimizer_tensors(
         group = _group_of(one, parameter)
         held = held or group is not None
         kind = type(one).__name__
-        if isinstance(one, torch.optim.LBFGS):
+        if group is not None and isinstance(one, torch.optim.LBFGS):
             raise ValueError(
                 f"{who}: {kind} keeps one history of all parameters together, which cannot follow single elements; "
                 "use another optimizer, or change the pattern without one and make a new LBFGS afterwards"
             )
-        if getattr(one, "_overlap_with_ddp", False):
+        if group is not None and getattr(one, "_overlap_with_ddp", False):
             raise ValueError(
                 f"{who}: {kind}(overlap_with_ddp=True) keeps parameters and state in the buckets of"
                 " DistributedDataParallel; make it without overlap_with_ddp"

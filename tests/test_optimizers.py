@@ -391,6 +391,8 @@ def test_lbfgs_is_refused():
     with pytest.raises(ValueError, match=r"Evolver\(\): 1: LBFGS keeps one history"):
         hrbp.Evolver(net, torch.optim.LBFGS(net.parameters()), "rigl", total_steps=1000)
     hrbp.Evolver(net, torch.optim.LBFGS(net.parameters()), "static", total_steps=1000)
+    with pytest.raises(ValueError, match="the optimizer does not update this parameter"):
+        change(pattern(0.25), torch.optim.LBFGS(net.parameters()))
 
 
 def test_sparse_adam_and_muon_refuse_blocks_themselves():

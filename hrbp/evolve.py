@@ -9,10 +9,8 @@ master weight (`sparsify(method=...)`) what is dropped learns on: the mask follo
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,20 +18,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .choose import balanced, top
+from . import averages
+from .agreement import checksum, ranks, require_same
 from .decay import Decay
+from .dense_grad import DenseGradients
 from .density import densities
-from .master import dense_gradient, symmetric_padding
-from .regroup import Grouping, keep_by_counts
+from .exchange import exchange, pruned_groups
+from .options import ARRIVING, DECAYING, DEFAULTS, METHODS, arrival, checked_options, method_named
 from .sparsify import FOLLOWING, SparseLayer, plan_of, sparse_layers
 from .sparsify import METHODS as MASTER_METHODS
-from .structure import Choice, Grains, Groups, grouping_choice, sparsity_of
-from .subp import SoftPruning, pruned_share
+from .structure import Choice, Grains, Groups, sparsity_of
+from .subp import pruned_share
 
-METHODS = ("static", "set", "rigl", "hrbp", "gmp", "ste", "sr-ste", "subp")
-ARRIVING = ("gmp", "subp")  # whose sparsity rises until it is final
-DECAY = 2e-4  # lambda of Zhou et al. (2021)
-DECAYING = ("sr-ste", "subp")
+__all__ = ["METHODS", "Evolver", "Update"]
 
 
 @dataclass(frozen=True)
@@ -85,32 +82,44 @@ class Evolver:
 
     The last three need a model made by `sparsify` with the same method, as it has to keep dense weights.
 
+    Layers that the optimizer does not hold, frozen ones (requires_grad=False at the time of an update) and, where
+    gradients decide, those without one in this step (skipped, by stochastic depth for instance) keep their masks. What
+    "gmp" prunes to a sparsity is the layers that can change.
+
     Groups (hrbp, hrbp++) keep their filters, and filters that were rearranged their places; "set" and "rigl" exchange
     channels of groups and keep their taps, "gmp" divides or sorts the filters anew at its first update.
 
     The dense gradient of weights that are not stored is computed for the steps that need it alone, from the inputs and
-    output gradients of the layers, added up over the backward passes of a step, and over data-parallel ranks. Masks
-    are the same on every rank. A step whose gradient is not finite (an overflow of mixed precision) is made up for at
-    the next one.
+    output gradients of the layers, added up over the backward passes of a step, and over data-parallel ranks. A step
+    whose gradient is not finite (an overflow of mixed precision) is made up for at the next one.
+
+    Masks are the same on every rank: arguments, seeds and masks are compared when the Evolver is made, and the masks
+    of every update before they are put in place. Every rank makes the Evolver, steps it and loads its state.
+
+    An average of the weights that is a torch.optim.swa_utils.AveragedModel of this model follows its masks: those in
+    `ema` at every update, others before their `update_parameters`. An average by hand, over a copy of the model, has
+    to be in `ema`: nobody can tell it from other copies, and of stored blocks it adds up what lies in different places.
 
     Args:
-        model: a model that `sparsify` made; may be wrapped in DistributedDataParallel. Where masks follow the weights,
-            every rank takes those of rank 0.
+        model: a model that `sparsify` made; may be wrapped in DistributedDataParallel or compiled. Where masks follow
+            the weights, every rank takes those of rank 0.
         optimizer: the one that updates it; its state moves with the weights.
-        method: one of the above.
+        method: one of the above, in any case: "RigL" is "rigl".
         total_steps: optimizer steps of the whole training.
-        every: steps between updates (delta T).
-        drop: share exchanged at the start; falls as a cosine to zero at `until`.
-        until: share of `total_steps` after which masks stay.
-        sparsity: final sparsity of "gmp".
-        decay: of "sr-ste" and "subp"; default: 2e-4.
-        seed: of random growth.
+        every: steps between updates (delta T), default 100. All methods but "static".
+        drop: share exchanged at the start, default 0.3; falls as a cosine to zero at `until`. "set", "rigl", "hrbp".
+        until: share of `total_steps` after which masks stay, default 0.75; "gmp" and "subp" arrive at their sparsity
+            with the first update from there on. These and "set", "rigl", "hrbp".
+        sparsity: final sparsity of "gmp", which needs one.
+        decay: of "sr-ste" and "subp", default 2e-4.
+        seed: of what "set" and "subp" draw, default 0. "rigl" and "hrbp" draw nothing, and take it as "set" does.
         ema: copies of the model that average its weights: their masks change along.
         **options: of "subp": score, alpha, tau, pace, begin; see `SoftPruning` in subp.py.
 
     Raises:
-        TypeError: an option that the method does not have.
-        ValueError: an option out of range, a structure whose masks cannot change, or masks that differ between ranks.
+        TypeError: an option that the method does not take.
+        ValueError: an option out of range, steps too few for an update, or to arrive at the sparsity, a structure whose
+            masks cannot change, a model in `ema` that is no copy, or what differs between ranks.
     """
 
     def __init__(
@@ -120,44 +129,21 @@ class Evolver:
         method: str = "rigl",
         *,
         total_steps: int,
-        every: int = 100,
-        drop: float = 0.3,
-        until: float = 0.75,
+        every: int | None = None,
+        drop: float | None = None,
+        until: float | None = None,
         sparsity: float | None = None,
         decay: float | None = None,
-        seed: int = 0,
+        seed: int | None = None,
         ema: Iterable[nn.Module] = (),
         **options: Any,
     ) -> None:
         who = "Evolver()"
-        if method not in METHODS:
-            raise ValueError(f"{who}: method is {method!r}; it needs one of {', '.join(METHODS)}")
-        for name, value, least in (("total_steps", total_steps, 1), ("every", every, 1)):
-            if value < least:
-                raise ValueError(f"{who}: {name} is {value}; it needs an integer >= {least}")
-        for name, share in (("drop", drop), ("until", until)):
-            if not 0 <= share <= 1:
-                raise ValueError(f"{who}: {name} is {share}; it needs a number in [0, 1]")
-        if (method == "gmp") != (sparsity is not None):
-            raise ValueError(f"{who}: sparsity is {sparsity!r} with method {method!r}; 'gmp' needs one, others none")
-        if sparsity is not None and not 0 <= sparsity < 1:
-            raise ValueError(f"{who}: sparsity is {sparsity}; it needs a number in [0, 1)")
-        if decay is not None and not (method in DECAYING and 0 <= decay < math.inf):
-            takes = " and ".join(map(repr, DECAYING))
-            raise ValueError(f"{who}: decay is {decay} with method {method!r}; {takes} take a number >= 0, others none")
-        known = [field.name for field in fields(SoftPruning)] if method == "subp" else []
-        if unknown := sorted(set(options) - set(known)):
-            has = ", ".join(known) or "none"
-            raise TypeError(f"{who}: method {method!r} has no option {', '.join(unknown)}; those of its own are: {has}")
-        self._soft = SoftPruning(**options)
-        if method == "subp":
-            if self._soft.begin > until:
-                raise ValueError(f"{who}: begin is {self._soft.begin} and until {until}; it needs begin <= until")
-            if (arrives := every * max(1, math.ceil(until * total_steps / every))) > total_steps:
-                raise ValueError(
-                    f"{who}: 'subp' reaches its sparsity at step {arrives}, the first multiple of every = {every} from"
-                    f" until = {until} on; it needs one of the {total_steps} steps: lower until or every"
-                )
+        named = {"every": every, "drop": drop, "until": until, "sparsity": sparsity, "decay": decay, "seed": seed}
+        given = {name: value for name, value in named.items() if value is not None} | options
+        told = {"method": str(method).lower(), "total_steps": total_steps, **DEFAULTS, **given}
+        require_same(lambda: {name: repr(value) for name, value in told.items()}, who, "")
+        method = method_named(method, who)
         plan = plan_of(model)
         assert plan is not None
         if plan.method != (method if method in MASTER_METHODS else None):
@@ -171,52 +157,78 @@ class Evolver:
             raise ValueError(
                 f"{who}: method 'hrbp' updates groups; the structure is {plan.structure.name!r}; use 'rigl'"
             )
+        chosen = checked_options(method, total_steps, given, who)
         self.model, self.optimizer, self.method, self.plan = model, optimizer, method, plan
-        self.total_steps, self.every, self.drop, self.until = total_steps, every, drop, until
-        self.sparsity, self.seed = sparsity, seed
+        self.total_steps, self.every, self.until = chosen["total_steps"], chosen["every"], chosen["until"]
+        self.drop, self.sparsity, self.seed, self._soft = (chosen[n] for n in ("drop", "sparsity", "seed", "soft"))
+        self._arrives = arrival(self.every, self.until * self.total_steps)
         self.ema = list(ema)
         self.steps = 0
         self._grows_by_gradient = method in ("rigl", "hrbp")
         self._overdue = False
-        self._grads: dict[str, Tensor] = {}
-        self._hooks: list[Any] = []
+        self._dense: DenseGradients | None = None
+        self._followed = False
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        layers = sparse_layers(model)
-        self.layers = {name: layer for name, layer in layers.items() if id(layer.parameter) in held}
+        self.layers = {name: layer for name, layer in sparse_layers(model).items() if id(layer.parameter) in held}
         if not self.layers:
             raise ValueError(f"{who}: the optimizer updates no sparse layer; make it after sparsify()")
         if method != "static":
             for layer in self.layers.values():
                 layer.check(model, optimizer, who)
-        self._initial = 1 - sum(_kept(layer) for layer in layers.values()) / sum(
-            math.prod(layer.shape) for layer in layers.values()
-        )
-        if sparsity is not None and sparsity < self._initial - 1e-6:
-            raise ValueError(
-                f"{who}: the model is {self._initial:.4f} sparse already; 'gmp' to {sparsity} cannot grow it"
-            )
-        if method in FOLLOWING and _ranks() > 1:
+        self._check_averages(who)
+        if method in FOLLOWING and ranks() > 1:
             for layer in self.layers.values():
                 dist.broadcast(layer.parameter.detach(), 0)
-        _check_ranks(self.layers, who)
+        require_same(self._facts, who, "; give sparsify() the same arguments, seed and scores everywhere")
+        self._initial = self._sparsity_of_live()
+        if method == "gmp":
+            self._check_sparsity(who)
         self._decay = None
         if method in DECAYING:
-            self._decay = Decay(model, self.layers.values(), optimizer, DECAY if decay is None else decay)
+            self._decay = Decay(model, self.layers.values(), optimizer, chosen["decay"])
         self._first = self._last = self._bits()
         self._arm()
+
+    def _check_averages(self, who: str) -> None:
+        for i, average in enumerate(self.ema):
+            theirs = sparse_layers(average)
+            for name, layer in self.layers.items():
+                if name not in theirs or theirs[name].shape != layer.shape or theirs[name].blocks != layer.blocks:
+                    raise ValueError(
+                        f"{who}: ema[{i}] has no sparse layer {name!r} as the model has; it needs copies of the model,"
+                        " made after sparsify()"
+                    )
+
+    def _check_sparsity(self, who: str) -> None:
+        """Refuse a final sparsity that the structure cannot have, or that the model has passed already."""
+        assert self.sparsity is not None
+        live = self._live()
+        if not live:
+            return
+        rule, sizes = self.plan.structure, {name: math.prod(layer.shape) for name, layer in live.items()}
+        final = sum(rule.density(live[n].shape, at) * sizes[n] for n, at in self._asked(self.sparsity).items())
+        # A model that has arrived may be continued, and which layers round up or down depends on its weights.
+        if sum(map(_kept, live.values())) < 0.98 * final:
+            raise ValueError(
+                f"{who}: the model is {self._initial:.4f} sparse already; 'gmp' to {self.sparsity} cannot grow it"
+            )
 
     # ------------------------------------------------------------------ the loop's side
 
     def wants_dense_grad(self) -> bool:
-        """Whether the next `step` needs dense gradients: this forward and backward must run the module itself.
+        """Whether the next `step` needs dense gradients.
 
-        Compiled code and CUDA graphs made at other steps do not gather them: call the uncompiled model at such a step.
+        A CUDA graph captured at another step does not gather them: run the model itself at such a step. A compiled
+        model is compiled once more for these steps; running the model itself saves that.
         """
         return self._grows_by_gradient and self._is_due(self.steps + 1)
 
     def step(self) -> Update | None:
         """Call after every optimizer.step(), before gradients are cleared; changes the masks when it is time to."""
         self.steps += 1
+        if not self._followed and self.method not in ("static", *FOLLOWING):
+            averages.follow(self.model, self.ema)
+            self._followed = True
         try:
             return self._update() if self._is_due(self.steps) else None
         finally:
@@ -237,6 +249,9 @@ class Evolver:
             )
         self.steps, self._overdue, self._initial = int(state["steps"]), bool(state["overdue"]), float(state["initial"])
         self._first, self._last = dict(state["first"]), dict(state["last"])
+        self._followed = False
+        position = {"the step of the state": str(self.steps), "an update that is due": str(self._overdue)}
+        require_same(lambda: position | self._facts(), "Evolver.load_state_dict()", "; load the same state everywhere")
         self._arm()
 
     # ------------------------------------------------------------------ when
@@ -246,9 +261,10 @@ class Evolver:
             return False
         if self.method in FOLLOWING:
             return step % self.every == 0
-        # Once more at the end or past it, where a schedule arrives.
-        last = self.until * self.total_steps + (self.every if self.method in ARRIVING else 0)
-        return self._overdue or (step % self.every == 0 and step < last)
+        end = self.until * self.total_steps
+        if self.method in ARRIVING:
+            return step % self.every == 0 and step <= self._arrives
+        return self._overdue or (step % self.every == 0 and step < end)
 
     def _share(self) -> float:
         """The share to exchange now: drop / 2 * (1 + cos(pi * t / end))."""
@@ -257,6 +273,8 @@ class Evolver:
 
     def _sparsity_now(self) -> float:
         assert self.sparsity is not None
+        if self.steps >= self._arrives:
+            return self.sparsity
         left = 1 - min(1.0, self.steps / max(1.0, self.until * self.total_steps))
         return self.sparsity + (self._initial - self.sparsity) * left**3
 
@@ -264,43 +282,65 @@ class Evolver:
 
     def _arm(self) -> None:
         """Gather dense gradients in the coming step if it needs them."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks, self._grads = [], {}
-        if self.wants_dense_grad():
-            self._hooks = [
-                layer.module.register_forward_hook(partial(self._watch, layer)) for layer in self.layers.values()
-            ]
-
-    def _watch(self, layer: SparseLayer, module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
-        if out.requires_grad:
-            out.register_hook(partial(self._gather, layer, args[0].detach()))
-
-    def _gather(self, layer: SparseLayer, x: Tensor, dy: Tensor) -> None:
-        grad = _dense_gradient(layer, x, dy.detach())
-        so_far = self._grads.get(layer.name)
-        self._grads[layer.name] = grad if so_far is None else so_far.add_(grad)
+        if self._dense is not None:
+            self._dense.close()
+        self._dense = DenseGradients(self._live()) if self.wants_dense_grad() else None
 
     def _gathered(self) -> dict[str, Tensor] | None:
-        """layer -> |dense gradient| over all ranks; None where one is not finite."""
-        missing = [name for name in self.layers if name not in self._grads]
-        if missing:
+        """layer -> |dense gradient| over all ranks, of the layers that have one; None where one is not finite."""
+        assert self._dense is not None
+        live, sums = self._live(), self._dense.sums()
+        found = [name in sums and name in live for name in self.layers]
+        if ranks() > 1:  # each may have skipped other layers
+            anywhere = torch.tensor(found, dtype=torch.int32, device=next(iter(self.layers.values())).parameter.device)
+            dist.all_reduce(anywhere, dist.ReduceOp.MAX)
+            found = [bool(there) for there in anywhere.tolist()]
+        if live and not any(found):
             raise RuntimeError(
-                f"Evolver.step(): no dense gradient of {', '.join(missing[:3])}; where wants_dense_grad() is true, run "
-                "forward and backward through the uncompiled model, every sparse layer of it, before step()"
+                f"Evolver.step(): no dense gradient of {', '.join(list(live)[:3])}, or of any other layer; where"
+                " wants_dense_grad() is true, run forward and backward through the model itself before step(), not a"
+                " CUDA graph of another step"
             )
-        for name in self.layers:
-            if _ranks() > 1:
-                dist.all_reduce(self._grads[name])
-        if not all(bool(torch.isfinite(grad).all()) for grad in self._grads.values()):
+        grads = {}
+        for name in (name for name, there in zip(self.layers, found, strict=True) if there):
+            if name not in sums:
+                layer = self.layers[name]
+                dtype = torch.promote_types(layer.parameter.dtype, torch.float32)
+                sums[name] = torch.zeros(layer.shape, dtype=dtype, device=layer.parameter.device)
+            if ranks() > 1:
+                dist.all_reduce(sums[name])
+            grads[name] = sums[name]
+        if not all(bool(torch.isfinite(grad).all()) for grad in grads.values()):
             return None
-        return {name: grad.abs_() for name, grad in self._grads.items()}
+        return {name: grad.abs_() for name, grad in grads.items()}
 
     # ------------------------------------------------------------------ what
 
+    def _facts(self) -> dict[str, str]:
+        """What has to be the same on every rank for masks to stay so."""
+        plan, facts = (
+            self.plan,
+            {"the structure": repr(self.plan.structure), "the distribution": self.plan.distribution},
+        )
+        facts |= {f"the density asked of {name!r}": repr(density) for name, density in plan.asked.items()}
+        facts |= {f"the target of {name!r}": repr(sparsity) for name, sparsity in plan.target.items()}
+        layers = self.layers.items()
+        return facts | {f"the mask of {name!r}": checksum(layer.mask(), layer.row_order()) for name, layer in layers}
+
+    def _live(self) -> dict[str, SparseLayer]:
+        """The layers that can change now: those that are not frozen."""
+        return {name: layer for name, layer in self.layers.items() if layer.parameter.requires_grad}
+
+    def _sparsity_of_live(self) -> float:
+        layers = self._live() or self.layers
+        return 1 - sum(map(_kept, layers.values())) / sum(math.prod(layer.shape) for layer in layers.values())
+
     def _update(self) -> Update | None:
+        who, remedy = f"Evolver.step(), step {self.steps}", "; their weights must have diverged before"
         if self.method in FOLLOWING:
-            return self._told(reallocated=False)
+            told = self._told(reallocated=False)
+            require_same(lambda: {f"the mask of {n!r}": checksum(bits) for n, bits in self._last.items()}, who, remedy)
+            return told
         grads = None
         if self._grows_by_gradient:
             grads = self._gathered()
@@ -311,12 +351,16 @@ class Evolver:
             choices = self._softly_pruned()
         else:
             choices = self._pruned() if self.method == "gmp" else self._exchanged(grads)
+        require_same(
+            lambda: {f"the new mask of {n!r}": checksum(c.mask, c.row_order) for n, c in choices.items()}, who, remedy
+        )
+        averages.follow(self.model, self.ema)
         in_place = True
-        averages = [sparse_layers(model) for model in self.ema]
+        copies = [sparse_layers(model) for model in self.ema]
         for name, choice in choices.items():
             in_place &= self.layers[name].set(choice, self.optimizer)
-            for average in averages:
-                average[name].set(choice)
+            for copy in copies:
+                copy[name].set(choice)
         return self._told(reallocated=not in_place)
 
     def _told(self, reallocated: bool) -> Update:
@@ -334,14 +378,17 @@ class Evolver:
 
     def _exchanged(self, grads: dict[str, Tensor] | None) -> dict[str, Choice]:
         choices = {}
+        live = self._live()
         for i, (name, layer) in enumerate(self.layers.items()):
+            if name not in live or not (grads is None or name in grads):
+                continue
             weight = layer.weight().abs().float()
             if grads is None:
                 generator = torch.Generator().manual_seed(self._seed_of(i))
                 growth = torch.rand(layer.shape, generator=generator).to(weight.device)
             else:
                 growth = grads[name]
-            choices[name] = _exchange(self.plan.structure, layer, weight, growth, self._share(), self.method == "hrbp")
+            choices[name] = exchange(self.plan.structure, layer, weight, growth, self._share(), self.method == "hrbp")
         return choices
 
     def _seed_of(self, layer: int) -> int:
@@ -355,167 +402,56 @@ class Evolver:
         # An epoch of the paper is what lies between two updates.
         now, epochs = self.steps / self.every, self.total_steps / self.every
         begin, end = self._soft.begin * epochs, self.until * epochs
-        choices = {}
+        choices, live = {}, self._live()
         for i, (name, layer) in enumerate(self.layers.items()):
+            if name not in live:
+                continue
             sparsity, order = self.plan.target[name], layer.row_order()
-            pruned = pruned_share(now, begin, end, sparsity, self._soft.pace)
+            pruned = (
+                sparsity if self.steps >= self._arrives else pruned_share(now, begin, end, sparsity, self._soft.pace)
+            )
             weight = layer.parameter.detach().view(layer.shape)
             kept = self._soft.kept(weight, rule.box[0], sparsity, pruned, self._seed_of(i), order)
             choices[name] = rule.choice(kept[:, :, None, None], layer.shape, order)
         return choices
 
-    def _pruned(self) -> dict[str, Choice]:
-        rule = self.plan.structure
-        shapes = {name: layer.shape for name, layer in self.layers.items()}
-        scores = {name: layer.weight().abs().float() for name, layer in self.layers.items()}
-        first = self.steps <= self.every
-        orders = {name: None if first else layer.row_order() for name, layer in self.layers.items()}
-        asked = densities(
-            shapes,
-            self._sparsity_now(),
+    def _asked(self, sparsity: float) -> dict[str, float]:
+        """The densities of "gmp" at a sparsity, of the layers that can change."""
+        rule, live, scores = self.plan.structure, self._live(), {}
+        if self.plan.distribution == "global":
+            scores = {name: rule.ranked(_score(layer), self._order(layer)) for name, layer in live.items()}
+        return densities(
+            {name: layer.shape for name, layer in live.items()},
+            sparsity,
             self.plan.distribution,
-            scores={name: rule.ranked(score, orders[name]) for name, score in scores.items()},
-            realise=lambda name, density: rule.density(shapes[name], density),
+            scores=scores,
+            realise=lambda name, density: rule.density(live[name].shape, density),
         )
-        choices = {}
-        for name, layer in self.layers.items():
-            sparsity = sparsity_of(asked[name])
+
+    def _order(self, layer: SparseLayer) -> Tensor | None:
+        """The order of the filters that "gmp" keeps: rows are divided or sorted at the first update, then they stay."""
+        return None if self.steps <= self.every else layer.row_order()
+
+    def _pruned(self) -> dict[str, Choice]:
+        rule, live, choices = self.plan.structure, self._live(), {}
+        asked = self._asked(self._sparsity_now()) if live else {}
+        for name, layer in live.items():
+            sparsity, score = sparsity_of(asked[name]), _score(layer)
             if isinstance(rule, Groups):
-                choices[name] = _pruned_groups(rule, layer, scores[name], sparsity, regroup_rows=first)
+                choices[name] = pruned_groups(rule, layer, score, sparsity, regroup_rows=self.steps <= self.every)
             else:
                 assert isinstance(rule, Grains)
-                choices[name] = rule.choose(scores[name], sparsity, order=orders[name])
+                choices[name] = rule.choose(score, sparsity, order=self._order(layer))
         return choices
-
-
-# ---------------------------------------------------------------------- one layer
-
-
-def _exchange(rule: Any, layer: SparseLayer, weight: Tensor, growth: Tensor, share: float, one_by_one: bool) -> Choice:
-    """The new choice when `share` of a layer's units go by `weight` and as many come by `growth`, both [K, C, R, S]."""
-    if isinstance(rule, Groups):
-        grouping = rule.grouping(layer.mask(), layer.row_order())
-        if one_by_one:
-            return grouping_choice(_recounted(grouping, weight, growth, share))
-        return grouping_choice(_exchanged_channels(grouping, weight, growth, share, rule.balanced))
-    assert isinstance(rule, Grains)
-    order = layer.row_order()
-    kept, worth, wish = (rule.sums(t, order) for t in (layer.mask().float(), weight, growth))
-    shape = kept.shape
-    kept, worth, wish = (t.flatten(1) if rule.uniform else t.view(1, -1) for t in (kept > 0, worth, wish))
-    return rule.choice(_swap_units(kept, worth, wish, share).view(shape), layer.shape, order)
-
-
-def _swap_units(kept: Tensor, worth: Tensor, wish: Tensor, share: float) -> Tensor:
-    """bool [rows, units]: in each row, `share` of the kept units go, those worth least, and as many come, most wished.
-
-    A unit that goes may come back at once, as in RigL. Rows keep equally many units.
-    """
-    stay, go = _staying(kept, worth, share)
-    return stay | top(wish.masked_fill(stay, -math.inf), go)
-
-
-def _staying(kept: Tensor, worth: Tensor, share: float) -> tuple[Tensor, int]:
-    """Which units stay, and how many go in each row: never more than there are others to come."""
-    count = int(kept[0].sum())
-    go = min(round(share * count), kept.shape[1] - count)
-    return top(worth.masked_fill(~kept, -math.inf), count - go), go
-
-
-def _in_groups(grouping: Grouping, cells: Tensor) -> Tensor:
-    """[K, C, R, S] as [groups, rows, C, R*S]."""
-    return cells.flatten(2)[grouping.row_order].view(grouping.groups, grouping.rows, cells.shape[1], -1)
-
-
-def _exchanged_channels(grouping: Grouping, weight: Tensor, growth: Tensor, share: float, fair: bool) -> Grouping:
-    """Every group exchanges runs of channels, and keeps its taps."""
-    _, c, r, s = grouping.shape
-    taps = torch.zeros(grouping.groups, r * s, device=weight.device)
-    taps.scatter_(1, grouping.taps, 1.0)
-    kept = torch.zeros(grouping.groups, c, dtype=torch.bool, device=weight.device)
-    kept.scatter_(1, grouping.channels, True)
-
-    def runs(t: Tensor) -> Tensor:
-        return t.view(grouping.groups, -1, grouping.granule).sum(2)
-
-    worth, wish = (runs(torch.einsum("grcp,gp->gc", _in_groups(grouping, t.float()), taps)) for t in (weight, growth))
-    was = runs(kept.float()) > 0
-    if fair:
-        # Those that stay are worth more than any that may come, which keeps them: the old choice was fair, too.
-        stay, _ = _staying(was, worth, share)
-        wish = wish / wish.max().clamp_min(1e-30)
-        value = torch.where(stay, 2.0 + grouping.groups * was.shape[1], wish.double())
-        chosen = balanced(value[None], int(was[0].sum()))[0]
-    else:
-        chosen = _swap_units(was, worth, wish, share)
-    starts = chosen.nonzero()[:, 1].view(grouping.groups, -1, 1) * grouping.granule
-    channels = (starts + torch.arange(grouping.granule, device=starts.device)).flatten(1)
-    return Grouping(grouping.shape, grouping.row_order, channels, grouping.taps, grouping.granule)
-
-
-def _recounted(grouping: Grouping, weight: Tensor, growth: Tensor, share: float) -> Grouping:
-    """HRBP's update: every filter exchanges single weights, then each group counts."""
-    mask, worth, wish = (
-        _in_groups(grouping, t).flatten(2).flatten(0, 1) for t in (grouping.mask(), weight, growth.float())
-    )
-    cells = _swap_units(mask, worth, wish, share).view(grouping.groups, grouping.rows, grouping.shape[1], -1)
-    k, p = grouping.channels.shape[1], grouping.taps.shape[1]
-    chosen = [keep_by_counts(group, k, p, grouping.granule) for group in cells]
-    channels, taps = (torch.stack(lists) for lists in zip(*chosen, strict=True))
-    return Grouping(grouping.shape, grouping.row_order, channels, taps, grouping.granule)
-
-
-def _pruned_groups(rule: Groups, layer: SparseLayer, score: Tensor, sparsity: float, regroup_rows: bool) -> Choice:
-    """Fewer channels and taps; rows are divided anew at the first time only, as that moves everything."""
-    if regroup_rows:
-        return rule.choose(score, sparsity)
-    size = rule.size(layer.shape, sparsity)
-    grouping = rule.grouping(layer.mask(), layer.row_order())
-    sums = _in_groups(grouping, score).sum(1)
-    taps = top(sums.sum(1), size.taps)
-    for _ in range(2):
-        runs = (sums * taps[:, None]).sum(2).view(grouping.groups, -1, rule.granule).sum(2)
-        count = size.channels // rule.granule
-        chosen = balanced(runs[None], count)[0] if rule.balanced else top(runs, count)
-        channels = chosen.repeat_interleave(rule.granule, 1)
-        taps = top((sums * channels[..., None]).sum(1), size.taps)
-    kept_channels, kept_taps = (t.nonzero()[:, 1].view(grouping.groups, -1) for t in (channels, taps))
-    return grouping_choice(Grouping(grouping.shape, grouping.row_order, kept_channels, kept_taps, rule.granule))
-
-
-def _dense_gradient(layer: SparseLayer, x: Tensor, dy: Tensor) -> Tensor:
-    """dL/dW [K, C, R, S] of a layer, of all its weights, stored or not; float32 at least."""
-    module = layer.module
-    if not hasattr(module, "stride"):
-        return dense_gradient(x, dy, layer.shape[:2], None).view(layer.shape)
-    padding = symmetric_padding(module) if isinstance(module, nn.Conv2d) else module.padding
-    return dense_gradient(x, dy, layer.shape, (module.stride, padding, module.dilation))
-
-
-# ---------------------------------------------------------------------- ranks
 
 
 def _ones(bits: Tensor) -> int:
     return int(np.unpackbits(bits.numpy()).sum())
 
 
-def _ranks() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
 def _kept(layer: SparseLayer) -> int:
     return layer.parameter.numel() if layer.blocks else int(layer.mask().sum())
 
 
-def _check_ranks(layers: dict[str, SparseLayer], who: str) -> None:
-    """Refuse masks that differ between data-parallel ranks: they would average gradients of different weights."""
-    if _ranks() == 1:
-        return
-    mine = {name: zlib.crc32(layer.mask().cpu().numpy().tobytes()) for name, layer in layers.items()}
-    all_ranks: list[Any] = [None] * _ranks()
-    dist.all_gather_object(all_ranks, mine)
-    for rank, theirs in enumerate(all_ranks):
-        if theirs != mine:
-            raise ValueError(
-                f"{who}: the masks of rank {rank} differ; give sparsify() the same seed and scores everywhere"
-            )
+def _score(layer: SparseLayer) -> Tensor:
+    return layer.weight().abs().float()

@@ -242,7 +242,7 @@ class MasterConv2d(_Master, nn.Conv2d):  # type: ignore[misc]
         pattern, values = self._stored()
         conv = self.stride, symmetric_padding(self), self.dilation
         y = conv2d(input, values, pattern, self.bias, *conv, backend=self.backend)
-        return _with_dense_gradient(y, input, self.weight, conv)
+        return with_dense_gradient(y, input, self.weight, conv)
 
 
 class MasterLinear(_Master, nn.Linear):  # type: ignore[misc]
@@ -252,7 +252,7 @@ class MasterLinear(_Master, nn.Linear):  # type: ignore[misc]
         if self.blocksize is None:
             return nn.functional.linear(input, self._masked(), self.bias)
         pattern, values = self._stored()
-        return _with_dense_gradient(
+        return with_dense_gradient(
             linear(input, values, pattern, self.bias, backend=self.backend), input, self.weight, None
         )
 
@@ -319,7 +319,7 @@ class _DenseGradient(torch.autograd.Function):
     def forward(ctx: Any, y: Tensor, x: Tensor, weight: Tensor, conv: Conv | None) -> Tensor:
         ctx.save_for_backward(x)
         ctx.shape, ctx.dtype, ctx.conv = weight.shape, weight.dtype, conv
-        return y.view_as(y)
+        return y.detach()  # not a view for autograd, so that it may be changed in place
 
     @staticmethod
     @once_differentiable
@@ -328,7 +328,8 @@ class _DenseGradient(torch.autograd.Function):
         return dy, None, dense_gradient(x, dy, ctx.shape, ctx.conv).to(ctx.dtype), None
 
 
-def _with_dense_gradient(y: Tensor, x: Tensor, weight: Tensor, conv: Conv | None) -> Tensor:
+def with_dense_gradient(y: Tensor, x: Tensor, weight: Tensor, conv: Conv | None) -> Tensor:
+    """y as it is; on the way back `weight` takes the dense gradient of a layer, see `dense_gradient`."""
     return _DenseGradient.apply(y, x.detach().to(y.dtype), weight, conv) if weight.requires_grad else y
 
 
@@ -336,8 +337,8 @@ def dense_gradient(x: Tensor, dy: Tensor, shape: torch.Size | tuple[int, ...], c
     """dL/dW of all weights of a layer from its input and the gradient of its output; float32 at least.
 
     Args:
-        x: [N, C, H, W], or [..., C] of a linear layer.
-        dy: [N, K, P, Q], or [..., K].
+        x: [N, C, H, W] or [C, H, W], or [..., C] of a linear layer.
+        dy: [N, K, P, Q] or [K, P, Q], or [..., K].
         shape: of W: [K, C, R, S] or [K, C].
         conv: stride, padding, dilation; None: a linear layer.
     """
@@ -345,6 +346,8 @@ def dense_gradient(x: Tensor, dy: Tensor, shape: torch.Size | tuple[int, ...], c
     if conv is None:
         grad = dy.flatten(0, -2).t() @ x.flatten(0, -2) if dy.dim() > 1 else torch.outer(dy, x)
     else:
+        if x.dim() == 3:  # an image without a batch
+            x, dy = x[None], dy[None]
         # In channels_last PyTorch refuses float64, and on a CPU gets strided 1x1 convolutions of few channels wrong.
         if x.dtype == torch.float64 or x.device.type == "cpu":
             x, dy = x.contiguous(), dy.contiguous()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -57,6 +58,22 @@ FOLLOWING = ("ste", "sr-ste")  # training methods of which the mask follows a de
 METHODS = (*FOLLOWING, "subp")  # all that train one
 
 
+class Lineage:
+    """Which model a model is a deep copy of, and which copies it has: averages of its weights are found by that."""
+
+    def __init__(self, parent: Lineage | None = None) -> None:
+        self.parent = parent
+        self.copies: weakref.WeakSet[Lineage] = weakref.WeakSet()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Lineage:
+        child = Lineage(self)
+        self.copies.add(child)
+        return child
+
+    def __reduce__(self) -> Any:  # in a file nothing is a copy of anything
+        return Lineage, ()
+
+
 @dataclass(frozen=True)
 class Sparsity:
     """How a model was made sparse.
@@ -71,6 +88,7 @@ class Sparsity:
     dense: dict[str, str]
     method: str | None = None
     target: dict[str, float] = field(default_factory=dict)
+    lineage: Lineage = field(default_factory=Lineage, compare=False, repr=False)
 
 
 # ---------------------------------------------------------------------- making a model sparse

@@ -26,6 +26,7 @@ from . import sweep
 from .data import Batches, ImageSet, load
 from .evolve import Evolver
 from .models import build, narrow, parameter_count
+from .options import OPTIONS
 from .picture import draw_study
 from .progress import Progress, duration
 from .report import columns, report_model
@@ -241,6 +242,9 @@ class Study:
         shape = self.train.shape
         self.shape = {"classes": len(self.train.classes), "image_size": shape[1], "channels": shape[0]}
         self.training = Settings(**training)
+        taken = {name for variant in variants for name in OPTIONS[variant.method]}
+        if unknown := sorted(set(self.training.evolve_options) - taken):
+            raise ValueError(f"{who}: evolve_options has {', '.join(unknown)}, which no method of the variants takes")
         self.total_steps = self.training.epochs * (len(self.train) // batch_size)
         self.every = max(1, min(100, self.total_steps // 40)) if every is None else every
         self.every_by_default = every is None
@@ -324,6 +328,7 @@ class Study:
         if variant.method != "static":
             options = {} if variant.method == "subp" and self.every_by_default else {"every": self.every}
             options |= {"seed": seed, **self.training.evolve_options}
+            options = {name: value for name, value in options.items() if name in OPTIONS[variant.method]}
             if variant.method == "gmp":
                 options["sparsity"] = sparsity
         settings = Settings(**{**asdict(self.training), "evolve": variant.method, "evolve_options": options})

@@ -14,7 +14,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, cast
@@ -28,6 +28,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from . import checkpoint, progress
 from .data import Batches, ImageSet, load
 from .evolve import METHODS, Evolver, Update
+from .options import default_every, refused_options
 from .sparsify import plan_of, release, sparse_layers
 from .summary import summary
 
@@ -57,9 +58,10 @@ class Settings:
     channels_last    memory format of activations
     accumulate       a batch goes through the model in this many parts; the step is that of the whole batch
     ema              decay of an exponential moving average of the weights, which is then what is tested and saved
-    evolve           how masks change: a method of `Evolver`
-    evolve_options   those of `Evolver`; `every` is an epoch for "subp" unless it is given: what is tested after an
-                     epoch then has the masks of the next one already, and while these are drawn it tests low
+    evolve           how masks change: a method of `Evolver`, in any case
+    evolve_options   those of `Evolver`; unless it is given, `every` is 100 steps, for "subp" an epoch, or less where
+                     that leaves fewer than 20 updates. What is tested after an epoch has the masks of the next one
+                     already when an update has come last, and while "subp" draws these it tests low
     compile          run steps through torch.compile; a name chooses its backend
     save_minutes     time between checkpoints within an epoch; each epoch ends with one anyway
 
@@ -88,6 +90,8 @@ class Settings:
     save_minutes: float = 10.0
 
     def __post_init__(self) -> None:
+        if isinstance(self.evolve, str):
+            object.__setattr__(self, "evolve", self.evolve.lower())
         lr, weight_decay = DEFAULTS.get(self.optimizer, (None, None))
         object.__setattr__(self, "lr", lr if self.lr is None else self.lr)
         object.__setattr__(self, "weight_decay", weight_decay if self.weight_decay is None else self.weight_decay)
@@ -206,7 +210,11 @@ class Trainer:
             raise ValueError(f"{who}: evolve is {settings.evolve!r} and the model is dense; call hrbp.sparsify() first")
         if plan is not None and settings.evolve == "static" and plan.method is not None:
             raise ValueError(f"{who}: evolve is 'static'; the model was made for {plan.method!r} and needs that")
-        self.train, self.test, self.settings, self.device = train, test, settings, train.images.device
+        if reason := refused_options(settings.evolve, settings.evolve_options):
+            raise ValueError(f"{who}: evolve_options: {reason}")
+        self.train, self.test, self.device = train, test, train.images.device
+        self.total_steps = settings.epochs * len(train)
+        self.settings = settings = self._with_every(settings)
         self.format = torch.channels_last if settings.channels_last else torch.contiguous_format
         self.model = model.to(self.device, memory_format=self.format)  # type: ignore[call-overload]
         self.optimizer = _optimizer(self.model, settings)
@@ -214,14 +222,12 @@ class Trainer:
         if settings.ema is not None:
             # Buffers are copied, not averaged: some are tables of integers.
             self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema))
-        self.total_steps = settings.epochs * len(train)
         self.evolver = None
         if settings.evolve != "static":
             averages = [] if self.ema is None else [self.ema]
-            options = {"every": len(train)} if settings.evolve == "subp" else {}
             self.evolver = Evolver(
                 self.model, self.optimizer, settings.evolve, total_steps=self.total_steps, ema=averages,
-                **options | dict(settings.evolve_options),
+                **settings.evolve_options,
             )  # fmt: skip
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.amp == "fp16")
         self.step = self.epoch = self.batch = 0  # done: steps, whole epochs, batches of the present epoch
@@ -237,6 +243,15 @@ class Trainer:
         if self.out is not None:
             self._open(self.out, resume, who)
         self._wrap()
+
+    def _with_every(self, settings: Settings) -> Settings:
+        """The settings with the steps between updates in them, for the log and for whoever continues."""
+        if settings.evolve == "static":
+            return settings
+        most = {"most": len(self.train)} if settings.evolve == "subp" else {}
+        given = dict(settings.evolve_options)
+        every = default_every(settings.evolve, self.total_steps, given.get("until"), **most)
+        return replace(settings, evolve_options={"every": every, **given})
 
     def run(self) -> Result:
         """Train to the end, or until SIGINT or SIGTERM: then the state is saved and Result.stopped says so.

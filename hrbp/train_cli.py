@@ -14,8 +14,8 @@ from torch import nn
 
 from .data import Batches, ImageSet, load
 from .density import DISTRIBUTIONS
-from .evolve import DECAYING, METHODS
 from .models import NETWORKS, build, narrow
+from .options import DECAYING, METHODS, OPTIONS, refused_options
 from .saliency import METHODS as SALIENCIES
 from .sparsify import METHODS as MASTER_METHODS
 from .sparsify import sparsify
@@ -81,11 +81,11 @@ def add_train(commands: Commands) -> None:
     add("--distribution", choices=DISTRIBUTIONS, help="of the layers' densities, default erk, with subp uniform")
     add("--saliency", choices=SALIENCIES, default="random", help="what chooses the first masks, default random")
     add("--option", type=_option, action="append", default=[], metavar="NAME=VALUE", help="of the structure, see below")
-    add("--evolve", choices=METHODS, default="static", help="how masks change, default static")
-    add("--every", type=int, help="steps between changes, default 100, of subp an epoch")
-    add("--drop", type=float, default=0.3, help="share exchanged at first, default 0.3")
-    add("--until", type=float, default=0.75, help="share of the training after which masks stay, default 0.75")
-    add("--initial-sparsity", type=float, default=0.0, help="where gmp starts, default 0")
+    add("--evolve", type=str.lower, choices=METHODS, default="static", help="how masks change, default static")
+    add("--every", type=int, help="steps between changes, default 100, of subp an epoch; fewer for at least 20 changes")
+    add("--drop", type=float, help="share exchanged at first, default 0.3 (set, rigl, hrbp)")
+    add("--until", type=float, help="share of the training after which masks stay, default 0.75")
+    add("--initial-sparsity", type=float, help="where gmp starts, default 0")
     add(
         "--evolve-option", type=_option, action="append", default=[], metavar="NAME=VALUE",
         help="of subp: score (bpar, l1), alpha, tau, pace (cubic, linear, cosine, exponential), begin (0, a share)",
@@ -122,6 +122,7 @@ def add_train(commands: Commands) -> None:
 
 def run_train(args: argparse.Namespace) -> int:
     """One training, and what it came to."""
+    evolve_options = _evolve_options(args)
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     on_gpu, first = device.type == "cuda", int(os.environ.get("RANK", 0)) == 0
     sets = [
@@ -136,15 +137,6 @@ def run_train(args: argparse.Namespace) -> int:
             f" sparse are {made.sparsity:.2%} sparse"
         )
         print("".join(f"{note}\n" for note in made.notes), end="")
-    evolves = args.evolve != "static"
-    options = {"drop": args.drop, "until": args.until, "seed": args.seed} if evolves else {}
-    options |= dict(args.evolve_option)
-    if evolves and args.every is not None:
-        options["every"] = args.every
-    if args.evolve == "gmp":
-        options["sparsity"] = args.sparsity
-    if args.decay is not None:
-        options["decay"] = args.decay
     described = (
         "model", "width", "structure", "sparsity", "distribution", "saliency", "option", "initial_sparsity", "seed"
     )  # fmt: skip
@@ -175,7 +167,7 @@ def run_train(args: argparse.Namespace) -> int:
             accumulate=args.accumulate,
             ema=args.ema,
             evolve=args.evolve,
-            evolve_options=options,
+            evolve_options=evolve_options,
             compile=args.compile,
             save_minutes=args.save_minutes,
         )
@@ -191,6 +183,22 @@ def run_train(args: argparse.Namespace) -> int:
             f" {1e3 * result.step_seconds:.3g} ms a step; in {out}"
         )
     return 0
+
+
+def _evolve_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What the command line says about how masks change; what the method does not take is refused."""
+    if args.initial_sparsity is None:
+        args.initial_sparsity = 0.0
+    elif args.evolve != "gmp":
+        raise ValueError(f"train: --initial-sparsity is where --evolve gmp starts; --evolve is {args.evolve}")
+    options = {"seed": args.seed} if "seed" in OPTIONS[args.evolve] else {}
+    if args.evolve == "gmp":
+        options["sparsity"] = args.sparsity
+    given = {name: value for name in ("every", "drop", "until", "decay") if (value := getattr(args, name)) is not None}
+    given |= dict(args.evolve_option)
+    if reason := refused_options(args.evolve, given):
+        raise ValueError(f"train: --evolve {args.evolve}: {reason}")
+    return options | given
 
 
 def _network(args: argparse.Namespace, images: ImageSet) -> nn.Module:

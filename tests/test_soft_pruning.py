@@ -362,15 +362,15 @@ def test_refusals():
         ({"begin": 1.5}, ValueError, r"begin is 1\.5; it needs a number in \[0, 1\]"),
         ({"begin": 0.9}, ValueError, r"begin is 0\.9 and until 0\.75; it needs begin <= until"),
         ({"every": 6}, ValueError, r"reaches its sparsity at step 12, .* one of the 10 steps: lower until or every"),
-        ({"sparsity": 0.9}, ValueError, r"sparsity is 0\.9 with method 'subp'"),
-        ({"temperature": 2}, TypeError, "method 'subp' has no option temperature; those of its own are: score, alpha"),
+        ({"sparsity": 0.9}, TypeError, "method 'subp' has no option sparsity; it takes: every, until, decay, seed, sc"),
+        ({"temperature": 2}, TypeError, "method 'subp' has no option temperature; it takes: every, until, decay, seed"),
     ]:
         with pytest.raises(kind, match=message):
             Evolver(net, optimizer, "subp", **{"total_steps": 10, "every": 2, **arguments})
     plain = hrbp.sparsify(Net(), 0.5, structure="1xn", n=4, uniform=True)
     with pytest.raises(ValueError, match=r"method is 'subp' and the model was made by sparsify\(\) without a method"):
         Evolver(plain, sgd(plain), "subp", total_steps=10, every=1)
-    with pytest.raises(TypeError, match="method 'set' has no option tau; those of its own are: none"):
+    with pytest.raises(TypeError, match="method 'set' has no option tau; it takes: every, drop, until, seed"):
         Evolver(plain, sgd(plain), "set", total_steps=10, tau=1.0)
     with torch.no_grad():
         net.one.weight[0, 0] = math.nan

@@ -61,6 +61,6 @@ class Decay:
         scale = getattr(optimizer, "grad_scale", None)  # GradScaler sets it for fused optimizers
         for layer in self.layers:
             weight = layer.parameter
-            if weight.grad is not None:
+            if weight.grad is not None and weight.requires_grad:
                 dropped = weight * ~layer.mask().view(weight.shape)
                 weight.grad.add_(dropped if scale is None else dropped * scale.to(dropped.device), alpha=self.strength)

@@ -418,10 +418,13 @@ class Evolver:
     def _asked(self, sparsity: float) -> dict[str, float]:
         """The densities of "gmp" at a sparsity, of the layers that can change."""
         rule, live, scores = self.plan.structure, self._live(), {}
+        # As sparsify() does: what "erk" makes of a linear layer is of its two axes.
+        shapes = {name: layer.shape[: 4 if hasattr(layer.module, "stride") else 2] for name, layer in live.items()}
         if self.plan.distribution == "global":
-            scores = {name: rule.ranked(_score(layer), self._order(layer)) for name, layer in live.items()}
+            ranked = {name: rule.ranked(_score(layer), self._order(layer)) for name, layer in live.items()}
+            scores = {name: score.view(shapes[name]) for name, score in ranked.items()}
         return densities(
-            {name: layer.shape for name, layer in live.items()},
+            shapes,
             sparsity,
             self.plan.distribution,
             scores=scores,

@@ -424,6 +424,65 @@ def test_frozen_layers_stay():
     assert torch.equal(sparse_layers(net)["one"].mask(), before)
 
 
+@pytest.mark.parametrize(
+    ("method", "structure", "sparsity", "options"),
+    [
+        ("set", "hrbp", 0.7, {"drop": 0.9}),
+        ("set", "unstructured", 0.7, {}),
+        ("rigl", "hrbp++", 0.7, {"drop": 0.9}),
+        ("rigl", "unstructured", 0.7, {}),
+        ("hrbp", "hrbp", 0.8, {"drop": 1.0}),
+        ("gmp", "hrbp", 0.0, {"sparsity": 0.8}),
+        ("gmp", "block", 0.0, {"sparsity": 0.8}),
+        ("subp", "1xn", 0.8, {}),
+    ],
+)
+def test_layers_frozen_and_thawed_between_updates(method, structure, sparsity, options):
+    structural = {"1xn": {"n": 8}, "block": {"blocksize": (8, 4)}}.get(structure, {"groups": 2})
+    structural = {} if structure == "unstructured" else structural
+    master = "subp" if method == "subp" else None
+    net = make(structure, sparsity, method=master, distribution="uniform", **structural)
+    optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
+    evolver = Evolver(net, optimizer, method, total_steps=10, every=1, until=0.8, **options)
+    layers, moved = sparse_layers(net), dict.fromkeys(("one", "two", "hidden"), 0)
+    for step in range(8 if method in ("gmp", "subp") else 7):
+        for name in layers:
+            layers[name].parameter.requires_grad_((name, step < 4) not in {("one", True), ("hidden", False)})
+        optimizer.zero_grad()
+        backward(net, step)
+        optimizer.step()
+        before = {name: (layer.mask(), layer.parameter.detach().clone()) for name, layer in layers.items()}
+        update = evolver.step()
+        for name, layer in layers.items():
+            moved[name] += update.sad[name]
+            if not layer.parameter.requires_grad:
+                assert update.sad[name] == update.changed[name] == 0
+                assert torch.equal(layer.mask(), before[name][0])
+                assert torch.equal(layer.parameter, before[name][1])
+    assert method == "hrbp" or min(moved.values()) > 0
+    if method == "gmp":
+        cells = {name: layer.mask().numel() for name, layer in layers.items()}
+        kept = {name: int(layer.mask().sum()) for name, layer in layers.items()}
+        live = ("one", "two")  # at the last update
+        assert 1 - sum(kept[n] for n in live) / sum(cells[n] for n in live) == pytest.approx(0.8, abs=0.02)
+    for layer in layers.values():
+        layer.parameter.requires_grad_(False)
+    last = Evolver(net, optimizer, method, total_steps=10, every=1, until=0.8, **options)
+    assert set(last.step().sad.values()) == {0}
+
+
+def test_frozen_weights_do_not_decay():
+    net = make("2:4", 0.5, method="sr-ste", exclude=["stem"])
+    optimizer = torch.optim.SGD(net.parameters(), 1.0)
+    evolver = Evolver(net, optimizer, "sr-ste", total_steps=10, every=1, decay=0.5)
+    backward(net)
+    net.one.weight.requires_grad_(False)  # its gradient is still there
+    gradient, weight = net.one.weight.grad.clone(), net.one.weight.clone()
+    optimizer.step()
+    assert torch.equal(net.one.weight, weight - gradient)
+    assert evolver.step() is not None
+
+
 def test_refusals():
     net = make("hrbp")
     optimizer = torch.optim.SGD(net.parameters(), 0.1)

@@ -188,10 +188,12 @@ def test_a_training_that_was_stopped_between_an_update_and_the_average():
     net, average, optimizer, evolver = made()
     for step in range(6):
         update = train(net, optimizer, evolver, step)
-        if step < 5:
+        if step < 3:
             average.update_parameters(net)
     assert update.step == 6
-    assert not torch.equal(sparse_layers(average)["conv"].mask(), sparse_layers(net)["conv"].mask())
+    assert any(
+        not torch.equal(layer.mask(), sparse_layers(net)[n].mask()) for n, layer in sparse_layers(average).items()
+    )
     again = made()
     for part, old in zip(again, (net, average, optimizer, evolver), strict=True):
         part.load_state_dict(copy.deepcopy(old.state_dict()))
@@ -200,7 +202,7 @@ def test_a_training_that_was_stopped_between_an_update_and_the_average():
     again[1].update_parameters(again[0])
     for name, now in weights(again[0]).items():
         kept = before[name] * sparse_layers(again[0])[name].mask()
-        torch.testing.assert_close(weights(again[1])[name], kept + (now - kept) / 6)
+        torch.testing.assert_close(weights(again[1])[name], kept + (now - kept) / 4)
 
 
 def test_lineages():

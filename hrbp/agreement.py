@@ -37,7 +37,7 @@ def require_same(facts: Callable[[], Mapping[str, str]], who: str, remedy: str) 
     for rank, theirs in enumerate(every):
         where.setdefault(theirs.get(differing[0]), []).append(str(rank))
     told = " and ".join(f"{value} on rank{'s' if len(on) > 1 else ''} {', '.join(on)}" for value, on in where.items())
-    more = f" (as {len(differing) - 1} more: {', '.join(differing[1:4])})" if len(differing) > 1 else ""
+    more = f" (and other things differ: {', '.join(differing[1:4])})" if len(differing) > 1 else ""
     raise ValueError(f"{who}: {differing[0]} is {told}{more}; every rank needs the same{remedy}")
 
 

@@ -96,11 +96,11 @@ def differing(rank: int) -> None:
         "target": told(lambda: evolver(made("1xn", 0.5 + rank / 4, "subp"), "subp")),
         "masks": told(lambda: evolver(made(seed=rank))),
     }
-    net = made()
-    one = evolver(net, drop=0.5)
+    net = made("unstructured")
+    one = evolver(net)
     with torch.no_grad():
-        torch.manual_seed(7 * rank)
-        net.blocks[1].values.normal_()
+        torch.manual_seed(rank)
+        net.blocks[1].weight.mul_(torch.rand(net.blocks[1].weight.shape))
     before = masks(net)
     answers["diverged"] = told(one.step)
     answers["unchanged"] = str(all(torch.equal(mask, before[name]) for name, mask in masks(net).items()))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import hashlib
 import io
 import json
 import os
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from blocksparse import BSRConv2d, BSRLinear, BSRPattern
 
 from . import models
+from .files import is_whole, seal_of, whole_file, with_seal
 from .master import put_master
 from .semi import is_converted
 from .sparsify import (
@@ -34,11 +34,10 @@ from .sparsify import (
 )
 from .structure import NM, Choice, Elementwise, Grains, Groups, sparsity_of
 from .weights import MASKED as PACKED
-from .weights import pack_masked, unpack_masked, whole_file
+from .weights import pack_masked, unpack_masked
 
 VERSION = 1
 MODEL, TRAINING = "model", "training"
-MARK = b"\nhrbp "  # starts the last line of a file: hrbp KIND VERSION SHA256-of-all-before
 STRUCTURES = {kind.__name__: kind for kind in (Grains, NM, Groups, Elementwise)}
 LAST, PREVIOUS, DIVERGED = "last.pt", "previous.pt", "diverged.pt"
 
@@ -181,9 +180,9 @@ def _put_master(layer: Any, plan: Sparsity, mask: Tensor, row_order: Tensor | No
 
 def write_training(folder: Path, state: dict[str, Any], name: str = LAST) -> None:
     """Write last.pt; what was last.pt becomes previous.pt. At every moment one of the two is whole."""
-    sealed, last = _sealed(TRAINING, state), folder / LAST
+    content, last = _sealed(TRAINING, state), folder / LAST
     with whole_file(folder / name) as file:
-        file.write(sealed)
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
         if name == LAST and last.exists():
@@ -240,8 +239,7 @@ def _sealed(kind: str, content: dict[str, Any]) -> bytes:
     """torch.save's bytes, and a last line that says what they are and what their checksum is."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    data = buffer.getvalue()
-    return data + MARK + f"{kind} {VERSION} {hashlib.sha256(data).hexdigest()}\n".encode()
+    return with_seal(kind, VERSION, buffer.getvalue())
 
 
 def read(path: str | os.PathLike[str], kind: str, who: str = "read()") -> dict[str, Any]:
@@ -249,23 +247,26 @@ def read(path: str | os.PathLike[str], kind: str, who: str = "read()") -> dict[s
 
     Raises ValueError for a file that is damaged, foreign, of the other kind or of another version.
     """
-    raw = Path(path).read_bytes()
-    at = raw.rfind(MARK, max(0, len(raw) - 128))
-    words = raw[at + 1 :].decode("ascii", "replace").split() if at >= 0 else []
-    if len(words) != 4 or not raw.endswith(b"\n"):
-        raise ValueError(f"{who}: {path} is cut short or was not written by hrbp; it needs a whole hrbp {kind} file")
-    _, found, version, checksum = words
-    if found != kind:
-        raise ValueError(f"{who}: {path} holds a {found}; it needs a {kind}")
-    if version != str(VERSION):
-        raise ValueError(f"{who}: {path} has format {version}; this hrbp reads format {VERSION}")
-    data = raw[:at]
-    if hashlib.sha256(data).hexdigest() != checksum:
-        raise ValueError(f"{who}: {path} is damaged: its checksum does not fit its content")
-    try:
-        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises nearly anything
-        raise ValueError(f"{who}: {path} cannot be read: {error}") from error
+    with open(path, "rb") as file:
+        seal = seal_of(file)
+        if seal is None:
+            raise ValueError(
+                f"{who}: {path} is cut short or was not written by hrbp; it needs a whole hrbp {kind} file"
+            )
+        if seal.kind != kind:
+            raise ValueError(f"{who}: {path} holds a {seal.kind}; it needs a {kind}")
+        if seal.version != str(VERSION):
+            raise ValueError(f"{who}: {path} has format {seal.version}; this hrbp reads format {VERSION}")
+        if not is_whole(file, seal):
+            raise ValueError(f"{who}: {path} is damaged: its checksum does not fit its content")
+        file.seek(0)
+        try:
+            found = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch.load raises nearly anything
+            raise ValueError(f"{who}: {path} cannot be read: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{who}: {path} holds a {type(found).__name__}; it needs the dict that hrbp writes")
+    return found
 
 
 def differences(there: Any, here: Any, name: str = "") -> list[str]:

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from .choose import top
+from .files import whole_file
 from .regroup import Grouping
 from .report import Score, dgrad_fill
 from .structure import grouping_choice
-from .weights import whole_file
 
 # A colour a group, neighbours far apart; they are used again from the ninth group on.
 COLOURS = ((31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 103, 189), (0, 158, 172), (188, 143, 0),

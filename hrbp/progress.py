@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from .files import naming, whole_file
 from .picture import check_plot
-from .weights import whole_file
 
 TERMINAL_SECONDS, PIPE_SECONDS = 0.2, 60.0  # between two states of the running line
 
@@ -64,7 +64,7 @@ def start_log(path: Path, entries: Sequence[dict[str, Any]]) -> None:
 
 def add_to_log(path: Path, entry: dict[str, Any]) -> None:
     """Append one entry."""
-    with path.open("a") as file:
+    with naming(path), path.open("a") as file:
         file.write(json.dumps(entry) + "\n")
 
 

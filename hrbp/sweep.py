@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 from .checkpoint import differences
+from .files import whole_file
 from .progress import Progress
 from .train import Diverged, Trainer
-from .weights import whole_file
 
 RESULTS, TABLE, RESULT = "results.json", "table.csv", "result.json"
 WARM_UP = 2  # rounds that are not counted

@@ -1,18 +1,17 @@
-"""Files of weights: read without executing anything in them, written whole or not at all."""
+"""Files of weights: read without executing anything in them, and refused where a checksum says that one is damaged."""
 
 from __future__ import annotations
 
 import json
+import lzma
 import math
 import os
 import pickle
 import struct
-import tempfile
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
@@ -22,12 +21,21 @@ from torch import Tensor
 
 from blocksparse import BSRPattern
 
+from .files import CHUNK, is_whole, memory_bytes, seal_of, whole_file
 from .regroup import Grouping
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar")
 WRAPPERS = ("state_dict", "model_state_dict", "model")  # what training programs call the state_dict in a checkpoint
 MASKED = "masked"  # beside such a state_dict: the shapes of layers that are packed as kept weights and bits
 PREFIXES = ("module.", "_orig_mod.")  # put before every name by DataParallel and by torch.compile
+DEPTH = 4  # of such wrappings
+ZIP_START = b"PK\x03\x04"  # by which torch.load knows a zip
+ZIP_END, ZIP_END_BYTES = b"PK\x05\x06", 22 + 0xFFFF  # what ends one, before a comment; bytes in which to find it
+ZIP_FOLDER = 0x10  # among the attributes of a member
+DAMAGED_ZIP = (
+    zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError, UnicodeDecodeError, OverflowError,
+    RuntimeError, TypeError, OSError,
+)  # fmt: skip
 MAX_HEADER = 100_000_000  # bytes of a .safetensors header, the limit of the format's own reader
 SAFETENSORS_DTYPES = {
     "BOOL": torch.bool,
@@ -54,6 +62,10 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
     A checkpoint that holds the state_dict under 'state_dict', 'model_state_dict' or 'model' is unwrapped; 'module.' or
     '_orig_mod.' before every name is removed; entries that are no tensors (epochs, text) are left out.
+
+    What a file has of checksums is compared: the SHA-256 of `hrbp.save`, the CRC-32 of each member of a zip (.npz, and
+    what torch.save writes unless it is told to write none). .safetensors and torch.save's format before version 1.6
+    have none: a flipped bit of a weight is another weight there.
 
     Args:
         path: a file that torch.save wrote from tensors alone (.pt, .pth, .bin, .ckpt, .pth.tar), a .npz or a
@@ -92,6 +104,12 @@ def _refuse(path: Path, has: str, needs: str) -> NoReturn:
 
 
 def _read_torch(path: Path, file: IO[bytes]) -> dict[str, Tensor]:
+    if (seal := seal_of(file)) and not is_whole(file, seal):
+        _refuse(path, "is damaged: its checksum does not fit its content", "a whole file")
+    file.seek(0)
+    if file.read(len(ZIP_START)) == ZIP_START:
+        _check_zip(path, file)
+    file.seek(0)
     try:
         with warnings.catch_warnings():  # of formats that are refused below
             warnings.simplefilter("ignore")
@@ -105,9 +123,10 @@ def _read_torch(path: Path, file: IO[bytes]) -> dict[str, Tensor]:
     except Exception as error:  # what torch raises for a truncated or foreign file depends on where that breaks it
         reason = " ".join(str(error).split())[:100]
         _refuse(path, f"is damaged or no torch.save file ({type(error).__name__}: {reason})", "a whole file")
-    while isinstance(found, Mapping) and (
-        inner := next((w for w in WRAPPERS if isinstance(found.get(w), Mapping)), "")
-    ):
+    for _ in range(DEPTH):
+        inner = next((w for w in WRAPPERS if isinstance(found, Mapping) and isinstance(found.get(w), Mapping)), "")
+        if not inner:
+            break
         shapes, found = found.get(MASKED), found[inner]
         if shapes:
             try:
@@ -127,34 +146,73 @@ def _read_torch(path: Path, file: IO[bytes]) -> dict[str, Tensor]:
     return tensors
 
 
+def _members(path: Path, archive: zipfile.ZipFile, file: IO[bytes]) -> list[zipfile.ZipInfo]:
+    """The members of a zip, as many as its end says: a damaged entry may hide those behind it."""
+    members = archive.infolist()
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - ZIP_END_BYTES))
+    end = file.read()
+    at = end.rfind(ZIP_END)
+    count = int.from_bytes(end[at + 10 : at + 12], "little") if at >= 0 else len(members)
+    if count not in (len(members), 0xFFFF):  # the latter: too many for this field
+        _refuse(path, f"is damaged: its end tells of {count} members and there are {len(members)}", "a whole file")
+    for member in members:  # of a folder by its attributes some readers take no bytes, of one by its name others
+        if member.external_attr & ZIP_FOLDER and not member.is_dir():
+            _refuse(path, f"is damaged: {member.filename!r} has the attributes of a folder", "a whole file")
+    return members
+
+
+def _check_zip(path: Path, file: IO[bytes]) -> None:
+    """Compare each member with its CRC-32, which torch.load does not."""
+    size, claimed = os.fstat(file.fileno()).st_size, 0
+    try:
+        with zipfile.ZipFile(file) as archive:
+            members = _members(path, archive, file)
+            claimed = max((member.compress_size for member in members), default=0)
+            unpacked = sum(member.file_size for member in members)
+            if claimed <= size and any(member.CRC for member in members):  # else written without checksums
+                for member in members:
+                    with archive.open(member) as stream:
+                        while stream.read(CHUNK):
+                            pass
+    except DAMAGED_ZIP as error:
+        _refuse(path, f"is damaged ({' '.join(str(error).split())[:100]})", "a whole file")
+    if claimed > size:
+        _refuse(path, f"is damaged: a member of {claimed} bytes in a file of {size}", "a whole file")
+    _check_memory(path, unpacked)
+
+
 # ---------------------------------------------------------------------- numpy
 
 
 def _read_npz(path: Path, file: IO[bytes]) -> dict[str, Tensor]:
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
+    seen: set[str] = set()
     try:
         with zipfile.ZipFile(file) as archive:
-            members = archive.infolist()
+            members = _members(path, archive, file)
             _check_memory(path, sum(m.file_size for m in members))
             for member in members:
                 name = member.filename.removesuffix(".npy")
+                if name in seen:
+                    _refuse(path, f"has two arrays {name!r}", "names that occur once")
+                seen.add(name)
                 with archive.open(member) as stream:
                     _check_array(path, name, stream, member.file_size)
                 with archive.open(member) as stream:
                     array = np.lib.format.read_array(stream, allow_pickle=False)
-                    if stream.read(1):
+                    if stream.read(1):  # at the end the CRC-32 is compared
                         _refuse(path, f"has bytes behind array {name!r}", "arrays as np.savez writes them")
                 if array.dtype.kind in "biufc":
                     tensors[name] = torch.from_numpy(array.astype(array.dtype.newbyteorder("="), order="C"))
-    except (zipfile.BadZipFile, zlib.error, struct.error, EOFError, RuntimeError, TypeError, OSError) as error:
+    except DAMAGED_ZIP as error:
         _refuse(path, f"is damaged or no .npz file ({' '.join(str(error).split())[:100]})", "what np.savez writes")
     return tensors
 
 
 def _check_memory(path: Path, size: int) -> None:
     """A small file may unpack to anything: not beyond the memory of this machine."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if size > memory:
+    if size > (memory := memory_bytes()):
         _refuse(path, f"unpacks to {size / 1e9:.1f} GB", f"at most the {memory / 1e9:.1f} GB of this machine")
 
 
@@ -327,20 +385,3 @@ def write_groupings(path: str | os.PathLike[str], groupings: Mapping[str, Groupi
         arrays.update({f"{name}.{part}": t.cpu().numpy() for part, t in parts.items()})
     with whole_file(path) as file:
         np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
-
-
-@contextmanager
-def whole_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
-    """A file to write that appears at `path` when all is written: till then, and after an error, the old one stays."""
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)  # mkstemp makes private files
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

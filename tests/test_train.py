@@ -19,7 +19,7 @@ from matplotlib.image import imread
 from torch import nn
 
 import hrbp
-from hrbp import checkpoint, picture, progress, train_cli
+from hrbp import checkpoint, files, picture, progress, train_cli
 from hrbp.data import Batches, MemorySet
 from hrbp.sparsify import METHODS, plan_of, sparse_layers
 from hrbp.train import Diverged, Settings, Trainer, train, training_bytes
@@ -530,8 +530,8 @@ def damaged(kind: str, out: Path, tmp_path: Path) -> tuple[bytes, str]:
         return (tmp_path / "foreign.pt").read_bytes(), "not written by hrbp"
     if kind == "model":
         return (out / "model.pt").read_bytes(), "holds a model; it needs a training"
-    sealed = good[: good.rfind(checkpoint.MARK)]
-    return sealed + good[good.rfind(checkpoint.MARK) :].replace(b" 1 ", b" 2 "), "format 2"
+    sealed = good[: good.rfind(files.MARK)]
+    return sealed + good[good.rfind(files.MARK) :].replace(b" 1 ", b" 2 "), "format 2"
 
 
 KINDS = (

@@ -93,20 +93,20 @@ def load(
     """
     who = "load()"
     content = read(path, MODEL, who)
-    if model is None:
-        if content["network"] is None:
-            raise ValueError(
-                f"{who}: {path} holds a network that hrbp.models.build does not build; pass model=, as it was before"
-                " sparsify()"
-            )
-        model = models.rebuild(content["network"])
-    plan = _plan(content["plan"])
+    if model is None and content.get("network") is None:
+        raise ValueError(
+            f"{who}: {path} holds a network that hrbp.models.build does not build; pass model=, as it was before"
+            " sparsify()"
+        )
     try:
+        model = models.rebuild(content["network"]) if model is None else model
+        plan = _plan(content["plan"])
         state = unpack_masked(content["state_dict"], content.get(PACKED, {}))
         _make_sparse(model, state, plan)
         model.load_state_dict(state)
-    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"{who}: {path} does not fit the model: {error}") from error
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        kind = "" if isinstance(error, RuntimeError | ValueError) else f"{type(error).__name__} "
+        raise ValueError(f"{who}: {path} does not fit the model: {kind}{error}") from error
     if plan is not None:
         model._hrbp_sparsity = plan  # type: ignore[assignment]
     return model.to(device).eval()
@@ -224,6 +224,15 @@ def read_training(folder: Path, refuses: Callable[[Any], str | None], say: Calla
 def has_training(folder: Path) -> bool:
     """Whether there are checkpoints."""
     return any((folder / name).exists() for name in (LAST, PREVIOUS))
+
+
+def stamp(folder: Path) -> tuple[int, int] | None:
+    """Which file last.pt is; None: there is none. Another one that is written has another stamp."""
+    try:
+        found = (folder / LAST).stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_mtime_ns
 
 
 def remove_leftovers(folder: Path) -> None:

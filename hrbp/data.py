@@ -9,11 +9,10 @@ import math
 import os
 import pickle
 import tarfile
-import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -21,11 +20,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from .files import memory_bytes
+
 # Images by their numbers int64 [n], and for each five numbers in [0, 1) to augment it by: float32 [n, 5], or None.
 Part = tuple[np.ndarray, np.ndarray | None]
 
 SMALL_IMAGE = 64  # folders of images up to this size are held in memory
 EXTENSIONS = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+LAYOUT = "train/CLASS/*.png to train, and val/CLASS/*.png or test/CLASS/*.png with the same classes to test"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -42,8 +44,8 @@ def load(
     """One split of a set of labelled images.
 
     Args:
-        name: "shapes" (generated: nothing is downloaded), "cifar10", "cifar100", or the path of a folder with
-            train/CLASS/*.png and val/CLASS/*.png (or .jpeg, ...; test/ where there is no val/).
+        name: "shapes" (generated: nothing is downloaded), "cifar10", "cifar100", in any case, or the path of a folder
+            with train/CLASS/*.png and val/CLASS/*.png (or .jpeg, ...; test/ where there is no val/).
         split: "train" or "test".
         root: where CIFAR lies: a folder that holds cifar-10-python.tar.gz or the extracted cifar-10-batches-py (for
             CIFAR-100 cifar-100-python.tar.gz or cifar-100-python), or one of these itself.
@@ -61,6 +63,8 @@ def load(
     who = "load()"
     if split not in ("train", "test"):
         raise ValueError(f"{who}: split is {split!r}; it needs 'train' or 'test'")
+    if name.lower() in ("shapes", *_CIFAR) and not Path(name).is_dir():
+        name = name.lower()
     if count is not None and name != "shapes":
         raise ValueError(f"{who}: count is {count}, which only 'shapes' takes; {name} has the images that it has")
     if name == "shapes":
@@ -71,7 +75,10 @@ def load(
         return _cifar(name, split, Path(root))
     if Path(name).is_dir():
         return _folder(Path(name), split, 224 if image_size is None else image_size, workers)
-    raise ValueError(f"{who}: name is {name!r}; it needs shapes, {', '.join(_CIFAR)}, or the path of a folder")
+    is_file = " (a file)" if Path(name).is_file() else ""
+    raise ValueError(
+        f"{who}: name is {name!r}{is_file}; it needs shapes, {', '.join(_CIFAR)}, or the path of a folder with {LAYOUT}"
+    )
 
 
 # ---------------------------------------------------------------- sets of images
@@ -206,6 +213,8 @@ class FolderSet(ImageSet):
             pin_memory=on_gpu, generator=torch.Generator(),  # its own: the global one stays as it is
         )  # fmt: skip
         for x, numbers in loader:
+            if isinstance(x, str):
+                raise ValueError(x)
             yield x.to(self.device, non_blocking=on_gpu), self.labels[numbers].to(self.device)
 
 
@@ -215,10 +224,14 @@ class _Decoder(Dataset):
     def __init__(self, files: Sequence[str], size: int) -> None:
         self.files, self.size = files, size
 
-    def __getitem__(self, part: Part) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, part: Part) -> tuple[Tensor | str, Tensor]:
+        """Images and their numbers; in place of images what is wrong with one: an error would come with a traceback."""
         numbers, draws = part
         every = [None] * len(numbers) if draws is None else draws
-        images = [_decode(self.files[i], self.size, d) for i, d in zip(numbers.tolist(), every, strict=True)]
+        try:
+            images = [_decode(self.files[i], self.size, d) for i, d in zip(numbers.tolist(), every, strict=True)]
+        except ValueError as error:
+            return str(error), torch.from_numpy(numbers)
         return torch.from_numpy(np.stack(images)), torch.from_numpy(numbers)
 
 
@@ -328,6 +341,7 @@ class Batches:
 
 # ---------------------------------------------------------------- CIFAR
 
+MOST_FILE, MOST_ARCHIVE = 1 << 28, 1 << 30  # bytes; the largest file has 155 MB, the archives unpacked 187 MB
 # name: folder, archive, files to train, files to test, file of the names, key of the labels, key of the names
 _CIFAR = {
     "cifar10": (
@@ -387,23 +401,45 @@ def _folder_files(folder: Path, names: list[str]) -> dict[str, bytes]:
     missing = [n for n in names if not (folder / n).is_file()]
     if missing:
         raise FileNotFoundError(f"load(): {folder} has no {', '.join(missing)}; extract the archive again")
+    for name in names:
+        if (size := (folder / name).stat().st_size) > MOST_FILE:
+            raise ValueError(f"load(): {folder / name} has {size} bytes; no file of CIFAR has more than {MOST_FILE}")
     return {name: (folder / name).read_bytes() for name in names}
+
+
+class _Limited:
+    """A stream that ends with an error where it has more bytes than MOST_ARCHIVE."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self.stream, self.left = stream, MOST_ARCHIVE
+
+    def read(self, size: int) -> bytes:
+        data = self.stream.read(size)
+        self.left -= len(data)
+        if self.left < 0:
+            raise ValueError(f"it unpacks to more than {MOST_ARCHIVE} bytes")
+        return data
 
 
 def _archive_files(archive: Path, folder: str, names: list[str]) -> dict[str, bytes]:
     wanted, found = {f"{folder}/{name}": name for name in names}, {}
-    try:
-        with gzip.open(archive) as stream:
-            with tarfile.open(fileobj=stream, mode="r|") as tar:
+    with open(archive, "rb") as file:
+        try:
+            stream = _Limited(gzip.GzipFile(fileobj=file))  # type: ignore[arg-type]
+            with tarfile.open(fileobj=stream, mode="r|") as tar:  # type: ignore[call-overload]
                 for member in tar:
-                    if member.isfile() and member.name in wanted and (content := tar.extractfile(member)):
+                    if not member.isfile() or member.name not in wanted:
+                        continue
+                    if member.size > MOST_FILE:  # sparse members have zeros that are not in the archive
+                        raise ValueError(f"{member.name} claims {member.size} bytes")
+                    if content := tar.extractfile(member):
                         found[wanted[member.name]] = content.read()
             while stream.read(1 << 20):  # to the end, where gzip compares its checksum
                 pass
-    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
-        raise ValueError(
-            f"load(): {archive} is cut short, damaged or no .tar.gz ({error}); download it again"
-        ) from error
+        except Exception as error:  # damaged archives raise nearly anything
+            raise ValueError(
+                f"load(): {archive} is cut short, damaged or no .tar.gz ({error}); download it again"
+            ) from error
     missing = [n for n in wanted if wanted[n] not in found]
     if missing:
         raise ValueError(f"load(): {archive} has no {', '.join(missing)}; it is not the archive of that name")
@@ -423,8 +459,11 @@ class _Inert:
         self.state = state
 
 
-class _DataUnpickler(pickle.Unpickler):
-    """Reads dicts, lists, numbers and bytes. Calls nothing that a file names: numpy arrays come as inert records."""
+class _DataUnpickler(pickle._Unpickler):  # type: ignore[name-defined]
+    """Reads dicts, lists, numbers and bytes. Calls nothing that a file names: numpy arrays come as inert records.
+
+    The unpickler in Python: what its memory may hold is what the file has; that in C makes room for numbers in it.
+    """
 
     ARRAYS = frozenset({("numpy.core.multiarray", "_reconstruct"), ("numpy", "ndarray"), ("numpy", "dtype")})
 
@@ -466,30 +505,74 @@ def _folder(root: Path, split: str, image_size: int, workers: int) -> ImageSet:
     if image_size < 1 or workers < 0:
         raise ValueError(f"{who}: image_size is {image_size} and workers {workers}; they need at least 1 and 0")
     place = root / "train"
-    classes = sorted(p.name for p in place.iterdir() if p.is_dir()) if place.is_dir() else []
-    if not classes:
-        raise ValueError(f"{who}: {place} has no folders; it needs one for each class, with its images")
+    classes = _folders(root, place, "train")
     if split == "test":
         place = root / "val" if (root / "val").is_dir() else root / "test"
-        tested = {p.name for p in place.iterdir() if p.is_dir()} if place.is_dir() else set()
+        tested = set(_folders(root, place, "val or test"))
         if tested != set(classes):
             differ = sorted(tested ^ set(classes))
             raise ValueError(f"{who}: {place} and {root / 'train'} need the same folders; {differ[:5]} are in one only")
     files, labels = [], []
     for label, name in enumerate(classes):
-        images = sorted(str(p) for p in (place / name).iterdir() if p.suffix.lower() in EXTENSIONS)
+        images = sorted(_images(place / name))
         if not images:
-            raise ValueError(f"{who}: {place / name} has no images ({', '.join(sorted(EXTENSIONS))})")
+            kinds = ", ".join(sorted(EXTENSIONS))
+            raise ValueError(f"{who}: {place / name} has no images ({kinds}); it has {_contents(place / name)}")
         files += images
         labels += [label] * len(images)
     if image_size > SMALL_IMAGE:
         return FolderSet(files, torch.tensor(labels), classes, image_size, name=root.name, workers=workers)
+    _check_room(3 * image_size**2 * len(files), f"{who}: {len(files)} images of {image_size}x{image_size}")
     decoded = torch.from_numpy(np.stack([_decode(file, image_size, None, central=1) for file in files]))
     return MemorySet(decoded, torch.tensor(labels), classes, name=root.name, mean=IMAGENET_MEAN, std=IMAGENET_STD)
 
 
+def _folders(root: Path, place: Path, name: str) -> list[str]:
+    """The names of the folders in a place, one a class; refused where there are none, with what there is instead."""
+    found = sorted(p.name for p in place.iterdir() if p.is_dir()) if place.is_dir() else []
+    if not found:
+        at, lacks = (place, "folder for each class") if place.is_dir() else (root, f"folder {name}")
+        raise ValueError(f"load(): {at} has no {lacks}; it has {_contents(at)}; {root} needs {LAYOUT}")
+    return found
+
+
+def _images(folder: Path) -> list[str]:
+    """The images in a folder; what has their names and is no file is refused: a pipe would be waited for."""
+    found = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if Path(entry.name).suffix.lower() in EXTENSIONS:
+                if not entry.is_file():
+                    raise ValueError(
+                        f"load(): {entry.path} has the name of an image and is no file; remove or replace it"
+                    )
+                found.append(entry.path)
+    return found
+
+
+def _contents(folder: Path) -> str:
+    """What lies in a folder, in a few words."""
+    kinds: dict[str, list[str]] = {"folder": [], "image": [], "other file": []}
+    for path in folder.iterdir():
+        kind = "folder" if path.is_dir() else "image" if path.suffix.lower() in EXTENSIONS else "other file"
+        kinds[kind].append(path.name)
+    said = []
+    for kind, names in kinds.items():
+        few = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
+        if names:
+            said.append(f"{len(names)} {kind}{'s' if len(names) > 1 else ''} ({few})")
+    return ", ".join(said) or "nothing"
+
+
+def _check_room(size: int, what: str) -> None:
+    """Refuse what this machine cannot hold before it tries to."""
+    if size > memory_bytes():
+        raise ValueError(f"{what} need {size / 1e9:.0f} GB; this machine has {memory_bytes() / 1e9:.0f} GB")
+
+
 # ---------------------------------------------------------------- the generated set
 
+_DRAWING = 100  # bytes a pixel while images are drawn
 _CHUNK = 500  # images drawn from one random generator: `count` cuts the sequence of images, and changes none
 _TEXTURES = ("striped", "checked")
 
@@ -521,6 +604,8 @@ def shapes(split: str, *, count: int | None = None, image_size: int = 16, seed: 
         raise ValueError(
             f"shapes(): count is {count}, image_size {image_size} and seed {seed}; they need at least 1, 8 and 0"
         )
+    room = image_size**2 * (3 * count + _DRAWING * _CHUNK)
+    _check_room(room, f"shapes(): {count} images of {image_size}x{image_size}")
     drawn = [
         _draw_shapes(np.random.default_rng([seed, list(counts).index(split), chunk]), _CHUNK, image_size)
         for chunk in range(math.ceil(count / _CHUNK))

@@ -68,6 +68,20 @@ def add_to_log(path: Path, entry: dict[str, Any]) -> None:
         file.write(json.dumps(entry) + "\n")
 
 
+def checked_history(entries: Any) -> list[dict[str, Any]]:
+    """Entries of a log as `draw_training` and the end of a training read them; ValueError if they are none."""
+    needs = {
+        "epoch": ("step", "loss", "accuracy", "test_loss", "test_accuracy", "sparsity", "seconds"),
+        "update": ("step", "changed", "sad", "drift"),
+    }
+    found: list[Any] = entries if isinstance(entries, list) else [entries]
+    for entry in found:
+        names = needs.get(str(entry.get("kind"))) if isinstance(entry, dict) else None
+        if names is None or not all(isinstance(entry.get(name), int | float) for name in names):
+            raise ValueError(f"{str(entry)[:60]} is no entry of a log")
+    return found
+
+
 def draw_training(path: Path, history: Sequence[dict[str, Any]]) -> None:
     """Accuracy, loss, mask changes and, where masks changed, how many of their cells did, as panels over the steps.
 

@@ -15,6 +15,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from numbers import Integral, Real
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, cast
@@ -28,6 +29,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from . import checkpoint, progress
 from .data import Batches, ImageSet, load
 from .evolve import METHODS, Evolver, Update
+from .files import only_writer
 from .options import default_every, refused_options
 from .sparsify import plan_of, release, sparse_layers
 from .summary import summary
@@ -36,6 +38,7 @@ CHECK_STEPS = 10  # between looks at the loss on a GPU, each of which waits for 
 DEFAULTS = {"sgd": (0.1, 5e-4), "adamw": (1e-3, 1e-2)}  # learning rate, weight decay
 AMP = {None: torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SCHEDULES = ("cosine", "step")
+MOST_EPOCHS = 1_000_000
 NOT_COMPARED = ("save_minutes", "compile")  # settings that may differ when a training is continued
 
 
@@ -98,17 +101,21 @@ class Settings:
         for name, known in (
             ("optimizer", DEFAULTS), ("schedule", SCHEDULES), ("amp", AMP), ("evolve", METHODS),
         ):  # fmt: skip
-            if (value := getattr(self, name)) not in known:
+            if (value := getattr(self, name)) not in tuple(known):
                 raise ValueError(f"Settings(): {name} is {value!r}; it needs one of {', '.join(map(str, known))}")
         for name, least, most in (
-            ("epochs", 1, math.inf), ("lr", 0, math.inf), ("momentum", 0, 1), ("weight_decay", 0, math.inf),
+            ("epochs", 1, MOST_EPOCHS), ("lr", 0, math.inf), ("momentum", 0, 1), ("weight_decay", 0, math.inf),
             ("gamma", 0, 1), ("warmup", 0, self.epochs), ("label_smoothing", 0, 1), ("accumulate", 1, math.inf),
             ("ema", 0, 1), ("save_minutes", 0, math.inf),
         ):  # fmt: skip
-            value = getattr(self, name)
-            if value is not None and not least <= value <= most:
-                raise ValueError(f"Settings(): {name} is {value}; it needs a number in [{least}, {most}]")
-        if list(self.milestones) != sorted(self.milestones) or any(not 0 < m < 1 for m in self.milestones):
+            value, whole = getattr(self, name), name in ("epochs", "accumulate")
+            fits = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
+            if not (fits and least <= value <= most and value < math.inf) and not (name == "ema" and value is None):
+                end = f"{most}]" if most < math.inf else "inf)"
+                needs = f"it needs {'an integer' if whole else 'a number'} in [{least}, {end}"
+                raise ValueError(f"Settings(): {name} is {value!r}; {needs}")
+        shares: list[Any] = list(self.milestones) if isinstance(self.milestones, tuple | list) else [None]
+        if not all(isinstance(m, float) and 0 < m < 1 for m in shares) or shares != sorted(shares):
             raise ValueError(f"Settings(): milestones is {self.milestones}; it needs rising shares between 0 and 1")
         if self.nesterov and (self.optimizer != "sgd" or self.momentum == 0):
             raise ValueError("Settings(): nesterov needs optimizer 'sgd' with momentum")
@@ -240,8 +247,10 @@ class Trainer:
         self._signal = self._stop = 0  # noted by this rank; agreed upon by all
         self._began = self._saved = time.monotonic()
         self.out = None if out is None else Path(out)
+        self._written: tuple[int, int] | None = None  # which last.pt is ours
         if self.out is not None:
-            self._open(self.out, resume, who)
+            with self._writing():
+                self._open(self.out, resume, who)
         self._wrap()
 
     def _with_every(self, settings: Settings) -> Settings:
@@ -261,9 +270,15 @@ class Trainer:
         """
         self._began, first = time.monotonic(), self.step
         self._signal = self._stop = 0
-        with self._signals():
-            while self.epoch < self.settings.epochs and not self._stop:
-                self._run_epoch(first)
+        with self._writing():
+            self._on_first_rank(self._check_unchanged)
+            with self._signals():
+                while self.epoch < self.settings.epochs and not self._stop:
+                    self._run_epoch(first)
+            return self._ended()
+
+    def _ended(self) -> Result:
+        """What is said and written when no further step is taken."""
         stopped = signal.Signals(self._stop).name if self._stop else None
         if stopped:
             where = f"epoch {self.epoch + 1}, batch {self.batch}"
@@ -533,7 +548,6 @@ class Trainer:
         """Begin a training in this folder, or continue the one it holds."""
 
         def stored() -> Any:
-            out.mkdir(parents=True, exist_ok=True)
             checkpoint.remove_leftovers(out)
             if resume:
                 return checkpoint.read_training(out, refuses, self.progress.say)
@@ -542,16 +556,24 @@ class Trainer:
             return None
 
         def refuses(state: Any) -> str | None:
-            found = checkpoint.differences(state["config"], self.config)
+            found = checkpoint.differences(state.get("config"), self.config)
             return "; ".join(found[:3]) + (f"; and {len(found) - 3} more" if len(found) > 3 else "") or None
 
         state = self._on_first_rank(stored)
         if state is not None:
-            self._restore(state)
+            try:
+                self._restore(state)
+            except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+                what = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+                raise ValueError(
+                    f"{who}: the checkpoint in {out} fits its checksum and not a training ({what}); it was made"
+                    " otherwise: use another folder"
+                ) from error
             done = self.epoch == self.settings.epochs
             at = "is complete" if done else f"continues at epoch {self.epoch + 1}, batch {self.batch + 1}"
             self.progress.say(f"{out} {at}")
         if self.rank == 0:
+            self._written = checkpoint.stamp(out)
             progress.start_log(out / "log.jsonl", [{"kind": "config", **self.config}, *self.history])
         if state is None:
             self._save()
@@ -571,10 +593,26 @@ class Trainer:
             raise box[1]
         return box[0]
 
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """While it lasts, the folder is ours alone; rank 0 holds it, and a refusal reaches every rank."""
+        with contextlib.ExitStack() as held:
+            if (out := self.out) is not None:
+                self._on_first_rank(lambda: held.enter_context(only_writer(out, "Trainer()")))
+            yield
+
+    def _check_unchanged(self) -> None:
+        if self.out is not None and self._written != checkpoint.stamp(self.out):
+            raise ValueError(
+                f"Trainer.run(): another training has written to {self.out} since this one was made; make it again with"
+                " resume, or use another folder"
+            )
+
     def _save(self) -> None:
         state = self._state()
         if self.out is not None and self.rank == 0:
             checkpoint.write_training(self.out, state)
+            self._written = checkpoint.stamp(self.out)
         self._saved = time.monotonic()
 
     def _state(self) -> dict[str, Any]:
@@ -611,8 +649,11 @@ class Trainer:
             self.ema.load_state_dict(state["ema"])
         if self.evolver is not None:
             self.evolver.load_state_dict(state["evolver"])
-        self.step, self.epoch, self.batch = (state["position"][name] for name in ("step", "epoch", "batch"))
-        self.seconds, self.changed, self.history = state["seconds"], state["changed"], state["history"]
+        self.step, self.epoch, self.batch = (int(state["position"][name]) for name in ("step", "epoch", "batch"))
+        if not (0 <= self.epoch <= self.settings.epochs and 0 <= self.batch <= len(self.train)):
+            raise ValueError(f"its position is epoch {self.epoch + 1}, batch {self.batch + 1}")
+        self.seconds, self.changed = float(state["seconds"]), float(state["changed"])
+        self.history = progress.checked_history(state["history"])
         self.sparsity = summary(self.model).sparsity
         mine = state["ranks"][self.rank]
         self.sums.copy_(mine["sums"])
@@ -698,15 +739,35 @@ def train(
         return Trainer(model, to_train, to_test, made, out=out, resume=resume, config=config, quiet=quiet).run()
 
 
+def the_device(device: torch.device | str | None = None) -> torch.device:
+    """A device that can be used: the one of this name, else the GPU of this rank where there is one, else the CPU.
+
+    Raises:
+        ValueError: no such device, or it cannot be used here.
+    """
+    try:
+        name = device.strip().lower() if isinstance(device, str) else device
+        here = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name is None else name)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device is {device!r}; it needs cpu, cuda, or one of several GPUs as cuda:1") from None
+    if here.type == "cuda":
+        here = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) if here.index is None else here.index)
+        if here.index >= torch.cuda.device_count():
+            raise ValueError(f"device: this rank needs {here} and there are {torch.cuda.device_count()} GPUs; use cpu")
+        return here
+    try:
+        torch.ones(1, device=here).tolist()
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        why = (str(error).splitlines() or ["it holds no numbers"])[0]
+        raise ValueError(f"device is {device!r}, which cannot be used here: {why}; use cpu or cuda") from error
+    return here
+
+
 @contextlib.contextmanager
 def ranks(device: torch.device | str | None = None) -> Iterator[tuple[int, int, torch.device]]:
     """(rank, world, device) of this process, in the process group that torchrun asks for: NCCL on GPUs, else gloo."""
-    here = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if str(here) == "cuda":
-        here = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    here = the_device(device)
     if here.type == "cuda":
-        if here.index >= torch.cuda.device_count():
-            raise ValueError(f"ranks(): this rank needs {here} and there are {torch.cuda.device_count()} GPUs")
         torch.cuda.set_device(here)
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import io
 import itertools
 import os
 import pickle
+import random
 import struct
 import sys
 import tarfile
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -509,6 +512,94 @@ def test_foreign_archives_are_refused(tmp_path):
             load("cifar10", "test", root=tmp_path)
 
 
+def archive_of(path: Path, members: list[tuple[tarfile.TarInfo, bytes]], **options) -> None:
+    with tarfile.open(path, "w:gz", **options) as tar:
+        for info, content in members:
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+def test_archives_that_claim_more_than_they_have_are_refused(tmp_path, monkeypatch):
+    """A sparse member of a terabyte of zeros; one that is cut; one that unpacks to too much."""
+    path, name = tmp_path / "cifar-10-python.tar.gz", "cifar-10-batches-py/test_batch"
+
+    def refused(message):
+        tracemalloc.start()
+        with pytest.raises(ValueError, match=message):
+            load("cifar10", "test", root=tmp_path)
+        assert tracemalloc.get_traced_memory()[1] < 10**8
+        tracemalloc.stop()
+
+    terabyte = tarfile.TarInfo(name)
+    terabyte.pax_headers = {"GNU.sparse.major": "0", "GNU.sparse.minor": "1", "GNU.sparse.name": name,
+                            "GNU.sparse.size": str(10**12), "GNU.sparse.map": "0,3"}  # fmt: skip
+    archive_of(path, [(terabyte, b"abc")], format=tarfile.PAX_FORMAT)
+    refused(f"{name} claims 1000000000000 bytes")
+    archive_of(path, [(tarfile.TarInfo(name), bytes(100))])
+    whole = gzip.decompress(path.read_bytes())
+    long = tarfile.TarInfo(name)
+    long.size = 10**12
+    path.write_bytes(gzip.compress(long.tobuf(tarfile.GNU_FORMAT) + whole[512:]))
+    refused(f"{name} claims 1000000000000 bytes")
+    monkeypatch.setattr(data, "MOST_ARCHIVE", 10**6)
+    path.write_bytes(gzip.compress(whole[:512] + bytes(10**7)))
+    refused("unpacks to more than 1000000 bytes")
+    monkeypatch.setattr(data, "MOST_FILE", 100)
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    for file in ("test_batch", "batches.meta"):
+        (tmp_path / "cifar-10-batches-py" / file).write_bytes(bytes(101))
+    refused("test_batch has 101 bytes; no file of CIFAR has more than 100")
+
+
+def test_a_pickle_takes_no_more_memory_than_it_has(tmp_path):
+    """Numbers in it that name places in memory, or the lengths of what follows."""
+    for content in (b"\x80\x02]r\xff\xff\xff\x7f.", b"\x80\x04\x8e" + (10**12).to_bytes(8, "little") + b"abc.",
+                    b"\x80\x04\x95" + (10**12).to_bytes(8, "little") + b"N."):  # fmt: skip
+        tracemalloc.start()
+        with pytest.raises(ValueError, match=r"here (is damaged or foreign|holds a)"):
+            data._unpickle(content, "here")
+        assert tracemalloc.get_traced_memory()[1] < 10**6
+        tracemalloc.stop()
+
+
+def test_damaged_archives_and_pickles_raise_nothing_but_value_errors(tmp_path):
+    contents, folder = cifar_contents("cifar10")
+    files = {f: dumps2(c) for f, c in contents.items()}
+    draw = random.Random(0)
+    place = write_cifar(tmp_path, folder, files, packed=True)
+    whole = gzip.decompress(place.read_bytes())
+    for i in range(300):
+        damaged = bytearray(whole if i % 2 else whole[: draw.randrange(len(whole))])
+        for _ in range(draw.randrange(1, 4) if i % 2 else 0):
+            damaged[draw.randrange(min(len(damaged), 4096) if i % 4 == 1 else len(damaged))] = draw.randrange(256)
+        place.write_bytes(gzip.compress(damaged, 1))
+        with contextlib.suppress(ValueError, FileNotFoundError):  # what is harmless is read
+            load("cifar10", "test", root=tmp_path)
+    for _ in range(2000):
+        damaged = bytearray(files["test_batch"])
+        for _ in range(draw.randrange(1, 4)):
+            damaged[draw.randrange(min(len(damaged), 200))] = draw.randrange(256)
+        with contextlib.suppress(ValueError):
+            data._byte_matrix(data._unpickle(bytes(damaged), "here").get(b"data"), "here")
+
+
+def test_sizes_that_no_machine_holds_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"shapes\(\): 5000 images of 1000000x1000000 need \d+ GB; this machine has"):
+        load("shapes", "train", image_size=10**6)
+    folder = picture_folder(tmp_path, 20)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "memory_bytes", lambda: 10**4)
+        with pytest.raises(ValueError, match="8 images of 32x32 need 0 GB; this machine has 0 GB"):
+            load(str(folder), "train", image_size=32)
+
+
+@pytest.mark.parametrize("name", ["Shapes", "SHAPES"])
+def test_names_in_any_case(name):
+    assert load(name, "test", count=5).name == "shapes"
+    with pytest.raises(FileNotFoundError, match="cifar10 is not in"):
+        load("CIFAR10", "test", root="nowhere")
+
+
 # ---------------------------------------------------------------- folders
 
 
@@ -596,10 +687,30 @@ def test_a_crop_is_a_part_of_the_image():
 
 def test_folders_refuse(tmp_path):
     folder = picture_folder(tmp_path, 20)
-    with pytest.raises(ValueError, match=r"set/train/train has no folders|train has no folders"):
+    layout = r"needs train/CLASS/\*.png to train, and val/CLASS/\*.png or test/CLASS/\*.png with the same classes"
+    with pytest.raises(
+        ValueError, match=rf"set/train has no folder train; it has 2 folders \(blue, red\); .* {layout}"
+    ):
         load(str(folder / "train"), "train")
+    (tmp_path / "flat" / "train").mkdir(parents=True)
+    with pytest.raises(ValueError, match="flat/train has no folder for each class; it has nothing"):
+        load(str(tmp_path / "flat"), "train")
+    for i in range(4):
+        (tmp_path / "flat" / "train" / f"{i}.png").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"each class; it has 4 images \(0.png, 1.png, 2.png, ...\)"):
+        load(str(tmp_path / "flat"), "train")
+    (tmp_path / "flat" / "train" / "a").mkdir()
+    (tmp_path / "flat" / "train" / "a" / "0.png").mkdir()
+    with pytest.raises(ValueError, match=r"a/0.png has the name of an image and is no file"):
+        load(str(tmp_path / "flat"), "train")
+    (tmp_path / "flat" / "train" / "a" / "0.png").rmdir()
+    os.mkfifo(tmp_path / "flat" / "train" / "a" / "0.png")  # which a reader would wait for
+    with pytest.raises(ValueError, match=r"a/0.png has the name of an image and is no file"):
+        load(str(tmp_path / "flat"), "train")
+    with pytest.raises(ValueError, match=rf"flat has no folder val or test; it has 1 folder \(train\); .* {layout}"):
+        load(str(tmp_path / "flat"), "test")
     (folder / "train" / "green").mkdir()
-    with pytest.raises(ValueError, match="green has no images"):
+    with pytest.raises(ValueError, match=r"green has no images \(.*\); it has nothing"):
         load(str(folder), "train")
     with pytest.raises(ValueError, match=r"need the same folders; \['green'\] are in one only"):
         load(str(folder), "test")
@@ -609,8 +720,9 @@ def test_folders_refuse(tmp_path):
     with pytest.raises(ValueError, match=r"3.PNG cannot be decoded: .*; remove or replace it"):
         load(str(folder), "train", image_size=20)
     for workers in (0, 1):
-        with pytest.raises(ValueError, match=r"3.PNG cannot be decoded: .*; remove or replace it"):
+        with pytest.raises(ValueError, match=r"3.PNG cannot be decoded: .*; remove or replace it") as caught:
             list(Batches(load(str(folder), "train", workers=workers, image_size=65), 8, train=True).epoch())
+        assert "Traceback" not in str(caught.value)
 
 
 def test_a_folder_needs_pillow(tmp_path, monkeypatch):

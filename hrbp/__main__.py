@@ -8,28 +8,31 @@ import math
 import os
 import re
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from . import command
 from .density import densities
+from .files import naming
 from .models import NETWORKS, build, parameter_count
 from .picture import check_plot, draw_grouping
 from .regroup import Grouping
 from .report import MaskReport, Score, columns, report_mask, stored_blocks, table, total_score, under_a_mask
 from .structure import Groups, structure
 from .study_cli import add_study
+from .train import Diverged
 from .train_cli import add_train
 from .weights import layers, read_weights, sparse_layer, sparse_names, write_groupings
 
 if TYPE_CHECKING:
-    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+    Commands = argparse._SubParsersAction[command.Parser]
 
 FEWEST_CHANNELS = 4  # layers with no more input channels are stems and depthwise convolutions
 
@@ -96,30 +99,48 @@ Exit status: 0; 2 for a file or an option that cannot be used.
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
-    parser = argparse.ArgumentParser("python -m hrbp", description=DESCRIPTION, formatter_class=_Raw)
+    parser = command.Parser("python -m hrbp", description=DESCRIPTION, formatter_class=_Raw)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for add in (add_train, add_study, add_regroup, add_info):
         add(commands)
-    args = parser.parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    if not words:  # a person sees what there is, a script that something is missing
+        parser.print_help(sys.stderr)
+        return 2
+    args = parser.parse_args(words)
     try:
         status = args.run(args)
-        sys.stdout.flush()
+        with naming("standard output"):
+            sys.stdout.flush()
         return status
     except BrokenPipeError:  # whoever reads has seen enough, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, OSError) as error:  # a user's mistake: what the library refuses says why
-        print(f"python -m hrbp: {_one_line(error)}", file=sys.stderr)
-        return 2
+    except Diverged as error:
+        return _said(error, 1)
+    except (ValueError, OSError, ImportError) as error:  # a user's mistake: what the library refuses says why
+        if isinstance(error, OSError) and error.filename == "standard output":
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or it is tried again at the end
+        return _said(error, 2)
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)):
+            raise
+        what = (str(error).splitlines() or ["no more is to be had"])[0]
+        return _said(f"out of memory: {what}; lower --batch-size, --width or --image-size, or raise --accumulate", 2)
     except KeyboardInterrupt:
-        print("python -m hrbp: interrupted", file=sys.stderr)
-        return 130
+        return _said("interrupted", 130)
+
+
+def _said(error: Exception | str, status: int) -> int:
+    """One line on stderr."""
+    print(f"python -m hrbp: {_one_line(error)}", file=sys.stderr)
+    return status
 
 
 _Raw = argparse.RawDescriptionHelpFormatter
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: Exception | str) -> str:
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     return " ".join(str(error).split())
@@ -135,21 +156,31 @@ def add_regroup(commands: Commands) -> None:
         formatter_class=_Raw,
     )  # fmt: skip
     add = parser.add_argument
-    add("file", metavar="FILE", help="a state_dict (.pt, .pth, ...), .npz or .safetensors")
-    add("--sparsity", type=_number(0, 1, "[0, 1)"), default=0.9, help="share that is dropped, default 0.9")
+    add("file", type=command.path, metavar="FILE", help="a state_dict (.pt, .pth, ...), .npz or .safetensors")
+    add("--sparsity", type=command.number(0, 1, "[0, 1)"), default=0.9, help="share that is dropped, default 0.9")
     add("--distribution", choices=("erk", "uniform"), default="erk", help="of the layers' densities, default erk")
     add("--structure", choices=("hrbp++", "hrbp"), default="hrbp++", help="default hrbp++")
-    add("--groups", type=_positive, default=8, help="most groups of a layer, default 8")
-    add("--tap-density", type=_share, help="share of the taps that a group keeps, default 4/9 (hrbp: 1)")
-    add("--granule", type=_positive, default=1, help="channels in aligned runs of this many, default 1")
-    add("--row-granule", type=_rows, default=1, help="filters move in runs of this many, default 1; 'stay': not at all")
-    add("--min-rows", type=_positive, default=8, help="least filters of a group, default 8")
+    add("--groups", type=command.positive, default=8, help="most groups of a layer, default 8")
+    add("--tap-density", type=command.share, help="share of the taps that a group keeps, default 4/9 (hrbp: 1)")
+    add("--granule", type=command.positive, default=1, help="channels in aligned runs of this many, default 1")
+    add(
+        "--row-granule",
+        type=command.rows,
+        default=1,
+        help="filters move in runs of this many, default 1; 'stay': not at all",
+    )
+    add("--min-rows", type=command.positive, default=8, help="least filters of a group, default 8")
     add("--balanced", action="store_true", help="every channel is kept by equally many groups, give or take one")
     add("--method", choices=("assign", "paper"), default="assign", help="ours (default) or Algorithm 1 alone")
-    add("--seed", type=int, default=0, help="of the search, default 0")
-    add("--layers", type=_regex, metavar="REGEX", help="only layers whose name has a match, stems and all")
-    add("--save", metavar="OUT.npz", help="write every layer's mask, row_order, channels and taps")
-    add("--picture", metavar="OUT.png", help="draw one layer's mask before, after and in the input gradient")
+    add("--seed", type=command.seed, default=0, help="of the search, default 0")
+    add("--layers", type=command.regex, metavar="REGEX", help="only layers whose name has a match, stems and all")
+    add("--save", type=command.path, metavar="OUT.npz", help="write every layer's mask, row_order, channels and taps")
+    add(
+        "--picture",
+        type=command.path,
+        metavar="OUT.png",
+        help="draw one layer's mask before, after and in the input gradient",
+    )
     add("--layer", metavar="NAME", help="the layer of the picture, default the largest")
     add("--json", action="store_true", help="print JSON in place of the table")
     parser.set_defaults(run=run_regroup)
@@ -313,22 +344,27 @@ def add_info(commands: Commands) -> None:
         epilog=INFO_END, formatter_class=_Raw,
     )  # fmt: skip
     add = parser.add_argument
-    add("file", metavar="FILE", help=f"a file of weights, or one of {', '.join(NETWORKS)}")
-    add("--like", metavar="FILE", help="for checkpoints of BSR layers: dense weights or a network with their shapes")
+    add("file", type=command.path, metavar="FILE", help=f"a file of weights, or one of {', '.join(NETWORKS)}")
+    add(
+        "--like",
+        type=command.path,
+        metavar="FILE",
+        help="for checkpoints of BSR layers: dense weights or a network with their shapes",
+    )
     add("--width", type=float, default=1.0, help="of a network: times its published channels, default 1")
-    add("--classes", type=_positive, default=10, help="of a network, default 10")
-    add("--image-size", type=_positive, default=32, help="of a network; it decides its first layer, default 32")
+    add("--classes", type=command.positive, default=10, help="of a network, default 10")
+    add("--image-size", type=command.positive, default=32, help="of a network; it decides its first layer, default 32")
     parser.set_defaults(run=run_info)
 
 
 def run_info(args: argparse.Namespace) -> int:
     """A file's masks, or a network's layers."""
-    if args.file in NETWORKS and not Path(args.file).exists():
-        print(_network_table(_build(args.file, args)))
+    if (network := _network_named(args.file)) is not None:
+        print(_network_table(_build(network, args)))
         return 0
     tensors = read_weights(args.file)
     sparse, plain = sparse_names(tensors), layers(tensors)
-    shapes = _shapes(args.like, args) if sparse and args.like else {}
+    shapes = {} if args.like is None else _shapes(args.like, args)
     reports: dict[str, MaskReport] = {}
     unknown = []
     for name in _in_order(tensors, [*sparse, *plain]):
@@ -364,8 +400,8 @@ def _in_order(tensors: Mapping[str, Tensor], names: Sequence[str]) -> list[str]:
 
 
 def _shapes(like: str, args: argparse.Namespace) -> dict[str, tuple[int, ...]]:
-    if like in NETWORKS and not Path(like).exists():
-        return {name: tuple(weight.shape) for name, weight in layers(_build(like, args).state_dict()).items()}
+    if (network := _network_named(like)) is not None:
+        return {name: tuple(weight.shape) for name, weight in layers(_build(network, args).state_dict()).items()}
     return {name: tuple(weight.shape) for name, weight in layers(read_weights(like)).items()}
 
 
@@ -384,6 +420,11 @@ def _unknown_table(tensors: Mapping[str, Tensor], names: Sequence[str]) -> str:
     return columns(lines) + "\nThe file has no shapes of these layers; --like DENSE_FILE or --like NETWORK tells more."
 
 
+def _network_named(text: str) -> str | None:
+    """The network of this name, in any case; None: it is that of a file."""
+    return text.lower() if text.lower() in NETWORKS and not Path(text).exists() else None
+
+
 def _build(name: str, args: argparse.Namespace) -> torch.nn.Module:
     with torch.device("meta"):  # shapes alone
         return build(name, classes=args.classes, width=args.width, image_size=args.image_size)
@@ -399,47 +440,7 @@ def _network_table(model: torch.nn.Module) -> str:
     return columns(lines, left=(0, 1))
 
 
-# ---------------------------------------------------------------------- options and progress
-
-
-def _number(low: float, high: float, text: str) -> Callable[[str], float]:
-    def parse(value: str) -> float:
-        try:
-            number = float(value)
-        except ValueError:
-            number = math.nan
-        if not low <= number < high:
-            raise argparse.ArgumentTypeError(f"{value} is not in {text}")
-        return number
-
-    return parse
-
-
-def _positive(value: str) -> int:
-    if not value.isdecimal() or int(value) < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not a positive number")
-    return int(value)
-
-
-def _share(value: str) -> float:
-    try:
-        share = Fraction(value)
-    except (ValueError, ZeroDivisionError):
-        share = Fraction(0)
-    if not 0 < share <= 1:
-        raise argparse.ArgumentTypeError(f"{value} is not a fraction in (0, 1], such as 4/9")
-    return float(share)
-
-
-def _rows(value: str) -> int | None:
-    return None if value == "stay" else _positive(value)
-
-
-def _regex(value: str) -> re.Pattern[str]:
-    try:
-        return re.compile(value)
-    except re.error as error:
-        raise argparse.ArgumentTypeError(f"{value} is no regular expression ({error})") from None
+# ---------------------------------------------------------------------- files and progress
 
 
 def _check_writable(path: str | None) -> None:
@@ -448,8 +449,13 @@ def _check_writable(path: str | None) -> None:
         return
     if Path(path).is_dir():
         raise ValueError(f"{path}: a folder; it needs a file name")
-    if not Path(path).resolve().parent.is_dir() or not os.access(Path(path).resolve().parent, os.W_OK):
-        raise ValueError(f"{path}: its folder does not exist or cannot be written to")
+    if not Path(path).resolve().parent.is_dir():
+        raise ValueError(f"{path}: its folder does not exist")
+    try:
+        with tempfile.TemporaryFile(dir=Path(path).resolve().parent):
+            pass
+    except OSError as error:
+        raise ValueError(f"{path}: its folder cannot be written to ({error.strerror})") from error
 
 
 def _progress(names: Iterable[str], work: Sequence[int]) -> Iterator[str]:

@@ -63,8 +63,7 @@ def load(
     who = "load()"
     if split not in ("train", "test"):
         raise ValueError(f"{who}: split is {split!r}; it needs 'train' or 'test'")
-    if name.lower() in ("shapes", *_CIFAR) and not Path(name).is_dir():
-        name = name.lower()
+    name = set_named(name)
     if count is not None and name != "shapes":
         raise ValueError(f"{who}: count is {count}, which only 'shapes' takes; {name} has the images that it has")
     if name == "shapes":
@@ -79,6 +78,11 @@ def load(
     raise ValueError(
         f"{who}: name is {name!r}{is_file}; it needs shapes, {', '.join(_CIFAR)}, or the path of a folder with {LAYOUT}"
     )
+
+
+def set_named(name: str) -> str:
+    """The name of a set in any case as it is written; that of a folder as it is."""
+    return name.lower() if name.lower() in ("shapes", *_CIFAR) and not Path(name).is_dir() else name
 
 
 # ---------------------------------------------------------------- sets of images

@@ -12,7 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .files import memory_bytes
+
 SMALL_IMAGE = 64  # up to this size a network meant for 224x224 images starts without its first two reductions
+MOST_WIDTH, MOST_CHANNELS = 10_000, 1 << 30  # whose products a 64-bit integer holds
 STEPS = 4096  # widths that `narrow` tries between 0 and 1; finer ones build no other networks
 GOLDEN = (math.sqrt(5) - 1) / 2
 
@@ -114,8 +117,25 @@ def _network(
     size = _positive(who, "image_size", image_size)
     if name == "vgg19" and size < 16:
         raise ValueError(f"{who}: image_size is {size}; vgg19 halves images four times and needs 16 or more")
+    if width > MOST_WIDTH or max(classes, channels) > MOST_CHANNELS:
+        raise ValueError(
+            f"{who}: width is {width:g}, classes {classes} and channels {channels}; they need at most {MOST_WIDTH},"
+            f" {MOST_CHANNELS} and {MOST_CHANNELS}"
+        )
     make, shape = NETWORKS[name]
-    return make(*shape, classes, _Widths(width, multiple), size <= SMALL_IMAGE, channels)
+
+    def made() -> nn.Module:
+        return make(*shape, classes, _Widths(width, multiple), size <= SMALL_IMAGE, channels)
+
+    if torch.get_default_device().type != "meta":
+        with torch.device("meta"):
+            count = parameter_count(made())
+        if 4 * count > memory_bytes():
+            raise ValueError(
+                f"{who}: {name} with width {width:g} and {classes} classes has {count:,} parameters,"
+                f" {4e-9 * count:,.0f} GB; this machine has {1e-9 * memory_bytes():,.0f} GB: lower width or classes"
+            )
+    return made()
 
 
 def _build(who: str, name: str, classes: int, width: float, image_size: int, channels: int, multiple: int) -> nn.Module:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import math
 import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from .data import load
+from . import command
+from .data import LAYOUT, load, set_named
 from .evolve import METHODS
 from .models import NETWORKS
 from .regularity import FIGURE as REGULARITY_FIGURE
@@ -19,11 +19,13 @@ from .regularity import table as regularity_table
 from .structure import STRUCTURES
 from .study import ABLATION, FIGURE, PRESETS, Preset, Study, Variant, table
 from .sweep import RESULTS, TABLE
+from .train import the_device
 
 if TYPE_CHECKING:
-    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+    Commands = argparse._SubParsersAction[command.Parser]
 
 REGULARITY = "regularity"
+MAX_TIME, MAX_STORAGE = 0.5, 0.25
 RETRAIN, TIMED_WIDTH = 2, 8.0  # epochs after a pruning; of resnet8: layers of 128 to 512 channels
 
 DESCRIPTION = """\
@@ -61,40 +63,56 @@ def add_study(commands: Commands) -> None:
     add("--preset", choices=(*PRESETS, REGULARITY), default="quick", help="what holds by default, default quick")
     add("--model", choices=NETWORKS, nargs="+", metavar="NAME", help=f"{', '.join(NETWORKS)}")
     add("--width", type=float, help="times the published channel counts")
-    add("--data", nargs="+", metavar="NAME", help="shapes (generated), cifar10, cifar100, or a folder of images")
-    add("--root", default="data", help="where CIFAR's archives lie, default data")
-    add("--structures", nargs="+", metavar="NAME", help=f"dense, narrow, {', '.join(STRUCTURES)}, 2:4, ...")
+    add(
+        "--data", nargs="+", type=command.path, metavar="NAME",
+        help=f"shapes (generated), cifar10, cifar100, or a folder with {LAYOUT}",
+    )  # fmt: skip
+    add("--root", type=command.path, default="data", help="where CIFAR's archives lie, default data")
+    add(
+        "--structures",
+        nargs="+",
+        type=str.lower,
+        metavar="NAME",
+        help=f"dense, narrow, {', '.join(STRUCTURES)}, 2:4, ...",
+    )
     add("--methods", nargs="+", choices=METHODS, metavar="NAME", help=f"how masks change: {', '.join(METHODS)}")
     add("--sparsities", nargs="+", type=float, metavar="S",
         help="of the layers made sparse, default 0.9 0.95, regularity: 0.5 0.75 0.875")  # fmt: skip
-    add("--seeds", nargs="+", type=int, metavar="N", help="default 0 1, paper: 0 1 2")
+    add("--seeds", nargs="+", type=command.seed, metavar="N", help="default 0 1, paper: 0 1 2")
     add("--epochs", type=int, help="default 6, paper: 160")
-    add("--batch-size", type=int, help="default 64, paper: 128")
+    add("--batch-size", type=command.positive, help="default 64, paper: 128")
     add("--lr", type=float, help="default 0.1; half of that when training again after pruning")
     add(
         "--every",
         type=int,
         help="steps between mask changes, default 100, in short trainings a fortieth, of subp an epoch",
     )
-    add("--out", metavar="DIR", help="folder, default runs/study, runs/study-PRESET")
+    add("--out", type=command.path, metavar="DIR", help="folder, default runs/study, runs/study-PRESET")
     add("--device", help="default cuda if there is a GPU, else cpu")
     add("--amp", choices=("none", "bf16", "fp16"), help="mixed precision, default bf16 on a GPU, none on a CPU")
     add = parser.add_argument_group("--preset regularity").add_argument
-    add("--weights", metavar="FILE", help="of the trained network, default: it is trained first")
+    add("--weights", type=command.path, metavar="FILE", help="of the trained network, default: it is trained first")
     add("--retrain", type=int, help=f"epochs after each pruning, default {RETRAIN}")
     add("--timed-width", type=float, help=f"width of the timed network, default --width, of resnet8 {TIMED_WIDTH:g}")
-    add("--max-time", type=float, default=0.5, help="that the answer may take, relative to dense, default 0.5")
-    add("--max-storage", type=float, default=0.25, help="that its file may take, relative to dense, default 0.25")
+    budget = command.number(math.ulp(0.0), math.inf, "(0, inf)")
+    add("--max-time", type=budget, help="that the answer may take, relative to dense, default 0.5")
+    add("--max-storage", type=budget, help="that its file may take, relative to dense, default 0.25")
     parser.set_defaults(run=run_study)
 
 
 def run_study(args: argparse.Namespace) -> int:
     """The studies of all networks on all data sets, each with its table."""
+    args.data = None if args.data is None else [set_named(name) for name in args.data]
     if args.preset == REGULARITY:
         return run_regularity(args)
+    for name in ("weights", "retrain", "timed_width", "max_time", "max_storage"):
+        if getattr(args, name) is not None:
+            option = name.replace("_", "-")
+            raise ValueError(f"study: --{option} is of --preset {REGULARITY}; leave it out, or take that preset")
     preset = PRESETS[args.preset]
     training = _training(args, preset.training)
-    pairs = [(model, data) for data in args.data or preset.data for model in args.model or preset.models]
+    models, sets = (list(dict.fromkeys(names)) for names in (args.model or preset.models, args.data or preset.data))
+    pairs = [(model, data) for data in sets for model in models]
     loaded = {data: (load(data, "train", root=args.root), load(data, "test", root=args.root)) for _, data in pairs}
     out = Path(args.out or ("runs/study" if args.preset == "quick" else f"runs/study-{args.preset}"))
     studies = [
@@ -143,7 +161,8 @@ def run_regularity(args: argparse.Namespace) -> int:
         timed_width=timed_width if args.timed_width is None else args.timed_width, device=args.device, **training,
     )  # fmt: skip
     results = made.run()
-    print(f"\n{regularity_table(results, max_time=args.max_time, max_storage=args.max_storage)}\n")
+    budgets = {"max_time": args.max_time or MAX_TIME, "max_storage": args.max_storage or MAX_STORAGE}
+    print(f"\n{regularity_table(results, **budgets)}\n")
     if results["stopped"]:
         return _stopped(results["stopped"])
     print(f"in {made.out}: {RESULTS}, {TABLE}, {REGULARITY_FIGURE}, and a folder for each training")
@@ -152,7 +171,7 @@ def run_regularity(args: argparse.Namespace) -> int:
 
 def _training(args: argparse.Namespace, preset: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of the trainings."""
-    on_gpu = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu")).type == "cuda"
+    on_gpu = the_device(args.device).type == "cuda"
     given = {key: value for key in ("epochs", "lr") if (value := getattr(args, key)) is not None}
     amp = {"none": None, None: "bf16" if on_gpu else None}.get(args.amp, args.amp)
     return {**preset, **given, "amp": amp, "channels_last": on_gpu}
@@ -171,14 +190,19 @@ def _variants(args: argparse.Namespace, preset: Preset, model: str, data: str) -
             *(ABLATION if (preset, model, data) == (PRESETS["paper"], "resnet32", "cifar10") else ()),
         )
     structures = args.structures or dict.fromkeys(variant.structure for variant in preset.variants)
-    chosen = []
+    chosen: list[Variant] = []
+    left_out = []
     for structure in dict.fromkeys(structures):
         pairs = [Variant(structure, method) for method in dict.fromkeys(args.methods or ["static"])]
         if structure in ("dense", "narrow"):
             pairs = [Variant(structure)]
         for variant in pairs:
             if reason := variant.refuses():
-                print(f"left out: {variant.name}, as {reason}")
+                left_out.append(f"{variant.name}, as {reason}")
             else:
                 chosen.append(variant)
+    if not chosen:
+        raise ValueError(f"study: none of the structures goes together with the methods: {'; '.join(left_out)}")
+    for words in left_out:
+        print(f"left out: {words}")
     return chosen

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .data import Batches, ImageSet, load
+from . import command
+from .data import LAYOUT, Batches, ImageSet, load, set_named
 from .density import DISTRIBUTIONS
 from .models import NETWORKS, build, narrow
 from .options import DECAYING, METHODS, OPTIONS, refused_options
@@ -20,11 +21,12 @@ from .saliency import METHODS as SALIENCIES
 from .sparsify import METHODS as MASTER_METHODS
 from .sparsify import sparsify
 from .structure import STRUCTURES
+from .structure import structure as make_structure
 from .summary import summary
-from .train import DEFAULTS, SCHEDULES, Diverged, train
+from .train import DEFAULTS, SCHEDULES, Diverged, the_device, train
 
 if TYPE_CHECKING:
-    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+    Commands = argparse._SubParsersAction[command.Parser]
 
 EPOCHS = {"shapes": 20, "cifar10": 160, "cifar100": 160}  # the last two: the HRBP paper's
 FOLDER_EPOCHS = 100
@@ -53,8 +55,11 @@ In the folder: log.jsonl (the configuration, then a line an epoch and a mask upd
   y = model(x)
 
 Ctrl-C or SIGTERM saves and stops; a killed process loses what came after its last checkpoint, nothing more.
-Options of structures: groups, tap_density, granule, row_granule, min_rows, balanced, method (hrbp, hrbp++), blocksize
-(block), n, uniform, rearrange (1xn), n, m (n:m): --option groups=16 --option granule=8
+Options of structures: groups, tap_density, granule, row_granule, min_rows, balanced (hrbp, hrbp++), groups, min_rows
+(elementwise), blocksize (block), n, uniform, rearrange (1xn), n, m (n:m): --option groups=16 --option granule=8
+
+--data FOLDER is a folder with train/CLASS/*.png to train with, one folder for each class, and val/CLASS/*.png or
+test/CLASS/*.png, with the same classes, to test with; .jpeg, .webp and other images as well.
 Exit status: 0; 1 if the loss is not finite; 2 for an option or a file that cannot be used; 128 + N if stopped by
 signal N.
 """
@@ -71,12 +76,20 @@ def add_train(commands: Commands) -> None:
         "--model", choices=NETWORKS, default="resnet20", metavar="NAME", help=f"default resnet20; {', '.join(NETWORKS)}"
     )
     add("--width", type=float, default=1.0, help="times the published channel counts, default 1")
-    add("--data", default="shapes", help="shapes (generated, default), cifar10, cifar100, or a folder of images")
-    add("--root", default="data", help="where CIFAR's archives lie, default data")
+    add(
+        "--data", type=command.path, default="shapes",
+        help=f"shapes (generated, default), cifar10, cifar100, or a folder with {LAYOUT}",
+    )  # fmt: skip
+    add("--root", type=command.path, default="data", help="where CIFAR's archives lie, default data")
     add("--image-size", type=int, help="height and width, default 16 for shapes, 224 for a folder")
 
     add = parser.add_argument_group("sparsity").add_argument
-    add("--structure", default="hrbp++", help=f"{', '.join(STRUCTURES)}, 2:4, ..., dense or narrow; default hrbp++")
+    add(
+        "--structure",
+        type=str.lower,
+        default="hrbp++",
+        help=f"{', '.join(STRUCTURES)}, 2:4, ..., dense or narrow; default hrbp++",
+    )
     add("--sparsity", type=float, default=0.9, help="of the layers made sparse, default 0.9")
     add("--distribution", choices=DISTRIBUTIONS, help="of the layers' densities, default erk, with subp uniform")
     add("--saliency", choices=SALIENCIES, default="random", help="what chooses the first masks, default random")
@@ -106,10 +119,10 @@ def add_train(commands: Commands) -> None:
     add("--warmup", type=float, default=0.0, help="epochs in which the learning rate rises, default 0")
     add("--label-smoothing", type=float, default=0.0, help="default 0")
     add("--ema", type=float, metavar="DECAY", help="average the weights, as 0.999; the average is tested and saved")
-    add("--seed", type=int, default=0, help="of weights, masks and the order of images, default 0")
+    add("--seed", type=command.seed, default=0, help="of weights, masks and the order of images, default 0")
 
     add = parser.add_argument_group("running").add_argument
-    add("--out", help="folder to write to, default runs/MODEL-STRUCTURE-SPARSITY-EVOLVE-SEED")
+    add("--out", type=command.path, help="folder to write to, default runs/MODEL-STRUCTURE-SPARSITY-EVOLVE-SEED")
     add("--resume", action="store_true", help="continue what the folder holds, if it holds anything")
     add("--device", help="default cuda if there is a GPU, else cpu")
     add("--amp", choices=("none", "bf16", "fp16"), help="mixed precision, default bf16 on a GPU, none on a CPU")
@@ -123,13 +136,13 @@ def add_train(commands: Commands) -> None:
 def run_train(args: argparse.Namespace) -> int:
     """One training, and what it came to."""
     evolve_options = _evolve_options(args)
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    on_gpu, first = device.type == "cuda", int(os.environ.get("RANK", 0)) == 0
+    on_gpu, first = the_device(args.device).type == "cuda", int(os.environ.get("RANK", 0)) == 0
+    options, args.data = _structure_options(args), set_named(args.data)
     sets = [
         load(args.data, split, root=args.root, image_size=args.image_size, seed=args.seed)
         for split in ("train", "test")
     ]
-    model = _network(args, sets[0])
+    model = _network(args, sets[0], options)
     if first:
         made = summary(model)
         print(
@@ -201,14 +214,31 @@ def _evolve_options(args: argparse.Namespace) -> dict[str, Any]:
     return options | given
 
 
-def _network(args: argparse.Namespace, images: ImageSet) -> nn.Module:
+def _structure_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What --option says, of the structure that is asked for; anything else is refused."""
+    options = dict(args.option)
+    if args.structure == DENSE:
+        if options:
+            raise ValueError(f"train: --option {', '.join(options)}: --structure dense has no options; leave them out")
+        return {}
+    name = "hrbp++" if args.structure == NARROW else args.structure
+    if "method" in options:  # sparsify() has one of its own, which --evolve decides
+        raise ValueError("train: --option method: groups are always chosen by 'assign' here; leave it out")
+    try:
+        make_structure(name, **options)
+    except TypeError as error:
+        raise ValueError(f"train: --option: {error}") from error
+    return options
+
+
+def _network(args: argparse.Namespace, images: ImageSet, options: dict[str, Any]) -> nn.Module:
     """The network, sparse unless it is to be dense."""
     shape = {"classes": len(images.classes), "image_size": images.shape[1], "channels": images.shape[0]}
     torch.manual_seed(args.seed)
     model = build(args.model, width=args.width, **shape)
     if args.structure == DENSE:
         return model
-    options: dict[str, Any] = dict(args.option)
+    options = dict(options)
     if args.saliency in ("snip", "grasp", "synflow", "magnitude+gradient"):
         options["batch"] = next(iter(Batches(images, args.batch_size, train=True, seed=args.seed).epoch()))
     structure = "hrbp++" if args.structure == NARROW else args.structure
@@ -230,5 +260,5 @@ def _option(text: str) -> tuple[str, Any]:
         raise argparse.ArgumentTypeError(f"{text!r} is no NAME=VALUE")
     try:
         return name, ast.literal_eval(value)
-    except (SyntaxError, ValueError):
+    except (MemoryError, RecursionError, SyntaxError, ValueError):  # a word, or what nobody means
         return name, value

@@ -48,8 +48,8 @@ ALLOWED = {
 ORDER = [
     "files", "choose", "density", "saliency", "models", "data", "regroup", "structure", "subp", "master", "semi",
     "sparsify", "summary", "decay", "options", "agreement", "averages", "dense_grad", "exchange", "evolve", "weights",
-    "stream", "report", "picture", "progress", "checkpoint", "train", "train_cli", "sweep", "study", "regularity",
-    "study_cli", "__init__", "__main__",
+    "stream", "report", "picture", "progress", "checkpoint", "train", "command", "train_cli", "sweep", "study",
+    "regularity", "study_cli", "__init__", "__main__",
 ]  # fmt: skip
 
 

@@ -151,9 +151,14 @@ def nonzero(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generat
     return (t + 0.25 * torch.where(t < 0, -1.0, 1.0)).to(dtype)
 
 
-def guarded(t: Tensor, device: str, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
-    """`t` in the middle of a buffer of NaN: a read outside it poisons the result."""
+def guarded(
+    t: Tensor,
+    device: str | torch.device,
+    memory_format: torch.memory_format = torch.contiguous_format,
+    around: float = float("nan"),
+) -> Tensor:
+    """`t` in the middle of a buffer of NaN: a read outside it poisons the result. Or of another number: it does not."""
     t = t.contiguous(memory_format=memory_format)
-    buffer = torch.full((t.numel() + 2 * GUARD,), float("nan"), dtype=t.dtype, device=device)
+    buffer = torch.full((t.numel() + 2 * GUARD,), around, dtype=t.dtype, device=device)
     inside = buffer.as_strided(t.shape, t.stride(), GUARD)
     return inside.copy_(t)

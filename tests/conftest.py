@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import os
 
+import processes
+
+# Of this process and of those that it starts: the tests' tensors are too small for more, and threads that wait for each
+# other take many times as long where something else runs. test_threads.py is about several. Before PyTorch is imported.
+os.environ.update(processes.ONE_THREAD)
+
 import torch
 
 # Triton reads this when a kernel is decorated: before anything imports it.
@@ -16,6 +22,7 @@ from hypothesis import HealthCheck, settings
 from blocksparse.kernels import cupy_conv
 from emulator import Emulator
 
+torch.set_num_threads(1)
 if not torch.cuda.is_available():
     cupy_conv.runtime = Emulator()
 
@@ -24,6 +31,13 @@ _common = {"deadline": None, "print_blob": True, "suppress_health_check": [Healt
 settings.register_profile("default", max_examples=100, **_common)
 settings.register_profile("deep", max_examples=2000, **_common)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+@pytest.fixture
+def limited():
+    """A test whose workers hang fails."""
+    with processes.limited():
+        yield
 
 
 @pytest.fixture

@@ -12,7 +12,6 @@ import hashlib
 import os
 import random
 import re
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -21,7 +20,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+import processes
 from blocksparse.kernels import cupy_conv
+from processes import ONE_THREAD
 
 HEADER = Path(__file__).parent / "emulator.h"
 BUILDS = Path(tempfile.gettempdir()) / f"blocksparse-emulator-{os.getuid()}"
@@ -43,9 +44,7 @@ def _compile(source: str, target: Path, flags: tuple[str, ...]) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         file, part = (target.with_name(f"{target.stem}.{os.getpid()}{suffix}") for suffix in (".cc", ".part"))
         file.write_text(source)
-        result = subprocess.run(
-            ["g++", *COMMON, *flags, str(file), "-o", str(part)], capture_output=True, text=True, check=False
-        )
+        result = processes.run(["g++", *COMMON, *flags, str(file), "-o", str(part)])
         assert result.returncode == 0, result.stderr[-6000:]
         os.replace(part, target)
         file.unlink()
@@ -88,27 +87,31 @@ def specialised(kind: str, flags: tuple[str, ...]) -> str:
 def sanitized(cases: list[str], prelude: str) -> list[str]:
     """What the sanitizers of CHECKED say about each piece of Python, "" where it runs to its end.
 
-    They end a process that breaks a rule: each piece has its own, forked from one that they are loaded into.
+    They end a process that breaks a rule: each piece has its own, forked from one that they are loaded into. That one
+    has no second thread, whatever a user's variables ask for: processes.fork makes sure.
     """
     text = f"""
-import os, sys
+import faulthandler, os, sys
 del os.environ["LD_PRELOAD"]  # g++ needs none
 sys.path[:0] = [{str(HEADER.parent)!r}, {str(HEADER.parent.parent)!r}]
+import processes, torch
+torch.set_num_threads(1)
 {prelude}
 for i, case in enumerate({cases!r}):
-    if not os.fork():
+    pid = processes.fork()
+    if not pid:
         os.dup2(os.open(sys.argv[1] + "/" + str(i), os.O_WRONLY | os.O_CREAT), 2)
+        faulthandler.dump_traceback_later(processes.LIMIT / 2, exit=True)
         exec(case)
         os.write(2, b"the end")
         os._exit(0)
-    os.wait()
+    os.waitpid(pid, 0)
 """
-    library = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True).stdout
-    settings = {"LD_PRELOAD": library.strip(), "ASAN_OPTIONS": "detect_leaks=0", "PYTHONUNBUFFERED": "1"}
+    library = processes.run(["g++", "-print-file-name=libasan.so"]).stdout.strip()
+    # The sanitizers, not Python's faulthandler, say what a signal was about.
+    settings = {"LD_PRELOAD": library, "ASAN_OPTIONS": "detect_leaks=0", "PYTHONFAULTHANDLER": "", **ONE_THREAD}
     with tempfile.TemporaryDirectory() as folder:
-        result = subprocess.run(
-            [sys.executable, "-c", text, folder], env=os.environ | settings, capture_output=True, text=True, check=False
-        )
+        result = processes.run([sys.executable, "-c", text, folder], env=os.environ | settings)
         assert result.returncode == 0, result.stderr[-6000:]
         said = [(Path(folder) / str(i)).read_text() for i in range(len(cases))]
     return ["" if text.endswith("the end") else text or "it ended without a word" for text in said]

@@ -7,7 +7,6 @@ import json
 import math
 import os
 import re
-import subprocess
 import sys
 from fractions import Fraction
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 import blocksparse as bs
+import processes
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "bench"))
@@ -581,10 +581,7 @@ def test_the_command_writes_a_table_and_a_complete_file(tmp_path):
     command = [sys.executable, str(ROOT / "bench" / "run.py"), *layers_asked, "--blocksize", "group", "8x8", *SMALL]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     pytest.importorskip("matplotlib")
-    done = subprocess.run(
-        [*command, "--json", str(file), "--plot", str(figure)],
-        env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+    done = processes.run([*command, "--json", str(file), "--plot", str(figure)], env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert max(map(len, done.stdout.splitlines())) <= 150
     assert "x dense" in done.stdout

@@ -7,7 +7,6 @@ import itertools
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 
 import blocksparse as bs
 from blocksparse import functional
+from processes import run as run_process
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "bench"))
@@ -47,7 +47,7 @@ def one_thread():
 def test_every_stage_runs_and_makes_a_page(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / "bench" / "gpu.py"), "--quick", "--out", str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
+    done = run_process(command, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr + (tmp_path / "log.txt").read_text()[-3000:]
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["complete"] is True

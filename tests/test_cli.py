@@ -6,7 +6,6 @@ import importlib.util
 import json
 import math
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import torch
 from torch import nn
 
 import hrbp
+import processes
 from blocksparse import BSRConv2d, BSRPattern
 from hrbp.__main__ import main
 from hrbp.models import build, parameter_count
@@ -358,10 +358,10 @@ def test_help_teaches(capsys):
 def test_as_a_program(dense):
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "hrbp", "regroup", str(dense), "--layers", "3"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+    result = processes.run(command, env=env)
     assert (result.returncode, result.stderr) == (0, "[1/1] 3\n")
     assert len(result.stdout.splitlines()) == 2
     command[-3:] = ["missing.pt"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+    result = processes.run(command, env=env)
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr == "python -m hrbp: missing.pt: No such file or directory\n"

@@ -617,6 +617,7 @@ def picture_folder(root: Path, size: int, each: int = 4) -> Path:
     return root / "set"
 
 
+@pytest.mark.usefixtures("limited")
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize(("size", "kind"), [(24, data.MemorySet), (72, data.FolderSet)])
 def test_folders_are_what_was_in_the_files(tmp_path, size, kind, workers):
@@ -635,6 +636,7 @@ def test_folders_are_what_was_in_the_files(tmp_path, size, kind, workers):
             assert torch.equal(x[i], want[:, None, None].expand(3, size, size))
 
 
+@pytest.mark.usefixtures("limited")
 def test_decoding_processes_change_nothing(tmp_path):
     """The same augmented batches with any number of workers, from any batch on, on two ranks as on one."""
     folder = picture_folder(tmp_path, 80)
@@ -685,6 +687,7 @@ def test_a_crop_is_a_part_of_the_image():
     assert (abs(middle[0].min() - 4), abs(middle[0].max() - 59)) <= (1, 1)
 
 
+@pytest.mark.usefixtures("limited")
 def test_folders_refuse(tmp_path):
     folder = picture_folder(tmp_path, 20)
     layout = r"needs train/CLASS/\*.png to train, and val/CLASS/\*.png or test/CLASS/\*.png with the same classes"

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 
 import pytest
 import torch
 
 import blocksparse as bs
+import processes
 
 PATTERN = bs.BSRPattern.random((16, 8, 3, 3), (8, 8), 0.5)
 X = torch.randn(2, 8, 6, 6)
@@ -113,7 +113,7 @@ def test_available_backends_says_why():
 
 def run_python(code: str, **environment: str) -> str:
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environment
-    result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+    result = processes.run([sys.executable, "-c", code], env=env)
     assert result.returncode == 0, result.stderr
     return result.stdout
 

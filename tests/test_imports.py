@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ast
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import processes
 
 ROOT = Path(__file__).parent.parent
 
@@ -122,7 +123,7 @@ def test_importing_loads_no_backend():
         assert not torch.cuda.is_initialized()
         assert not any("triton_conv" in name or "cupy_conv" in name for name in sys.modules)
     """
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    result = processes.run([sys.executable, "-c", code], cwd=ROOT)
     assert result.returncode == 0, result.stderr
 
 

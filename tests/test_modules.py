@@ -8,6 +8,7 @@ import os
 import pickle
 import subprocess
 import sys
+from datetime import timedelta
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
@@ -642,7 +643,9 @@ def test_ranks_exchange_stored_blocks_only(tmp_path):
     """DistributedDataParallel on one gloo rank: gradients and buffers go through its buckets and stay right."""
     import torch.distributed as dist
 
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1, timeout=timedelta(minutes=5)
+    )
     try:
         module = padded(random_pattern())
         twin = copy.deepcopy(module)

@@ -7,7 +7,6 @@ import copy
 import csv
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -23,6 +22,7 @@ from hrbp.picture import draw_regularity
 from hrbp.regularity import GRAINS, Regularity, answers, line_name, rows, table
 from hrbp.sparsify import sparse_layers
 from hrbp.sweep import read
+from processes import Process
 
 ROOT = Path(__file__).parent.parent
 STRUCTURES = ("dense", "narrow", "unstructured", "kernel", "hrbp")
@@ -208,9 +208,9 @@ def test_a_study_that_was_stopped_continues_in_the_middle_of_a_training(whole, t
 
 def test_a_study_that_was_killed_continues(whole, tmp_path):
     out = tmp_path / "s"
-    code = f"from tests.test_regularity import tiny; tiny({str(out)!r}).run()"
-    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONPATH": "."}) as process:
-        while process.poll() is None and len(list(out.glob("*/result.json"))) < 4:
+    code = f"from test_regularity import tiny; tiny({str(out)!r}).run()"
+    with Process([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONPATH": ".:tests"}) as process:
+        while process.running() and len(list(out.glob("*/result.json"))) < 4:
             time.sleep(0.02)
         process.kill()
     finished = {file: file.stat().st_mtime_ns for file in out.glob("*/result.json")}

@@ -9,7 +9,6 @@ import json
 import os
 import signal
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -21,6 +20,7 @@ from hrbp.checkpoint import load
 from hrbp.picture import draw_study
 from hrbp.study import PRESETS, PUBLISHED, TABLE_1, Study, Variant, rows, sentences, table
 from hrbp.sweep import read
+from processes import Process
 
 ROOT = Path(__file__).parent.parent
 VARIANTS = (
@@ -86,9 +86,9 @@ def test_a_study_that_was_stopped_continues_in_the_middle_of_a_training(whole, t
 
 def test_a_study_that_was_killed_continues(whole, tmp_path):
     out = tmp_path / "s"
-    code = f"from tests.test_study import tiny; tiny({str(out)!r}).run()"
-    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONPATH": "."}) as process:
-        while process.poll() is None and len(list(out.glob("*/result.json"))) < 3:
+    code = f"from test_study import tiny; tiny({str(out)!r}).run()"
+    with Process([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONPATH": ".:tests"}) as process:
+        while process.running() and len(list(out.glob("*/result.json"))) < 3:
             time.sleep(0.05)
         process.kill()
     finished = {file: file.stat().st_mtime_ns for file in out.glob("*/result.json")}

@@ -8,7 +8,6 @@ import json
 import math
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -19,10 +18,12 @@ from matplotlib.image import imread
 from torch import nn
 
 import hrbp
+import processes
 from hrbp import checkpoint, files, picture, progress, train_cli
 from hrbp.data import Batches, MemorySet
 from hrbp.sparsify import METHODS, plan_of, sparse_layers
 from hrbp.train import Diverged, Settings, Trainer, train, training_bytes
+from processes import ONE_THREAD
 
 ROOT = Path(__file__).parent.parent
 
@@ -406,17 +407,18 @@ def test_stopped_within_an_epoch_and_continued(name, tmp_path):
 
 
 PRELUDE = """if True:
-import os, random, signal, sys, time
+import faulthandler, os, random, signal, sys, time
 sys.path[:0] = [{tests!r}, {root!r}]
-import torch
+import processes, torch
 torch.set_num_threads(1)
 from test_train import *
 out = Path(sys.argv[1])
 
 def child(function, *args):
-    pid = os.fork()
+    pid = processes.fork()
     if pid == 0:
-        signal.alarm(300)  # ranks that wait for each other in vain end, too
+        # Ranks that wait for each other in vain end, too, and say where they were.
+        faulthandler.dump_traceback_later(processes.LIMIT / 2, exit=True)
         try:
             function(*args)
         except BaseException:
@@ -436,9 +438,9 @@ def finished(pid):
 def script(code: str, out: Path, **environment: str) -> str:
     """Run code in a fresh process that forks its workers: torch is imported once. Returns what it printed."""
     prelude = PRELUDE.format(tests=str(ROOT / "tests"), root=str(ROOT)).removeprefix("if True:\n")
-    done = subprocess.run(
-        [sys.executable, "-c", prelude + code, str(out)], capture_output=True, text=True, check=False, cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment},
+    done = processes.run(
+        [sys.executable, "-c", prelude + code, str(out)],
+        env={**os.environ, **ONE_THREAD, "CUDA_VISIBLE_DEVICES": "", **environment}, cwd=ROOT,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

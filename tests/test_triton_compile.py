@@ -12,9 +12,9 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
 import sys
 import tempfile
+from contextlib import ExitStack
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ import torch
 
 from blocksparse import ConvGeometry, index
 from blocksparse.kernels import tiles
+from processes import LIMIT, Process, run
 
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
@@ -261,7 +262,7 @@ def facts_of(kernel: Any) -> dict[str, Any]:
             file.write(kernel.asm["cubin"])
             file.flush()
             command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
-            usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            usage = run(command).stdout
         facts |= {
             name: int(re.search(rf"{key}:(\d+)", usage)[1]) for name, key in (("registers", "REG"), ("stack", "STACK"))
         }
@@ -275,24 +276,18 @@ def facts_of(kernel: Any) -> dict[str, Any]:
 # ---------------------------------------------------------------------- the tests
 
 
-def start(what: str, cases: list[Case]) -> subprocess.Popen[str]:
+def start(what: str, cases: list[Case]) -> Process:
     """This file as a script in a process of its own: "compile" or "launch"."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-    process = subprocess.Popen(
-        [sys.executable, "-W", "ignore", __file__, what],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
-    )  # fmt: skip
-    process.stdin.write(json.dumps(cases))
-    process.stdin.close()
-    process.stdin = None
-    return process
+    command = [sys.executable, "-W", "ignore", __file__, what]
+    return Process(command, given=json.dumps(cases), env=environment, limit=3600.0 if WIDE else LIMIT)
 
 
-def result_of(process: subprocess.Popen[str]) -> Any:
-    output, errors = process.communicate()
-    assert process.returncode == 0, errors[-3000:]
-    return json.loads(output)
+def result_of(process: Process) -> Any:
+    done = process.finish()
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
 
 
 @pytest.fixture(scope="module")
@@ -300,10 +295,11 @@ def facts() -> dict[Case, dict[str, Any]]:
     """Two processes share the cases."""
     cases = list(dict.fromkeys([*CASES, *RESIZED]))
     halves = [cases[::2], cases[1::2]]
-    processes = [start("compile", half) for half in halves]
     found = {}
-    for process, half in zip(processes, halves, strict=True):
-        found |= dict(zip(half, result_of(process), strict=True))
+    with ExitStack() as ends:
+        processes = [ends.enter_context(start("compile", half)) for half in halves]
+        for process, half in zip(processes, halves, strict=True):
+            found |= dict(zip(half, result_of(process), strict=True))
     return found
 
 

@@ -127,6 +127,19 @@ def test_importing_loads_no_backend():
     assert result.returncode == 0, result.stderr
 
 
+def test_everything_is_packaged():
+    """An editable install is a path, and would not show what a wheel lacks."""
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    for top in ("blocksparse", "hrbp"):
+        folders = {f.parent.relative_to(ROOT) for f in (ROOT / top).rglob("*.py")}
+        assert {".".join(f.parts) for f in folders} == {p for p in settings["packages"] if p.split(".")[0] == top}
+        data = {f for pattern in settings["package-data"][top] for f in (ROOT / top).glob(pattern)}
+        files = {f for f in (ROOT / top).rglob("*") if f.is_file() and f.suffix not in (".py", ".pyc")}
+        assert files == data
+        assert ROOT / top / "py.typed" in data
+
+
 def test_public_names_are_documented():
     import blocksparse
 

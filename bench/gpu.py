@@ -73,7 +73,7 @@ class Stage:
 
 def stages(out: Path, on_gpu: bool, quick: bool, scale: float = 1.0) -> list[Stage]:
     """All stages, in the order in which they are worth having."""
-    tests = ["tests/test_geometry.py"] if quick else device_tests()
+    tests = ["tests/test_geometry.py"] if quick else ["-m", "", *device_tests()]  # the slow ones, too
     workers = ("-n", str(PARTS)) if not quick and importlib.util.find_spec("xdist") else ()
     pytest = (*PYTHON, "-m", "pytest", *workers, "-p", "no:cacheprovider", f"--junitxml={out / 'tests.xml'}", *tests)
     interpreter = () if on_gpu else (("TRITON_INTERPRET", "1"),)

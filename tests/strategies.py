@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
@@ -22,6 +23,9 @@ else:
 
 # A few, because g++ compiles each: single channels, 16-byte pieces of channels, a second CTA that is not full (40).
 CUPY_BLOCKSIZES = [(8, 1), (16, 1), (32, 1), (40, 2), (8, 16)]
+
+# By what the number of random cases is divided: some of them in every run, all of them in the slow one.
+DRAWS = [pytest.param(3, id="some"), pytest.param(1, id="all", marks=pytest.mark.slow)]
 
 ANY_KERNEL = st.tuples(st.integers(1, 4), st.integers(1, 4))
 

@@ -44,6 +44,7 @@ def one_thread():
 
 
 @no_gpu
+@pytest.mark.slow
 def test_every_stage_runs_and_makes_a_page(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / "bench" / "gpu.py"), "--quick", "--out", str(tmp_path)]
@@ -140,7 +141,7 @@ def test_a_process_past_its_limit_is_stopped_and_its_result_kept(tmp_path, monke
     assert found["status"] == "late"
     assert found["why"] == "stopped at its limit: slow"
     assert found["jobs"]["slow"]["late"] is True
-    assert found["jobs"]["slow"]["exit"] == -signal.SIGINT or found["jobs"]["slow"]["exit"] == 1
+    assert found["jobs"]["slow"]["exit"] in (-signal.SIGINT, 1, -signal.SIGKILL)  # the last on a very busy machine
     assert found["jobs"]["slow"]["result"]["kind"] == "launch"
 
 

@@ -2,7 +2,8 @@
 
 The sources are the very text that the emulator compiles (cupy_conv.source), the options those that CuPy adds to ours.
 `specialisations` are all there are: a test holds them against what tiles ask for. Each run compiles a set of them that
-shows every pair of values on every target; CUPY_COMPILE=all compiles them all, some two thousand kernels.
+shows every value on two targets, a slow run one that shows every pair of values on every target; CUPY_COMPILE=all
+compiles them all, some two thousand kernels.
 """
 
 from __future__ import annotations
@@ -65,20 +66,21 @@ def specialisations() -> Iterator[Special]:
                     yield Special(kind, dtype, precision, unit, nt, cut, bands)
 
 
-def pairs(special: Special) -> set[tuple]:
-    """(kind, a value, another one)."""
+def shown(special: Special, together: int) -> set[tuple]:
+    """(kind, a value), or (kind, a value, another one)."""
     math = special.dtype, special.precision
     named = enumerate((math, special.unit, special.nt, special.cut, special.bands > 1))
-    return {(special.kind, *pair) for pair in itertools.combinations(named, 2)}
+    return {(special.kind, *values) for values in itertools.combinations(named, together)}
 
 
-def covering(specials: list[Special]) -> list[Special]:
-    """Few of them with every pair of values that any has: again and again the one with the most new pairs."""
-    missing = set().union(*map(pairs, specials))
+def covering(specials: list[Special], together: int) -> list[Special]:
+    """Few of them with every value, or pair of values, that any has: again and again the one with the most new ones."""
+    of = {special: shown(special, together) for special in specials}
+    missing = set().union(*of.values())
     chosen = []
     while missing:
-        chosen.append(max(specials, key=lambda s: len(pairs(s) & missing)))
-        missing -= pairs(chosen[-1])
+        chosen.append(max(specials, key=lambda s: len(of[s] & missing)))
+        missing -= of[chosen[-1]]
     return sorted(chosen, key=specials.index)
 
 
@@ -106,16 +108,25 @@ def compiled(source: str, flags: tuple[str, ...], arch: str) -> dict[str, Facts]
     return found
 
 
-def test_every_kernel_fits(capsys):
+@pytest.mark.parametrize(
+    ("together", "archs"),
+    [
+        pytest.param(1, ("sm_80", "sm_90"), id="every value"),
+        pytest.param(2, ARCHS, id="every pair of values", marks=[] if ALL else pytest.mark.slow),
+    ],
+)
+def test_every_kernel_fits(together, archs, capsys):
     """No spills, no stack, enough threads to a multiprocessor, and no shared memory but what the launch asks for."""
-    specials = list(specialisations()) if ALL else covering(list(specialisations()))
-    work = [(special, arch) for special in specials for arch in ARCHS]
+    specials = list(specialisations())
+    if together == 1 or not ALL:
+        specials = covering(specials, together)
+    work = [(special, arch) for special in specials for arch in archs]
     with ThreadPoolExecutor(2) as pool:  # NVRTC lets go of the interpreter
         found = pool.map(lambda item: compiled(cupy_conv.source(item[0].kind), item[0].flags, item[1]), work)
         facts = dict(zip(work, found, strict=True))
-    lines = [f"{'registers':58}{'  '.join(ARCHS)}"]
+    lines = [f"{'registers':58}{'  '.join(archs)}"]
     for special in specials:
-        registers = (f"{facts[special, arch][special.kind].registers:5}" for arch in ARCHS)
+        registers = (f"{facts[special, arch][special.kind].registers:5}" for arch in archs)
         lines.append(f"{special!s:58}{'  '.join(registers)}")
     with capsys.disabled():
         print("", *lines, sep="\n")
@@ -141,11 +152,12 @@ def test_every_tile_is_one_of_the_specialisations(case):
     assert asked <= {special.flags for special in specialisations()}
 
 
-def test_the_covering_ones_show_every_pair():
+@pytest.mark.parametrize(("together", "least_saved"), [(1, 30), (2, 8)])
+def test_the_covering_ones_show_every_value_or_pair(together, least_saved):
     specials = list(specialisations())
-    few = covering(specials)
-    assert set().union(*map(pairs, few)) == set().union(*map(pairs, specials))
-    assert len(few) < len(specials) / 8
+    few = covering(specials, together)
+    assert {v for s in few for v in shown(s, together)} == {v for s in specials for v in shown(s, together)}
+    assert len(few) < len(specials) / least_saved
 
 
 LAYERS = {64: 56, 128: 28, 256: 14, 512: 7}  # the 3x3 layers of ResNet-50: channels and pixels

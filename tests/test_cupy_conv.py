@@ -181,9 +181,8 @@ def variants(kind: str, dtype: torch.dtype) -> list[tuple[tuple[int, int], SlotT
     return list(found.values())
 
 
-@pytest.mark.parametrize(
-    ("kind", "dtype"), [(kind, dtype) for kind in KINDS for dtype in (torch.float16, torch.float32)], ids=str
-)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.float32, marks=pytest.mark.slow)], ids=str)
 def test_every_tile_is_right(kind, dtype, poisoned_memory):
     for blocksize, tile in variants(kind, dtype):
         work = Work((2 * blocksize[0], 64, 3, 3), blocksize, (9, 64, 7, 10), PLAIN, density=0.1, dtype=dtype)
@@ -213,7 +212,7 @@ def test_taps_and_channels_in_parts(kind, channels_last, shape, blocksize, x_sha
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("n", range(1, 8))
+@pytest.mark.parametrize("n", [pytest.param(n, marks=[] if n in (1, 4, 6) else pytest.mark.slow) for n in range(1, 8)])
 def test_small_batches(kind, dtype, n, poisoned_memory):
     """A slot holds bands of rows of one image: more bands than rows too, borders and strides between them."""
     conv = [PLAIN, ((2, 1), (1, 0), (2, 1)), ((3, 2), (4, 1), (1, 1))][n % 3]

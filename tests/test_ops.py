@@ -29,7 +29,9 @@ def layer(device="cpu", dtype=torch.float32, layout=torch.contiguous_format, blo
 
 
 @pytest.mark.parametrize("runner", RUNNERS, ids="-".join)
-@pytest.mark.parametrize("layout", FORMATS, ids=str)
+@pytest.mark.parametrize(
+    "layout", [FORMATS[0], *(pytest.param(f, marks=pytest.mark.slow) for f in FORMATS[1:])], ids=str
+)
 def test_opcheck(runner, layout):
     backend, device = runner
     x, values, bias, pattern = layer(device, layout=layout)
@@ -134,6 +136,7 @@ def test_compile_without_breaks_or_recompiles(runner, layout):
     assert counter.frame_count == 1
 
 
+@pytest.mark.slow
 def test_compile_with_inductor_and_dynamic_batch():
     torch._dynamo.reset()
     x, values, bias, pattern = layer()

@@ -10,28 +10,29 @@ from torch._prims_common import suggest_memory_format
 
 import blocksparse as bs
 from oracle import assert_products
-from strategies import RUNNERS, Case, cases
+from strategies import DRAWS, RUNNERS, Case, cases
 
 TILED = [runner for runner in RUNNERS if runner[0] in ("triton", "cupy")]
 HALF = (torch.float16, torch.bfloat16)
 
 
-def share(runner: tuple[str, str]) -> settings:
+def share(runner: tuple[str, str], part: int) -> settings:
     """Triton's interpreter takes milliseconds a tile; on a GPU, and under g++, a new case compiles for a second."""
     default = settings.get_profile(settings.get_current_profile_name()).max_examples
     draws = {"cpu": default // 2, "cuda": default // 5}[runner[1]] if runner in TILED else default * 3
     return settings(
-        max_examples=draws,
+        max_examples=max(1, draws // part),
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
     )
 
 
 @pytest.mark.parametrize("runner", RUNNERS, ids="-".join)
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
-def test_products_match_the_reference(runner, dtype, poisoned_memory):
+@pytest.mark.parametrize("part", DRAWS)
+def test_products_match_the_reference(runner, dtype, part, poisoned_memory):
     backend, device = runner
 
-    @share(runner)
+    @share(runner, part)
     @given(cases(backend, (dtype,)))
     def check(case: Case):
         x, values, bias, dy, pattern = case.tensors(device)
@@ -63,8 +64,9 @@ def test_adjointness_in_float64(device, case: Case):
 
 
 @pytest.mark.parametrize("runner", TILED, ids="-".join)
-def test_adjointness_in_float32(runner):
-    @share(runner)
+@pytest.mark.parametrize("part", DRAWS)
+def test_adjointness_in_float32(runner, part):
+    @share(runner, part)
     @given(cases(runner[0], (torch.float32,)))
     def check(case: Case):
         x, values, _, dy, pattern = case.tensors(runner[1])
@@ -81,10 +83,11 @@ def test_adjointness_in_float32(runner):
 
 
 @pytest.mark.parametrize("runner", TILED, ids="-".join)
-def test_backends_agree(runner):
+@pytest.mark.parametrize("part", DRAWS)
+def test_backends_agree(runner, part):
     """The same numbers from implementations that share no code, in full fp32."""
 
-    @share(runner)
+    @share(runner, part)
     @given(cases(runner[0], (torch.float32,)))
     def check(case: Case):
         x, values, bias, dy, pattern = case.tensors(runner[1])

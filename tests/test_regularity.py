@@ -180,6 +180,7 @@ def test_times_are_of_a_wide_network_and_relative_to_dense(whole, tmp_path, monk
 # ---------------------------------------------------------------- stopped and continued
 
 
+@pytest.mark.slow
 def test_a_study_that_was_stopped_continues_in_the_middle_of_a_training(whole, tmp_path, monkeypatch):
     class Counted(data.Batches):
         """Asks for the end at the 19th batch that is trained with: in the third link."""
@@ -206,6 +207,7 @@ def test_a_study_that_was_stopped_continues_in_the_middle_of_a_training(whole, t
     assert timeless(rows(again)) == timeless(rows(whole[1]))
 
 
+@pytest.mark.slow
 def test_a_study_that_was_killed_continues(whole, tmp_path):
     out = tmp_path / "s"
     code = f"from test_regularity import tiny; tiny({str(out)!r}).run()"

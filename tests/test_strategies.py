@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import find, given
+from hypothesis import Phase, find, given, settings
 from hypothesis import strategies as st
 
 from strategies import GUARD, Case, cases, guarded, nonzero, patterns
+
+QUICK = settings(max_examples=2000, phases=[Phase.generate])  # the first that is found will do, not the smallest
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton", "cupy"])
@@ -23,12 +25,12 @@ from strategies import GUARD, Case, cases, guarded, nonzero, patterns
     ],
 )
 def test_patterns_reach(backend, what, holds):
-    find(patterns(backend), holds)
+    find(patterns(backend), holds, settings=QUICK)
 
 
 def test_patterns_reach_single_channels():
     for backend in ("torch", "cupy"):
-        find(patterns(backend), lambda p: p.blocksize[1] == 1 and p.blocksize[0] > 1)
+        find(patterns(backend), lambda p: p.blocksize[1] == 1 and p.blocksize[0] > 1, settings=QUICK)
 
 
 @pytest.mark.parametrize(
@@ -46,7 +48,7 @@ def test_patterns_reach_single_channels():
     ],
 )
 def test_cases_reach(holds):
-    find(cases(), holds)
+    find(cases(), holds, settings=QUICK)
 
 
 @given(cases(dtypes=(torch.float16, torch.bfloat16, torch.float32)))

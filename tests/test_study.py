@@ -84,6 +84,7 @@ def test_a_study_that_was_stopped_continues_in_the_middle_of_a_training(whole, t
     assert timeless(rows(again)) == timeless(rows(whole[1]))
 
 
+@pytest.mark.slow
 def test_a_study_that_was_killed_continues(whole, tmp_path):
     out = tmp_path / "s"
     code = f"from test_study import tiny; tiny({str(out)!r}).run()"

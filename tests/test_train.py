@@ -382,7 +382,9 @@ def variant(name: str, out, resume=False, **more) -> Trainer:
     )
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in ("rigl", "sr-ste", "fp16") else pytest.mark.slow) for n in VARIANTS]
+)
 def test_stopped_within_an_epoch_and_continued(name, tmp_path):
     whole = variant(name, tmp_path / "whole").run()
     before = signal.getsignal(signal.SIGTERM)
@@ -541,7 +543,10 @@ KINDS = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(k, marks=[] if k in ("cut short", "one bit", "other settings") else pytest.mark.slow) for k in KINDS],
+)
 def test_unusable_checkpoints_are_refused(kind, tmp_path, capsys):
     out = tmp_path / "out"
     trained(out)

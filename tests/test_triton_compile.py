@@ -3,8 +3,9 @@
 The host functions run on meta tensors over a driver that only names a target, so that what is inspected is what a
 launch on that device would compile, specialisations included. Compiling needs a process in which TRITON_INTERPRET is
 not set: this file, run as a script, compiles the cases it reads from stdin, or launches them on a driver that does
-nothing. TRITON_COMPILE=wide compiles every blocksize class, load and stride for all targets: about 700 kernels, half an
-hour on two cores.
+nothing. Each run compiles what sm_90 is most likely to run and a kernel of each kind for the others, a slow run the
+same for all of them and a kernel for every row of sm_90's table; TRITON_COMPILE=wide compiles every blocksize class,
+load and stride for all targets: about 700 kernels, half an hour on two cores.
 """
 
 from __future__ import annotations
@@ -145,6 +146,7 @@ WIDE = os.environ.get("TRITON_COMPILE") == "wide"
 # The rows of sm_90 are the ones that a benchmark will rank first.
 LISTS = dict.fromkeys(TARGETS, representative) | {"sm_90": every_row}
 CASES = [case for arch in TARGETS for case in (wide if WIDE else LISTS[arch])(arch)]
+QUICK = [*representative("sm_90"), *(case for arch in TARGETS for case in representative(arch)[1::5])]
 # Other sizes of the first case: they must not need another kernel.
 RESIZED = [CASES[0]._replace(batch=65, height=30), CASES[0]._replace(batch=63, height=27)]
 
@@ -291,9 +293,11 @@ def result_of(process: Process) -> Any:
 
 
 @pytest.fixture(scope="module")
-def facts() -> dict[Case, dict[str, Any]]:
-    """Two processes share the cases."""
-    cases = list(dict.fromkeys([*CASES, *RESIZED]))
+def facts(request: pytest.FixtureRequest) -> dict[Case, dict[str, Any]]:
+    """Of the cases that this run is about. Two processes share them."""
+    items = [item for item in request.session.items if item.module is request.module and hasattr(item, "callspec")]
+    asked = [item.callspec.params["case"] for item in items if "case" in item.callspec.params]
+    cases = list(dict.fromkeys([*asked, CASES[0], *RESIZED]))
     halves = [cases[::2], cases[1::2]]
     found = {}
     with ExitStack() as ends:
@@ -308,7 +312,10 @@ def name(case: Case) -> str:
     return f"{case.arch}-{case.kind}-{bk}x{bc}-{case.math}-s{case.stride}-n{case.batch}-d{case.density}"
 
 
-@pytest.mark.parametrize("case", CASES, ids=name)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=[] if WIDE or case in QUICK else pytest.mark.slow, id=name(case)) for case in CASES],
+)
 def test_kernel(case: Case, facts):
     f = facts[case]
     tensor_cores = TENSOR_CORES[case.arch]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import subprocess
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -18,12 +17,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import hrbp
+import processes
 from hrbp.evolve import Evolver
 from hrbp.sparsify import sparse_layers
 
 ROOT = Path(__file__).parent.parent
 RANKS = 2
-LIMIT = 400  # seconds that a process may take
+LIMIT = processes.LIMIT / 2  # seconds that a process may take
 
 
 class Net(nn.Module):
@@ -198,18 +198,11 @@ def run(task: str, folder: Path) -> None:
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     started = [
-        subprocess.Popen(
-            [sys.executable, "-c", code.format(rank=rank)], cwd=folder, env=environment, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )
+        processes.Process([sys.executable, "-c", code.format(rank=rank)], cwd=folder, env=environment)
         for rank in range(RANKS)
-    ]  # fmt: skip
-    try:
-        told = [process.communicate(timeout=LIMIT)[0] for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    assert [process.returncode for process in started] == [0] * RANKS, "\n".join(told)
+    ]
+    ended = [rank.finish() for rank in started]
+    assert [rank.returncode for rank in ended] == [0] * RANKS, "\n".join(rank.stdout + rank.stderr for rank in ended)
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ import copy
 import io
 import os
 import pickle
-import subprocess
 import sys
 from datetime import timedelta
 from multiprocessing.reduction import ForkingPickler
@@ -22,6 +21,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.utils import prune
 
 import blocksparse as bs
+import processes
 from strategies import patterns
 
 SHAPE, BLOCK = (8, 12, 3, 3), (4, 3)
@@ -372,7 +372,7 @@ def test_another_process_runs_the_new_pattern(way, tmp_path):
     script.write_text(CHILD)
     environment = {**os.environ, "PYTHONPATH": str(Path(bs.__file__).parent.parent), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(script), way]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150, check=False)
+    result = processes.run(command, env=environment)
     assert result.returncode == 0, result.stderr
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import gc
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 import blocksparse as bs
 import hrbp
+import processes
 from blocksparse import carry
 from hrbp.sparsify import plan_of, sparse_layers
 
@@ -680,14 +680,7 @@ def test_state_that_is_sharded_over_ranks_moves_on_the_rank_that_holds_it(tmp_pa
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", RANK]
     ranks = [
-        subprocess.Popen(
-            [*command, str(rank), str(tmp_path / "rendezvous")], env=environment, text=True, stderr=subprocess.PIPE
-        )
-        for rank in range(2)
+        processes.Process([*command, str(rank), str(tmp_path / "rendezvous")], env=environment) for rank in range(2)
     ]
-    try:
-        told = [process.communicate(timeout=180)[1] for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    assert [process.returncode for process in ranks] == [0, 0], "\n".join(told)
+    ended = [rank.finish() for rank in ranks]
+    assert [rank.returncode for rank in ended] == [0, 0], "\n".join(rank.stderr for rank in ended)

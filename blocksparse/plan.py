@@ -87,11 +87,18 @@ class ConvPlan:
         work = _torch_conv().work(tables, self.geometry, self.blocksize)
         stored = self.nnzb * self.blocksize[0] * self.blocksize[1]
         dense = break_even.dense_is_faster(self.geometry, work, stored, torch.get_num_threads())
-        return self._dense if dense else self
+        return self._as_dense() if dense else self
 
-    @functools.cached_property
-    def _dense(self) -> ConvPlan:
-        return replace(self, backend="dense", why="estimated to be faster here than this mask's blocks")
+    def _as_dense(self) -> ConvPlan:
+        """The same with the dense product, made once. Not a cached_property: up to Python 3.11 that holds a lock.
+
+        A process that forks while another thread holds a lock leaves it locked in the child for ever.
+        """
+        made: ConvPlan | None = self.__dict__.get("_dense")
+        if made is None:
+            made = replace(self, backend="dense", why="estimated to be faster here than this mask's blocks")
+            self.__dict__["_dense"] = made
+        return made
 
     @property
     def flops(self) -> int:

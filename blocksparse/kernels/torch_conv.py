@@ -20,7 +20,6 @@ The decomposition lives on the host: a CUDA graph captured here is not valid for
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -248,8 +247,9 @@ class _Cached(NamedTuple):
     decomposition: _Decomposition
 
 
+# No lock: another thread may hold it while this process forks, and the child would wait for it for ever. Each access is
+# one look-up or one assignment of a dictionary; two threads that miss at once both decompose, and the last one stays.
 _cache = WeakTensorKeyDictionary()
-_cache_lock = threading.Lock()
 
 
 def _same(now: tuple[Tensor | None, ...], then: tuple[Tensor | None, ...]) -> bool:
@@ -266,8 +266,7 @@ def _decomposition(tables: IndexTables, geometry: ConvGeometry, blocksize: tuple
     packed, key = tables.packed, (geometry.weight_shape, blocksize)
     index = (tables.indptr, tables.indices, tables.row_order)
     on_cpu = packed.device.type == "cpu"
-    with _cache_lock:
-        found: _Cached | None = _cache.get(packed)
+    found: _Cached | None = _cache.get(packed)
     if found is not None and found.key == key:
         if isinstance(found.proof, int):
             if found.proof == packed._version:
@@ -283,8 +282,7 @@ def _decomposition(tables: IndexTables, geometry: ConvGeometry, blocksize: tuple
     made = _decompose(indptr, indices, row_order, *key, packed.device)
     proof = copy if on_cpu else version
     if proof is not None:
-        with _cache_lock:
-            _cache[packed] = _Cached(key, proof, made)
+        _cache[packed] = _Cached(key, proof, made)
     return made
 
 

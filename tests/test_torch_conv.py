@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import threading
+import tracemalloc
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import blocksparse as bs
+from blocksparse import index
 from blocksparse.index import unpack
 from blocksparse.kernels import torch_conv
 
@@ -135,3 +138,36 @@ def test_threads_share_the_cache():
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_image_sizes_leave_nothing_behind():
+    """What a mask's products come to is asked for at every call, and may be for a new image size each time."""
+    pattern = PATTERNS["8x8"]()
+    tables = unpack(pattern.index, pattern.shape, pattern.blocksize, pattern.nnzb)
+
+    def ask(sizes: range) -> None:
+        for size in sizes:
+            torch_conv.work(tables, bs.ConvGeometry.of((1, 64, size, 9), pattern.shape, 1, 1), pattern.blocksize)
+
+    ask(range(1, 10))
+    gc.collect()
+    tracemalloc.start()
+    before = tracemalloc.get_traced_memory()[0]
+    ask(range(10, 2010))
+    gc.collect()
+    grown = tracemalloc.get_traced_memory()[0] - before
+    tracemalloc.stop()
+    assert grown < 20_000, f"{grown} bytes for 2,000 sizes"
+
+
+def test_masks_leave_nothing_behind():
+    """Masks written in place, and masks of another size: only the last decomposition of each index is kept."""
+    module = bs.BSRConv2d(PATTERNS["8x8"](), padding=1, backend="torch")
+    x = torch.randn(1, 64, 6, 6)
+    alive = len(torch_conv._cache), len(index._views)
+    for i in range(20):
+        module.set_pattern(bs.BSRPattern.random((64, 64, 3, 3), (8, 8), 0.1 + i % 2 / 10))
+        module(x)
+    del module
+    gc.collect()
+    assert (len(torch_conv._cache), len(index._views)) <= alive

@@ -21,7 +21,7 @@ The decomposition lives on the host: a CUDA graph captured here is not valid for
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -96,7 +96,8 @@ class _Decomposition:
     positions: Tensor | None  # its inverse
     blocks: Tensor | None  # [nnzb] stored block of each working block; None: identity
     block_positions: Tensor | None  # its inverse
-    works: dict[ConvGeometry, Work] = field(default_factory=dict)  # made when asked for
+    conv_work: Work  # of `conv`
+    shift_work: Work  # of `shift`, for one chunk of images
 
     def conv(self, g: ConvGeometry) -> bool:
         return bool(self.batches) and (g.taps > 1 or g.padding == (0, 0))
@@ -238,7 +239,30 @@ def _decompose(
     batches = _batches(groups, device) if conv and groups else []
     if r * s == 1 and len(batches) > 1:  # `shift` is faster than many small convolutions there
         batches = []
-    return _Decomposition(groups, batches, filters, positions, blocks_of_groups, block_positions)
+    works = _conv_work(batches, weight_shape), _shift_work(groups, bc)
+    return _Decomposition(groups, batches, filters, positions, blocks_of_groups, block_positions, *works)
+
+
+def _conv_work(batches: list[_Batch], weight_shape: tuple[int, int, int, int]) -> Work:
+    k, _, r, s = weight_shape
+    gathered = sum(batch.groups * batch.width for batch in batches if isinstance(batch.channels, Tensor))
+    weights = sum(_length(batch.rows) * batch.width for batch in batches) * r * s
+    return Work(True, len(batches), gathered, k, weights)
+
+
+def _shift_work(groups: list[_Group], bc: int) -> Work:
+    calls = gathered = moved = weights = 0
+    for group in groups:
+        rows = _length(group.rows)
+        if isinstance(group.channels, Tensor):
+            gathered += group.channels.numel()
+        for part in group.parts:
+            channels = _length(part.blocks) * bc
+            calls, moved, weights = calls + 1, moved + rows + channels, weights + rows * channels
+            if group.channels is None and isinstance(part.channels, Tensor):
+                gathered += channels
+    return Work(False, calls, gathered, moved, weights)
+
 
 
 class _Cached(NamedTuple):
@@ -547,15 +571,20 @@ def _rows_last(channels_last: bool, blocksize: torch.Size) -> bool:
     return channels_last and min(blocksize) >= RUN_CHANNELS  # thin products and gathers want long rows
 
 
+def _chunk_images(g: ConvGeometry, device: torch.device, rows_last: bool) -> int:
+    """Images to work on at a time, on a CPU so few that their planes stay in its cache."""
+    pixels = max(g.h, g.p) * max(g.w, g.q)
+    if _pointwise(g) and not rows_last and pixels >= IMAGE_PIXELS:
+        return 1  # see _own_plane
+    return max(1, g.n if device.type != "cpu" else CHUNK_PIXELS // pixels)
+
+
 def _chunks(g: ConvGeometry, device: torch.device, rows_last: bool) -> Iterator[tuple[slice, ConvGeometry]]:
-    """Images to work on at a time, on a CPU so few that their planes stay in its cache; and the geometry of that part.
+    """Images to work on at a time, and the geometry of that part.
 
     A 1x1 convolution of stride 1 sees images in channels_last as one tall image.
     """
-    pixels = max(g.h, g.p) * max(g.w, g.q)
-    n = g.n if device.type != "cpu" else max(1, CHUNK_PIXELS // pixels)
-    if _pointwise(g) and not rows_last and pixels >= IMAGE_PIXELS:
-        n = 1  # see _own_plane
+    n = _chunk_images(g, device, rows_last)
     for start in range(0, g.n, n):
         stop = min(g.n, start + n)
         part = replace(g, n=stop - start)
@@ -666,29 +695,10 @@ def _working(values: Tensor, d: _Decomposition, dtype: torch.dtype) -> Tensor:
 def work(tables: IndexTables, g: ConvGeometry, blocksize: tuple[int, int]) -> Work:
     """What the products of this mask come to."""
     d = _decomposition(tables, g, blocksize)
-    if g not in d.works:
-        d.works[g] = _work(d, g, blocksize[1])
-    return d.works[g]
-
-
-def _work(d: _Decomposition, g: ConvGeometry, bc: int) -> Work:
     if d.conv(g):
-        rows = [_length(batch.rows) for batch in d.batches]
-        gathered = sum(batch.groups * batch.width for batch in d.batches if isinstance(batch.channels, Tensor))
-        weights = sum(n * batch.width for n, batch in zip(rows, d.batches, strict=True)) * g.taps
-        return Work(True, len(d.batches), gathered, g.k, weights)
-    calls = gathered = moved = weights = 0
-    for group in d.groups:
-        rows_of = _length(group.rows)
-        if isinstance(group.channels, Tensor):
-            gathered += group.channels.numel()
-        for part in group.parts:
-            channels = _length(part.blocks) * bc
-            calls, moved, weights = calls + 1, moved + rows_of + channels, weights + rows_of * channels
-            if group.channels is None and isinstance(part.channels, Tensor):
-                gathered += channels
-    chunks = sum(1 for _ in _chunks(g, torch.device("cpu"), rows_last=False))
-    return Work(False, calls * chunks, gathered, moved, weights)
+        return d.conv_work
+    chunks = -(-g.n // _chunk_images(g, torch.device("cpu"), rows_last=False))
+    return d.shift_work._replace(calls=d.shift_work.calls * chunks)
 
 
 def dense_steps(g: ConvGeometry) -> ConvGeometry:

@@ -106,9 +106,24 @@ class ConvGeometry:
     def taps(self) -> int:
         return self.r * self.s
 
+    @property
+    def only_padding(self) -> bool:
+        """Whether an axis of y meets nothing but padding: y is the bias then, and gradients are zeros."""
+        down = _meets(self.h, self.r, self.p, self.stride[0], self.padding[0], self.dilation[0])
+        return not (down and _meets(self.w, self.s, self.q, self.stride[1], self.padding[1], self.dilation[1]))
+
     def __str__(self) -> str:
         return (
             f"x {self.n}x{self.c}x{self.h}x{self.w} * {self.k}x{self.c}x{self.r}x{self.s}"
             f" -> y {self.n}x{self.k}x{self.p}x{self.q}"
             f" (stride {self.stride}, padding {self.padding}, dilation {self.dilation})"
         )
+
+
+def _meets(size: int, taps: int, out: int, stride: int, padding: int, dilation: int) -> bool:
+    """Whether any tap of any output reads one of the `size` pixels of an axis."""
+    for tap in range(taps):
+        first = max(0, -(-(padding - tap * dilation) // stride))  # the first output that is not before the pixels
+        if first < out and first * stride + tap * dilation - padding < size:
+            return True
+    return False

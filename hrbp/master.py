@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_weight
 
-from blocksparse import BSRPattern, conv2d, linear
+from blocksparse import BSRPattern, ConvGeometry, conv2d, linear
 
 from .structure import Choice, Structure
 
@@ -238,7 +238,7 @@ class MasterConv2d(_Master, nn.Conv2d):  # type: ignore[misc]
 
     def forward(self, input: Tensor) -> Tensor:
         if self.blocksize is None:
-            return self._conv_forward(input, self._masked(), self.bias)
+            return masked_conv(self, input, self._masked())
         pattern, values = self._stored()
         conv = self.stride, symmetric_padding(self), self.dilation
         y = conv2d(input, values, pattern, self.bias, *conv, backend=self.backend)
@@ -348,9 +348,11 @@ def dense_gradient(x: Tensor, dy: Tensor, shape: torch.Size | tuple[int, ...], c
     else:
         if x.dim() == 3:  # an image without a batch
             x, dy = x[None], dy[None]
-        # In channels_last PyTorch refuses float64, and on a CPU gets strided 1x1 convolutions of few channels wrong.
+        # In channels_last PyTorch refuses float64. On a CPU it gets strided 1x1 convolutions wrong there, if of few
+        # channels, and in bfloat16 it reads beyond x.
         if x.dtype == torch.float64 or x.device.type == "cpu":
-            x, dy = x.contiguous(), dy.contiguous()
+            wide = torch.promote_types(x.dtype, torch.float32)
+            x, dy = (t.to(wide).contiguous() for t in (x, dy))
         stride, padding, dilation = conv
         grad = conv2d_weight(x, shape, dy, stride, padding, dilation)
     return grad.to(torch.promote_types(grad.dtype, torch.float32)).view(shape)
@@ -359,6 +361,22 @@ def dense_gradient(x: Tensor, dy: Tensor, shape: torch.Size | tuple[int, ...], c
 def _is_shared(t: Tensor) -> bool:
     """Whether t is in memory that other processes may have, too; on a GPU nobody can tell."""
     return t.device.type == "cpu" and t.is_shared()
+
+
+def masked_conv(layer: nn.Conv2d, x: Tensor, weight: Tensor) -> Tensor:
+    """What nn.Conv2d computes with this weight.
+
+    It is computed contiguous where an axis of y meets only padding: on a CPU PyTorch's channels_last convolution
+    crashes there.
+    """
+    if x.device.type != "cpu" or isinstance(layer.padding, str):
+        return layer._conv_forward(x, weight, layer.bias)
+    (h, w), (r, s), conv = x.shape[-2:], weight.shape[-2:], (layer.stride, layer.padding, layer.dilation)
+    if not ConvGeometry(1, 1, h, w, 1, r, s, *conv).only_padding:  # type: ignore[arg-type]
+        return layer._conv_forward(x, weight, layer.bias)
+    last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    y = layer._conv_forward(x.contiguous(), weight.contiguous(), layer.bias)
+    return y.contiguous(memory_format=torch.channels_last) if last else y
 
 
 def symmetric_padding(conv: nn.Conv2d) -> tuple[int, ...]:

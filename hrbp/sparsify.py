@@ -24,7 +24,7 @@ from blocksparse import BSRConv2d, BSRLinear, BSRPattern, optimizer_tensors
 
 from . import semi
 from .density import densities
-from .master import MasterConv2d, MasterLinear, put_master, take_master_off
+from .master import MasterConv2d, MasterLinear, masked_conv, put_master, take_master_off
 from .saliency import saliency as score_weights
 from .structure import NM, Choice, Grains, Structure, sparsity_of
 from .structure import structure as make_structure
@@ -40,7 +40,7 @@ class MaskedConv2d(nn.Conv2d):
     mask: Tensor
 
     def forward(self, input: Tensor) -> Tensor:
-        return self._conv_forward(input, self.weight * self.mask, self.bias)
+        return masked_conv(self, input, self.weight * self.mask)
 
 
 class MaskedLinear(nn.Linear):

@@ -23,8 +23,9 @@ ALLOWED = {
     "kernels/tiles": {"geometry"},
     "kernels/slots": {"geometry", "kernels/tiles"},
     "kernels/break_even": {"geometry"},
-    "kernels/torch_conv": {"geometry", "index", "layout", "kernels/break_even"},
-    "kernels/dense_conv": {"geometry", "index", "layout", "kernels/torch_conv"},
+    "kernels/aten_conv": {"geometry", "layout"},
+    "kernels/torch_conv": {"geometry", "index", "layout", "kernels/aten_conv", "kernels/break_even"},
+    "kernels/dense_conv": {"geometry", "index", "layout", "kernels/aten_conv", "kernels/torch_conv"},
     "kernels/triton_conv": {"geometry", "index", "layout", "kernels/tiles"},
     "kernels/cupy_conv": {"geometry", "index", "layout", "kernels/slots"},
     "plan": {

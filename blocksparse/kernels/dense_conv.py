@@ -11,15 +11,9 @@ from torch import Tensor
 
 from ..geometry import ConvGeometry
 from ..index import IndexTables
-from ..layout import empty, format_of, is_channels_last
-from .torch_conv import compute_dtype, dense_steps, read_pixels
-
-aten = torch.ops.aten
-
-
-def _last(channels_last: bool, dtype: torch.dtype, g: ConvGeometry) -> bool:
-    """Whether to convolve in channels_last: not where PyTorch's gradients refuse it, or oneDNN's are wrong."""
-    return channels_last and dtype != torch.float64 and (g.taps > 1 or g.stride == (1, 1))
+from ..layout import empty, is_channels_last
+from . import aten_conv
+from .torch_conv import compute_dtype
 
 
 def _blocks(tables: IndexTables, g: ConvGeometry, bc: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -47,22 +41,15 @@ def _compute(t: Tensor) -> Tensor:
     return t.to(compute_dtype(t, conv=True))
 
 
-def _args(g: ConvGeometry) -> tuple[object, ...]:
-    return list(g.stride), list(g.padding), list(g.dilation), False, [0, 0], 1
-
-
 @torch.no_grad()
 def fprop(x: Tensor, values: Tensor, tables: IndexTables, bias: Tensor | None, geometry: ConvGeometry) -> Tensor:
     """y [N, K, P, Q] in the memory format of x; bias [K] in filter order, or None."""
     last = is_channels_last(x)
     if x.numel() == 0:
-        return empty(geometry.y_shape, x, last)
-    g = dense_steps(geometry)
-    inner = _last(last, x.dtype, g)
-    read = _compute(read_pixels(x, geometry)).contiguous(memory_format=format_of(inner))
-    bank, bias = _bank(_compute(values), tables, g, inner), None if bias is None else _compute(bias)
-    y = aten.convolution(read, bank, bias, *_args(g))
-    return y.to(x.dtype).contiguous(memory_format=format_of(last))
+        return aten_conv.bias_alone(geometry.y_shape, x, bias, last)
+    bank = _bank(_compute(values), tables, geometry, aten_conv.works_in(last, x.dtype, geometry))
+    y = aten_conv.fprop(_compute(x), bank, None if bias is None else _compute(bias), geometry)
+    return y.to(x.dtype)
 
 
 @torch.no_grad()
@@ -70,17 +57,8 @@ def dgrad(dy: Tensor, values: Tensor, tables: IndexTables, geometry: ConvGeometr
     """dx [N, C, H, W], channels_last or contiguous."""
     if dy.numel() == 0:
         return empty(geometry.x_shape, dy, channels_last).zero_()
-    g = dense_steps(geometry)
-    inner = _last(channels_last, dy.dtype, g)
-    wide = _compute(dy).contiguous(memory_format=format_of(inner))
-    like = empty(g.x_shape, wide, inner)  # only its shape is read
-    bank = _bank(_compute(values), tables, g, inner)
-    dx, _, _ = aten.convolution_backward(wide, like, bank, None, *_args(g), [True, False, False])
-    if g != geometry:
-        whole = empty(geometry.x_shape, dy, channels_last).zero_()
-        whole[:, :, :: geometry.stride[0], :: geometry.stride[1]][:, :, : g.p, : g.q] = dx
-        return whole
-    return dx.to(dy.dtype).contiguous(memory_format=format_of(channels_last))
+    bank = _bank(_compute(values), tables, geometry, aten_conv.works_in(channels_last, dy.dtype, geometry))
+    return aten_conv.dgrad(_compute(dy), bank, geometry, 1, channels_last).to(dy.dtype)
 
 
 @torch.no_grad()
@@ -91,12 +69,7 @@ def wgrad(
     _, bk, bc = values_shape
     if x.numel() == 0:
         return x.new_zeros(values_shape)
-    g = dense_steps(geometry)
-    inner = _last(is_channels_last(x), x.dtype, g)
-    read = _compute(read_pixels(x, geometry)).contiguous(memory_format=format_of(inner))
-    dy = _compute(dy).contiguous(memory_format=format_of(inner))
-    like = empty((g.k, g.c, g.r, g.s), read, inner)  # only its shape is read
-    _, bank, _ = aten.convolution_backward(dy, read, like, None, *_args(g), [False, True, False])
+    bank = aten_conv.wgrad(_compute(x), _compute(dy), geometry)
     if tables.row_order is not None:
         bank = bank.index_select(0, tables.row_order)
-    return x.new_empty(values_shape).copy_(_as_blocks(bank, bk, bc)[_blocks(tables, g, bc)])
+    return x.new_empty(values_shape).copy_(_as_blocks(bank, bk, bc)[_blocks(tables, geometry, bc)])

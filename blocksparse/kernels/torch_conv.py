@@ -33,6 +33,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..geometry import ConvGeometry
 from ..index import IndexTables
 from ..layout import empty, format_of, is_channels_last
+from . import aten_conv
 from .break_even import Work
 
 CONV_TAPS = 2 / 3  # least share of stored taps for `conv`: the rest is multiplied by zeros
@@ -40,8 +41,6 @@ PADDING = 1.25  # most that padding channel lists to one length may add before g
 CHUNK_PIXELS = 12288  # pixels worked on at a time on a CPU: planes that stay in its caches
 IMAGE_PIXELS = 512  # least pixels that make one image worth products of its own
 RUN_CHANNELS = 32  # neighbouring channels worth a product of their own instead of a gather
-
-aten = torch.ops.aten
 
 
 # ---------------------------------------------------------------------- the decomposition of an index
@@ -264,7 +263,6 @@ def _shift_work(groups: list[_Group], bc: int) -> Work:
     return Work(False, calls, gathered, moved, weights)
 
 
-
 class _Cached(NamedTuple):
     key: tuple[object, ...]
     proof: tuple[Tensor | None, ...] | int  # what the index was: a copy, or its version
@@ -343,10 +341,6 @@ def _add(t: Tensor, channels: slice | Tensor, part: Tensor) -> None:
 # ---------------------------------------------------------------------- conv: one grouped convolution a batch
 
 
-def _conv_args(g: ConvGeometry, groups: int) -> tuple[object, ...]:
-    return list(g.stride), list(g.padding), list(g.dilation), False, [0, 0], groups
-
-
 def _filters(w: Tensor, batch: _Batch, group: _Group, blocksize: tuple[int, int]) -> Tensor:
     """The group's share of the batch's filters `w` [rows, width, R, S] as [members, bk, blocks a tap, bc, taps]."""
     bk, bc = blocksize
@@ -376,7 +370,7 @@ def _conv_fprop(x: Tensor, values: Tensor, d: _Decomposition, bias: Tensor | Non
     for batch in d.batches:
         channels, width = batch.lists(x, g)
         w, b = _kernel(values, batch, width, g, last), None if bias is None else bias[batch.rows]
-        parts.append(aten.convolution(_take(x, channels), w, b, *_conv_args(g, batch.groups)))
+        parts.append(aten_conv.fprop(_take(x, channels), w, b, g, batch.groups))
     if len(parts) == 1 and done == g.k:
         return _take(parts[0], d.positions)
     y = empty(g.y_shape, x, last)
@@ -389,20 +383,16 @@ def _conv_fprop(x: Tensor, values: Tensor, d: _Decomposition, bias: Tensor | Non
 def _conv_dgrad(dy: Tensor, values: Tensor, d: _Decomposition, g: ConvGeometry, last: bool, dx: Tensor) -> None:
     for batch in d.batches:
         channels, width = batch.lists(dx, g)
-        like = empty((g.n, batch.groups * width, g.h, g.w), dy, last)  # only its shape is read
-        w, args = _kernel(values, batch, width, g, last), _conv_args(g, batch.groups)
-        part, _, _ = aten.convolution_backward(dy[:, batch.rows], like, w, None, *args, [True, False, False])
-        _add(dx, channels, part.to(dx.dtype).contiguous(memory_format=format_of(is_channels_last(dx))))
+        w = _kernel(values, batch, width, g, last)
+        part = aten_conv.dgrad(dy[:, batch.rows], w, g, batch.groups, is_channels_last(dx))
+        _add(dx, channels, part.to(dx.dtype))
 
 
 def _conv_wgrad(x: Tensor, dy: Tensor, d: _Decomposition, g: ConvGeometry, dvalues: Tensor) -> None:
     bk, bc = dvalues.shape[1:]
     for batch in d.batches:
-        channels, width = batch.lists(x, g)
-        # Only its shape is read.
-        w = empty((_length(batch.rows), width, g.r, g.s), x, is_channels_last(x))
-        args = (*_conv_args(g, batch.groups), [False, True, False])
-        _, dw, _ = aten.convolution_backward(dy[:, batch.rows], _take(x, channels), w, None, *args)
+        channels, _ = batch.lists(x, g)
+        dw = aten_conv.wgrad(_take(x, channels), dy[:, batch.rows], g, batch.groups)
         for group in batch.filters:
             mine = _filters(dw, batch, group, (bk, bc))
             mine = mine if group.taps is None else mine.index_select(4, group.taps)
@@ -701,21 +691,9 @@ def work(tables: IndexTables, g: ConvGeometry, blocksize: tuple[int, int]) -> Wo
     return d.shift_work._replace(calls=d.shift_work.calls * chunks)
 
 
-def dense_steps(g: ConvGeometry) -> ConvGeometry:
-    """A strided 1x1 convolution as one of stride 1 over the pixels that it reads.
-
-    Besides reading less, it keeps clear of oneDNN, whose channels_last weight gradient of a strided 1x1 convolution of
-    few channels is wrong (seen in PyTorch 2.13).
-    """
-    return replace(g, h=g.p, w=g.q, stride=(1, 1)) if g.taps == 1 and g.padding == (0, 0) else g
-
-
-def read_pixels(x: Tensor, g: ConvGeometry) -> Tensor:
-    """The pixels of x that dense_steps(g) is about: x itself unless g is a strided 1x1 convolution without padding."""
-    if dense_steps(g) == g:
-        return x
-    read = x[:, :, :: g.stride[0], :: g.stride[1]][:, :, : g.p, : g.q]
-    return read.contiguous(memory_format=format_of(is_channels_last(x)))
+def _pixels_read(x: Tensor, g: ConvGeometry, channels_last: bool) -> Tensor:
+    """The pixels of x that are read at all, once for all batches that gather from them."""
+    return aten_conv.pixels_read(x, g).contiguous(memory_format=format_of(channels_last))
 
 
 @torch.no_grad()
@@ -725,14 +703,14 @@ def fprop(x: Tensor, values: Tensor, tables: IndexTables, bias: Tensor | None, g
     last, conv = is_channels_last(x), d.conv(geometry)
     dtype = compute_dtype(x, conv)
     if x.numel() == 0:
-        return empty(geometry.y_shape, x, last)
+        return aten_conv.bias_alone(geometry.y_shape, x, bias, last)
     if bias is not None:
         bias = (bias if d.filters is None else bias.index_select(0, d.filters)).to(dtype)
     values = _working(values, d, dtype)
     if not conv:
         return _shift_fprop(x, values, d, bias, geometry)
-    read = read_pixels(x, geometry).to(dtype)
-    y = _conv_fprop(read, values, d, bias, dense_steps(geometry)).to(x.dtype)
+    read, g = _pixels_read(x, geometry, last), aten_conv.dense_steps(geometry)
+    y = _conv_fprop(read.to(dtype), values, d, bias, g).to(x.dtype)
     return y.contiguous(memory_format=format_of(last))
 
 
@@ -747,11 +725,11 @@ def dgrad(dy: Tensor, values: Tensor, tables: IndexTables, geometry: ConvGeometr
     if dy.numel():
         dy, values = dy.contiguous(memory_format=format_of(channels_last)), _working(values, d, dtype)
         if conv:
-            g = dense_steps(geometry)
-            read = dx if g == geometry else empty(g.x_shape, dx, channels_last).zero_()
+            g = aten_conv.dense_steps(geometry)
+            read = dx if g is geometry else empty(g.x_shape, dx, channels_last).zero_()
             _conv_dgrad(_take(dy.to(dtype), d.filters), values, d, g, channels_last, read)
             if read is not dx:
-                dx[:, :, :: geometry.stride[0], :: geometry.stride[1]][:, :, : g.p, : g.q] = read
+                aten_conv.pixels_read(dx, geometry).copy_(read)
         else:
             _shift_dgrad(dy, values, d, geometry, dx)
     return dx.to(dy.dtype)
@@ -770,8 +748,8 @@ def wgrad(
         return dvalues.zero_().to(x.dtype)
     dy = dy.contiguous(memory_format=format_of(is_channels_last(x)))
     if conv:
-        read = read_pixels(x, geometry).to(dtype)
-        _conv_wgrad(read, _take(dy.to(dtype), d.filters), d, dense_steps(geometry), dvalues)
+        read, g = _pixels_read(x, geometry, is_channels_last(x)), aten_conv.dense_steps(geometry)
+        _conv_wgrad(read.to(dtype), _take(dy.to(dtype), d.filters), d, g, dvalues)
     else:
         _shift_wgrad(x, dy, d, geometry, dvalues)
     return (dvalues if d.block_positions is None else dvalues.index_select(0, d.block_positions)).to(x.dtype)

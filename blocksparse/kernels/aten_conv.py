@@ -1,0 +1,98 @@
+"""PyTorch's own convolution and its gradients, kept clear of what they get wrong.
+
+Every product of this library that PyTorch's convolution computes goes through here. On a CPU that is oneDNN, of which
+tens of thousands of random geometries against float64 found these mistakes (PyTorch 2.13, oneDNN 3.12):
+
+- fprop in channels_last dies of a segmentation fault where an axis of y meets nothing but padding (float32 with a bias;
+  bfloat16 with and without). Such a y is the bias, such gradients are zeros: nothing is left to convolve.
+- wgrad of a strided 1x1 convolution without padding corrupts the heap in channels_last (few channels, several threads,
+  a batch that they do not divide), and in bfloat16 reads beyond x. It is a convolution of stride 1 over the pixels
+  that it reads, and runs as one: it reads less, too.
+- float64 gradients refuse some channels_last tensors: these are computed contiguous.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..geometry import ConvGeometry
+from ..layout import empty, format_of, is_channels_last
+
+aten = torch.ops.aten
+
+
+def dense_steps(g: ConvGeometry) -> ConvGeometry:
+    """A strided 1x1 convolution without padding as one of stride 1 over the pixels that it reads; else g."""
+    strided = g.taps == 1 and g.padding == (0, 0) and g.stride != (1, 1)
+    return replace(g, h=g.p, w=g.q, stride=(1, 1)) if strided else g
+
+
+def pixels_read(x: Tensor, g: ConvGeometry) -> Tensor:
+    """The pixels of x that dense_steps(g) is about, a view: x itself unless that is another geometry."""
+    if dense_steps(g) is g:
+        return x
+    return x[:, :, :: g.stride[0], :: g.stride[1]][:, :, : g.p, : g.q]
+
+
+def works_in(channels_last: bool, dtype: torch.dtype, g: ConvGeometry) -> bool:
+    """Whether to convolve in channels_last. A strided 1x1 convolution with padding stays contiguous for safety."""
+    g = dense_steps(g)
+    return channels_last and dtype != torch.float64 and (g.taps > 1 or g.stride == (1, 1))
+
+
+def _args(g: ConvGeometry, groups: int) -> tuple[object, ...]:
+    return list(g.stride), list(g.padding), list(g.dilation), False, [0, 0], groups
+
+
+def bias_alone(shape: tuple[int, ...], like: Tensor, bias: Tensor | None, channels_last: bool) -> Tensor:
+    """y of a convolution that reads nothing."""
+    y = empty(shape, like, channels_last)
+    return y.zero_() if bias is None else y.copy_(bias.view(-1, 1, 1))
+
+
+def fprop(x: Tensor, weight: Tensor, bias: Tensor | None, g: ConvGeometry, groups: int = 1) -> Tensor:
+    """y [N, K, P, Q] in x's memory format.
+
+    Args:
+        x: [N, C, H, W]; K and C are those of these tensors, and g tells the rest.
+        weight: [K, C/groups, R, S].
+        bias: [K] or None.
+    """
+    last = is_channels_last(x)
+    if g.only_padding:
+        return bias_alone((x.shape[0], weight.shape[0], g.p, g.q), x, bias, last)
+    layout = format_of(works_in(last, x.dtype, g))
+    x, weight = (t.contiguous(memory_format=layout) for t in (pixels_read(x, g), weight))
+    return aten.convolution(x, weight, bias, *_args(dense_steps(g), groups)).contiguous(memory_format=format_of(last))
+
+
+def dgrad(dy: Tensor, weight: Tensor, g: ConvGeometry, groups: int, channels_last: bool) -> Tensor:
+    """dx [N, C, H, W], channels_last or contiguous; dy [N, K, P, Q], weight [K, C/groups, R, S]."""
+    shape = (dy.shape[0], weight.shape[1] * groups, g.h, g.w)
+    if g.only_padding:
+        return empty(shape, dy, channels_last).zero_()
+    steps, last = dense_steps(g), works_in(channels_last, dy.dtype, g)
+    dy, weight = (t.contiguous(memory_format=format_of(last)) for t in (dy, weight))
+    like = empty((*shape[:2], steps.h, steps.w), dy, last)  # only its shape is read
+    dx, _, _ = aten.convolution_backward(dy, like, weight, None, *_args(steps, groups), [True, False, False])
+    if steps is g:
+        return dx.contiguous(memory_format=format_of(channels_last))
+    whole = empty(shape, dy, channels_last).zero_()
+    pixels_read(whole, g).copy_(dx)
+    return whole
+
+
+def wgrad(x: Tensor, dy: Tensor, g: ConvGeometry, groups: int = 1) -> Tensor:
+    """dweight [K, C/groups, R, S], in x's memory format or contiguous; x [N, C, H, W], dy [N, K, P, Q]."""
+    shape = (dy.shape[1], x.shape[1] // groups, g.r, g.s)
+    last = works_in(is_channels_last(x), x.dtype, g)
+    if g.only_padding:
+        return empty(shape, x, last).zero_()
+    x, dy = (t.contiguous(memory_format=format_of(last)) for t in (pixels_read(x, g), dy))
+    like = empty(shape, x, last)  # only its shape is read
+    args = (*_args(dense_steps(g), groups), [False, True, False])
+    _, dweight, _ = aten.convolution_backward(dy, x, like, None, *args)
+    return dweight

@@ -1,0 +1,82 @@
+"""PyTorch's own convolution where it crashes or is wrong: every place that calls it keeps clear of that."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import blocksparse as bs
+from blocksparse.kernels import aten_conv
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_only_padding_and_strided_pixels_against_the_reference(seed):
+    """In a process of its own: a crash is a failure, and its last line is the convolution that crashed."""
+    command = [sys.executable, str(ROOT / "tests" / "padding_sweep.py"), str(seed), "60"]
+    # Threads that do not spin while they wait: there may be more of them than cores.
+    paths = os.pathsep.join(str(p) for p in (ROOT, ROOT / "tests"))
+    env = os.environ | {"PYTHONPATH": paths, "OMP_WAIT_POLICY": "PASSIVE"}
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=env, timeout=600)
+    assert result.returncode == 0, f"{result.returncode}: {result.stdout.splitlines()[-1]}\n{result.stderr[-4000:]}"
+    assert result.stdout.endswith("done\n")
+
+
+sizes = st.tuples(st.integers(0, 5), st.integers(0, 5))
+pairs = st.tuples(st.integers(1, 4), st.integers(1, 4))
+
+
+@given(sizes, pairs, pairs, st.tuples(st.integers(0, 8), st.integers(0, 8)), pairs)
+def test_only_padding_is_its_definition(size, kernel, stride, padding, dilation):
+    g = bs.ConvGeometry(1, 1, *size, 1, *kernel, stride, padding, dilation)
+    met = [
+        any(
+            0 <= out * stride[i] + tap * dilation[i] - padding[i] < size[i]
+            for out in range(outs)
+            for tap in range(taps)
+        )
+        for i, (outs, taps) in enumerate(zip((g.p, g.q), kernel, strict=True))
+    ]
+    assert g.only_padding == (not all(met))
+
+
+@pytest.mark.parametrize("backend", ["torch", "dense"])
+@pytest.mark.parametrize("blocksize", [(4, 4), (2, 1)])
+def test_an_image_without_rows_gives_the_bias(backend, blocksize, poisoned_memory):
+    """All of it is padding."""
+    x, bias = torch.randn(2, 4, 0, 3), torch.randn(4)
+    pattern = bs.BSRPattern.random((4, 4, 3, 3), blocksize, 0.8)
+    values = torch.randn(pattern.nnzb, *blocksize)
+    y = bs.conv2d(x, values, pattern, bias, 1, 2, backend=backend)
+    assert torch.equal(y, bias.view(1, 4, 1, 1).expand(2, 4, 2, 5))
+    assert not bs.conv2d(x, values, pattern, None, 1, 2, backend=backend).any()
+    assert bs.conv2d_dgrad(y, values, pattern, x.shape, 1, 2, backend=backend).shape == x.shape
+    assert not bs.conv2d_wgrad(x, y, pattern, 1, 2, backend=backend).any()
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_results_are_in_the_format_that_was_asked_for(layout, dtype):
+    """Whatever the product itself was computed in."""
+    for g in (
+        bs.ConvGeometry.of((2, 4, 7, 8), (6, 4, 3, 3), 2, 1),
+        bs.ConvGeometry.of((2, 4, 7, 8), (6, 4, 1, 1), 2, 0),
+        bs.ConvGeometry.of((2, 4, 7, 8), (6, 4, 1, 1), 2, 1),
+        bs.ConvGeometry.of((2, 4, 4, 1), (6, 4, 3, 3), 2, (1, 5), 2),
+    ):
+        x, dy = (torch.randn(s, dtype=dtype).contiguous(memory_format=layout) for s in (g.x_shape, g.y_shape))
+        weight = torch.randn(g.weight_shape, dtype=dtype)
+        y = aten_conv.fprop(x, weight, None, g)
+        dx = aten_conv.dgrad(dy, weight, g, 1, layout == torch.channels_last)
+        assert y.is_contiguous(memory_format=layout)
+        assert dx.is_contiguous(memory_format=layout)
+        assert (tuple(y.shape), tuple(dx.shape)) == (g.y_shape, g.x_shape)
+        assert aten_conv.wgrad(x, dy, g).shape == weight.shape

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import math
 import os
@@ -20,11 +21,10 @@ from torch import Tensor
 
 from . import command
 from .density import densities
-from .files import naming
 from .models import NETWORKS, build, parameter_count
 from .picture import check_plot, draw_grouping
 from .regroup import Grouping
-from .report import MaskReport, Score, columns, report_mask, stored_blocks, table, total_score, under_a_mask
+from .report import MaskReport, Score, columns, kept_of, report_mask, stored_blocks, table, total_score, under_a_mask
 from .structure import Groups, structure
 from .study_cli import add_study
 from .train import Diverged
@@ -34,6 +34,7 @@ from .weights import layers, read_weights, sparse_layer, sparse_names, write_gro
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[command.Parser]
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 FEWEST_CHANNELS = 4  # layers with no more input channels are stems and depthwise convolutions
 
 DESCRIPTION = """\
@@ -84,8 +85,9 @@ INFO_END = """\
 columns
   structure        what the mask looks like: dense, groups of filters that keep the same channels and taps,
                    filters, channels, kernels, vectors, blocks, element-wise groups, n:m, single weights
-  kept%            share of the weights
-  model%           storage by the model of Mao et al. (2017), 8 bits a weight and 4 an index, relative to dense
+  kept%            share of the weights; up to 1% of zeros without a structure that pays are chance: dense
+  model%           storage by the model of Mao et al. (2017), 8 bits a weight and 4 an index, relative to dense; over
+                   100 the index takes more than the zeros save
   dense, memory, file kB   the dense weight; stored blocks with their index in memory; in a checkpoint
   refs             memory references of an output pixel (weights, index, inputs, partial sums), per dense weight
   rows, cols       most weights of a filter, of an input channel / mean: 1 is even
@@ -110,8 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(words)
     try:
         status = args.run(args)
-        with naming("standard output"):
-            sys.stdout.flush()
+        sys.stdout.flush()
         return status
     except BrokenPipeError:  # whoever reads has seen enough, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -119,8 +120,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Diverged as error:
         return _said(error, 1)
     except (ValueError, OSError, ImportError) as error:  # a user's mistake: what the library refuses says why
-        if isinstance(error, OSError) and error.filename == "standard output":
+        if isinstance(error, OSError) and error.filename is None and error.errno in FULL:  # files have names
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or it is tried again at the end
+            error = OSError(error.errno, error.strerror, "standard output")
         return _said(error, 2)
     except (MemoryError, RuntimeError) as error:
         if not (isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)):
@@ -366,13 +368,16 @@ def run_info(args: argparse.Namespace) -> int:
     sparse, plain = sparse_names(tensors), layers(tensors)
     shapes = {} if args.like is None else _shapes(args.like, args)
     reports: dict[str, MaskReport] = {}
-    unknown = []
+    unknown, chance = [], {}  # zeros in dense weights
     for name in _in_order(tensors, [*sparse, *plain]):
         if name in plain:
             weight, whole = plain[name], tensors.get(f"{name}.weight")
             masked = whole is not None and weight.dtype == torch.bool
             kind = whole if whole is not None and masked else weight
-            report = report_mask(weight != 0, dtype=kind.dtype if kind.is_floating_point() else torch.float32)
+            mask = weight if weight.dtype == torch.bool else kept_of(weight)
+            if mask.all() and (zeros := int((weight == 0).sum())):
+                chance[name] = zeros
+            report = report_mask(mask, dtype=kind.dtype if kind.is_floating_point() else torch.float32)
             reports[name] = under_a_mask(report) if masked else report
         elif name in shapes:
             pattern = sparse_layer(tensors, name, shapes[name])
@@ -384,6 +389,9 @@ def run_info(args: argparse.Namespace) -> int:
         raise ValueError(f"{args.file} has no weights of convolutions or linear layers ([K, C, R, S] or [K, C])")
     if reports:
         print(table(reports))
+    if chance:
+        listed = ", ".join(f"{name} ({zeros})" for name, zeros in chance.items())
+        print(f"\nzeros in dense weights, taken for chance: {listed}")
     if unknown:
         print(("\n" if reports else "") + _unknown_table(tensors, unknown))
     return 0

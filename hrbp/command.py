@@ -34,7 +34,7 @@ def number(low: float, high: float, text: str) -> Callable[[str], float]:
         except ValueError:
             found = math.nan
         if not low <= found < high:
-            raise argparse.ArgumentTypeError(f"{value!r} is not in {text}")
+            raise argparse.ArgumentTypeError(f"{_short(value)} is not in {text}")
         return found
 
     return parse
@@ -64,7 +64,7 @@ def share(value: str) -> float:
     except (ValueError, ZeroDivisionError):
         found = Fraction(0)
     if not 0 < found <= 1:
-        raise argparse.ArgumentTypeError(f"{value!r} is not a fraction in (0, 1], such as 4/9")
+        raise argparse.ArgumentTypeError(f"{_short(value)} is not a fraction in (0, 1], such as 4/9")
     return float(found)
 
 
@@ -78,7 +78,7 @@ def regex(value: str) -> re.Pattern[str]:
     try:
         return re.compile(value)
     except re.error as error:
-        raise argparse.ArgumentTypeError(f"{value!r} is no regular expression ({error})") from None
+        raise argparse.ArgumentTypeError(f"{value} is no regular expression ({error})") from None
 
 
 def path(value: str) -> str:
@@ -89,4 +89,4 @@ def path(value: str) -> str:
 
 
 def _short(value: str) -> str:
-    return repr(value) if len(value) <= 60 else f"{value[:57]!r}..."
+    return (value or "''") if len(value) <= 60 else f"{value[:57]}..."

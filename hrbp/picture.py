@@ -197,7 +197,7 @@ def draw_study(
         by_time.errorbar([1.0], [y], [spread_of], color="black", marker="o", capsize=3)
         by_time.annotate("dense", (1.0, y), (5, 4), textcoords="offset points", fontsize=8)
     by_sparsity.set_xticks(range(len(sparsities)), [f"{100 * s:g}%" for s in sparsities])
-    by_sparsity.set_xlim(-0.5, len(sparsities) - 0.5)
+    by_sparsity.set_xlim(-0.5, max(1, len(sparsities)) - 0.5)
     by_sparsity.set(xlabel="sparsity of the layers made sparse", ylabel="test accuracy", title="what is kept")
     by_time.margins(x=0.08)
     by_time.axvline(1.0, color="0.6", linewidth=1, linestyle=":")

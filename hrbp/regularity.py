@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import re
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from . import sweep
 from .checkpoint import load as load_model
 from .checkpoint import save
 from .data import Batches, ImageSet, load
+from .files import only_writer
 from .models import build, narrow
 from .picture import draw_regularity
 from .progress import Progress, duration
@@ -34,7 +36,7 @@ from .sparsify import densify, plan_of, sparsify
 from .structure import NM
 from .structure import structure as make_structure
 from .summary import inputs_of, summary
-from .train import Settings, Trainer
+from .train import Diverged, Settings, Trainer, the_device
 from .weights import read_weights
 
 GRAINS = {
@@ -48,6 +50,8 @@ FINEST = "unstructured"  # whose references the others are compared with
 ROUNDS = 7  # in which networks take one timed step after the other
 TIMED_BATCH = 8
 TEST_BATCH = 500
+MAY_GROW = ("structures", "seeds", "trainings")  # of the settings, when a study is continued
+COSTS = ("parameters", "stream", "references", "fprop_balance", "dgrad_balance")
 FIGURE, MODEL = "regularity.png", "model.pt"
 
 
@@ -64,6 +68,9 @@ class Regularity:
     Times are those of forward + backward of the same network, `timed_width` times as wide as published, with masks of
     the same kinds and sparsities, against the dense one, in turns: networks that train in minutes have layers too small
     to tell how a structure runs.
+
+    What cannot be made (a structure at a sparsity that it has not, or in that network) is left out with its reason; the
+    rest of its chain is trained. The study in a folder may be continued with more structures and seeds.
 
     In the folder `out`: results.json and table.csv, written anew after every training, regularity.png, and a folder for
     each training with its log, its checkpoints and, once it is finished, model.pt and result.json.
@@ -120,7 +127,7 @@ class Regularity:
                 f"{who}: structures has 'narrow', which is trained as long as the network; nobody knows how long those"
                 " weights were trained: leave it out"
             )
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = the_device(device)
         self.out, self.model, self.width, self.batch_size = Path(out), model, width, batch_size
         self.structures, self.sparsities, self.seeds = list(structures), sorted(sparsities), list(seeds)
         if isinstance(images, str):
@@ -138,35 +145,54 @@ class Regularity:
         self.retraining = Settings(**{**asdict(self.training), **again})
         self.timed_width = width if timed_width is None else timed_width
         self.weights = None if weights is None else _weights(weights, build(model, width=width, **self.shape), who)
+        with torch.device("meta"):
+            build(model, width=self.timed_width, **self.shape)  # refuses a width
+        self._batches(self.seeds[0])  # refuses a size
         self.say = Progress(quiet)
-        self._check_structures(who)
+        asked = [(structure, sparsity) for structure in self.structures for sparsity in self.sparsities]
+        why = {line: self._impossible(*line) for line in asked}
+        self.lines = [line for line, reason in why.items() if reason is None]
+        self.left_out = {line_name(*line): reason for line, reason in why.items() if reason is not None}
+        kept = {structure for structure, _ in self.lines} - set(RIVALS)
+        if ("dense", self.sparsities[0]) not in self.lines or (not kept and set(structures) - set(RIVALS)):
+            reasons = [f"{name}: {reason}" for name, reason in self.left_out.items()]
+            more = f"; and {len(reasons) - 2} more" if len(reasons) > 2 else ""
+            raise ValueError(f"{who}: none of this can be trained: {'; '.join(reasons[:2])}{more}")
+        self.runs = [(structure, sparsity, seed) for seed in self.seeds for structure, sparsity in self.lines]
         settings = {
             "model": model, "width": width, "data": self.train.name, "images": [len(self.train), len(self.test)],
             "labels": zlib.crc32(self.train.labels.cpu().numpy().tobytes()), "shape": shape,
             "weights": None if self.weights is None else _checksum(self.weights), "structures": self.structures,
             "sparsities": self.sparsities, "seeds": self.seeds, "batch_size": batch_size,
             "timed_width": self.timed_width, "training": None if self.weights else asdict(self.training),
-            "retraining": asdict(self.retraining), "trainings": len(self.structures) * len(sparsities) * len(seeds),
+            "retraining": asdict(self.retraining), "trainings": len(self.runs),
         }  # fmt: skip
         self.results: dict[str, Any] = json.loads(json.dumps({"settings": settings}))
         self.results.update(machine=sweep.machine(self.device), times={}, trained=None, runs=[], stopped=None)
-        before = sweep.take_up(self.out, self.results["settings"], who)
-        self.results["trained"] = before.get("trained")
-        if before.get("machine") == self.results["machine"]:
-            self.results["times"] = before["times"]
+        self.results["left_out"] = self.left_out
+        self._take_up()
 
-    def _check_structures(self, who: str) -> None:
-        """Make every mask once, at random: what a structure cannot do is said before anything is trained."""
-        with torch.random.fork_rng():
-            for structure in self.structures:
-                for sparsity in () if structure in RIVALS else self.sparsities:
-                    try:
-                        rule = make_structure(structure, **OPTIONS.get(structure, {}))
-                        if isinstance(rule, NM):
-                            rule.kept(sparsity)
-                        self._pruned(build(self.model, width=self.width, **self.shape), structure, sparsity, "random")
-                    except ValueError as error:
-                        raise ValueError(f"{who}: {structure} at a sparsity of {sparsity}: {error}") from error
+    def _take_up(self) -> None:
+        """Take over what was measured in the folder; any other content than that of this study is refused."""
+        folders = [self.out / "trained", *(self._folder(*run) for run in self.runs)]
+        before = sweep.take_up(self.out, self.results["settings"], "Regularity()", folders, MAY_GROW)
+        if before.get("machine") == self.results["machine"]:
+            self.results["times"] = sweep.read_seconds(before, "times", self.out)
+
+    def _impossible(self, structure: str, sparsity: float) -> str | None:
+        """Why this cannot be made, found by making its masks once, at random; None: it can."""
+        rule = None if structure in RIVALS else make_structure(structure, **OPTIONS.get(structure, {}))
+        try:
+            with torch.random.fork_rng():
+                if structure == "narrow":
+                    self._narrow(sparsity, 0)
+                elif rule is not None:
+                    if isinstance(rule, NM):
+                        rule.kept(sparsity)
+                    self._pruned(build(self.model, width=self.width, **self.shape), structure, sparsity, "random")
+        except ValueError as error:
+            return " ".join(str(error).split())
+        return None
 
     def run(self) -> dict[str, Any]:
         """Train what is not finished, to the end or until SIGINT or SIGTERM.
@@ -176,10 +202,15 @@ class Regularity:
             backward, with those of the dense network in the same rounds), "trained" (what the network was before it was
             pruned), "runs" (one dict a training) and "stopped" (the signal that stopped it, else None).
         """
-        self.out.mkdir(parents=True, exist_ok=True)
-        lines = [(structure, sparsity) for structure in self.structures for sparsity in self.sparsities]
-        runs = [(structure, sparsity, seed) for seed in self.seeds for structure, sparsity in lines]
-        found = [(run, sweep.read_result(self._folder(*run), self._identity(*run))) for run in runs]
+        with only_writer(self.out, "Regularity()"):
+            self._take_up()
+            for line, reason in self.left_out.items():
+                self.say.say(f"left out: {line}, as {reason}")
+            return self._run_all()
+
+    def _run_all(self) -> dict[str, Any]:
+        runs = self.runs
+        found = [(run, self._result_of(*run)) for run in runs]
         self.results["runs"] = [result for _, result in found if result is not None]
         self._write()
         if stopped := self._train_dense():
@@ -220,6 +251,10 @@ class Regularity:
     def _identity(self, structure: str, sparsity: float, seed: int) -> dict[str, Any]:
         return {"line": line_name(structure, sparsity), "structure": structure, "asked": sparsity, "seed": seed}
 
+    def _result_of(self, structure: str, sparsity: float, seed: int) -> dict[str, Any] | None:
+        folder, identity = self._folder(structure, sparsity, seed), self._identity(structure, sparsity, seed)
+        return sweep.read_result(folder, identity, ("seconds",), ("accuracy", "sparsity", "file", *COSTS))
+
     def _batches(self, seed: int) -> tuple[Batches, Batches]:
         return (
             Batches(self.train, self.batch_size, train=True, seed=seed, device=self.device),
@@ -229,7 +264,7 @@ class Regularity:
     def _train_dense(self) -> str | None:
         """The network before it is pruned, in trained/model.pt; or the signal that stopped its training."""
         folder, identity = self.out / "trained", {"line": "trained"}
-        result = sweep.read_result(folder, identity)
+        result = sweep.read_result(folder, identity, ("file", *COSTS))
         if result is None:
             torch.manual_seed(0)
             model = build(self.model, width=self.width, **self.shape)
@@ -244,7 +279,7 @@ class Regularity:
                 return ended
             model, last = ended
             if last.get("diverged"):
-                raise ValueError(f"Regularity.run(): the network to prune: {last['diverged']}")
+                raise Diverged(f"Regularity.run(): the network to prune: {last['diverged']}")
             result = {**identity, **last, **self._costs(model), "file": _size(folder)}
             sweep.write_json(folder / sweep.RESULT, result)
             if "accuracy" in result:
@@ -256,15 +291,18 @@ class Regularity:
         """What the table needs of one link of a chain, or the signal that stopped it."""
         folder, identity = self._folder(structure, sparsity, seed), self._identity(structure, sparsity, seed)
         at, settings = self.sparsities.index(sparsity), self.retraining
+        earlier = [i for i in range(at) if (structure, self.sparsities[i]) in self.lines]
+        since = at - earlier[-1] if earlier else at + 1  # steps: those that are left out are trained all the same
+        settings = replace(settings, epochs=since * settings.epochs)
         if structure == "narrow":
-            epochs = self.training.epochs + (at + 1) * settings.epochs
+            epochs = self.training.epochs + (at + 1) * self.retraining.epochs
             model, settings = self._narrow(sparsity, seed), Settings(**{**asdict(self.training), "epochs": epochs})
         else:
             before = self.out / "trained"
-            if at:
-                last = structure, self.sparsities[at - 1], seed
+            if earlier:
+                last = structure, self.sparsities[earlier[-1]], seed
                 before = self._folder(*last)
-                if (result := sweep.read_result(before, self._identity(*last))) and result["accuracy"] is None:
+                if (result := self._result_of(*last)) and result["accuracy"] is None:
                     return self._result(folder, identity, None, {**result, **identity})  # diverged
             model = load_model(before / MODEL)
             if structure != "dense":
@@ -332,13 +370,14 @@ class Regularity:
         images = torch.randn(TIMED_BATCH, *self.train.shape, device=self.device)
         times, begun = self.results["times"], False
         for structure in self.structures:
-            if structure == "dense" or structure in times:
+            needed = {str(sparsity) for made, sparsity in self.lines if made == structure}
+            if structure == "dense" or not needed or needed <= times.get(structure, {}).keys():
                 continue
             if not begun:
                 self.say.say(f"measuring {self.model} x {self.timed_width:g} on {self.results['machine']}")
                 begun = True
             steps = {"dense": self._step(self._timed_network("dense", 0.0), images)}
-            for sparsity in self.sparsities:
+            for sparsity in (s for made, s in self.lines if made == structure):
                 steps[str(sparsity)] = self._step(self._timed_network(structure, sparsity), images)
             times[structure] = sweep.in_turns(steps, ROUNDS)
             self._write()
@@ -379,7 +418,9 @@ def _weights(path: str | os.PathLike[str], model: nn.Module, who: str) -> dict[s
     try:
         model.load_state_dict(found)
     except RuntimeError as error:
-        raise ValueError(f"{who}: weights are those of another network: {' '.join(str(error).split())}") from error
+        what = " ".join(str(error).split())
+        what = what if len(what) <= 300 else f"{what[:297]}..."
+        raise ValueError(f"{who}: weights are those of another network: {what}") from error
     return found
 
 
@@ -480,6 +521,7 @@ def table(results: Mapping[str, Any], *, max_time: float = 0.5, max_storage: flo
         notes.append("narrow: a dense network of as many parameters as the sparse ones, from scratch, trained as long")
     for name, layers in {row["structure"]: row["refused"] for row in found if row["refused"]}.items():
         notes.append(f"{name}: dense where it does not fit: {layers}")
+    notes += [f"left out: {line}, as {reason}" for line, reason in results.get("left_out", {}).items()]
     said = answers(found, max_time=max_time, max_storage=max_storage)
     return "\n".join([title, "", columns(lines), "", *notes, "", *said])
 
@@ -501,6 +543,9 @@ def answers(found: Sequence[Mapping[str, Any]], *, max_time: float, max_storage:
     Returns:
         Three sentences, and one on what the spread of the seeds leaves open.
     """
+    for name, most in (("max_time", max_time), ("max_storage", max_storage)):
+        if not 0 < most < math.inf:
+            raise ValueError(f"answers(): {name} is {most}; it needs a number > 0")
     known = [r for r in found if None not in (r["accuracy"], r["time"], r["file_ratio"])]
     if not known:
         return []

@@ -21,6 +21,7 @@ from .structure import Choice
 
 RANDOM_DRAWS = 5  # random groupings that stand for chance
 INDEX_BYTES = 4  # int32
+CHANCE = 0.01  # share of zeros that a trained weight may have without a structure
 LANES = 8  # filters, or input channels, that one processor works on
 
 
@@ -182,8 +183,8 @@ def report_model(
 
     Args:
         model: a module, whose BSRConv2d and BSRLinear keep their stored blocks, whose masked layers their mask and
-            whose other Conv2d and Linear what is not zero in their weight; those with a dense master weight are told of
-            as `release` would leave them; or layer name -> mask (bool), weight (its non-zeros are kept) or Choice.
+            whose other Conv2d and Linear what is not zero in their weight (see `kept_of`); those with a dense master
+            weight are told of as `release` would leave them; or layer name -> mask (bool), weight (likewise) or Choice.
         scores: layer name -> score, for some layers or all.
         dtype: of the stored values; default: that of each weight, float32 for masks.
         seed: of the random groups that efficacy compares with.
@@ -198,7 +199,7 @@ def report_model(
     reports = {}
     for name, (layer, own) in layers.items():
         if isinstance(layer, Tensor) and layer.dtype != torch.bool:
-            layer, own = layer != 0, layer.dtype
+            layer, own = kept_of(layer), layer.dtype
         reports[name] = report_mask(layer, scores.get(name), dtype=dtype or own or torch.float32, seed=seed)
     for name, module in model.named_modules() if isinstance(model, nn.Module) else ():
         master = isinstance(module, MasterConv2d | MasterLinear) and module.blocksize is None
@@ -231,6 +232,25 @@ def _layers_of(model: nn.Module) -> dict[str, tuple[Tensor | Choice, torch.dtype
 
 
 # ---------------------------------------------------------------------- which structure a mask has
+
+
+def kept_of(weight: Tensor) -> Tensor:
+    """bool, of the weight's shape: the cells that it keeps, those that are not zero.
+
+    A few zeros in a dense weight are chance: training meets zero exactly now and then, in half precision more often. Up
+    to 1% of them (or a single one) are, where their structure would not pay: stored with an index the weight would be
+    larger than without. All cells are kept then. Nobody prunes by so little: an index pays from a third of zeros on.
+
+    Args:
+        weight: [K, C, R, S] or [K, C], of any dtype but bool.
+    """
+    mask = weight != 0
+    zeros = mask.numel() - int(mask.sum())
+    if 0 < zeros <= max(1, CHANCE * mask.numel()):
+        storage = report_mask(mask).storage
+        if storage.model > storage.model_dense:
+            return torch.ones_like(mask)
+    return mask
 
 
 def stored_blocks(pattern: BSRPattern) -> Choice:
@@ -473,7 +493,8 @@ def table(reports: Mapping[str, MaskReport]) -> str:
 
     kept%       share of the weights
     retained%, of unstr.%, efficacy   see Score
-    model%      storage as a stream of 8-bit weights and 4-bit relative indices, relative to dense
+    model%      storage as a stream of 8-bit weights and 4-bit relative indices, relative to dense; where that is over
+                100 a line below says so
     dense, memory, file kB   the dense weight; stored blocks and index in memory; in a checkpoint
     refs        memory references of an output pixel, per weight of the dense layer
     rows, cols  largest / mean of the weights of 8 filters, of 8 input channels
@@ -504,7 +525,12 @@ def table(reports: Mapping[str, MaskReport]) -> str:
         ratios = [report.dgrad_ratio or "" for report in reports.values()]
         for line, cell in zip(lines, ["dgrad n:m", *ratios, ""], strict=False):
             line.append(cell)
-    return columns(lines, left=(0, 3))
+    larger = [name for name, report in reports.items() if report.storage.model > report.storage.model_dense]
+    note = ""
+    if larger:
+        few = ", ".join(larger[:3]) + (f" and {len(larger) - 3} more" if len(larger) > 3 else "")
+        note = f"\n\nover 100 model%: {few}: the index takes more than the zeros save; stored dense it would be 100"
+    return columns(lines, left=(0, 3)) + note
 
 
 def total_score(scores: list[Score | None]) -> Score | None:

@@ -11,7 +11,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from functools import partial
 from itertools import islice
@@ -25,6 +25,7 @@ from torch import nn
 from . import sweep
 from .data import Batches, ImageSet, load
 from .evolve import Evolver
+from .files import only_writer
 from .models import build, narrow, parameter_count
 from .options import OPTIONS
 from .picture import draw_study
@@ -34,12 +35,15 @@ from .sparsify import METHODS as MASTER_METHODS
 from .sparsify import method_refuses, sparse_layers, sparsify, structure_for
 from .structure import Grains, Groups
 from .summary import summary
-from .train import Settings, Trainer
+from .train import Settings, Trainer, the_device
 
 ROUNDS = 15  # in which every network takes one timed step after the other
 IMAGES_PER_CLASS = 10  # that gradients of saliencies are of; GraSP's
 TEST_BATCH = 500
 FIGURE = "study.png"
+RIVALS = ("dense", "narrow")
+MAY_GROW = ("variants", "sparsities", "seeds", "trainings")  # of the settings, when a study is continued
+NUMBERS, ENDED = ("sparsity", "parameters", "storage"), ("accuracy", "seconds", "step_seconds", "memory")  # of a result
 
 
 # ---------------------------------------------------------------- what is compared
@@ -183,6 +187,9 @@ class Study:
         results = Study("runs/study", epochs=6).run()
         print(table(results))
 
+    What cannot be trained (a structure at a sparsity that it has not, or in that network) is left out with its reason;
+    the rest is trained. The study in a folder may be continued with more variants, sparsities and seeds.
+
     In the folder `out`: results.json and table.csv, written anew after every training, study.png, after every seed, and
     a folder for each training with its log, its checkpoints and, once it is finished, result.json.
 
@@ -234,7 +241,7 @@ class Study:
         for variant in variants:
             if reason := variant.refuses():
                 raise ValueError(f"{who}: {variant.name!r} cannot be trained: {reason}; leave it out")
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = the_device(device)
         self.out, self.model, self.width, self.batch_size = Path(out), model, width, batch_size
         if isinstance(images, str):
             images = load(images, "train"), load(images, "test")
@@ -248,28 +255,57 @@ class Study:
         self.total_steps = self.training.epochs * (len(self.train) // batch_size)
         self.every = max(1, min(100, self.total_steps // 40)) if every is None else every
         self.every_by_default = every is None
-        self.lines = [
+        self.say, self.seeds = Progress(quiet), list(seeds)
+        asked = [
             (variant, sparsity)
             for sparsity in sparsities
             for variant in variants
             if variant.structure != "dense" or sparsity == sparsities[0]
         ]
+        why = [(line, self._impossible(*line)) for line in asked]
+        self.lines = [line for line, reason in why if reason is None]
+        self.left_out = {_line_name(*line): reason for line, reason in why if reason is not None}
+        sparse = [line[0].structure not in RIVALS for line in self.lines]
+        if not self.lines or (not any(sparse) and any(v.structure not in RIVALS for v in variants)):
+            reasons = [f"{name}: {reason}" for name, reason in self.left_out.items()]
+            more = f"; and {len(reasons) - 2} more" if len(reasons) > 2 else ""
+            raise ValueError(f"{who}: none of this can be trained: {'; '.join(reasons[:2])}{more}")
         self.runs = [(variant, sparsity, seed) for seed in seeds for variant, sparsity in self.lines]
-        self.say = Progress(quiet)
         with torch.device("meta"):
             dense = build(model, width=width, **self.shape)  # type: ignore[arg-type]
         settings = {
             "model": model, "width": width, "data": self.train.name, "images": [len(self.train), len(self.test)],
             "labels": zlib.crc32(self.train.labels.cpu().numpy().tobytes()),
             "shape": shape, "dense_parameters": parameter_count(dense), "variants": [asdict(v) for v in variants],
-            "sparsities": sparsities, "seeds": seeds, "batch_size": batch_size, "every": self.every,
+            "sparsities": sparsities, "seeds": self.seeds, "batch_size": batch_size, "every": self.every,
             "training": asdict(self.training), "trainings": len(self.runs),
         }  # fmt: skip
         self.results: dict[str, Any] = json.loads(json.dumps({"settings": settings}))
-        self.results.update(machine=sweep.machine(self.device), steps={}, runs=[], stopped=None)
-        before = sweep.take_up(self.out, self.results["settings"], who)
+        self.results.update(machine=sweep.machine(self.device), steps={}, runs=[], stopped=None, left_out=self.left_out)
+        self._take_up()
+
+    def _take_up(self) -> None:
+        """Take over what was measured in the folder; any other content than that of this study is refused."""
+        folders = [self._folder(*run) for run in self.runs]
+        before = sweep.take_up(self.out, self.results["settings"], "Study()", folders, MAY_GROW)
         if before.get("machine") == self.results["machine"]:
-            self.results["steps"] = before["steps"]
+            steps = sweep.read_seconds(before, "steps", self.out)
+            if {"dense", *(_line_name(v.layout, s) for v, s in self.lines)} <= steps.keys():
+                self.results["steps"] = steps
+
+    def _impossible(self, variant: Variant, sparsity: float) -> str | None:
+        """Why this cannot be trained, found by making its trainer once; None: it can, or has been."""
+        if any((self._folder(variant, sparsity, seed) / sweep.RESULT).exists() for seed in self.seeds):
+            return None
+        drawn = replace(variant, saliency="random")
+        try:
+            with torch.random.fork_rng():
+                if variant.method == "gmp":  # which starts elsewhere
+                    self._network(drawn.layout, sparsity, self.seeds[0])
+                self._trainer(drawn, sparsity, self.seeds[0])
+        except ValueError as error:
+            return " ".join(str(error).split())
+        return None
 
     def run(self) -> dict[str, Any]:
         """Train what is not finished, to the end or until SIGINT or SIGTERM.
@@ -278,8 +314,16 @@ class Study:
             What results.json holds: "settings", "machine", "steps" (seconds of a step by line of the table), "runs"
             (one dict a training) and "stopped" (the signal that stopped it, else None).
         """
-        self.out.mkdir(parents=True, exist_ok=True)
-        found = [(run, sweep.read_result(self._folder(*run), self._identity(*run))) for run in self.runs]
+        with only_writer(self.out, "Study()"):
+            self._take_up()
+            for line, reason in self.left_out.items():
+                self.say.say(f"left out: {line}, as {reason}")
+            return self._run()
+
+    def _run(self) -> dict[str, Any]:
+        found = [
+            (run, sweep.read_result(self._folder(*run), self._identity(*run), NUMBERS, ENDED)) for run in self.runs
+        ]
         self.results["runs"] = [result for _, result in found if result is not None]
         self._write()
         if not self.results["steps"]:
@@ -321,9 +365,8 @@ class Study:
         sparsity = 0.0 if variant.structure == "dense" else sparsity
         return {"line": _line_name(variant, sparsity), **asdict(variant), "asked": sparsity, "seed": seed}
 
-    def _train(self, variant: Variant, sparsity: float, seed: int, head: str) -> dict[str, Any] | str:
-        """What the table needs of a training, or the signal that stopped it."""
-        folder, identity = self._folder(variant, sparsity, seed), self._identity(variant, sparsity, seed)
+    def _trainer(self, variant: Variant, sparsity: float, seed: int, **more: Any) -> Trainer:
+        """Of one training; more: where it writes."""
         options: dict[str, Any] = {}
         if variant.method != "static":
             options = {} if variant.method == "subp" and self.every_by_default else {"every": self.every}
@@ -332,12 +375,17 @@ class Study:
             if variant.method == "gmp":
                 options["sparsity"] = sparsity
         settings = Settings(**{**asdict(self.training), "evolve": variant.method, "evolve_options": options})
-        trainer = Trainer(
+        return Trainer(
             self._network(variant, 0.0 if variant.method == "gmp" else sparsity, seed),
             Batches(self.train, self.batch_size, train=True, seed=seed, device=self.device),
             Batches(self.test, TEST_BATCH, train=False, device=self.device),
-            settings, out=folder, resume=True, config=identity, quiet=True,
+            settings, quiet=True, **more,
         )  # fmt: skip
+
+    def _train(self, variant: Variant, sparsity: float, seed: int, head: str) -> dict[str, Any] | str:
+        """What the table needs of a training, or the signal that stopped it."""
+        folder, identity = self._folder(variant, sparsity, seed), self._identity(variant, sparsity, seed)
+        trainer = self._trainer(variant, sparsity, seed, out=folder, resume=True, config=identity)
         trainer.progress = sweep.RunningLine(self.say, head)
         ended = sweep.finish(trainer)
         if isinstance(ended, str):
@@ -534,7 +582,7 @@ def _notes(results: Mapping[str, Any], found: Sequence[Mapping[str, Any]], paper
         if slow:
             notes.append(f"slower than dense here: {', '.join(slow)}")
     notes.append("training MB: weights, index, gradients and optimizer state; stored kB: layers in a file, with index")
-    if masked := dict.fromkeys(run["structure"] for run in results["runs"] if run["masked"]):
+    if masked := dict.fromkeys(run["structure"] for run in results["runs"] if run.get("masked")):
         notes.append(f"{', '.join(masked)}: a dense weight under a mask, with a dense layer's memory and time")
     methods = {Variant(**v).name: v["method"] for v in results["settings"]["variants"]}
     if trained := [
@@ -545,6 +593,7 @@ def _notes(results: Mapping[str, Any], found: Sequence[Mapping[str, Any]], paper
         )
     if any(row["structure"] == "narrow" for row in found):
         notes.append("narrow: a dense network of as many parameters as the sparse ones")
+    notes += [f"left out: {line}, as {reason}" for line, reason in results.get("left_out", {}).items()]
     if papers:
         notes.append("paper: HRBP (CPAL 2024), Table 1; in brackets, training on an A100 against dense")
     return notes

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -52,6 +53,9 @@ class SoftPruning:
     begin: float = 0.0
 
     def __post_init__(self) -> None:
+        for name in ("alpha", "tau", "begin"):
+            if not isinstance(value := getattr(self, name), Real) or isinstance(value, bool):
+                raise ValueError(f"SoftPruning(): {name} is {value!r}; it needs a number")
         for name, known in (("score", SCORES), ("pace", tuple(PACES))):
             if (value := getattr(self, name)) not in known:
                 raise ValueError(f"SoftPruning(): {name} is {value!r}; it needs one of {', '.join(known)}")

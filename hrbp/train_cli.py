@@ -90,7 +90,8 @@ def add_train(commands: Commands) -> None:
         default="hrbp++",
         help=f"{', '.join(STRUCTURES)}, 2:4, ..., dense or narrow; default hrbp++",
     )
-    add("--sparsity", type=float, default=0.9, help="of the layers made sparse, default 0.9")
+    share = command.number(0, 1, "[0, 1)")
+    add("--sparsity", type=share, default=0.9, help="of the layers made sparse, default 0.9")
     add("--distribution", choices=DISTRIBUTIONS, help="of the layers' densities, default erk, with subp uniform")
     add("--saliency", choices=SALIENCIES, default="random", help="what chooses the first masks, default random")
     add("--option", type=_option, action="append", default=[], metavar="NAME=VALUE", help="of the structure, see below")

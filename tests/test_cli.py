@@ -170,6 +170,34 @@ def test_info_of_masks(tmp_path, capsys):
     assert lines["all"].split()[1] == "25.00"
 
 
+def test_zeros_by_chance_are_no_mask(tmp_path, capsys):
+    """One weight of a dense layer that training happened to leave at zero; whole filters that are zero are a mask."""
+    torch.manual_seed(0)
+    tensors = {name: torch.randn(32, 16, 3, 3) for name in ("dense", "one", "many", "pair", "filter", "half")}
+    tensors["fc"] = torch.randn(4, 8)
+    tensors["one"][3, 4, 1, 1] = tensors["fc"][2, 2] = 0
+    tensors["pair"][8, 4:6, 0, 0] = 0  # what could be a block of 1x2
+    tensors["many"].flatten()[torch.randperm(4608)[:46]] = 0
+    tensors["filter"][5] = 0
+    tensors["half"].flatten()[torch.randperm(4608)[:500]] = 0
+    torch.save({f"{name}.weight": t for name, t in tensors.items()}, tmp_path / "w.pt")
+    status, out, _ = run(capsys, "info", tmp_path / "w.pt")
+    assert status == 0
+    lines = {line.split()[0]: line for line in out.splitlines() if line}
+    for name in ("dense", "one", "many", "pair", "fc"):
+        assert lines[name].split()[2:5] == ["100.00", "dense", "100.0"], name
+    assert "zeros in dense weights, taken for chance: one (1), many (46), pair (2), fc (1)" in out
+    assert lines["filter"].split()[3] == "filters"
+    assert "single weights" in lines["half"]
+    assert float(lines["half"].split()[5]) == pytest.approx(133.7, abs=0.5)
+    assert "over 100 model%: half: the index takes more than the zeros save" in out
+    model = nn.Sequential(nn.Conv2d(16, 32, 3))
+    model[0].weight.data.copy_(tensors["one"])
+    assert hrbp.report.report_model(model)["0"].structure == "dense"
+    mask = tensors["one"] != 0  # a mask is what somebody chose
+    assert report_mask(mask).structure == "single weights"
+
+
 def test_info_of_a_masked_model(tmp_path, capsys):
     """What is on disk: half-precision weights that are kept, and a bit a weight."""
     torch.manual_seed(0)
@@ -352,7 +380,8 @@ def test_help_teaches(capsys):
         status, out, _ = run(capsys, *args, "--help")
         assert status == 0
         assert "python -m hrbp" in out
-    mistake(capsys, "required: COMMAND")
+    err = mistake(capsys, "python -m hrbp regroup model.pt")  # without a command: the help, and the status of a mistake
+    assert err == run(capsys, "--help")[1]
 
 
 def test_as_a_program(dense):

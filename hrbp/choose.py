@@ -13,6 +13,8 @@ import math
 import torch
 from torch import Tensor
 
+from .arguments import check_sparsity
+
 SWEEPS = 8  # most rounds over the prices; what they leave is repaired exactly
 JITTER = 1e-11  # breaks ties, relative to the largest value
 
@@ -23,10 +25,13 @@ def check_score(score: Tensor, sparsity: float, who: str) -> Tensor:
     Raises:
         ValueError: it is not four-dimensional, empty, negative or not finite, or sparsity is outside [0, 1).
     """
+    if not isinstance(score, Tensor):
+        raise ValueError(
+            f"{who}: score is a {type(score).__name__}; it needs a torch.Tensor (torch.as_tensor makes one)"
+        )
     if score.dim() != 4 or score.numel() == 0:
         raise ValueError(f"{who}: score has shape {tuple(score.shape)}; it needs [K, C, R, S], none of them 0")
-    if not 0 <= sparsity < 1:
-        raise ValueError(f"{who}: sparsity is {sparsity!r}; it needs a number in [0, 1)")
+    check_sparsity(sparsity, who)
     if score.dtype == torch.bool:
         score = score.float()
     if not score.is_floating_point():

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .arguments import any_case, check_sparsity
+
 DISTRIBUTIONS = ("uniform", "erk", "global")
 
 
@@ -59,8 +61,8 @@ def densities(
     cells = {name: _cells(name, shape, who) for name, shape in shapes.items()}
     if not cells:
         raise ValueError(f"{who}: shapes is empty; it needs at least one layer")
-    if not 0 <= sparsity < 1:
-        raise ValueError(f"{who}: sparsity is {sparsity!r}; it needs a number in [0, 1)")
+    check_sparsity(sparsity, who)
+    distribution = any_case(distribution, DISTRIBUTIONS)
     if distribution not in DISTRIBUTIONS:
         raise ValueError(
             f"{who}: distribution is {distribution!r}; it needs one of {', '.join(map(repr, DISTRIBUTIONS))}"

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .arguments import any_case
 from .files import memory_bytes
 
 SMALL_IMAGE = 64  # up to this size a network meant for 224x224 images starts without its first two reductions
@@ -36,7 +37,7 @@ def build(name: str, *, classes: int, width: float = 1.0, image_size: int = 32, 
     the state_dict names and shapes of torchvision. Only nn.Conv2d, nn.BatchNorm2d and nn.Linear hold parameters.
 
     Args:
-        name: one of the above.
+        name: one of the above, in any case.
         classes: outputs of the classifier.
         width: every channel count is multiplied by it. Fractions round some layers up and others down, so that the
             parameter count grows in small steps with the width.
@@ -109,6 +110,7 @@ def parameter_count(model: nn.Module) -> int:
 def _network(
     who: str, name: str, classes: int, width: float, image_size: int, channels: int, multiple: int
 ) -> nn.Module:
+    name = any_case(name, NETWORKS)
     if name not in NETWORKS:
         raise ValueError(f"{who}: name is {name!r}; it needs one of {', '.join(NETWORKS)}")
     if not 0 < width < math.inf:
@@ -139,6 +141,7 @@ def _network(
 
 
 def _build(who: str, name: str, classes: int, width: float, image_size: int, channels: int, multiple: int) -> nn.Module:
+    name = any_case(name, NETWORKS)  # as it will be written down
     model = _network(who, name, classes, width, image_size, channels, multiple)
     for module in model.modules():
         if isinstance(module, nn.Conv2d):

@@ -12,12 +12,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from blocksparse import BSRPattern
 
+from .arguments import any_case, check_sparsity
 from .choose import balanced as choose_balanced
 from .choose import check_score, top
 
@@ -237,12 +240,12 @@ def group_shape(
     if len(shape) != 4 or min(shape) < 1:
         raise ValueError(f"{who}: score has shape {tuple(shape)}; it needs [K, C, R, S], none of them 0")
     k, c, r, s = shape
-    if not 0 <= sparsity < 1:
-        raise ValueError(f"{who}: sparsity is {sparsity!r}; it needs a number in [0, 1)")
-    if not 0 < tap_density <= 1:
+    check_sparsity(sparsity, who)
+    value: Any = tap_density
+    if not isinstance(value, Real) or not 0 < tap_density <= 1:
         raise ValueError(f"{who}: tap_density is {tap_density!r}; it needs a number in (0, 1]")
     for name, value in (("groups", groups), ("granule", granule), ("row_granule", row_granule), ("min_rows", min_rows)):
-        if value < 1:
+        if not isinstance(value, Integral) or value < 1:
             raise ValueError(f"{who}: {name} is {value!r}; it needs a positive integer")
     if c % granule:
         raise ValueError(f"{who}: granule is {granule}; it needs a divisor of C = {c} (1 takes any C)")
@@ -309,6 +312,7 @@ def regroup(
 
     Source: HRBP (CPAL 2024), section 4.1, for method="paper"; method="assign" is this library's.
     """
+    method = any_case(method, ("assign", "paper"))
     if method not in ("assign", "paper"):
         raise ValueError(f"regroup(): method is {method!r}; it needs 'assign' or 'paper'")
     size = group_shape(

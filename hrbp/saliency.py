@@ -12,6 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
+from torch.nn.parameter import is_lazy
+
+from .arguments import any_case, check_sparsity
 
 METHODS = ("random", "magnitude", "snip", "grasp", "synflow", "magnitude+gradient")
 
@@ -76,10 +79,10 @@ def saliency(
     al., RigL (2020), for the two terms of "magnitude+gradient".
     """
     who = "saliency()"
+    method = any_case(method, METHODS)
     if method not in METHODS:
         raise ValueError(f"{who}: method is {method!r}; it needs one of {', '.join(map(repr, METHODS))}")
-    if not 0 <= sparsity < 1:
-        raise ValueError(f"{who}: sparsity is {sparsity!r}; it needs a number in [0, 1)")
+    check_sparsity(sparsity, who)
     weights = _weights(model, names, who)
     if method == "random":
         generator = torch.Generator().manual_seed(seed)
@@ -115,6 +118,11 @@ def _weights(model: nn.Module, names: Sequence[str], who: str) -> dict[str, nn.P
             near = difflib.get_close_matches(name, modules, n=3) or list(modules)[1:4]
             raise ValueError(f"{who}: the model has no module {name!r}; near it: {', '.join(map(repr, near))}")
         weight = modules[name]._parameters.get("weight")
+        if weight is not None and is_lazy(weight):
+            raise ValueError(
+                f"{who}: {name} is a {type(modules[name]).__name__} that has not seen its input yet; run the model once"
+                " first"
+            )
         if weight is None or not weight.is_floating_point():
             raise ValueError(
                 f"{who}: module {name!r} is a {type(modules[name]).__name__} without a floating-point parameter"
@@ -196,7 +204,7 @@ class _StandIn:
                 )
 
 
-def _pairs(batch: Any) -> Iterator[tuple[Any, Any]]:
+def pairs(batch: Any) -> Iterator[tuple[Any, Any]]:
     """The pairs of one pair or of an iterable of pairs; at least one."""
     one = isinstance(batch, tuple | list) and len(batch) == 2 and not isinstance(batch[0], tuple | list)
     empty = True
@@ -236,7 +244,7 @@ def _mean_gradients(
     totals = {key: torch.zeros_like(w) for key, w in leaves.items()}
     reached: set[str] = set()
     samples = 0
-    for pair in _pairs(batch):
+    for pair in pairs(batch):
         inputs, targets = map(stand_in.bring, pair)
         value = loss(stand_in(inputs), targets)
         if not isinstance(value, Tensor) or value.numel() != 1:
@@ -290,17 +298,17 @@ def _by_mean(x: Tensor) -> Tensor:
 
 
 def _grasp(stand_in: _StandIn, batch: Any, loss: Loss | None) -> dict[str, Tensor]:
-    pairs = list(_pairs(batch))
+    every = list(pairs(batch))
     loss = _cross_entropy(GRASP_TEMPERATURE) if loss is None else loss
-    gradients = _mean_gradients(stand_in, pairs, loss)
-    products = _mean_gradients(stand_in, pairs, loss, gradients)
+    gradients = _mean_gradients(stand_in, every, loss)
+    products = _mean_gradients(stand_in, every, loss, gradients)
     changes = {key: -w.detach() * products[key] for key, w in stand_in.leaves.items()}
     largest = max(change.max().item() for change in changes.values())
     return {key: largest - change for key, change in changes.items()}
 
 
 def _synflow(stand_in: _StandIn, batch: Any, sparsity: float) -> dict[str, Tensor]:
-    inputs, _ = next(_pairs(batch))
+    inputs, _ = next(pairs(batch))
     if not isinstance(inputs, Tensor):
         raise ValueError(f"saliency(): inputs is a {type(inputs).__name__}; 'synflow' needs a tensor")
     for key, t in stand_in.state.items():

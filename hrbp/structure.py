@@ -27,12 +27,14 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
 
 from blocksparse import BSRPattern
 
+from .arguments import any_case
 from .choose import check_score, top, top_of_few
 from .regroup import Grouping, GroupShape, group_shape, regroup
 
@@ -187,6 +189,14 @@ class NM(Structure):
     m: int
     n: int | None = None
 
+    def __post_init__(self) -> None:
+        if self.n is not None and not 1 <= self.n <= self.m:
+            turned = f"; {self.m}:{self.n} keeps {self.m} of {self.n}" if 1 <= self.m < self.n else ""
+            raise ValueError(
+                f"structure(): {self.n}:{self.m} would keep {self.n} of every {self.m} weights; n:m needs"
+                f" 1 <= n <= m{turned}"
+            )
+
     @property
     def name(self) -> str:  # type: ignore[override]
         return "n:m" if self.n is None else f"{self.n}:{self.m}"
@@ -338,10 +348,10 @@ def _one_by_n(*, n: int = 16, uniform: bool = False, rearrange: bool = False) ->
 
 
 def _block(*, blocksize: tuple[int, int] = (32, 32)) -> Structure:
-    try:
-        bk, bc = blocksize
-    except (TypeError, ValueError):
-        raise ValueError(f"structure('block'): blocksize is {blocksize!r}; it needs a pair (bk, bc)") from None
+    pair = isinstance(blocksize, tuple | list) and len(blocksize) == 2
+    if not pair or not all(isinstance(size, Integral) for size in blocksize):
+        raise ValueError(f"structure('block'): blocksize is {blocksize!r}; it needs a pair (bk, bc) of integers")
+    bk, bc = blocksize
     return Grains("block", (bk, bc, 1, 1))
 
 
@@ -380,20 +390,35 @@ STRUCTURES: dict[str, Callable[..., Structure]] = {
 }
 
 
+# What options are, and where None is one of their values.
+KINDS: dict[str, tuple[type, str]] = {
+    **dict.fromkeys(("n", "m", "groups", "granule", "row_granule", "min_rows"), (Integral, "an integer")),
+    **dict.fromkeys(("uniform", "rearrange", "balanced"), (bool, "True or False")),
+    "tap_density": (Real, "a number in (0, 1]"),
+}
+NONE = (("n", "n:m"), ("row_granule", "hrbp"), ("row_granule", "hrbp++"))
+
+
 def structure(name: str, **options: object) -> Structure:
-    """The structure of this name (see the list at the top of this file), or "2:4", "1:4", ... for n:m.
+    """The structure of this name (see the list at the top of this file) in any case, or "2:4", "1:4", ... for n:m.
 
     Raises:
-        ValueError: no such structure.
+        ValueError: no such structure, or an option that is no such number.
         TypeError: an option that it does not have; the message lists those it has.
     """
-    ratio = re.fullmatch(r"(\d+):(\d+)", name)
-    make = (lambda: NM(int(ratio[2]), int(ratio[1]))) if ratio else STRUCTURES.get(name)
+    name = any_case(name, STRUCTURES)
+    text = name if isinstance(name, str) else ""
+    ratio = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", text)
+    make = (lambda: NM(int(ratio[2]), int(ratio[1]))) if ratio else STRUCTURES.get(text)
     if make is None:
         raise ValueError(f"structure(): no structure {name!r}; choose one of {', '.join(STRUCTURES)} or a ratio as 2:4")
     known = inspect.signature(make).parameters
     if unknown := sorted(set(options) - set(known)):
         raise TypeError(f"structure({name!r}): no option {', '.join(unknown)}; it has {', '.join(known) or 'none'}")
+    for option, value in options.items():
+        kind, needs = KINDS.get(option, (object, ""))
+        if not isinstance(value, kind) and not (value is None and (option, name) in NONE):
+            raise ValueError(f"structure({name!r}): {option} is {value!r}; it needs {needs}")
     return make(**options)
 
 
@@ -421,7 +446,7 @@ def make_mask(score: Tensor, sparsity: float, structure: str = "hrbp++", *, seed
 def choose(score: Tensor, sparsity: float, structure: str = "hrbp++", *, seed: int = 0, **options: object) -> Choice:
     """As `make_mask`, with the BSR form: Choice(mask [K, C, R, S], blocksize, row_order, grouping)."""
     made = _structure(structure, **options)
-    if score.dim() == 2:
+    if isinstance(score, Tensor) and score.dim() == 2:
         score = score[:, :, None, None]
     return made.choose(score, sparsity, seed)
 

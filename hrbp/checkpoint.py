@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import io
 import json
@@ -25,6 +24,7 @@ from .sparsify import (
     MASKED,
     Sparsity,
     _replace,
+    copied,
     densify,
     has_blocks,
     plan_of,
@@ -114,7 +114,7 @@ def load(
 
 def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The state_dict of the dense model that computes the same, zeros where nothing is stored; the model stays."""
-    return densify(copy.deepcopy(unwrapped(model))).state_dict()
+    return densify(copied(unwrapped(model))).state_dict()
 
 
 def plain_plan(model: nn.Module) -> dict[str, Any] | None:
@@ -125,7 +125,7 @@ def plain_plan(model: nn.Module) -> dict[str, Any] | None:
     rule = {"kind": type(plan.structure).__name__, **dataclasses.asdict(plan.structure)}  # type: ignore[call-overload]
     return {
         "structure": rule, "distribution": plan.distribution, "asked": plan.asked, "dense": plan.dense,
-        "method": plan.method, "target": plan.target,
+        "method": plan.method, "target": plan.target, "saliency": plan.saliency, "saliency_why": plan.saliency_why,
     }  # fmt: skip
 
 
@@ -134,7 +134,8 @@ def _plan(plain: dict[str, Any] | None) -> Sparsity | None:
         return None
     rule = dict(plain["structure"])
     structure = STRUCTURES[rule.pop("kind")](**rule)
-    later = plain.get("method"), plain.get("target", {})  # which older files do not have
+    # What older files do not have.
+    later = plain.get("method"), plain.get("target", {}), plain.get("saliency", ""), plain.get("saliency_why", "")
     return Sparsity(structure, plain["distribution"], plain["asked"], plain["dense"], *later)
 
 

@@ -7,31 +7,34 @@ Training methods that let dropped weights learn, to bring them back (`method`), 
 
 from __future__ import annotations
 
-import fnmatch
+import copy
+import itertools
 import math
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 from torch.optim.swa_utils import AveragedModel
 
 from blocksparse import BSRConv2d, BSRLinear, BSRPattern, optimizer_tensors
 
 from . import semi
-from .density import densities
+from .arguments import any_case, check_sparsity
+from .candidates import Selector, candidates
+from .carry import carry
+from .density import DISTRIBUTIONS, densities
+from .fresh import trained
 from .master import MasterConv2d, MasterLinear, masked_conv, put_master, take_master_off
+from .saliency import METHODS as SALIENCIES
 from .saliency import saliency as score_weights
-from .structure import NM, Choice, Grains, Structure, sparsity_of
+from .structure import NM, STRUCTURES, Choice, Grains, Structure, sparsity_of
 from .structure import structure as make_structure
 
 LEAST_BLOCK = 2  # weights of a block: for single ones the index (16 bytes a block) is four times what they take
-
-Selector = str | type[nn.Module]
 
 
 class MaskedConv2d(nn.Conv2d):
@@ -80,6 +83,7 @@ class Sparsity:
 
     asked: layer -> the density that its structure was asked for. dense: layer -> why it was left dense. method: that
     layers keep a dense master weight for, or None. target: layer -> the sparsity to which "subp" will prune it.
+    saliency: what chose the first masks; saliency_why: what made "auto" take it, or empty.
     """
 
     structure: Structure
@@ -89,6 +93,8 @@ class Sparsity:
     method: str | None = None
     target: dict[str, float] = field(default_factory=dict)
     lineage: Lineage = field(default_factory=Lineage, compare=False, repr=False)
+    saliency: str = ""
+    saliency_why: str = ""
 
 
 # ---------------------------------------------------------------------- making a model sparse
@@ -101,7 +107,7 @@ def sparsify(
     structure: str = "hrbp++",
     method: str | None = None,
     distribution: str | None = None,
-    saliency: str = "random",
+    saliency: str = "auto",
     include: Iterable[Selector] | None = None,
     exclude: Iterable[Selector] | None = None,
     batch: Any = None,
@@ -112,16 +118,21 @@ def sparsify(
 ) -> nn.Module:
     """Make the convolutions and linear layers of a model sparse, in place.
 
-    Call it before the optimizer is made: layers are replaced. Weights that are kept keep their values. The stem (the
-    first layer), the last layer and grouped convolutions stay dense; so do layers that a structure does not fit, and
-    those that code other than their own forward may read (subclasses, shared or parametrized weights): `summary` says
-    which, and why.
+    Call it before the optimizer is made: layers are replaced. Weights that are kept keep their values; hooks,
+    attributes and biases go with their layer. The first and the last layers and grouped convolutions stay dense; so do
+    layers that a structure does not fit, and those that code other than their own forward may read or change
+    (subclasses, shared or parametrized weights, weight_norm, pruning: for that see `from_prune`): `summary` says which,
+    and why.
+
+    First is a layer that reads the model's input through no other one, last one whose output reaches the model's and
+    feeds no other; there may be several. They are found by data flow: in a forward pass of the first of `batch`, or of
+    symbols, both on a stand-in for the model; where neither can be had, by order of registration.
 
     Args:
-        model: any module with nn.Conv2d and nn.Linear in it.
+        model: any module with nn.Conv2d and nn.Linear in it. Wrap it in DistributedDataParallel afterwards.
         sparsity: share of the weights of the layers made sparse that is dropped, in [0, 1). `summary` tells the share
             of the whole model.
-        structure: as in `make_mask`.
+        structure: as in `make_mask`. Names, here and below, are taken in any case.
         method: None: layers hold what they keep, and nothing else. "ste", "sr-ste" or "subp": layers keep a dense
             weight, of which they compute with a part, for the `Evolver` method of that name. With the first two (n:m
             and the grains) the mask is at any time that of the largest |weight|, whatever the saliency; with "subp"
@@ -129,16 +140,18 @@ def sparsify(
             the end.
         distribution: how densities differ between layers: "uniform", "erk", "global" (by score: the best grains of all
             layers). Default: "erk", with "subp" "uniform", as its paper has it.
-        saliency: what chooses the weights: "random", "magnitude", "snip", "grasp", "synflow", "magnitude+gradient".
-            With "random", groups (hrbp, hrbp++) are of neighbouring filters, which costs nothing when running, and
-            balanced: every channel is read by equally many groups, give or take one, rather than some by none. The
-            paper's are drawn independently: row_granule=1, balanced=False. "magnitude" of trained weights, structure
-            "2:4", then fine-tuning under the mask that this gives, is ASP (Mishra et al., 2021).
-        include: only these: names of layers (with * and ? as wildcards) or types. The stem and the last layer too, if
+        saliency: what chooses the weights: "random", "magnitude", "snip", "grasp", "synflow", "magnitude+gradient", or
+            "auto": "random" where the weights are freshly drawn, "magnitude" where they look trained or in doubt (see
+            fresh.py); `summary` says which it took, and why. With "random", groups (hrbp, hrbp++) are of neighbouring
+            filters, which costs nothing when running, and balanced: every channel is read by equally many groups, give
+            or take one, rather than some by none. The paper's are drawn independently: row_granule=1, balanced=False.
+            "magnitude" of trained weights, structure "2:4", then fine-tuning under the mask that this gives, is ASP
+            (Mishra et al., 2021).
+        include: only these: names of layers (with * and ? as wildcards) or types. The first and last layers too, if
             they are named. Default: all layers. A layer whose shape the structure refuses stays dense, and the summary
             says why, unless its full name is given here: then that is an error.
         exclude: not these.
-        batch, loss: for saliencies that need gradients; see `hrbp.saliency`.
+        batch, loss: for saliencies that need gradients, see `hrbp.saliency`; the batch finds first and last layers.
         backend: of the sparse layers, as in blocksparse.conv2d.
         seed: of random scores and searches.
         **options: of the structure; see `make_mask`.
@@ -150,18 +163,31 @@ def sparsify(
         ValueError: no layer is left to make sparse, or an argument is out of range; the model is untouched then.
     """
     who = "sparsify()"
-    if plan_of(model, required=False) is not None:
-        raise ValueError(f"{who}: the model is sparse already; call densify(model) first")
-    if saliency == "random" and structure in ("hrbp", "hrbp++"):
-        options = {"row_granule": None, "balanced": True, **options}
-    distribution = distribution or ("uniform" if method == "subp" else "erk")
-    shape_rule = structure_for(method, structure, options)
+    whole, model = model, dense_model(model, who)
+    check_sparsity(sparsity, who)
+    method, saliency = any_case(method, METHODS), any_case(saliency, ("auto", *SALIENCIES))
+    structure = any_case(structure, STRUCTURES)
+    distribution = any_case(distribution, DISTRIBUTIONS) or ("uniform" if method == "subp" else "erk")
     if method not in (None, *METHODS):
         raise ValueError(f"{who}: method is {method!r}; it needs one of {', '.join(METHODS)}, or None")
+    if saliency not in ("auto", *SALIENCIES):
+        raise ValueError(f"{who}: saliency is {saliency!r}; it needs one of auto, {', '.join(SALIENCIES)}")
+    structure_for(method, structure, options)  # or its error would come after a look at all weights
+    include = None if include is None else list(include)
+    if isinstance(batch, Iterator):
+        batch, seen = itertools.tee(batch)
+    else:
+        seen = batch
+    chosen, dense = candidates(model, include, exclude, seen, who)
+    why = ""
+    if saliency == "auto":
+        told = trained(model, chosen)
+        saliency, why = ("random", "the weights look freshly drawn") if told is None else ("magnitude", told)
+    if saliency == "random" and structure in ("hrbp", "hrbp++"):
+        options = {"row_granule": None, "balanced": True, **options}
+    shape_rule = structure_for(method, structure, options)
     if reason := method_refuses(method, shape_rule):
         raise ValueError(f"{who}: method {method!r} {reason}")
-    include = None if include is None else list(include)
-    chosen, dense = _candidates(model, include, exclude, who)
     for name in list(chosen):
         if reason := shape_rule.refuses(_shape4(chosen[name])):
             dense[name] = f"{shape_rule.name}: {reason}"
@@ -171,7 +197,10 @@ def sparsify(
             raise ValueError(f"{who}: include names {selector!r}, which has to stay dense: {reason}; leave it out")
     if not chosen:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(dense.items())[-3:])
-        raise ValueError(f"{who}: no layer to make sparse ({reasons or 'the model has no Conv2d or Linear'})")
+        raise ValueError(
+            f"{who}: no layer to make sparse ({reasons or 'the model has no Conv2d or Linear'}); `include` names layers"
+            " that are to be sparse though they are first or last"
+        )
 
     scores = score_weights(model, list(chosen), saliency, batch=batch, loss=loss, sparsity=sparsity, seed=seed)
     asked = densities(
@@ -203,8 +232,21 @@ def sparsify(
             makes.append(partial(put_mask, layer, choice.mask))
     for make in makes:  # nothing can fail from here on
         make()
-    model._hrbp_sparsity = Sparsity(shape_rule, distribution, asked, dense, method, target)  # type: ignore[assignment]
-    return model
+    plan = Sparsity(shape_rule, distribution, asked, dense, method, target, saliency, why)
+    model._hrbp_sparsity = plan  # type: ignore[assignment]
+    return whole
+
+
+def dense_model(model: nn.Module, who: str) -> nn.Module:
+    """The model inside its wrappers; refused where it is sparse already, or may not be changed any more."""
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise ValueError(
+            f"{who}: the model is in DistributedDataParallel, which has set up its parameters; call {who} with the"
+            " model before it is wrapped"
+        )
+    if plan_of(model, required=False) is not None:
+        raise ValueError(f"{who}: the model is sparse already; call densify(model) first")
+    return unwrapped(model)
 
 
 def structure_for(method: str | None, name: str, options: Mapping[str, Any]) -> Structure:
@@ -234,7 +276,9 @@ def densify(model: nn.Module) -> nn.Module:
     for module in list(model.modules()):
         if isinstance(module, BSRConv2d | BSRLinear):
             if module is model:
-                return module.to_dense()
+                dense = module.to_dense()
+                carry(module, dense, replaces=False)
+                return dense
             _replace(model, module, module.to_dense())
         elif isinstance(module, MaskedConv2d | MaskedLinear):
             _take_mask_off(module)
@@ -242,8 +286,8 @@ def densify(model: nn.Module) -> nn.Module:
             take_master_off(module)
         elif semi.is_converted(module):
             semi.revert(module)
-    if hasattr(model, "_hrbp_sparsity"):
-        del model._hrbp_sparsity
+    if plan_of(model, required=False) is not None:
+        del unwrapped(model)._hrbp_sparsity
     return model
 
 
@@ -324,66 +368,10 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
-def _candidates(
-    model: nn.Module, include: Iterable[Selector] | None, exclude: Iterable[Selector] | None, who: str
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """Layers to make sparse, and why others stay dense."""
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
-    users: dict[int, int] = {}
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                users[id(parameter)] = users.get(id(parameter), 0) + 1
-    include = None if include is None else list(include)
-    exclude = list(exclude or ())
-    for selector in [*(include or ()), *exclude]:
-        if not any(_matches(name, layer, selector) for name, layer in layers.items()):
-            raise ValueError(
-                f"{who}: {selector!r} matches no Conv2d or Linear; the model has {', '.join(list(layers)[:8])}"
-                + (", ..." if len(layers) > 8 else "")
-            )
-    first, last = (next(iter(layers)), next(reversed(layers))) if len(layers) > 2 else (None, None)
-    chosen, dense = {}, {}
-    for name, layer in layers.items():
-        if include is not None and not any(_matches(name, layer, s) for s in include):
-            dense[name] = "not included"
-        elif any(_matches(name, layer, s) for s in exclude):
-            dense[name] = "excluded"
-        elif include is None and name in (first, last):
-            dense[name] = "the first layer" if name == first else "the last layer"
-        elif reason := _unfit(name, layer, users):
-            dense[name] = reason
-        else:
-            chosen[name] = layer
-    return chosen, dense
-
-
-def _matches(name: str, layer: nn.Module, selector: Selector) -> bool:
-    return fnmatch.fnmatchcase(name, selector) if isinstance(selector, str) else isinstance(layer, selector)
-
-
-def _unfit(name: str, layer: nn.Conv2d | nn.Linear, users: dict[int, int]) -> str | None:
-    """Why this layer cannot be replaced by a sparse one that computes the same, or None."""
-    if not name:
-        return "it is the model itself: put it into an nn.Sequential"
-    if parametrize.is_parametrized(layer):
-        return "its weight is parametrized"
-    if type(layer) not in (nn.Conv2d, nn.Linear):
-        return f"a {type(layer).__name__}, whose forward may differ"
-    if isinstance(layer, nn.Conv2d):
-        if layer.groups != 1:
-            return "grouped" if layer.groups < layer.in_channels else "depthwise"
-        if layer.padding_mode != "zeros":
-            return f"padding_mode {layer.padding_mode!r}"
-        if layer.padding == "same" and any(
-            d * (k - 1) % 2 for d, k in zip(layer.dilation, layer.kernel_size, strict=True)
-        ):
-            return "padding 'same' that is not symmetric"
-    if users[id(layer.weight)] > 1:
-        return "its weight is shared"
-    if 0 in layer.weight.shape:
-        return "it has no weights"
-    return None
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy, also of a model with weights that hooks compute (weight_norm, pruning), which have gradients."""
+    computed = (t for module in model.modules() for t in vars(module).values() if isinstance(t, Tensor))
+    return copy.deepcopy(model, {id(t): t.detach().clone() for t in computed if not t.is_leaf})
 
 
 def _shape4(layer: Any) -> tuple[int, int, int, int]:
@@ -416,7 +404,8 @@ def _take_mask_off(layer: Any) -> None:
 
 
 def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Puts `new` wherever the model holds `old`."""
+    """Puts `new` wherever the model holds `old`, with what users put on that."""
+    carry(old, new)
     for parent in list(model.modules()):
         for key, child in parent._modules.items():
             if child is old:

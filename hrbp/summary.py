@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -11,12 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from blocksparse import BSRConv2d, BSRLinear, explain
 
 from . import semi
 from .master import MasterLinear, symmetric_padding
-from .sparsify import SparseLayer, Sparsity, densify, plan_of, semi_refuses, sparse_layers, unwrapped
+from .sparsify import FOLLOWING, SparseLayer, Sparsity, copied, densify, plan_of, semi_refuses, sparse_layers, unwrapped
 from .structure import NM
 from .subp import counts
 
@@ -25,7 +25,13 @@ SLOW_BLOCK = 8  # weights: smaller blocks save memory, not time
 
 @dataclass
 class Row:
-    """One layer in a summary. flops and gains are those of the inputs that the summary was given, else None."""
+    """One layer in a summary. What depends on the input is of the one that the summary was given, else None.
+
+    flops      of the weights that are kept, in the forward pass
+    run_flops  that are run: those of the stored blocks; all of them under a mask, or where the dense product is taken
+    backend    of the forward product; "masked": a dense product of the weight under its mask
+    seconds    of forward + backward of a sparse layer and of its dense twin, where they were measured
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -36,6 +42,7 @@ class Row:
     bytes: int
     dense_bytes: int
     flops: int | None = None
+    run_flops: int | None = None
     dense_flops: int | None = None
     backend: str = ""
     seconds: float | None = None
@@ -57,10 +64,12 @@ class Summary:
     notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        head = ["layer", "shape", "structure", "density", "params", "MB", "GFLOP", "backend", "gain"]
+        head = ["layer", "shape", "structure", "density", "params", "MB", "GFLOP", "run", "backend"]
+        timed = [(row.seconds, row.dense_seconds) for row in self.rows if row.seconds and row.dense_seconds]
+        head += ["ms", "dense ms", "speed"] if timed else []
         table = [head, *([self._cells(row)[name] for name in head] for row in self.rows)]
         widths = [max(len(line[i]) for line in table) for i in range(len(head))]
-        left = (0, 1, 2, 7)
+        left = (0, 1, 2, 8)
 
         def text(line: list[str]) -> str:
             cells = (c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
@@ -71,13 +80,15 @@ class Summary:
             f"sparse layers {self.sparsity:.2%} sparse, whole model {self.model_sparsity:.2%}: "
             f"{self.parameters:,} of {self.dense_parameters:,} parameters"
         )
-        flops = [(row.flops, row.dense_flops) for row in self.rows if row.flops is not None and row.dense_flops]
-        if flops:
-            ours, dense = sum(f for f, _ in flops), sum(d for _, d in flops if d)
-            lines.append(f"forward {ours / 1e9:.3g} of {dense / 1e9:.3g} GFLOP: {dense / max(1, ours):.2f}x fewer")
-        timed = [(row.seconds, row.dense_seconds) for row in self.rows if row.seconds and row.dense_seconds]
+        flops = [(row.flops or 0, row.run_flops or 0, row.dense_flops or 0) for row in self.rows]
+        kept, run, dense = map(sum, zip(*flops, strict=True)) if flops else (0, 0, 0)
+        if dense:
+            lines.append(
+                f"forward: weights kept need {kept / 1e9:.3g} of {dense / 1e9:.3g} GFLOP, {run / 1e9:.3g} are run"
+                f" ({run / dense:.0%})" + ("" if timed else "; that is work, not time: measure=True times the layers")
+            )
         if timed:
-            ours_s, dense_s = sum(s for s, _ in timed if s), sum(d for _, d in timed if d)
+            ours_s, dense_s = sum(s for s, _ in timed), sum(d for _, d in timed)
             lines.append(
                 f"measured forward + backward of the sparse layers: {ours_s * 1e3:.3g} ms, dense {dense_s * 1e3:.3g} "
                 f"ms: {dense_s / ours_s:.2f}x"
@@ -86,13 +97,8 @@ class Summary:
 
     @staticmethod
     def _cells(row: Row) -> dict[str, str]:
-        gain = ""
-        if row.seconds and row.dense_seconds:
-            gain = f"{row.dense_seconds / row.seconds:.2f}x"
-        elif row.backend == "dense":
-            gain = "1x"
-        elif row.flops and row.dense_flops and row.density < 1:
-            gain = f"<={row.dense_flops / row.flops:.2f}x"
+        share = "" if row.run_flops is None or not row.dense_flops else f"{row.run_flops / row.dense_flops:.0%}"
+        timed = row.seconds is not None and row.dense_seconds is not None
         return {
             "layer": row.name,
             "shape": "x".join(map(str, row.shape)),
@@ -101,8 +107,11 @@ class Summary:
             "params": f"{row.parameters:,}",
             "MB": f"{row.bytes / 1e6:.3f}",
             "GFLOP": "" if row.flops is None else f"{row.flops / 1e9:.3g}",
+            "run": share,
             "backend": row.backend,
-            "gain": gain,
+            "ms": f"{row.seconds * 1e3:.3g}" if timed and row.seconds else "",
+            "dense ms": f"{row.dense_seconds * 1e3:.3g}" if timed and row.dense_seconds else "",
+            "speed": f"{row.dense_seconds / row.seconds:.2f}x" if timed and row.dense_seconds and row.seconds else "",
         }
 
 
@@ -116,37 +125,46 @@ def summary(model: nn.Module, x: Tensor | Sequence[int] | None = None, *, measur
         measure: also time forward + backward of each sparse layer and of its dense twin on its input from x, in turns.
 
     Returns:
-        A Summary; print it. MB are those of weights, biases and index; operations those of the weights kept. A gain is
-        measured, or the ratio of operations, which bounds it, marked <=; 1x where the dense product is run as the
-        faster one.
+        A Summary; print it. MB are those of weights, biases and index; GFLOP those of the weights kept, in the forward
+        pass, and `run` the share of the dense layer's that is run: 100% under a mask, and where the dense product is
+        taken as the faster one. It bounds what time can be saved, and says no more; ms and speed (dense time / time)
+        are measured.
     """
     model = unwrapped(model)
+    if lazy := next((name for name, p in model.named_parameters() if is_lazy(p)), None):
+        raise ValueError(
+            f"summary(): {lazy} has no shape before the model has seen its input; run the model once first"
+        )
     if measure and x is None:
         raise ValueError("summary(): measure needs x, an input or the shape of one")
     plan = plan_of(model, required=False)
     sparse = sparse_layers(model)
-    inputs = {} if x is None else inputs_of(model, x)
+    calls = {} if x is None else _calls_of(model, x)
     rows, cells, kept = [], 0, 0
     for name, module in model.named_modules():
         layer = sparse.get(name)
         if layer is None and not isinstance(module, nn.Conv2d | nn.Linear):
             continue
         row = _dense_row(name, module, plan) if layer is None else _sparse_row(layer, plan)
-        if name in inputs:
-            at, out = inputs[name]
-            per_weight = 2 * out.numel() // row.shape[0]
+        if name in calls:
+            at = calls[name][-1][0]
+            per_weight = sum(2 * out.numel() // row.shape[0] for _, out in calls[name])
             dense_weights = math.prod(row.shape)
-            row.dense_flops = per_weight * dense_weights
-            row.flops = row.dense_flops
-            if layer is not None and layer.runs_blocks:
-                row.flops = per_weight * layer.module.values.numel()
-                row.backend = _backend_of(layer.module, at)
+            row.dense_flops = row.run_flops = per_weight * dense_weights
+            row.flops = per_weight * round(row.density * dense_weights)
+            if semi.is_converted(module):
+                row.run_flops = row.flops
+            if layer is not None:
+                row.backend = _backend_of(layer.module, at) if layer.runs_blocks else "masked"
+                if row.backend not in ("dense", "masked"):
+                    row.run_flops = row.flops
                 if measure:
                     row.seconds, row.dense_seconds = _timed(layer.module, at)
         if layer is not None or semi.is_converted(module):
             cells += math.prod(row.shape)
             kept += round(row.density * math.prod(row.shape))
         rows.append(row)
+    shown = {row.name for row in rows}
     everything = sum(p.numel() for p in model.parameters())
     masked_away = sum(
         layer.parameter.numel() - int(layer.mask().sum()) for layer in sparse.values() if not layer.blocks
@@ -180,6 +198,12 @@ def summary(model: nn.Module, x: Tensor | Sequence[int] | None = None, *, measur
                 for name, shape in shapes.items()
             )
             notes.append(f"{plan.method}: the sparse layers end {gone / cells:.2%} sparse, whatever they are now")
+    if plan is not None and plan.method not in FOLLOWING and plan.saliency:
+        why = f" ('auto', as {plan.saliency_why})" if plan.saliency_why else ""
+        notes.append(f"masks first chosen by {plan.saliency}{why}")
+    others = [] if plan is None else [f"{name} ({why})" for name, why in plan.dense.items() if name not in shown]
+    if others:
+        notes.append(f"left as they were: {', '.join(others)}")
     if plan is not None and isinstance(plan.structure, NM) and plan.structure.m == 4:
         notes.append(_semi_note({name: semi_refuses(layer.module, layer) for name, layer in sparse.items()}))
     return Summary(rows, 1 - kept / cells if cells else 0.0, 1 - total / max(1, dense_total), total, dense_total, notes)
@@ -204,9 +228,8 @@ def _dense_row(name: str, module: Any, plan: Sparsity | None) -> Row:
         return Row(
             name, shape, "2:4 on sparse tensor cores", 0.5, cells // 2 + bias, cells + bias, size, (cells + bias) * item
         )
-    bias = 0 if module.bias is None else module.bias.numel()
-    count = module.weight.numel() + bias
-    size = count * module.weight.element_size()
+    count = sum(p.numel() for p in module.parameters())
+    size = sum(p.numel() * p.element_size() for p in module.parameters())
     why = f"dense ({plan.dense[name]})" if plan is not None and name in plan.dense else "dense"
     return Row(name, tuple(module.weight.shape), why, 1.0, count, count, size, size)
 
@@ -235,20 +258,30 @@ def _sparse_row(layer: SparseLayer, plan: Sparsity | None) -> Row:
 
 
 def inputs_of(model: nn.Module, x: Tensor | Sequence[int]) -> dict[str, tuple[Tensor, Tensor]]:
-    """name -> (input, output) of every convolution and linear layer for the model input x."""
+    """name -> (input, output) of every convolution and linear layer for the model input x; of the last call."""
+    return {name: calls[-1] for name, calls in _calls_of(model, x).items()}
+
+
+def _calls_of(model: nn.Module, x: Tensor | Sequence[int]) -> dict[str, list[tuple[Tensor, Tensor]]]:
+    """name -> (input, output) of every call of a convolution or linear layer, for the model input x."""
     first = next(model.parameters())
     if not isinstance(x, Tensor):
         x = torch.zeros(tuple(x), device=first.device, dtype=first.dtype)
-    found: dict[str, tuple[Tensor, Tensor]] = {}
+    found: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
     def keep(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Any, ...], out: Any) -> None:
-            found[name] = (args[0].detach(), out.detach())
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+            given = next(iter((*args, *kwargs.values())))
+            found.setdefault(name, []).append((given.detach(), out.detach()))
 
         return hook
 
     kinds = (nn.Conv2d, nn.Linear, BSRConv2d, BSRLinear)
-    hooks = [m.register_forward_hook(keep(name)) for name, m in model.named_modules() if isinstance(m, kinds)]
+    hooks = [
+        m.register_forward_hook(keep(name), with_kwargs=True)
+        for name, m in model.named_modules()
+        if isinstance(m, kinds)
+    ]
     modes = {m: m.training for m in model.modules()}
     try:
         model.eval()
@@ -271,10 +304,11 @@ def _backend_of(module: Any, x: Tensor) -> str:
 
 
 def _timed(module: Any, x: Tensor, rounds: int = 5) -> tuple[float, float]:
-    """Median seconds of forward + backward of a sparse layer and of its dense twin, in turns."""
-    dense = densify(copy.deepcopy(module))
+    """Median seconds of forward + backward of a sparse layer and of its dense twin, in turns, without users' hooks."""
+    with torch.random.fork_rng([x.device] if x.is_cuda else []):  # a layer draws weights when it is made
+        dense = densify(copied(module))
     x = x.detach().clone().requires_grad_()
-    dy = torch.randn_like(module(x))
+    dy = torch.ones_like(module.forward(x))
     times: tuple[list[float], list[float]] = ([], [])
     for i in range(rounds + 1):
         for m, out in zip((module, dense), times, strict=True):
@@ -282,7 +316,7 @@ def _timed(module: Any, x: Tensor, rounds: int = 5) -> tuple[float, float]:
             if x.is_cuda:
                 torch.cuda.synchronize()
             start = time.perf_counter()
-            torch.autograd.grad(m(x), [x, *parameters], dy)
+            torch.autograd.grad(m.forward(x), [x, *parameters], dy)
             if x.is_cuda:
                 torch.cuda.synchronize()
             if i:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import inspect
 import json
 import math
@@ -31,7 +30,7 @@ from .data import Batches, ImageSet, load
 from .evolve import METHODS, Evolver, Update
 from .files import only_writer
 from .options import default_every, refused_options
-from .sparsify import plan_of, release, sparse_layers
+from .sparsify import copied, plan_of, release, sparse_layers
 from .summary import summary
 
 CHECK_STEPS = 10  # between looks at the loss on a GPU, each of which waits for it; on a CPU every step is looked at
@@ -492,7 +491,7 @@ class Trainer:
     def _finish(self, out: Path) -> None:
         model, plan = self._trained(), plan_of(self.model, required=False)
         if plan is not None and plan.method is not None:
-            model = release(copy.deepcopy(model))
+            model = release(copied(model))
         checkpoint.save(model, out / "model.pt")
         try:
             progress.draw_training(out / "training.png", self.history)

@@ -49,9 +49,9 @@ ALLOWED = {
 # The files of hrbp, each of which imports only those before it.
 ORDER = [
     "files", "arguments", "choose", "density", "saliency", "models", "data", "regroup", "structure", "subp", "master",
-    "semi", "sparsify", "summary", "decay", "options", "agreement", "averages", "dense_grad", "exchange", "evolve",
-    "weights", "stream", "report", "picture", "progress", "checkpoint", "train", "command", "train_cli", "sweep",
-    "study", "regularity", "study_cli", "__init__", "__main__",
+    "semi", "carry", "dataflow", "candidates", "fresh", "sparsify", "summary", "decay", "options", "agreement",
+    "averages", "dense_grad", "exchange", "evolve", "weights", "stream", "report", "picture", "progress", "checkpoint",
+    "train", "command", "train_cli", "sweep", "study", "regularity", "study_cli", "__init__", "__main__",
 ]  # fmt: skip
 
 

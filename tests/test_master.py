@@ -519,10 +519,10 @@ def test_reports_are_of_what_takes_part():
 def test_layers_that_a_structure_refuses_stay_dense_unless_they_are_named():
     net = sparse("ste", "2:4", 0.5, {})
     assert plan_of(net).dense == {
-        "stem": "the first layer",
+        "stem": "the first layer, by data flow",
         "depth": "depthwise",
         "two": "2:4: m = 4 does not divide C = 30",
-        "head": "the last layer",
+        "head": "the last layer, by data flow",
     }
     assert "dense (2:4: m = 4 does not divide C = 30)" in str(hrbp.summary(net))
     assert list(sparse_layers(hrbp.sparsify(Net(), 0.5, structure="2:4", include=["o*", "t*"]))) == ["one", "odd"]
@@ -545,7 +545,7 @@ def test_depthwise_and_narrow_layers_of_mobile_networks_stay_dense(name):
         elif "does not divide" in why:
             assert module.in_channels % 32
         else:
-            assert why in ("the first layer", "the last layer")
+            assert why in ("the first layer, by data flow", "the last layer, by data flow")
     assert "depthwise" in plan.dense.values()
     assert any("does not divide" in why for why in plan.dense.values())
     masked = sparse_layers(model)
@@ -570,7 +570,7 @@ def test_refusals():
         assert not sparse_layers(net)
     with torch.no_grad():
         net.hidden.weight[3, 5] = torch.nan
-    with pytest.raises(ValueError, match="infinite or NaN"):
+    with pytest.raises(ValueError, match="NaN or infinity"):
         hrbp.sparsify(net, 0.5, structure="2:4", method="ste")
     assert not sparse_layers(net)
     net = sparse(*METHODS[3])

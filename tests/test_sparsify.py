@@ -136,13 +136,13 @@ def test_a_masked_weight_stays_zero_under_training(net, x):
 def test_what_stays_dense_and_why(net):
     hrbp.sparsify(net, 0.8)
     assert plan_of(net).dense == {
-        "stem": "the first layer",
+        "stem": "the first layer, by data flow",
         "depth": "depthwise",
         "split": "grouped",
-        "head": "the last layer",
+        "head": "the last layer, by data flow",
     }
     table = str(hrbp.summary(net))
-    assert "dense (the first layer)" in table
+    assert "dense (the first layer, by data flow)" in table
     assert "dense (depthwise)" in table
 
 
@@ -290,6 +290,7 @@ def test_the_summary_counts_right(net, x):
         assert rows[name].seconds > 0
         assert rows[name].dense_seconds > 0
         assert rows[name].backend == "dense" or x.is_cuda  # layers this small
+        assert rows[name].run_flops == (rows[name].dense_flops if rows[name].backend == "dense" else rows[name].flops)
     assert rows["wide"].flops == 2 * 4 * 6 * 6 * layers["wide"].parameter.numel()
     assert rows["wide"].dense_flops == 2 * 4 * 6 * 6 * 32 * 16 * 9
     assert rows["hidden"].flops == 2 * 4 * layers["hidden"].parameter.numel()
@@ -299,7 +300,7 @@ def test_the_summary_counts_right(net, x):
     assert result.sparsity == pytest.approx(1 - kept / cells)
     everything = sum(p.numel() for p in Net().parameters())
     assert (result.parameters, result.dense_parameters) == (everything - cells + kept, everything)
-    assert "gain" in str(result).splitlines()[0]
+    assert str(result).splitlines()[0].split()[-6:] == ["GFLOP", "run", "backend", "ms", "dense", "ms", "speed"][-6:]
     assert not any(m.training for m in net.modules())
     with pytest.raises(ValueError, match="measure needs x"):
         hrbp.summary(net, measure=True)

@@ -12,6 +12,7 @@ from . import data, models
 from .checkpoint import dense_state_dict, load, save
 from .density import densities
 from .evolve import Evolver
+from .prune import from_prune
 from .regroup import Grouping, regroup
 from .saliency import saliency
 from .sparsify import densify, release, sparsify, to_semi_structured
@@ -30,6 +31,7 @@ __all__ = [
     "dense_state_dict",
     "densify",
     "densities",
+    "from_prune",
     "load",
     "make_mask",
     "models",

@@ -32,13 +32,13 @@ from .sparsify import (
     sparse_layers,
     unwrapped,
 )
-from .structure import NM, Choice, Elementwise, Grains, Groups, sparsity_of
+from .structure import NM, Choice, Elementwise, Grains, Groups, Mixed, sparsity_of
 from .weights import MASKED as PACKED
 from .weights import pack_masked, unpack_masked
 
 VERSION = 1
 MODEL, TRAINING = "model", "training"
-STRUCTURES = {kind.__name__: kind for kind in (Grains, NM, Groups, Elementwise)}
+STRUCTURES = {kind.__name__: kind for kind in (Grains, NM, Groups, Elementwise, Mixed)}
 LAST, PREVIOUS, DIVERGED = "last.pt", "previous.pt", "diverged.pt"
 
 

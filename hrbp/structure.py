@@ -336,6 +336,19 @@ class Elementwise(Structure):
         return size.channels / cells
 
 
+@dataclass(frozen=True)
+class Mixed(Structure):
+    """Masks each of which has a structure of its own: they were taken over, and stay as they are."""
+
+    name: str = "mixed"
+
+    def choose(self, score: Tensor, sparsity: float, seed: int = 0) -> Choice:
+        raise ValueError(f"structure {self.name!r} is what masks that were taken over have; it makes none")
+
+    def density(self, shape: Sequence[int], density: float) -> float:
+        raise ValueError(f"structure {self.name!r} is what masks that were taken over have; it makes none")
+
+
 # ---------------------------------------------------------------------- by name
 
 

@@ -50,8 +50,8 @@ ALLOWED = {
 ORDER = [
     "files", "arguments", "choose", "density", "saliency", "models", "data", "regroup", "structure", "subp", "master",
     "semi", "carry", "dataflow", "candidates", "fresh", "sparsify", "summary", "decay", "options", "agreement",
-    "averages", "dense_grad", "exchange", "evolve", "weights", "stream", "report", "picture", "progress", "checkpoint",
-    "train", "command", "train_cli", "sweep", "study", "regularity", "study_cli", "__init__", "__main__",
+    "averages", "dense_grad", "exchange", "evolve", "weights", "stream", "report", "prune", "picture", "progress",
+    "checkpoint", "train", "command", "train_cli", "sweep", "study", "regularity", "study_cli", "__init__", "__main__",
 ]  # fmt: skip
 
 

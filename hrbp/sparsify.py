@@ -92,9 +92,9 @@ class Sparsity:
     dense: dict[str, str]
     method: str | None = None
     target: dict[str, float] = field(default_factory=dict)
-    lineage: Lineage = field(default_factory=Lineage, compare=False, repr=False)
     saliency: str = ""
     saliency_why: str = ""
+    lineage: Lineage = field(default_factory=Lineage, compare=False, repr=False)
 
 
 # ---------------------------------------------------------------------- making a model sparse

@@ -251,7 +251,8 @@ def dense_model(model: nn.Module, who: str) -> nn.Module:
 
 def structure_for(method: str | None, name: str, options: Mapping[str, Any]) -> Structure:
     """The structure of this name and options; 1xn is uniform for "subp" unless they say otherwise."""
-    return make_structure(name, **({"uniform": True} if (method, name) == ("subp", "1xn") else {}) | dict(options))
+    soft = (any_case(method, METHODS), any_case(name, STRUCTURES)) == ("subp", "1xn")
+    return make_structure(name, **({"uniform": True} if soft else {}) | dict(options))
 
 
 def method_refuses(method: str | None, rule: Structure) -> str | None:

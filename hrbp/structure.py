@@ -406,7 +406,7 @@ STRUCTURES: dict[str, Callable[..., Structure]] = {
 # What options are, and where None is one of their values.
 KINDS: dict[str, tuple[type, str]] = {
     **dict.fromkeys(("n", "m", "groups", "granule", "row_granule", "min_rows"), (Integral, "an integer")),
-    **dict.fromkeys(("uniform", "rearrange", "balanced"), (bool, "True or False")),
+    **dict.fromkeys(("uniform", "rearrange", "balanced"), (Integral, "True or False")),  # 0 and 1 from a command line
     "tap_density": (Real, "a number in (0, 1]"),
 }
 NONE = (("n", "n:m"), ("row_granule", "hrbp"), ("row_granule", "hrbp++"))

@@ -130,7 +130,7 @@ def test_what_is_no_name_is_refused_in_a_sentence():
         ("block", {"blocksize": 8}, "blocksize is 8"),
         ("hrbp", {"groups": "x"}, "groups is 'x'; it needs an integer"),
         ("hrbp++", {"tap_density": "half"}, "tap_density is 'half'; it needs a number"),
-        ("hrbp", {"balanced": 1}, "balanced is 1; it needs True or False"),
+        ("hrbp", {"balanced": "yes"}, "balanced is 'yes'; it needs True or False"),
         ("elementwise", {"min_rows": None}, "min_rows is None; it needs an integer"),
     ],
 )
@@ -138,5 +138,6 @@ def test_options_of_structures_are_checked(name, options, message):
     with pytest.raises(ValueError, match=message):
         structure(name, **options)
     assert structure("hrbp", row_granule=None, balanced=True)
+    assert structure("1xn", uniform=1, rearrange=0) == structure("1xn", uniform=True)
     assert structure("n:m", n=None, m=np.int64(4))
     assert structure("block", blocksize=[8, 4]) == structure("block", blocksize=(8, 4))

@@ -8,12 +8,26 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .checks import (
+    check_arrays,
+    check_counts,
+    check_device,
+    check_drawing,
+    check_indptr,
+    check_is_bsr,
+    check_is_device,
+    check_range,
+    check_row_order,
+    check_sizes,
+    check_strided,
+    grid,
+    integers,
+    to_tensor,
+)
 from .index import IndexTables, pack, unpack
 
 if TYPE_CHECKING:
     import numpy as np
-
-INT32_MAX = 2**31 - 1
 
 
 class BSRPattern:
@@ -54,11 +68,11 @@ class BSRPattern:
         row_order: Tensor | np.ndarray | Sequence[int] | None = None,
     ) -> None:
         who = "BSRPattern()"
-        shape, blocksize = _check_sizes(shape, blocksize, who)
-        indices = _integers(indices, "indices", who)
-        indptr = _integers(indptr, "indptr", who).to(indices.device)
-        order = _check_row_order(row_order, shape[0], indices.device, who)
-        _check_arrays(shape, blocksize, indptr, indices, who)
+        shape, blocksize = check_sizes(shape, blocksize, who)
+        indices = integers(indices, "indices", who)
+        indptr = integers(indptr, "indptr", who).to(indices.device)
+        order = check_row_order(row_order, shape[0], indices.device, who)
+        check_arrays(shape, blocksize, indptr, indices, who)
         self._set(shape, blocksize, indptr, indices, order)
 
     def _set(
@@ -93,23 +107,23 @@ class BSRPattern:
     @classmethod
     def from_mask(
         cls,
-        mask: Tensor,
+        mask: Tensor | np.ndarray,
         blocksize: Sequence[int],
         row_order: Tensor | np.ndarray | Sequence[int] | None = None,
     ) -> BSRPattern:
         """The pattern that stores every block with at least one True cell.
 
         Args:
-            mask: bool [K, C, R, S], in filter order; the pattern lives on its device.
+            mask: bool [K, C, R, S], a tensor or an array, in filter order; the pattern lives on its device.
             blocksize: (bk, bc); bk divides K, bc divides C.
             row_order: which filter each BSR row is: blocks are cut after filters are put in this order.
         """
         who = "BSRPattern.from_mask()"
-        mask = torch.as_tensor(mask)
+        mask = to_tensor(mask, "mask", "a bool tensor [K, C, R, S] (pattern.to_mask(), weight != 0)", who)
         if mask.dtype != torch.bool:
             raise TypeError(f"{who}: mask has dtype {mask.dtype}; it needs torch.bool (for weights: weight != 0)")
-        shape, blocksize = _check_sizes(mask.shape, blocksize, who)
-        order = _check_row_order(row_order, shape[0], mask.device, who)
+        shape, blocksize = check_sizes(mask.shape, blocksize, who)
+        order = check_row_order(row_order, shape[0], mask.device, who)
         (k, c, r, s), (bk, bc) = shape, blocksize
         if order is not None:
             mask = mask[order]
@@ -131,10 +145,9 @@ class BSRPattern:
     ) -> BSRPattern:
         """Exactly round(density * blocks) blocks, uniformly at random, on the generator's device (default: CPU)."""
         who = "BSRPattern.random()"
-        shape, blocksize = _check_sizes(shape, blocksize, who)
-        if not 0 <= density <= 1:
-            raise ValueError(f"{who}: density is {density!r}; it needs a number in [0, 1]")
-        rows, cols = _grid(shape, blocksize)
+        shape, blocksize = check_sizes(shape, blocksize, who)
+        check_drawing(density, generator, who)
+        rows, cols = grid(shape, blocksize)
         device = generator.device if generator is not None else torch.device("cpu")
         chosen = torch.randperm(rows * cols, generator=generator, device=device)[: round(density * rows * cols)]
         stored = torch.zeros(rows * cols, dtype=torch.bool, device=device)
@@ -144,8 +157,8 @@ class BSRPattern:
     @classmethod
     def full(cls, shape: Sequence[int], blocksize: Sequence[int]) -> BSRPattern:
         """Every block stored: a dense filter bank in BSR form."""
-        shape, blocksize = _check_sizes(shape, blocksize, "BSRPattern.full()")
-        return cls._from_stored(shape, blocksize, torch.ones(_grid(shape, blocksize), dtype=torch.bool), None)
+        shape, blocksize = check_sizes(shape, blocksize, "BSRPattern.full()")
+        return cls._from_stored(shape, blocksize, torch.ones(grid(shape, blocksize), dtype=torch.bool), None)
 
     @classmethod
     def _from_stored(
@@ -181,7 +194,7 @@ class BSRPattern:
     @property
     def density(self) -> float:
         """Stored blocks / all blocks."""
-        rows, cols = _grid(self._shape, self._blocksize)
+        rows, cols = grid(self._shape, self._blocksize)
         return self._nnzb / (rows * cols)
 
     @property
@@ -213,8 +226,9 @@ class BSRPattern:
         order = self._tables.row_order
         return None if order is None else order.clone()
 
-    def to(self, device: torch.device | str) -> BSRPattern:
+    def to(self, device: torch.device | str | int | None) -> BSRPattern:
         """The same pattern with its index on `device` (itself when it is there already)."""
+        check_is_device(device, "BSRPattern.to()")
         packed = self._index.to(device)
         if packed is self._index:
             return self
@@ -253,9 +267,10 @@ class BSRPattern:
         Differentiable; dtype and device follow `weight`, whose device must be the pattern's.
         """
         who = "BSRPattern.values_from_dense()"
+        check_strided(weight, "weight", who)
         if tuple(weight.shape) != self._shape:
             raise ValueError(f"{who}: weight has shape {tuple(weight.shape)}; the pattern needs {self._shape}")
-        _check_device(weight, "weight", self.device, who)
+        check_device(weight, "weight", self.device, who)
         (k, c, r, s), (bk, bc) = self._shape, self._blocksize
         order = self._tables.row_order
         if order is not None:
@@ -282,19 +297,26 @@ class BSRPattern:
         return self.to_dense(torch.ones((self._nnzb, *self._blocksize), dtype=torch.bool, device=self.device))
 
     def check_values(self, values: Tensor, who: str) -> None:
-        """ValueError unless `values` is [nnzb, bk, bc] on the pattern's device."""
+        """TypeError unless `values` is a tensor; ValueError unless it is [nnzb, bk, bc] on the pattern's device."""
+        check_strided(values, "values", who)
         needed = (self._nnzb, *self._blocksize)
         if tuple(values.shape) != needed:
             raise ValueError(f"{who}: values has shape {tuple(values.shape)}; pattern needs {needed} = (nnzb, bk, bc)")
-        _check_device(values, "values", self.device, who)
+        check_device(values, "values", self.device, who)
 
     # ------------------------------------------------------------------ other libraries' BSR
 
     def to_scipy(self, values: Tensor) -> Any:
-        """scipy.sparse.bsr_array of the K x (R*S*C) matrix, in BSR row order (row_order is not applied)."""
+        """scipy.sparse.bsr_array of the K x (R*S*C) matrix, in BSR row order (row_order is not applied).
+
+        `values` are in a dtype that scipy has: float32 or float64.
+        """
         from scipy.sparse import bsr_array  # scipy is needed here alone
 
-        self.check_values(values, "BSRPattern.to_scipy()")
+        who = "BSRPattern.to_scipy()"
+        self.check_values(values, who)
+        if values.dtype in (torch.float16, torch.bfloat16):
+            raise TypeError(f"{who}: values has dtype {values.dtype}; scipy needs float32 or float64 (values.float())")
         k, c, r, s = self._shape
         tables = self._tables
         arrays = (values.detach(), tables.indices, tables.indptr)
@@ -306,13 +328,16 @@ class BSRPattern:
     ) -> tuple[BSRPattern, Tensor]:
         """(pattern, values) of a scipy BSR matrix K x (R*S*C) with tap-major columns, rows in BSR row order.
 
-        Blocks out of order are sorted in a copy; duplicates and corrupted indices are refused (ValueError).
+        Blocks out of order are sorted in a copy; duplicates and corrupted indices are refused (ValueError), and so are
+        matrices with more data than indptr counts: m.prune() drops it.
         """
         who = "BSRPattern.from_scipy()"
         if getattr(m, "format", None) != "bsr":
             raise TypeError(f"{who}: m is {type(m).__name__}; it needs a scipy bsr_array (m.tobsr(blocksize))")
-        data = torch.as_tensor(m.data.copy())
-        return cls._from_bsr(shape, m.shape, m.indptr, m.indices, data, row_order, who)
+        if m.data.dtype.kind != "f" or m.data.dtype.itemsize > 8:
+            raise TypeError(f"{who}: m has dtype {m.data.dtype}; it needs float32 or float64 (m.astype('float32'))")
+        data = torch.from_numpy(m.data.astype(m.data.dtype.newbyteorder("="), order="C"))
+        return cls._from_bsr(shape, m.shape, m.indptr, m.indices, data, row_order, who, "m.prune()")
 
     def to_torch(self, values: Tensor) -> Tensor:
         """torch.sparse_bsr tensor of the K x (R*S*C) matrix, in BSR row order, sharing `values`."""
@@ -326,11 +351,7 @@ class BSRPattern:
     ) -> tuple[BSRPattern, Tensor]:
         """(pattern, values) of a torch.sparse_bsr tensor K x (R*S*C); sorted in a copy, duplicates refused."""
         who = "BSRPattern.from_torch()"
-        if t.layout != torch.sparse_bsr or t.dim() != 2 or t.values().dim() != 3:
-            raise TypeError(
-                f"{who}: t is {t.layout} with {t.dim()} dimensions; it needs a plain 2-d torch.sparse_bsr tensor"
-                " (dense.to_sparse_bsr(blocksize))"
-            )
+        check_is_bsr(t, who)
         return cls._from_bsr(
             shape,
             tuple(t.shape),
@@ -339,6 +360,7 @@ class BSRPattern:
             t.values().detach().clone(),
             row_order,
             who,
+            None,
         )
 
     @classmethod
@@ -351,22 +373,28 @@ class BSRPattern:
         data: Tensor,
         row_order: Tensor | np.ndarray | Sequence[int] | None,
         who: str,
+        remedy: str | None,
     ) -> tuple[BSRPattern, Tensor]:
-        shape, blocksize = _check_sizes(shape, data.shape[1:], who)
+        if data.dim() != 3 or not data.is_floating_point():
+            raise ValueError(
+                f"{who}: the blocks are {data.dtype} {tuple(data.shape)}; they need to be floating [nnzb, bk, bc]"
+            )
+        shape, blocksize = check_sizes(shape, data.shape[1:], who)
         k, c, r, s = shape
         if tuple(matrix_shape) != (k, r * s * c):
             raise ValueError(
                 f"{who}: the matrix is {tuple(matrix_shape)}; shape {shape} needs {(k, r * s * c)} = (K, R*S*C)"
             )
-        cols = _integers(indices, "indices", who).to(data.device)
-        ptr = _integers(indptr, "indptr", who).to(data.device)
-        _check_indptr(ptr, shape[0] // blocksize[0], cols.numel(), who)
-        _check_range(cols, _grid(shape, blocksize)[1], who)
+        cols = integers(indices, "indices", who).to(data.device)
+        ptr = integers(indptr, "indptr", who).to(data.device)
+        check_counts(data.shape[0], cols.numel(), ptr, remedy, who)
+        check_indptr(ptr, shape[0] // blocksize[0], cols.numel(), who)
+        check_range(cols, grid(shape, blocksize)[1], who)
         rows = torch.repeat_interleave(torch.arange(ptr.numel() - 1, device=ptr.device), ptr[1:] - ptr[:-1])
-        sort = torch.argsort(rows * _grid(shape, blocksize)[1] + cols)
+        sort = torch.argsort(rows * grid(shape, blocksize)[1] + cols)
         cols = cols[sort]
-        _check_arrays(shape, blocksize, ptr, cols, who)
-        order = _check_row_order(row_order, k, data.device, who)
+        check_arrays(shape, blocksize, ptr, cols, who)
+        order = check_row_order(row_order, k, data.device, who)
         return cls._trusted(shape, blocksize, ptr, cols, order), data[sort]
 
     # ------------------------------------------------------------------ being a value
@@ -406,96 +434,3 @@ class BSRPattern:
             f"BSRPattern(shape=({k}, {c}, {r}, {s}), blocksize={self._blocksize}, nnzb={self._nnzb},"
             f" density={self.density:.4g}{order}{device})"
         )
-
-
-def _grid(shape: tuple[int, int, int, int], blocksize: tuple[int, int]) -> tuple[int, int]:
-    """(block-rows, block-cols)."""
-    k, c, r, s = shape
-    return k // blocksize[0], r * s * (c // blocksize[1])
-
-
-def _check_sizes(
-    shape: Sequence[int], blocksize: Sequence[int], who: str
-) -> tuple[tuple[int, int, int, int], tuple[int, int]]:
-    sizes = tuple(shape) if isinstance(shape, Sequence) else (shape,)
-    block = tuple(blocksize) if isinstance(blocksize, Sequence) else (blocksize,)
-    if len(sizes) != 4 or not all(isinstance(v, int) and v > 0 for v in sizes):
-        raise ValueError(f"{who}: shape is {sizes}; it needs four positive ints (K, C, R, S)")
-    if len(block) != 2 or not all(isinstance(v, int) and v > 0 for v in block):
-        raise ValueError(f"{who}: blocksize is {block}; it needs two positive ints (bk, bc)")
-    (k, c, r, s), (bk, bc) = sizes, block
-    if k % bk or c % bc:
-        raise ValueError(
-            f"{who}: blocksize {block} does not divide (K, C) = {(k, c)}; bk must divide {k} and bc must divide {c}"
-        )
-    if r * s * (c // bc) > INT32_MAX or r * s * (k // bk) > INT32_MAX or r * s * (c // bc) * (k // bk) > 2**62:
-        raise ValueError(f"{who}: {sizes} in blocks of {block} has more block-cols than int32 can count")
-    return (k, c, r, s), (bk, bc)
-
-
-def _integers(array: Any, name: str, who: str) -> Tensor:
-    """A 1-d int64 copy of `array`; TypeError for anything that does not hold integers."""
-    t = torch.as_tensor(array)
-    if t.numel() == 0 and not isinstance(array, Tensor):
-        t = t.to(torch.int64)  # an empty list has no dtype of its own
-    if t.dtype == torch.bool or t.is_floating_point() or t.is_complex():
-        raise TypeError(f"{who}: {name} has dtype {t.dtype}; it needs integers")
-    if t.dim() != 1:
-        raise ValueError(f"{who}: {name} has shape {tuple(t.shape)}; it needs one dimension")
-    return t.detach().to(torch.int64, copy=True)
-
-
-def _check_device(t: Tensor, name: str, device: torch.device, who: str) -> None:
-    if t.device != device:
-        raise ValueError(
-            f"{who}: {name} is on {t.device} and the pattern on {device};"
-            f" move one of them (pattern.to({str(t.device)!r}))"
-        )
-
-
-def _check_indptr(indptr: Tensor, block_rows: int, nnzb: int, who: str) -> None:
-    if indptr.numel() != block_rows + 1:
-        raise ValueError(f"{who}: indptr has {indptr.numel()} entries; it needs K/bk + 1 = {block_rows + 1}")
-    if nnzb > INT32_MAX:
-        raise ValueError(f"{who}: {nnzb} blocks are more than int32 can count")
-    first, last = int(indptr[0]), int(indptr[-1])
-    if first != 0 or last != nnzb:
-        raise ValueError(f"{who}: indptr runs from {first} to {last}; it needs 0 to len(indices) = {nnzb}")
-    falls = (indptr[1:] < indptr[:-1]).nonzero()
-    if falls.numel():
-        raise ValueError(f"{who}: indptr falls after block-row {int(falls[0])}; it must never decrease")
-
-
-def _check_range(indices: Tensor, block_cols: int, who: str) -> None:
-    bad = ((indices < 0) | (indices >= block_cols)).nonzero()
-    if bad.numel():
-        at = int(bad[0])
-        raise ValueError(f"{who}: indices[{at}] is {int(indices[at])}; it needs 0 <= index < R*S*C/bc = {block_cols}")
-
-
-def _check_arrays(
-    shape: tuple[int, int, int, int], blocksize: tuple[int, int], indptr: Tensor, indices: Tensor, who: str
-) -> None:
-    block_rows, block_cols = _grid(shape, blocksize)
-    _check_indptr(indptr, block_rows, indices.numel(), who)
-    _check_range(indices, block_cols, who)
-    rows = torch.repeat_interleave(torch.arange(block_rows, device=indices.device), indptr[1:] - indptr[:-1])
-    bad = ((rows[1:] == rows[:-1]) & (indices[1:] <= indices[:-1])).nonzero()
-    if bad.numel():
-        at = int(bad[0])
-        what = "repeats" if int(indices[at]) == int(indices[at + 1]) else "falls"
-        raise ValueError(
-            f"{who}: indices {what} at {at + 1} within block-row {int(rows[at])}"
-            f" ({int(indices[at])}, {int(indices[at + 1])}); block-cols must ascend without duplicates"
-        )
-
-
-def _check_row_order(row_order: Any, k: int, device: torch.device, who: str) -> Tensor | None:
-    """int64 permutation on `device`, or None for the identity."""
-    if row_order is None:
-        return None
-    order = _integers(row_order, "row_order", who).to(device)
-    identity = torch.arange(k, device=device)
-    if order.numel() != k or not torch.equal(order.sort().values, identity):
-        raise ValueError(f"{who}: row_order ({order.numel()} entries) is not a permutation of range(K) = range({k})")
-    return None if torch.equal(order, identity) else order

@@ -181,6 +181,82 @@ def test_from_others_refuse_what_is_not_theirs():
         BSRPattern.from_scipy(matrix, (4, 4, 1, 1))
 
 
+def scipy_with(**arrays):
+    """A 4 x 4 matrix with all four 2 x 2 blocks, and some of its arrays replaced: scipy checks no assignment."""
+    matrix = BSRPattern.full((4, 4, 1, 1), (2, 2)).to_scipy(torch.randn(4, 2, 2))
+    for name, array in arrays.items():
+        setattr(matrix, name, array)
+    return matrix
+
+
+ONE_NUMBER = (
+    r"the matrix has %d blocks of data and %d indices, and indptr ends at %d; it needs one number for all three"
+)
+
+
+@pytest.mark.parametrize("blocks", [0, 3, 5, 8])
+@pytest.mark.parametrize("indices", [3, 4, 8])
+@pytest.mark.parametrize("last", [3, 4])
+def test_blocks_indices_and_indptr_are_one_number(blocks, indices, last):
+    """Blocks too few or too many, which nothing but their number shows; scipy's own prune() drops what is too many."""
+    if blocks == indices == last:
+        return
+    data, cols = torch.randn(blocks, 2, 2), torch.tensor([0, 1] * 4)[:indices]
+    indptr = torch.tensor([0, 2, last])
+    matrix = scipy_with(data=data.numpy(), indices=cols.numpy(), indptr=indptr.numpy())
+    message = ONE_NUMBER % (blocks, indices, last)
+    too_many = min(blocks, indices) >= last
+    with pytest.raises(ValueError, match=message + (r"; m.prune\(\) drops" if too_many else "$")):
+        BSRPattern.from_scipy(matrix, (4, 4, 1, 1))
+    t = torch.sparse_bsr_tensor(indptr, cols, data, size=(4, 4), check_invariants=False)
+    with pytest.raises(ValueError, match=message + "$"):
+        BSRPattern.from_torch(t, (4, 4, 1, 1))
+    if too_many:
+        matrix.prune()
+        pattern, values = BSRPattern.from_scipy(matrix, (4, 4, 1, 1))
+        assert pattern == BSRPattern((4, 4, 1, 1), (2, 2), indptr, cols[:last])
+        assert torch.equal(values, data[:last])
+
+
+def test_blocks_that_are_no_weights_are_refused():
+    for dtype in ("int64", "bool", "complex64", "longdouble"):
+        with pytest.raises(TypeError, match=r"m has dtype .*; it needs float32 or float64 \(m.astype\('float32'\)\)"):
+            BSRPattern.from_scipy(scipy_with().astype(dtype), (4, 4, 1, 1))
+    with pytest.raises(TypeError, match="m has dtype object"):
+        BSRPattern.from_scipy(scipy_with(data=np.ones((4, 2, 2), dtype=object)), (4, 4, 1, 1))
+    for data in (np.ones(4), np.ones((4, 2)), np.ones((1, 4, 2, 2))):
+        with pytest.raises(
+            ValueError, match=r"the blocks are torch.float64 .*; they need to be floating \[nnzb, bk, bc\]"
+        ):
+            BSRPattern.from_scipy(scipy_with(data=data), (4, 4, 1, 1))
+    pattern = BSRPattern.full((4, 4, 1, 1), (2, 2))
+    whole = torch.sparse_bsr_tensor(
+        pattern.indptr, pattern.indices, torch.ones(4, 2, 2, dtype=torch.int32), size=(4, 4)
+    )
+    with pytest.raises(ValueError, match=r"the blocks are torch.int32 \(4, 2, 2\)"):
+        BSRPattern.from_torch(whole, (4, 4, 1, 1))
+    hybrid = torch.sparse_bsr_tensor(pattern.indptr, pattern.indices, torch.ones(4, 2, 2, 3), size=(4, 4, 3))
+    with pytest.raises(TypeError, match=r"it needs a plain 2-d torch\.sparse_bsr tensor"):
+        BSRPattern.from_torch(hybrid, (4, 4, 1, 1))
+
+
+def test_matrices_of_other_machines_come_over():
+    """Another byte order, half precision and views: the numbers count."""
+    data = np.random.default_rng(0).normal(size=(4, 2, 2))
+    for other in (data.astype(">f8"), data.astype(">f4"), data.astype("f2"), data.transpose(0, 2, 1)):
+        _, values = BSRPattern.from_scipy(scipy_with(data=other), (4, 4, 1, 1))
+        assert np.array_equal(values.numpy(), other)
+
+
+def test_sizes_may_be_numpys():
+    shape = tuple(np.array([4, 4, 3, 3]))
+    pattern = BSRPattern.full(shape, np.array([2, 4]).tolist())
+    assert pattern == BSRPattern.full((4, 4, 3, 3), (2, 4))
+    assert all(type(v) is int for v in pattern.shape)
+    mask = np.random.default_rng(0).random((4, 4, 3, 3)) < 0.5
+    assert BSRPattern.from_mask(mask, (np.int64(2), 2)) == BSRPattern.from_mask(torch.from_numpy(mask), (2, 2))
+
+
 # ---------------------------------------------------------------- a value that cannot change
 
 
@@ -311,6 +387,10 @@ def test_corrupted_pickles_raise(broken):
         )
 
 
+def small():
+    return BSRPattern.full((4, 4, 1, 1), (2, 2))
+
+
 @pytest.mark.parametrize(
     ("build", "error", "message"),
     [
@@ -326,7 +406,7 @@ def test_corrupted_pickles_raise(broken):
         (
             lambda: BSRPattern.full((6, 4, 3, 3), 2),
             ValueError,
-            r"blocksize is \(2,\); it needs two positive ints",
+            r"blocksize is 2; it needs two positive ints",
         ),
         (
             lambda: BSRPattern((2**20, 2**30, 64, 64), (1, 1), [0], []),
@@ -353,6 +433,65 @@ def test_corrupted_pickles_raise(broken):
             ValueError,
             r"weight has shape \(4, 4, 3, 3\); the pattern needs \(4, 4, 1, 1\)",
         ),
+        # What is no tensor, no array, no number: from_mask and the constructor take arrays, values are tensors.
+        (
+            lambda: BSRPattern.from_mask(small(), (2, 2)),
+            TypeError,
+            r"mask is BSRPattern; it needs .*pattern.to_mask\(\)",
+        ),
+        (lambda: BSRPattern.from_mask(None, (2, 2)), TypeError, "mask is NoneType; it needs a bool tensor"),
+        (lambda: BSRPattern.from_mask("mask", (2, 2)), TypeError, "mask is str; it needs a bool tensor"),
+        (lambda: BSRPattern.from_mask(torch.nn.Conv2d(4, 4, 1), (2, 2)), TypeError, "mask is Conv2d; it needs"),
+        (
+            lambda: BSRPattern.from_mask(small().to_mask().to_sparse(), (2, 2)),
+            TypeError,
+            r"dense tensor \(mask.to_dense",
+        ),
+        (lambda: BSRPattern.from_mask(small().to_mask().to("meta"), (2, 2)), ValueError, "mask is on the meta device"),
+        (
+            lambda: BSRPattern.from_mask(small().to_mask(), (2, 2), "abcd"),
+            TypeError,
+            "row_order is str; it needs integers",
+        ),
+        (
+            lambda: BSRPattern.from_mask(small().to_mask(), (True, 2)),
+            ValueError,
+            r"blocksize is \(True, 2\); it needs two",
+        ),
+        (lambda: BSRPattern.from_mask(small().to_mask(), None), ValueError, "blocksize is NoneType; it needs two"),
+        (
+            lambda: BSRPattern.full(torch.ones(4, 4, 1, 1), (2, 2)),
+            ValueError,
+            "shape is Tensor; it needs four positive",
+        ),
+        (lambda: BSRPattern((4, 4, 1, 1), (2, 2), None, [0]), TypeError, "indptr is NoneType; it needs integers"),
+        (
+            lambda: BSRPattern((4, 4, 1, 1), (2, 2), [0, 1, 1], [2**70]),
+            TypeError,
+            "indices is list; it needs integers that",
+        ),
+        (lambda: BSRPattern((4, 4, 1, 1), (2, 2), [0, 1, 1], [[0], [0, 1]]), TypeError, "indices is list; it needs"),
+        (lambda: BSRPattern.random((4, 4, 1, 1), (2, 2), "0.5"), ValueError, "density is '0.5'; it needs a number in"),
+        (lambda: BSRPattern.random((4, 4, 1, 1), (2, 2), None), ValueError, "density is None; it needs a number in"),
+        (
+            lambda: BSRPattern.random((4, 4, 1, 1), (2, 2), 0.5, 0),
+            TypeError,
+            "generator is 0; it needs a torch.Generator",
+        ),
+        (lambda: small().values_from_dense(np.ones((4, 4, 1, 1))), TypeError, "weight is ndarray; it needs a tensor"),
+        (lambda: small().values_from_dense(torch.nn.Conv2d(4, 4, 1)), TypeError, r"weight is Conv2d; .*conv.weight"),
+        (lambda: small().values_from_dense(torch.ones(4, 4, 1, 1).to_sparse()), TypeError, r"\(weight.to_dense\(\)\)"),
+        (
+            lambda: small().to_dense(np.ones((4, 2, 2))),
+            TypeError,
+            r"to_dense\(\): values is ndarray; it needs a tensor",
+        ),
+        (lambda: small().to_torch(None), TypeError, "values is NoneType; it needs a tensor"),
+        (lambda: small().to_scipy(np.ones((4, 2, 2))), TypeError, "values is ndarray; it needs a tensor"),
+        (lambda: small().to_scipy(torch.ones(4, 2, 2).bfloat16()), TypeError, r"scipy needs .* \(values.float\(\)\)"),
+        (lambda: BSRPattern.from_torch(np.ones((4, 4)), (4, 4, 1, 1)), TypeError, "t is ndarray; it needs a plain 2-d"),
+        (lambda: small().to(torch.float16), TypeError, "device is torch.float16; it needs a device"),
+        (lambda: small().to(torch.ones(1)), TypeError, "device is Tensor; it needs a device"),
     ],
 )
 def test_errors(build, error, message):

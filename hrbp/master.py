@@ -352,7 +352,7 @@ def dense_gradient(x: Tensor, dy: Tensor, shape: torch.Size | tuple[int, ...], c
         # channels, and in bfloat16 it reads beyond x.
         if x.dtype == torch.float64 or x.device.type == "cpu":
             wide = torch.promote_types(x.dtype, torch.float32)
-            x, dy = (t.to(wide).contiguous() for t in (x, dy))
+            x, dy = _contiguous(x.to(wide)), _contiguous(dy.to(wide))
         stride, padding, dilation = conv
         grad = conv2d_weight(x, shape, dy, stride, padding, dilation)
     return grad.to(torch.promote_types(grad.dtype, torch.float32)).view(shape)
@@ -375,8 +375,13 @@ def masked_conv(layer: nn.Conv2d, x: Tensor, weight: Tensor) -> Tensor:
     if not ConvGeometry(1, 1, h, w, 1, r, s, *conv).only_padding:  # type: ignore[arg-type]
         return layer._conv_forward(x, weight, layer.bias)
     last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
-    y = layer._conv_forward(x.contiguous(), weight.contiguous(), layer.bias)
+    y = layer._conv_forward(_contiguous(x), _contiguous(weight), layer.bias)
     return y.contiguous(memory_format=torch.channels_last) if last else y
+
+
+def _contiguous(t: Tensor) -> Tensor:
+    """t, contiguous in its strides too: where sizes of one fit both formats, PyTorch goes by these."""
+    return t.contiguous().flatten().view(t.shape)
 
 
 def symmetric_padding(conv: nn.Conv2d) -> tuple[int, ...]:

@@ -23,11 +23,13 @@ from oracle import assert_products
 from strategies import guarded, nonzero
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-FIRST_SEEN = {"dtype": torch.float32, "layout": "channels_last", "full": True, "bias": True, "blocksize": (4, 1)}
-# An axis that meets only padding; a batch that two threads do not divide; a read beyond x.
+FIRST_SEEN = {"dtype": torch.float32, "layout": "channels_last", "full": True, "bias": True, "blocksize": (1, 1)}
+# An axis that meets only padding; a batch that two threads do not divide; filters whose sizes of one fit both formats;
+# a read beyond x.
 KNOWN = [
     {"x": (5, 32, 4, 1), "weight": (32, 32, 3, 3), "stride": (2, 2), "padding": (1, 5), "dilation": (2, 2)},
     {"x": (3, 12, 30, 30), "weight": (12, 12, 1, 1), "stride": (2, 2), "padding": (0, 0), "dilation": (1, 1)},
+    {"x": (5, 8, 2, 1), "weight": (1, 8, 1, 1), "stride": (2, 2), "padding": (6, 3), "dilation": (4, 2)},
     {"x": (5, 12, 1, 1), "weight": (48, 12, 1, 1), "stride": (4, 3), "padding": (0, 0), "dilation": (1, 1)},
 ]
 

@@ -43,6 +43,14 @@ def works_in(channels_last: bool, dtype: torch.dtype, g: ConvGeometry) -> bool:
     return channels_last and dtype != torch.float64 and (g.taps > 1 or g.stride == (1, 1))
 
 
+def _laid_out(t: Tensor, channels_last: bool) -> Tensor:
+    """t in this format, in its strides too: where sizes of one fit both formats, PyTorch goes by these."""
+    (n, c, h, w), t = t.shape, t.contiguous(memory_format=format_of(channels_last))
+    if channels_last:
+        return t.permute(0, 2, 3, 1).flatten().view(n, h, w, c).permute(0, 3, 1, 2)
+    return t.flatten().view(t.shape)
+
+
 def _args(g: ConvGeometry, groups: int) -> tuple[object, ...]:
     return list(g.stride), list(g.padding), list(g.dilation), False, [0, 0], groups
 
@@ -64,8 +72,8 @@ def fprop(x: Tensor, weight: Tensor, bias: Tensor | None, g: ConvGeometry, group
     last = is_channels_last(x)
     if g.only_padding:
         return bias_alone((x.shape[0], weight.shape[0], g.p, g.q), x, bias, last)
-    layout = format_of(works_in(last, x.dtype, g))
-    x, weight = (t.contiguous(memory_format=layout) for t in (pixels_read(x, g), weight))
+    inner = works_in(last, x.dtype, g)
+    x, weight = _laid_out(pixels_read(x, g), inner), _laid_out(weight, inner)
     return aten.convolution(x, weight, bias, *_args(dense_steps(g), groups)).contiguous(memory_format=format_of(last))
 
 
@@ -75,7 +83,7 @@ def dgrad(dy: Tensor, weight: Tensor, g: ConvGeometry, groups: int, channels_las
     if g.only_padding:
         return empty(shape, dy, channels_last).zero_()
     steps, last = dense_steps(g), works_in(channels_last, dy.dtype, g)
-    dy, weight = (t.contiguous(memory_format=format_of(last)) for t in (dy, weight))
+    dy, weight = _laid_out(dy, last), _laid_out(weight, last)
     like = empty((*shape[:2], steps.h, steps.w), dy, last)  # only its shape is read
     dx, _, _ = aten.convolution_backward(dy, like, weight, None, *_args(steps, groups), [True, False, False])
     if steps is g:
@@ -91,7 +99,7 @@ def wgrad(x: Tensor, dy: Tensor, g: ConvGeometry, groups: int = 1) -> Tensor:
     last = works_in(is_channels_last(x), x.dtype, g)
     if g.only_padding:
         return empty(shape, x, last).zero_()
-    x, dy = (t.contiguous(memory_format=format_of(last)) for t in (pixels_read(x, g), dy))
+    x, dy = _laid_out(pixels_read(x, g), last), _laid_out(dy, last)
     like = empty(shape, x, last)  # only its shape is read
     args = (*_args(dense_steps(g), groups), [False, True, False])
     _, dweight, _ = aten.convolution_backward(dy, x, like, None, *args)

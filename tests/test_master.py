@@ -576,3 +576,19 @@ def test_refusals():
     net = sparse(*METHODS[3])
     with pytest.raises(ValueError, match=r"Evolver\(\): method is 'rigl' and the model was made by .* method='subp'"):
         hrbp.Evolver(net, torch.optim.SGD(net.parameters(), 0.1), "rigl", total_steps=10)
+
+
+def test_an_activation_in_place_may_follow_layers_that_run_blocks():
+    """As in vgg16: what the layer returns is changed; the gradient is that of a dense layer still."""
+    found = []
+    for inplace in (True, False):
+        torch.manual_seed(0)
+        act = torch.nn.ReLU(inplace)
+        net = torch.nn.Sequential(
+            torch.nn.Conv2d(8, 16, 3), act, torch.nn.Flatten(2), torch.nn.Linear(16, 16), act, torch.nn.Linear(16, 8)
+        ).double()
+        hrbp.sparsify(net, 0.5, structure="1xn", n=4, method="subp", include=["0", "3", "5"])
+        assert all(layer.runs_blocks for layer in sparse_layers(net).values())
+        net(torch.linspace(-1, 1, 2 * 8 * 36, dtype=torch.float64).view(2, 8, 6, 6)).square().sum().backward()
+        found.append([p.grad for p in net.parameters()])
+    assert all(torch.equal(a, b) and bool((a != 0).any()) for a, b in zip(*found, strict=True))

@@ -290,6 +290,32 @@ def differences(there: Any, here: Any, name: str = "") -> list[str]:
     return [] if there == here else [f"{name} is {_short(there)} there and {_short(here)} here"]
 
 
+def misfits(there: Any, like: Any, name: str = "") -> str | None:
+    """Where a state is of another kind than one that is `like` it, in words; None: nowhere.
+
+    Compared are kinds of values and dtypes and shapes of tensors, under keys that both have; of tensors by name all.
+    """
+    if isinstance(like, dict) and isinstance(there, dict):
+        tensors = any(isinstance(value, Tensor) for value in like.values())
+        if tensors and (missing := [str(key) for key in like if key not in there]):
+            return f"{name} has no {', '.join(missing[:3])}"
+        parts = (misfits(there[key], like[key], f"{name}.{key}" if name else str(key)) for key in there.keys() & like)
+        return next((part for part in parts if part), None)
+    if isinstance(like, Tensor) and isinstance(there, Tensor):
+        fits = (there.dtype, there.shape) == (like.dtype, like.shape)
+    else:
+        kinds = [float if type(value) is int else type(value) for value in (there, like)]
+        fits = like is None or kinds[0] is kinds[1]
+    return None if fits else f"{name} is {kind_of(there)} and needs {kind_of(like)}"
+
+
+def kind_of(value: Any) -> str:
+    """Dtype and shape of a tensor, the type of anything else."""
+    if isinstance(value, Tensor):
+        return f"{value.dtype} {list(value.shape)}"
+    return type(value).__name__
+
+
 def _short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -79,6 +79,10 @@ def checked_history(entries: Any) -> list[dict[str, Any]]:
         names = needs.get(str(entry.get("kind"))) if isinstance(entry, dict) else None
         if names is None or not all(isinstance(entry.get(name), int | float) for name in names):
             raise ValueError(f"{str(entry)[:60]} is no entry of a log")
+    try:
+        json.dumps(found)
+    except TypeError as error:
+        raise ValueError(f"an entry of the log has more than plain values: {error}") from error
     return found
 
 

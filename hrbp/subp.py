@@ -54,8 +54,7 @@ class SoftPruning:
 
     def __post_init__(self) -> None:
         for name in ("alpha", "tau", "begin"):
-            value: object = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, Real):
+            if isinstance(value := getattr(self, name), bool) or not isinstance(value, Real):
                 raise ValueError(f"SoftPruning(): {name} is {value!r}; it needs a number")
         for name, known in (("score", SCORES), ("pace", tuple(PACES))):
             if (value := getattr(self, name)) not in known:

@@ -35,6 +35,7 @@ from .summary import summary
 
 CHECK_STEPS = 10  # between looks at the loss on a GPU, each of which waits for it; on a CPU every step is looked at
 DEFAULTS = {"sgd": (0.1, 5e-4), "adamw": (1e-3, 1e-2)}  # learning rate, weight decay
+STATE = {"sgd": {"momentum_buffer"}, "adamw": {"step", "exp_avg", "exp_avg_sq"}}  # what they keep of a weight
 AMP = {None: torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SCHEDULES = ("cosine", "step")
 MOST_EPOCHS = 1_000_000
@@ -555,7 +556,11 @@ class Trainer:
             return None
 
         def refuses(state: Any) -> str | None:
-            found = checkpoint.differences(state.get("config"), self.config)
+            try:
+                there = json.loads(json.dumps(state.get("config")))
+            except (TypeError, ValueError):
+                return "its configuration has more than plain values"
+            found = checkpoint.differences(there, self.config)
             return "; ".join(found[:3]) + (f"; and {len(found) - 3} more" if len(found) > 3 else "") or None
 
         state = self._on_first_rank(stored)
@@ -641,8 +646,16 @@ class Trainer:
         }
 
     def _restore(self, state: dict[str, Any]) -> None:
+        mine = state["ranks"][self.rank]
+        like: dict[str, Any] = {"sums": self.sums.cpu(), "random": torch.get_rng_state()}
+        like["scaler"] = self.scaler.state_dict()
+        like["evolver"] = None if self.evolver is None else self.evolver.state_dict()
+        if wrong := checkpoint.misfits({**state, **mine}, like):
+            raise ValueError(wrong)
         self.model.load_state_dict(state["model"])
+        groups = [dict(group) for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
+        _check_optimizer(self.optimizer, groups, self.settings.optimizer)
         self.scaler.load_state_dict(state["scaler"])
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
@@ -654,7 +667,6 @@ class Trainer:
         self.seconds, self.changed = float(state["seconds"]), float(state["changed"])
         self.history = progress.checked_history(state["history"])
         self.sparsity = summary(self.model).sparsity
-        mine = state["ranks"][self.rank]
         self.sums.copy_(mine["sums"])
         torch.set_rng_state(mine["random"])
         if self.device.type == "cuda" and mine["random_gpu"] is not None:
@@ -702,6 +714,24 @@ def _optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(groups, settings.lr)
     return torch.optim.SGD(groups, settings.lr, settings.momentum, nesterov=settings.nesterov)
+
+
+def _check_optimizer(optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]], name: str) -> None:
+    """ValueError unless an optimizer that was loaded has the settings of `groups`, and state that fits its weights."""
+    for group, like in zip(optimizer.param_groups, groups, strict=True):
+        for key in like.keys() - {"params", "lr"}:
+            if key not in group or type(group[key]) is not type(like[key]) or group[key] != like[key]:
+                raise ValueError(f"{key} of the optimizer is {str(group.get(key))[:60]} and was {like[key]}")
+    for parameter, state in optimizer.state.items():
+        if not isinstance(state, dict) or state.keys() - STATE[name] or (state and STATE[name] - state.keys()):
+            raise ValueError(f"the state of a weight is {str(state)[:60]}; {name} has {', '.join(STATE[name])}")
+        for key, value in state.items():
+            fits = isinstance(value, Tensor) and value.shape in (
+                parameter.shape,
+                torch.Size() if key == "step" else None,
+            )
+            if not fits and not (value is None and name == "sgd"):
+                raise ValueError(f"{key} of a weight {tuple(parameter.shape)} is {checkpoint.kind_of(value)}")
 
 
 def train(

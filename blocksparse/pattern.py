@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .checks import (
+from .pattern_checks import (
     check_arrays,
     check_counts,
     check_device,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .carry import Carrier, expect_untold, ordinary_tensors, tensors_of_blocks, written
 from .functional import apply_linear, convolve
 from .geometry import conv_pairs
-from .pattern import BSRPattern
+from .pattern import BSRPattern, check_is_pattern
 
 
 class _BSRModule(nn.Module):
@@ -35,7 +35,7 @@ class _BSRModule(nn.Module):
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
-        _check_pattern(pattern, f"{type(self).__name__}()")
+        check_is_pattern(pattern, f"{type(self).__name__}()")
         super().__init__()
         self.weight_shape = pattern.shape
         self.backend = backend
@@ -99,7 +99,7 @@ class _BSRModule(nn.Module):
                 number of blocks while the module is in shared memory. Nothing has changed then.
         """
         who = f"{type(self).__name__}.set_pattern()"
-        _check_pattern(new, who)
+        check_is_pattern(new, who)
         if new.shape != self.weight_shape:
             raise ValueError(f"{who}: the pattern has shape {new.shape}; this module needs {self.weight_shape}")
         if "values" not in self._parameters:
@@ -334,7 +334,7 @@ class BSRConv2d(_BSRModule):
         who = "BSRConv2d.from_dense()"
         if not isinstance(conv, nn.Conv2d):
             raise TypeError(f"{who}: conv is {type(conv).__name__}; it needs an nn.Conv2d")
-        _check_pattern(pattern, who)
+        check_is_pattern(pattern, who)
         if conv.groups != 1:
             raise ValueError(
                 f"{who}: conv has groups={conv.groups}; it needs groups=1 (a grouped convolution is a block-diagonal"
@@ -388,7 +388,7 @@ class BSRLinear(_BSRModule):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        _check_pattern(pattern, "BSRLinear()")
+        check_is_pattern(pattern, "BSRLinear()")
         if pattern.shape[2:] != (1, 1):
             raise ValueError(f"BSRLinear(): the pattern has shape {pattern.shape}; it needs (K, C, 1, 1)")
         super().__init__(pattern, bias, backend, device, dtype)
@@ -398,7 +398,7 @@ class BSRLinear(_BSRModule):
         """The stored blocks of `linear` (weights outside the pattern are dropped), on its device and in its dtype."""
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"BSRLinear.from_dense(): linear is {type(linear).__name__}; it needs an nn.Linear")
-        _check_pattern(pattern, "BSRLinear.from_dense()")
+        check_is_pattern(pattern, "BSRLinear.from_dense()")
         module = cls(
             pattern, linear.bias is not None,
             backend=backend, device=linear.weight.device, dtype=linear.weight.dtype,
@@ -422,19 +422,6 @@ class BSRLinear(_BSRModule):
 
 
 _modules: weakref.WeakSet[_BSRModule] = weakref.WeakSet()  # all that live, to see which share values
-
-
-def _check_pattern(pattern: Any, who: str) -> None:
-    if isinstance(pattern, BSRPattern):
-        return
-    if isinstance(pattern, Tensor):
-        what, remedy = f"a tensor of {pattern.dtype}", "BSRPattern.from_mask(mask, (bk, bc)) makes one of a mask"
-    else:
-        what = f"{type(pattern).__name__} {str(pattern)[:40]}"
-        remedy = "it has the sizes of the layer, as in BSRPattern.random((K, C, R, S), (bk, bc), density)"
-        if who in ("BSRConv2d()", "BSRLinear()"):
-            remedy += f". {who[:-2]}.from_dense(layer, pattern) takes them from a dense layer"
-    raise TypeError(f"{who}: pattern is {what}; it needs a BSRPattern: {remedy}")
 
 
 def _is_shared(t: Tensor) -> bool:

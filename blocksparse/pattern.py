@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .index import IndexTables, pack, unpack
 from .pattern_checks import (
     check_arrays,
     check_counts,
@@ -24,7 +25,6 @@ from .pattern_checks import (
     integers,
     to_tensor,
 )
-from .index import IndexTables, pack, unpack
 
 if TYPE_CHECKING:
     import numpy as np
@@ -434,3 +434,17 @@ class BSRPattern:
             f"BSRPattern(shape=({k}, {c}, {r}, {s}), blocksize={self._blocksize}, nnzb={self._nnzb},"
             f" density={self.density:.4g}{order}{device})"
         )
+
+
+def check_is_pattern(pattern: Any, who: str) -> None:
+    """TypeError for anything but a BSRPattern, with what makes one of it."""
+    if isinstance(pattern, BSRPattern):
+        return
+    if isinstance(pattern, Tensor):
+        what, remedy = f"a tensor of {pattern.dtype}", "BSRPattern.from_mask(mask, (bk, bc)) makes one of a mask"
+    else:
+        what = f"{type(pattern).__name__} {str(pattern)[:40]}"
+        remedy = "it has the sizes of the layer, as in BSRPattern.random((K, C, R, S), (bk, bc), density)"
+        if who in ("BSRConv2d()", "BSRLinear()"):
+            remedy += f". {who[:-2]}.from_dense(layer, pattern) takes them from a dense layer"
+    raise TypeError(f"{who}: pattern is {what}; it needs a BSRPattern: {remedy}")

@@ -21,10 +21,10 @@ from torch import Tensor
 from .geometry import ConvGeometry, conv_pairs
 from .index import IndexTables, packed_size, unpack
 from .kernels import break_even, slots, tiles
-from .pattern import BSRPattern
+from .pattern import BSRPattern, check_is_pattern
+from .pattern_checks import check_strided
 
 BACKENDS = ("torch", "triton", "cupy", "dense")
-DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def available_backends() -> dict[str, str | None]:
@@ -334,6 +334,8 @@ def explain(
     Returns the ConvPlan: backend and tiles, why them, FLOPs and least bytes of each of fprop, dgrad and wgrad.
     """
     who = "explain()"
+    check_is_pattern(pattern, who)
+    check_strided(x, "x", who)
     pattern.check_values(values, who)
     conv = conv_pairs(stride, padding, dilation, who)
     plan = plan_conv(who, x.shape, pattern.shape, values.shape, conv, values.dtype, values.device, backend)

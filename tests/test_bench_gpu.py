@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import blocksparse as bs
-from blocksparse import functional
+from blocksparse import ops
 from processes import run as run_process
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -247,8 +247,8 @@ WRONG = {"_fprop": "the mean square of its outputs is", "_dgrad": "the gradient 
 
 @pytest.mark.parametrize("name", WRONG)
 def test_a_sparse_network_that_learns_something_else_gets_no_time(name, monkeypatch, tmp_path, capsys):
-    right, says = getattr(functional, name), WRONG[name]
-    monkeypatch.setattr(functional, name, lambda *args: 1.01 * right(*args))
+    right, says = getattr(ops, name), WRONG[name]
+    monkeypatch.setattr(ops, name, lambda *args: 1.01 * right(*args))
     file = tmp_path / "step.json"
     options = ["--network", "resnet8", "--structure", "block", "--quick", "--device", "cpu", "--json", str(file)]
     assert step.main(options) == 1

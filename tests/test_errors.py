@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 
 import pytest
@@ -19,6 +20,26 @@ DY = torch.randn(2, 16, 4, 4)
 
 def conv(x=X, values=VALUES, pattern=PATTERN, bias=None, **options):
     return bs.conv2d(x, values, pattern, bias, **options)
+
+
+@pytest.mark.parametrize(
+    ("who", "call"),
+    [
+        ("conv2d()", lambda x, dy, pattern: bs.conv2d(x, VALUES, pattern)),
+        ("conv2d_dgrad()", lambda x, dy, pattern: bs.conv2d_dgrad(dy, VALUES, pattern, X.shape)),
+        ("conv2d_wgrad()", lambda x, dy, pattern: bs.conv2d_wgrad(x, dy, pattern)),
+        ("linear()", lambda x, dy, pattern: bs.linear(x, VALUES, pattern)),
+        ("explain()", lambda x, dy, pattern: bs.explain(x, VALUES, pattern)),
+    ],
+)
+def test_other_types_are_named_with_the_remedy(who, call):
+    numpy = r"(x|dy) is ndarray; it needs a tensor \(torch.as_tensor\(array\)"
+    with pytest.raises(TypeError, match=rf"^{re.escape(who)}: {numpy}"):
+        call(X.numpy(), DY.numpy(), PATTERN)
+    with pytest.raises(TypeError, match=rf"^{re.escape(who)}: pattern is a tensor of torch.bool; .* from_mask"):
+        call(X, DY, PATTERN.to_mask())
+    with pytest.raises(TypeError, match=r"x is ndarray; it needs a tensor"):
+        bs.BSRConv2d(PATTERN)(X.numpy())
 
 
 @pytest.mark.parametrize(

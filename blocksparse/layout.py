@@ -9,6 +9,8 @@ from torch._prims_common import suggest_memory_format
 
 def memory_format(t: Tensor) -> torch.memory_format:
     """torch._prims_common.suggest_memory_format(t), without its cost where only one format fits."""
+    if not torch._C._has_storage(t):  # batched by vmap: of its memory it tells the strides alone
+        return suggest_memory_format(t)
     contiguous, channels_last = t.is_contiguous(), t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last)
     if contiguous != channels_last:
         return torch.contiguous_format if contiguous else torch.channels_last

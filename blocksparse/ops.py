@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
-from torch._prims_common import suggest_memory_format
 from torch.autograd import forward_ad
 
 from . import batching
@@ -188,12 +187,7 @@ def _save_for_backward(ctx: Any, inputs: Sequence[Any]) -> None:
     wants_x, wants_values = ctx.needs_input_grad[:2]
     # dgrad needs values, wgrad needs x: a frozen side keeps nothing alive.
     ctx.save_for_backward(x if wants_values else None, values if wants_x else None, index)
-    ctx.x_shape, ctx.values_shape, ctx.channels_last = x.shape, values.shape, _is_channels_last(x)
-
-
-def _is_channels_last(t: Tensor) -> bool:
-    """is_channels_last, also of a tensor that vmap has batched: of its memory it tells the strides alone."""
-    return is_channels_last(t) if _has_storage(t) else suggest_memory_format(t) == torch.channels_last
+    ctx.x_shape, ctx.values_shape, ctx.channels_last = x.shape, values.shape, is_channels_last(x)
 
 
 def _backward(ctx: Any, dy: Tensor | None) -> tuple[Any, ...]:

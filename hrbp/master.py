@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_weight
 
@@ -301,11 +302,21 @@ def take_master_off(layer: Any) -> None:
 
 
 class _StraightThrough(torch.autograd.Function):
-    """weight * mask, whose gradient is passed on to the whole weight."""
+    """weight * mask, whose gradient is passed on to the whole weight; forward mode, too, takes it for the weight."""
+
+    generate_vmap_rule = True
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, mask: Tensor) -> Tensor:
+    def forward(weight: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
         return weight * mask
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # type: ignore[override]
+        pass
+
+    @staticmethod
+    def jvp(ctx: Any, weight: Tensor, mask: None) -> Tensor:  # type: ignore[override]
+        return weight.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
@@ -313,24 +324,47 @@ class _StraightThrough(torch.autograd.Function):
 
 
 class _DenseGradient(torch.autograd.Function):
-    """y as it is; on the way back the weight takes its dense gradient from y's."""
+    """y as it is; the weight takes its dense gradient from y's, and in forward mode adds what a dense layer would."""
+
+    generate_vmap_rule = True
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, weight: Tensor, conv: Conv | None) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.shape, ctx.dtype, ctx.conv = weight.shape, weight.dtype, conv
+    def forward(y: Tensor, x: Tensor, weight: Tensor, conv: Conv | None) -> Tensor:  # type: ignore[override]
         return y.detach()  # not a view for autograd, so that it may be changed in place
 
     @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # type: ignore[override]
+        _, x, weight, ctx.conv = inputs
+        ctx.save_for_backward(x)
+        ctx.save_for_forward(x)
+        ctx.set_materialize_grads(False)
+        ctx.shape, ctx.dtype = weight.shape, weight.dtype
+
+    @staticmethod
+    def jvp(ctx: Any, y: Tensor | None, x: None, weight: Tensor | None, conv: None) -> Tensor | None:  # type: ignore[override]
+        if weight is None:
+            return None if y is None else y.clone()
+        (x_,) = ctx.saved_tensors
+        if ctx.conv is None:
+            dense = nn.functional.linear(x_, weight.to(x_.dtype))
+        else:
+            dense = nn.functional.conv2d(x_, weight.to(x_.dtype), None, *ctx.conv)
+        return dense if y is None else y + dense
+
+    @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, None, Tensor | None, None]:  # type: ignore[override]
+        if dy is None:
+            return None, None, None, None
         (x,) = ctx.saved_tensors
         return dy, None, dense_gradient(x, dy, ctx.shape, ctx.conv).to(ctx.dtype), None
 
 
 def with_dense_gradient(y: Tensor, x: Tensor, weight: Tensor, conv: Conv | None) -> Tensor:
     """y as it is; on the way back `weight` takes the dense gradient of a layer, see `dense_gradient`."""
-    return _DenseGradient.apply(y, x.detach().to(y.dtype), weight, conv) if weight.requires_grad else y
+    if not weight.requires_grad and forward_ad._current_level < 0:
+        return y
+    return _DenseGradient.apply(y, x.detach().to(y.dtype), weight, conv)
 
 
 def dense_gradient(x: Tensor, dy: Tensor, shape: torch.Size | tuple[int, ...], conv: Conv | None) -> Tensor:

@@ -36,7 +36,7 @@ def test_other_types_are_named_with_the_remedy(who, call):
     numpy = r"(x|dy) is ndarray; it needs a tensor \(torch.as_tensor\(array\)"
     with pytest.raises(TypeError, match=rf"^{re.escape(who)}: {numpy}"):
         call(X.numpy(), DY.numpy(), PATTERN)
-    with pytest.raises(TypeError, match=rf"^{re.escape(who)}: pattern is a tensor of torch.bool; .* from_mask"):
+    with pytest.raises(TypeError, match=rf"^{re.escape(who)}: pattern is a tensor of torch.bool; .*from_mask"):
         call(X, DY, PATTERN.to_mask())
     with pytest.raises(TypeError, match=r"x is ndarray; it needs a tensor"):
         bs.BSRConv2d(PATTERN)(X.numpy())

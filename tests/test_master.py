@@ -592,3 +592,28 @@ def test_an_activation_in_place_may_follow_layers_that_run_blocks():
         net(torch.linspace(-1, 1, 2 * 8 * 36, dtype=torch.float64).view(2, 8, 6, 6)).square().sum().backward()
         found.append([p.grad for p in net.parameters()])
     assert all(torch.equal(a, b) and bool((a != 0).any()) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize(("structure", "method", "options"), [("2:4", "ste", {}), ("1xn", "subp", {"n": 4})])
+def test_transforms_of_torch_func_agree_with_backward(structure, method, options):
+    """grad, jvp and per-sample gradients of dense master weights: the straight-through gradient in every mode."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(
+        torch.nn.Conv2d(8, 16, 3, padding=1), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(256, 8)
+    ).double()
+    hrbp.sparsify(net, 0.5, structure=structure, method=method, include=["0", "3"], **options)
+    weights, x = dict(net.named_parameters()), torch.randn(3, 8, 4, 4, dtype=torch.float64)
+
+    def loss(weights, x):
+        return torch.func.functional_call(net, weights, (x,)).square().sum()
+
+    backward = torch.autograd.grad(loss(weights, x), list(weights.values()))
+    plain = {name: weight.detach() for name, weight in weights.items()}
+    tangents = {name: torch.randn_like(weight) for name, weight in plain.items()}
+    _, along = torch.func.jvp(lambda weights: loss(weights, x), (plain,), (tangents,))
+    expected = sum((grad * tangent).sum() for grad, tangent in zip(backward, tangents.values(), strict=True))
+    torch.testing.assert_close(along, expected)
+    samples = torch.func.vmap(torch.func.grad(lambda w, x: loss(w, x[None])), (None, 0))(plain, x)
+    for name, grad in zip(weights, backward, strict=True):
+        torch.testing.assert_close(torch.func.grad(loss)(plain, x)[name], grad)
+        torch.testing.assert_close(samples[name].sum(0), grad)

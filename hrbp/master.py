@@ -120,7 +120,8 @@ class _Master(nn.Module):
 
     def _masked(self) -> Tensor:
         mask = self.live().view(self.weight.shape) if self.rule is not None else self.mask
-        return _StraightThrough.apply(self.weight, mask)
+        straight = _StraightThrough if torch.compiler.is_compiling() else _StraightThroughForward
+        return straight.apply(self.weight, mask)
 
     # ------------------------------------------------------------------ changing, moving, loading
 
@@ -302,7 +303,7 @@ def take_master_off(layer: Any) -> None:
 
 
 class _StraightThrough(torch.autograd.Function):
-    """weight * mask, whose gradient is passed on to the whole weight; forward mode, too, takes it for the weight."""
+    """weight * mask, whose gradient is passed on to the whole weight."""
 
     generate_vmap_rule = True
 
@@ -315,16 +316,20 @@ class _StraightThrough(torch.autograd.Function):
         pass
 
     @staticmethod
-    def jvp(ctx: Any, weight: Tensor, mask: None) -> Tensor:  # type: ignore[override]
-        return weight.clone()
-
-    @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         return grad, None
 
 
+class _StraightThroughForward(_StraightThrough):
+    """The same with a forward-mode derivative, which torch.compile does not take: the weight's, unmasked."""
+
+    @staticmethod
+    def jvp(ctx: Any, weight: Tensor, mask: None) -> Tensor:  # type: ignore[override]
+        return weight.clone()
+
+
 class _DenseGradient(torch.autograd.Function):
-    """y as it is; the weight takes its dense gradient from y's, and in forward mode adds what a dense layer would."""
+    """y as it is; on the way back the weight takes its dense gradient from y's."""
 
     generate_vmap_rule = True
 
@@ -341,6 +346,18 @@ class _DenseGradient(torch.autograd.Function):
         ctx.shape, ctx.dtype = weight.shape, weight.dtype
 
     @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, None, Tensor | None, None]:  # type: ignore[override]
+        if dy is None:
+            return None, None, None, None
+        (x,) = ctx.saved_tensors
+        return dy, None, dense_gradient(x, dy, ctx.shape, ctx.conv).to(ctx.dtype), None
+
+
+class _DenseGradientForward(_DenseGradient):
+    """The same with a forward-mode derivative, which torch.compile does not take: what a dense layer would add."""
+
+    @staticmethod
     def jvp(ctx: Any, y: Tensor | None, x: None, weight: Tensor | None, conv: None) -> Tensor | None:  # type: ignore[override]
         if weight is None:
             return None if y is None else y.clone()
@@ -351,20 +368,13 @@ class _DenseGradient(torch.autograd.Function):
             dense = nn.functional.conv2d(x_, weight.to(x_.dtype), None, *ctx.conv)
         return dense if y is None else y + dense
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, None, Tensor | None, None]:  # type: ignore[override]
-        if dy is None:
-            return None, None, None, None
-        (x,) = ctx.saved_tensors
-        return dy, None, dense_gradient(x, dy, ctx.shape, ctx.conv).to(ctx.dtype), None
-
 
 def with_dense_gradient(y: Tensor, x: Tensor, weight: Tensor, conv: Conv | None) -> Tensor:
     """y as it is; on the way back `weight` takes the dense gradient of a layer, see `dense_gradient`."""
     if not weight.requires_grad and forward_ad._current_level < 0:
         return y
-    return _DenseGradient.apply(y, x.detach().to(y.dtype), weight, conv)
+    function = _DenseGradient if torch.compiler.is_compiling() else _DenseGradientForward
+    return function.apply(y, x.detach().to(y.dtype), weight, conv)
 
 
 def dense_gradient(x: Tensor, dy: Tensor, shape: torch.Size | tuple[int, ...], conv: Conv | None) -> Tensor:

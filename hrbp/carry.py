@@ -58,6 +58,7 @@ def carry(old: Any, new: Any, *, replaces: bool = True) -> None:
     brought = old.__dict__.get("_hrbp_brought", ())
     for name, value in vars(old).items():
         internal = sparse and (name in CONFIGURATION or (name.startswith("_") and name not in brought))
+        internal = internal or (name == "forward" and _ours(value))
         if name not in vars(new) and not internal and name not in (*DENSE, "_hrbp_brought", "_compiled_call_impl"):
             new.__dict__[name] = value
     for kind in ("_parameters", "_buffers", "_modules"):

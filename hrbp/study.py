@@ -204,7 +204,8 @@ class Study:
         sparsities: of the layers made sparse.
         seeds: of weights, masks, order and augmentation of the images.
         batch_size: images of a step.
-        every: steps between changes of masks; default: 100, in short trainings a fortieth of them, of "subp" an epoch.
+        every: steps between changes of masks; default: 100, in short trainings a fortieth of them; of "subp" an
+            epoch, or less where these would be fewer than twenty.
         device: default: the GPU if there is one.
         quiet: print nothing.
         **training: see `Settings`; epochs is needed.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import blocksparse as bs
+import processes
 from blocksparse.kernels import aten_conv
 
 ROOT = Path(__file__).parent.parent
@@ -25,7 +25,7 @@ def test_only_padding_and_strided_pixels_against_the_reference(seed):
     # Threads that do not spin while they wait: there may be more of them than cores.
     paths = os.pathsep.join(str(p) for p in (ROOT, ROOT / "tests"))
     env = os.environ | {"PYTHONPATH": paths, "OMP_WAIT_POLICY": "PASSIVE"}
-    result = subprocess.run(command, capture_output=True, text=True, check=False, env=env, timeout=600)
+    result = processes.run(command, env=env)
     assert result.returncode == 0, f"{result.returncode}: {result.stdout.splitlines()[-1]}\n{result.stderr[-4000:]}"
     assert result.stdout.endswith("done\n")
 

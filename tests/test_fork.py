@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from dataclasses import replace
 
 import torch
 import blocksparse as bs
+import processes
 from blocksparse.index import unpack
 from blocksparse.kernels import torch_conv
 
@@ -73,7 +73,7 @@ os._exit(0)
 def test_a_fork_beside_a_thread_that_is_planning(thread):
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", FORKS, thread]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, env=env, timeout=300)
+    result = processes.run(command, env=env)
     assert result.returncode == 0, result.stdout + result.stderr
 
 

@@ -133,7 +133,8 @@ def test_masks_that_were_taken_over_evolve(net, x, how, method):
     before = {name: layer.mask() for name, layer in sparse_layers(net).items()}
     optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
     options = {"sparsity": 0.9} if method == "gmp" else {}
-    evolver = hrbp.Evolver(net, optimizer, method, total_steps=20, every=2, **options)
+    options |= {} if method == "static" else {"every": 2}
+    evolver = hrbp.Evolver(net, optimizer, method, total_steps=20, **options)
     for _ in range(20):
         net(x).square().mean().backward()
         optimizer.step()

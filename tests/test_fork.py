@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import processes
+
 ROOT = Path(__file__).parent.parent
 
 # The child looks up and plans, and computes nothing: PyTorch's own thread pools do not survive a fork.
@@ -18,7 +20,6 @@ from dataclasses import replace
 
 import torch
 import blocksparse as bs
-import processes
 from blocksparse.index import unpack
 from blocksparse.kernels import torch_conv
 

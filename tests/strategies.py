@@ -164,5 +164,6 @@ def guarded(
     """`t` in the middle of a buffer of NaN: a read outside it poisons the result. Or of another number: it does not."""
     t = t.contiguous(memory_format=memory_format)
     buffer = torch.full((t.numel() + 2 * GUARD,), around, dtype=t.dtype, device=device)
-    inside = buffer.as_strided(t.shape, t.stride(), GUARD)
+    strides = torch.empty(t.shape, memory_format=memory_format, device="meta").stride()  # also along sizes of one
+    inside = buffer.as_strided(t.shape, strides, GUARD)
     return inside.copy_(t)

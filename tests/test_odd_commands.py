@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-import subprocess
+import shlex
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+import processes
 from hrbp import data
 from hrbp.__main__ import main
 
@@ -254,9 +255,7 @@ def test_what_does_not_fit_into_memory_is_told(capsys, monkeypatch):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is full")
 def test_a_full_disk_under_the_output_is_told(place):
     command = [sys.executable, "-m", "hrbp", "info", str(place / "ok.pt")]
-    with open("/dev/full", "w") as full:
-        result = subprocess.run(
-            command, stdout=full, stderr=subprocess.PIPE, text=True, check=False, timeout=300,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-        )  # fmt: skip
+    result = processes.run(
+        ["sh", "-c", f"{shlex.join(command)} > /dev/full"], env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
     assert (result.returncode, result.stderr) == (2, "python -m hrbp: standard output: No space left on device\n")

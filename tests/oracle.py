@@ -87,7 +87,7 @@ def assert_products(
     # PyTorch's own error is measured in its contiguous format: oneDNN's channels_last weight gradient of strided 1x1
     # convolutions is wrong for few channels (seen in PyTorch 2.13). And between zeros, which poison nothing.
     own_x, own_dy = guarded(x.detach(), x.device, around=0.0), guarded(dy.detach(), dy.device, around=0.0)
-    # Strides that are channels_last's along sizes of one let PyTorch choose that, and crash where an axis meets only padding.
+    # Strides of channels_last along sizes of one make PyTorch choose it, and crash where an axis meets only padding.
     weight = pattern.to_dense(values.detach()).flatten().view(pattern.shape)
     results = {}
     if "fprop" in kinds:

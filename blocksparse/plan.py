@@ -24,7 +24,7 @@ from .kernels import break_even, slots, tiles
 from .pattern import BSRPattern, check_is_pattern
 from .pattern_checks import check_strided
 
-BACKENDS = ("torch", "triton", "cupy", "dense")
+BACKENDS = ("torch", "cpu", "triton", "cupy", "dense")
 
 
 def available_backends() -> dict[str, str | None]:
@@ -35,6 +35,8 @@ def available_backends() -> dict[str, str | None]:
 def _absent(backend: str) -> str | None:
     if backend in ("torch", "dense"):
         return None
+    if backend == "cpu":
+        return _plain("cpu").absent()
     if backend == "cupy":
         return _cupy_conv().runtime.absent()
     if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
@@ -60,7 +62,7 @@ class ConvPlan:
     """What will run for one convolution. `print(plan)` tells a person; the fields tell a program.
 
     Attributes:
-        backend: "torch", "triton", "cupy" or "dense".
+        backend: "torch", "cpu", "triton", "cupy" or "dense".
         why: why this backend.
         free: no backend was asked for.
         tiles: {kind: Tile, or SlotTile of the cupy backend} of a backend that tiles, else {}.
@@ -173,9 +175,7 @@ def _plain(backend: str) -> ModuleType:
     """The kernels of a backend without tiles."""
     if backend == "torch":
         return _torch_conv()
-    from .kernels import dense_conv
-
-    return dense_conv
+    return importlib.import_module({"cpu": ".kernels.cpu", "dense": ".kernels.dense_conv"}[backend], __package__)
 
 
 @functools.cache
@@ -282,6 +282,8 @@ def _refusal(
     backend: str, geometry: ConvGeometry, blocksize: tuple[int, int], dtype: torch.dtype, device: torch.device
 ) -> str | None:
     arch = _arch(device)
+    if backend == "cpu":
+        return _plain("cpu").refusal(device.type)
     if backend == "triton":
         return tiles.refusal(geometry, blocksize, dtype, device.type, arch)
     home = _cupy_conv().runtime.device_type

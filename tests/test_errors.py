@@ -126,7 +126,7 @@ def test_a_named_backend_never_gives_way_to_another():
 
 def test_available_backends_says_why():
     backends = bs.available_backends()
-    assert list(backends) == ["torch", "triton", "cupy", "dense"]
+    assert list(backends) == ["torch", "cpu", "triton", "cupy", "dense"]
     assert backends["torch"] is backends["dense"] is None
     assert backends["triton"] is None  # a GPU, or the interpreter that conftest asks for
     assert backends["cupy"] is None  # a GPU, or the emulator that conftest puts in its place

@@ -25,6 +25,8 @@ ALLOWED = {
     "kernels/slots": {"geometry", "kernels/tiles"},
     "kernels/break_even": {"geometry"},
     "kernels/aten_conv": {"geometry", "layout"},
+    "kernels/cpu_build": set(),
+    "kernels/cpu": {"geometry", "index", "layout", "kernels/cpu_build"},
     "kernels/torch_conv": {"geometry", "index", "layout", "kernels/aten_conv", "kernels/break_even"},
     "kernels/dense_conv": {"geometry", "index", "layout", "kernels/aten_conv", "kernels/torch_conv"},
     "kernels/triton_conv": {"geometry", "index", "layout", "kernels/tiles"},

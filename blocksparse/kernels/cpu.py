@@ -1,0 +1,118 @@
+"""The native CPU backend: cpu.cpp, called on tensors as they lie, whatever their strides, without the GIL.
+
+It keeps nothing between calls: a stored weight's offset follows from the packed index, so that a mask may change at any
+time. Threads are PyTorch's own number, and its own OpenMP threads where the library finds the runtime that PyTorch
+loaded. The results are the same bits for any number of them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ..geometry import ConvGeometry
+from ..index import IndexTables
+from ..layout import empty, is_channels_last
+from .cpu_build import library
+
+int64 = ctypes.c_int64
+NAMES = {torch.float64: "float64", torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+
+
+class _Conv(ctypes.Structure):
+    """Conv in cpu.cpp."""
+
+    _fields_ = [
+        *((name, int64) for name in ("n", "c", "h", "w", "k", "p", "q", "r", "s")),
+        *((name, int64 * 2) for name in ("stride", "padding", "dilation")),
+        *((name, int64) for name in ("bk", "bc", "nnzb")),
+        *((name, int64 * 4) for name in ("x_strides", "y_strides")),
+        ("threads", int64),
+    ]
+
+
+class _Index(ctypes.Structure):
+    """Index in cpu.cpp."""
+
+    _fields_ = [
+        (name, ctypes.c_void_p) for name in ("indptr", "indices", "t_indptr", "t_indices", "t_perm", "row_order")
+    ]
+
+
+def absent() -> str | None:
+    """Why the backend cannot run here, or None; compiles it if that has not been done yet."""
+    found = library()
+    return found if isinstance(found, str) else None
+
+
+def refusal(device_type: str) -> str | None:
+    """Why it cannot take tensors like these, or None."""
+    return None if device_type == "cpu" else f"x is on {device_type}; it needs tensors on the CPU"
+
+
+@lru_cache(maxsize=4096)
+def _conv(
+    g: ConvGeometry, blocksize: tuple[int, int], nnzb: int, x_strides: tuple[int, ...], y_strides: tuple[int, ...],
+    threads: int,
+) -> _Conv:  # fmt: skip
+    pair, four = int64 * 2, int64 * 4
+    return _Conv(
+        g.n, g.c, g.h, g.w, g.k, g.p, g.q, g.r, g.s, pair(*g.stride), pair(*g.padding), pair(*g.dilation),
+        *blocksize, nnzb, four(*x_strides), four(*y_strides), threads,
+    )  # fmt: skip
+
+
+def _call(
+    name: str, g: ConvGeometry, blocksize: tuple[int, int], x: Tensor, y: Tensor, tables: IndexTables,
+    *tensors: Tensor | None,
+) -> None:  # fmt: skip
+    """Run a product; `tensors` in the order of the C function, the last one the result, the index before it."""
+    lib = library()
+    if isinstance(lib, str):
+        raise RuntimeError(f"backend 'cpu' is not available: {lib}")
+    conv = _conv(g, blocksize, tables.indices.numel(), x.stride(), y.stride(), torch.get_num_threads())
+    index = _Index(
+        tables.indptr.data_ptr(), tables.indices.data_ptr(), tables.t_indptr.data_ptr(), tables.t_indices.data_ptr(),
+        tables.t_perm.data_ptr(), None if tables.row_order is None else tables.row_order.data_ptr(),
+    )  # fmt: skip
+    *inputs, result = (None if t is None else ctypes.c_void_p(t.data_ptr()) for t in tensors)
+    failed = getattr(lib, f"{name}_{NAMES[x.dtype]}")(ctypes.byref(conv), *inputs, ctypes.byref(index), result)
+    if failed == 1:
+        raise MemoryError(f"{name} of {g} on backend 'cpu': no memory for the planes of an image")
+    if failed:
+        raise ValueError(
+            f"{name} of {g} on backend 'cpu': the planes of one row of an image pass 2**31 values; use backend='torch'"
+        )
+
+
+def fprop(x: Tensor, values: Tensor, tables: IndexTables, bias: Tensor | None, geometry: ConvGeometry) -> Tensor:
+    """y [N, K, P, Q] in the memory format of x; bias [K] in filter order, or None."""
+    y = empty(geometry.y_shape, x, is_channels_last(x))
+    if y.numel():
+        _, bk, bc = values.shape
+        _call("fprop", geometry, (bk, bc), x, y, tables, x, values, bias, y)
+    return y
+
+
+def dgrad(dy: Tensor, values: Tensor, tables: IndexTables, geometry: ConvGeometry, channels_last: bool) -> Tensor:
+    """dx [N, C, H, W], channels_last or contiguous."""
+    dx = empty(geometry.x_shape, dy, channels_last)
+    if dx.numel():
+        _, bk, bc = values.shape
+        _call("dgrad", geometry, (bk, bc), dx, dy, tables, dy, values, dx)
+    return dx
+
+
+def wgrad(
+    x: Tensor, dy: Tensor, tables: IndexTables, geometry: ConvGeometry, values_shape: tuple[int, int, int]
+) -> Tensor:
+    """dvalues [nnzb, bk, bc]."""
+    if not (x.numel() and dy.numel()):
+        return x.new_zeros(values_shape)
+    dvalues = x.new_empty(values_shape)
+    _, bk, bc = values_shape
+    _call("wgrad", geometry, (bk, bc), x, dy, tables, x, dy, dvalues)
+    return dvalues

@@ -1,0 +1,105 @@
+"""cpu.cpp as a shared library: compiled once by the system's compiler, for this processor, kept in the user's cache.
+
+The file's name is a hash of the source, the flags, the compiler and the processor, so that a change of any of them
+compiles anew. Processes that start at once each compile into a file of their own and put it in place whole.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import stat
+import subprocess
+import tempfile
+from pathlib import Path
+
+SOURCE = Path(__file__).with_name("cpu.cpp")
+COMPILERS = ("c++", "g++", "clang++")  # tried in this order, after $CXX
+SECONDS = 300  # that a compiler may take: 5 on a quiet machine
+FLAGS = (
+    "-std=c++17", "-O2", "-fPIC", "-shared", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math",
+    "-Wno-unknown-pragmas",
+)  # fmt: skip
+NATIVE = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
+
+
+@functools.cache
+def library() -> ctypes.CDLL | str:
+    """The library, or why there is none."""
+    compiler = _compiler()
+    if compiler is None:
+        return (
+            f"no C++ compiler was found ({', '.join(COMPILERS)}); install one, g++ for instance, or name it in the"
+            " environment variable CXX"
+        )
+    failed = ""
+    for flags in ((*FLAGS, NATIVE, "-fopenmp"), (*FLAGS, NATIVE), (*FLAGS, "-fopenmp"), FLAGS):
+        try:
+            return ctypes.CDLL(str(_built(compiler, flags)))
+        except (OSError, subprocess.SubprocessError) as error:
+            failed = failed or _said(error)
+    return f"{compiler} does not compile it: {failed}"
+
+
+def _compiler() -> str | None:
+    """The first compiler there is: $CXX, then COMPILERS."""
+    asked = os.environ.get("CXX")
+    return next((found for name in (asked, *COMPILERS) if name and (found := shutil.which(name))), None)
+
+
+def _built(compiler: str, flags: tuple[str, ...]) -> Path:
+    """The library, compiled unless it is in the cache."""
+    made_by = _run([compiler, "--version"]) + _run([compiler, "-dumpmachine"])
+    key = "\0".join((SOURCE.read_text(), *flags, compiler, made_by, processor()))
+    path = cache() / f"cpu-{hashlib.sha256(key.encode()).hexdigest()[:32]}.so"
+    if not path.exists():
+        handle, part = tempfile.mkstemp(dir=path.parent, prefix=".cpu-", suffix=".so")
+        os.close(handle)
+        try:
+            _run([compiler, *flags, str(SOURCE), "-o", part])
+            os.replace(part, path)
+        finally:
+            Path(part).unlink(missing_ok=True)
+    return path
+
+
+def _run(command: list[str]) -> str:
+    return subprocess.run(
+        command, capture_output=True, text=True, check=True, timeout=SECONDS, stdin=subprocess.DEVNULL
+    ).stdout  # fmt: skip
+
+
+def _said(error: Exception) -> str:
+    """The first line of what a compiler complains of."""
+    text = getattr(error, "stderr", None) or str(error)
+    errors = [line.strip() for line in text.splitlines() if "error" in line.lower()]
+    return (errors or text.splitlines() or [repr(error)])[0][:300]
+
+
+def processor() -> str:
+    """What code for this processor depends on: its name and the instructions that it has."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    wanted = ("model name", "flags", "Features", "CPU implementer", "CPU part")
+    return "\n".join(sorted({line for line in lines if line.split("\t")[0].strip() in wanted}))
+
+
+def cache() -> Path:
+    """A folder that only this user can write to: a library in it is code that will run."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    for folder in (Path(home) / "blocksparse", Path(tempfile.gettempdir()) / f"blocksparse-{os.getuid()}"):
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            found = folder.stat()
+            mine = found.st_uid == os.getuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+            if mine and os.access(folder, os.W_OK | os.X_OK):
+                return folder
+        except OSError:
+            continue
+    return Path(tempfile.mkdtemp(prefix="blocksparse-"))

@@ -37,9 +37,9 @@ def conv2d(
         pattern: which blocks they are.
         bias: [K] or None.
         stride, padding, dilation: int or (height, width).
-        backend: "torch", "triton", "cupy", "dense" (the stored blocks scattered into a filter bank for PyTorch's own
-            convolution), or None for the fastest that can run, by estimate: `explain` tells. A backend asked for by
-            name runs or raises; nothing else takes its place.
+        backend: "torch", "cpu" (native code), "triton", "cupy", "dense" (the stored blocks scattered into a filter bank
+            for PyTorch's own convolution), or None for the fastest that can run, by estimate: `explain` tells. A
+            backend asked for by name runs or raises; nothing else takes its place.
 
     Returns:
         y [N, K, P, Q] in the memory format of x. Differentiable once in x, values and bias; the gradient of values is

@@ -175,7 +175,13 @@ def _plain(backend: str) -> ModuleType:
     """The kernels of a backend without tiles."""
     if backend == "torch":
         return _torch_conv()
-    return importlib.import_module({"cpu": ".kernels.cpu", "dense": ".kernels.dense_conv"}[backend], __package__)
+    if backend == "cpu":
+        from .kernels import cpu
+
+        return cpu
+    from .kernels import dense_conv
+
+    return dense_conv
 
 
 @functools.cache

@@ -68,7 +68,7 @@ def test_other_types_are_named_with_the_remedy(who, call):
         (lambda: conv(x=X[:, :, :2]), "is smaller than the 3 x 3 kernel"),
         (
             lambda: conv(backend="cudnn"),
-            r"backend is 'cudnn'; it needs one of 'torch', 'triton', 'cupy', 'dense' or None",
+            r"backend is 'cudnn'; it needs one of 'torch', 'cpu', 'triton', 'cupy', 'dense' or None",
         ),
         (
             lambda: bs.conv2d_dgrad(DY[:, :, 1:], VALUES, PATTERN, X.shape),
@@ -156,7 +156,7 @@ def test_an_absent_backend_is_explained(backend):
     why, error, default = run_python(code).splitlines()
     assert "no CUDA device is visible" in why
     assert f"backend '{backend}' cannot run this: no CUDA device is visible" in error
-    assert error.endswith("Available here: torch, dense; backend=None chooses one that can")
+    assert error.endswith("Available here: torch, cpu, dense; backend=None chooses one that can")
     assert default == "dense"  # every block is stored
 
 

@@ -40,6 +40,7 @@ ALLOWED = {
         "kernels/break_even",
         "kernels/tiles",
         "kernels/dense_conv",
+        "kernels/cpu",
         "kernels/torch_conv",
         "kernels/triton_conv",
         "kernels/cupy_conv",

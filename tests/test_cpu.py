@@ -1,0 +1,95 @@
+"""The native CPU backend: the same bits for any number of threads, and what it says where it cannot be compiled."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+
+import blocksparse as bs
+import processes
+from blocksparse.kernels import cpu, cpu_build
+from strategies import Case, cases
+
+ROOT = Path(__file__).parent.parent
+
+
+def results(case: Case, threads: int) -> list[torch.Tensor]:
+    x, values, bias, dy, pattern = case.tensors("cpu")
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        return [
+            bs.conv2d(x, values, pattern, bias, *case.conv, backend="cpu"),
+            bs.conv2d_dgrad(dy, values, pattern, x.shape, *case.conv, backend="cpu"),
+            bs.conv2d_wgrad(x, dy, pattern, *case.conv, backend="cpu"),
+        ]
+    finally:
+        torch.set_num_threads(before)
+
+
+@given(cases("torch", (torch.float32, torch.float64, torch.bfloat16)))
+@settings(max_examples=60)
+def test_any_number_of_threads_gives_the_same_bits(case):
+    first, *others = ([t.contiguous() for t in results(case, threads)] for threads in (1, 2, 5))
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+@pytest.mark.parametrize("blocksize", [(32, 32), (8, 8), (8, 1), (4, 4), (1, 1)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "size", "conv"),
+    [
+        pytest.param((64, 64, 3, 3), 56, ((1, 1), (1, 1), (1, 1)), id="3x3"),
+        pytest.param((64, 32, 3, 3), 57, ((2, 2), (1, 1), (1, 1)), id="strided"),
+        pytest.param((64, 128, 1, 1), 28, ((1, 1), (0, 0), (1, 1)), id="1x1"),
+        pytest.param((64, 64, 3, 3), 14, ((1, 1), (2, 2), (2, 2)), id="dilated"),
+    ],
+)
+def test_units_of_rows_and_images(shape, size, conv, blocksize):
+    """Images that are cut into rows, rows of several images side by side, planes that are the tensor itself."""
+    pattern = bs.BSRPattern.random(shape, blocksize, 0.2, torch.Generator().manual_seed(0))
+    case = Case(pattern, 5, size, size, *conv, True, False, torch.float32, 0)
+    x, values, bias, dy, _ = case.tensors("cpu")
+    host = (values.double(), pattern)
+    exact = [
+        bs.reference.fprop(x.double(), *host, bias.double(), *conv),
+        bs.reference.dgrad(dy.double(), *host, x.shape, *conv),
+        bs.reference.wgrad(x.double(), dy.double(), pattern, *conv),
+    ]
+    for threads in (1, 3):
+        for result, needed in zip(results(case, threads), exact, strict=True):
+            torch.testing.assert_close(result.double(), needed, rtol=1e-4, atol=1e-4 * float(needed.abs().max()))
+
+
+def test_without_a_compiler_it_says_so(monkeypatch):
+    monkeypatch.setattr(cpu, "library", lambda: cpu_build.library.__wrapped__())
+    monkeypatch.setattr(cpu_build, "_compiler", lambda: None)
+    assert "no C++ compiler was found" in bs.available_backends()["cpu"]
+    pattern = bs.BSRPattern.full((8, 8, 1, 1), (8, 8))
+    x, values = torch.ones(1, 8, 2, 2), torch.ones(1, 8, 8)
+    with pytest.raises(RuntimeError, match=r"backend 'cpu' cannot run this: no C.* compiler was found"):
+        bs.conv2d(x, values, pattern, backend="cpu", stride=2)
+    assert bs.conv2d(x, values, pattern).shape == (1, 8, 2, 2)
+
+
+def test_a_compiler_that_fails_is_quoted(monkeypatch, tmp_path):
+    broken = tmp_path / "c++"
+    broken.write_text("#!/bin/sh\n[ $# = 1 ] && exit 0\necho 'error: no room for vectors' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("CXX", str(broken))
+    assert cpu_build.library.__wrapped__() == f"{broken} does not compile it: error: no room for vectors"
+
+
+def test_processes_that_start_at_once_share_one_library(tmp_path):
+    code = "from blocksparse.kernels.cpu_build import library; assert not isinstance(library(), str), library()"
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path)}
+    started = [processes.Process([sys.executable, "-c", code], env=env) for _ in range(2)]
+    ended = [process.finish() for process in started]
+    assert [process.returncode for process in ended] == [0, 0], "\n".join(process.stderr for process in ended)
+    assert len(list((tmp_path / "blocksparse").iterdir())) == 1

@@ -128,7 +128,7 @@ def _read_torch(path: Path, file: IO[bytes]) -> dict[str, Tensor]:
         if not inner:
             break
         shapes, found = found.get(MASKED), found[inner]
-        if shapes:
+        if isinstance(shapes, Tensor) or shapes:
             try:
                 found = unpack_masked(found, shapes)
             except ValueError as error:

@@ -211,10 +211,13 @@ class Regularity:
     def _run_all(self) -> dict[str, Any]:
         runs = self.runs
         found = [(run, self._result_of(*run)) for run in runs]
-        self.results["runs"] = [result for _, result in found if result is not None]
+        ended = [result for _, result in found if result is not None]
+        self.results["trained"] = self._trained_before()
+        self.results["runs"] = ended if self.results["trained"] else []  # which are told relative to it
         self._write()
         if stopped := self._train_dense():
             return self._end(stopped)
+        self.results["runs"] = ended
         self._measure()
         todo = [run for run, result in found if result is None]
         begin = time.monotonic()
@@ -261,10 +264,13 @@ class Regularity:
             Batches(self.test, TEST_BATCH, train=False, device=self.device),
         )
 
+    def _trained_before(self) -> dict[str, Any] | None:
+        return sweep.read_result(self.out / "trained", {"line": "trained"}, ("file", *COSTS))
+
     def _train_dense(self) -> str | None:
         """The network before it is pruned, in trained/model.pt; or the signal that stopped its training."""
         folder, identity = self.out / "trained", {"line": "trained"}
-        result = sweep.read_result(folder, identity, ("file", *COSTS))
+        result = self._trained_before()
         if result is None:
             torch.manual_seed(0)
             model = build(self.model, width=self.width, **self.shape)

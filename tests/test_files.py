@@ -1,0 +1,300 @@
+"""One writer to a folder, whoever dies; a full disk is told with the name of the file; forged states are refused."""
+
+from __future__ import annotations
+
+import copy
+import errno
+import json
+import os
+import random
+import resource
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from hrbp import checkpoint, files, progress, sweep
+from hrbp.files import LOCK, naming, only_writer, whole_file
+from hrbp.study import Study, Variant
+from hrbp.train import Trainer
+from test_study import tiny
+from test_train import variant
+
+FILES = Path(files.__file__)
+
+
+@pytest.fixture(autouse=True)
+def without_figures(monkeypatch):
+    monkeypatch.setattr("hrbp.progress.draw_training", lambda *_: None)
+
+
+# ---------------------------------------------------------------- one writer
+
+HOLDER = """
+import importlib.util, os, sys, time
+spec = importlib.util.spec_from_file_location("files", sys.argv[1])  # alone: it loads nothing of the library
+files = importlib.util.module_from_spec(spec)
+sys.modules["files"] = files
+spec.loader.exec_module(files)
+with files.only_writer(sys.argv[2], "holder"):
+    child = os.fork() if sys.argv[3] == "fork" else 1
+    if child == 0:
+        time.sleep(60)  # as a process that decodes images, which outlives a killed parent for a while
+        os._exit(0)
+    print(child, flush=True)
+    time.sleep(60)
+"""
+
+
+def holder(folder: Path, how: str) -> tuple[subprocess.Popen[str], int]:
+    command = [sys.executable, "-c", HOLDER, str(FILES), str(folder), how]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    return process, int(process.stdout.readline())
+
+
+@pytest.mark.parametrize("how", ["alone", "fork"])
+def test_a_folder_has_one_writer_and_is_free_when_that_is_killed(tmp_path, how):
+    process, child = holder(tmp_path, how)
+    try:
+        message = rf"me: process {process.pid} on {socket.gethostname()} is writing to {tmp_path}; wait until it ends"
+        with pytest.raises(ValueError, match=message), only_writer(tmp_path, "me"):
+            pass
+        process.kill()
+        process.wait(timeout=60)
+        assert (tmp_path / LOCK).exists()  # nobody could remove it
+        with only_writer(tmp_path, "me"):
+            pass
+        assert not list(tmp_path.iterdir())
+    finally:
+        process.kill()
+        process.wait(timeout=60)
+        process.stdout.close()
+        if how == "fork":
+            os.kill(child, signal.SIGKILL)
+
+
+def test_a_second_writer_of_one_process_is_refused(tmp_path):
+    with only_writer(tmp_path / "new", "first"):
+        with (
+            pytest.raises(ValueError, match=f"second: process {os.getpid()} on"),
+            only_writer(tmp_path / "new", "second"),
+        ):
+            pass
+        assert (tmp_path / "new" / LOCK).exists()  # the refused one took nothing away
+    with only_writer(tmp_path / "new", "third"):
+        pass
+
+
+def test_two_trainings_do_not_write_to_one_folder(tmp_path):
+    first = variant("rigl", tmp_path)
+    run, refused = first._run_step, []
+
+    def step(x, y):
+        if first.step == 4:
+            with pytest.raises(ValueError, match=rf"Trainer\(\): process {os.getpid()} on .* is writing to") as caught:
+                variant("rigl", tmp_path, resume=True)
+            refused.append(caught)
+        return run(x, y)
+
+    first._run_step = step
+    assert first.run().steps == 15
+    assert len(refused) == 1
+    assert not (tmp_path / LOCK).exists()
+
+
+def test_what_another_training_has_written_is_not_overwritten(tmp_path):
+    first = variant("rigl", tmp_path)
+    second = variant("rigl", tmp_path, resume=True)
+    first.run()
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=r"another training has written to .*; make it again with resume"):
+        second.run()
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_two_studies_do_not_write_to_one_folder(tmp_path):
+    made = tiny(tmp_path / "s", [Variant("dense")], seeds=(0,))
+    with only_writer(tmp_path / "s", "other"):
+        with pytest.raises(ValueError, match=r"Study\(\): process"):
+            made.run()
+        assert [path.name for path in (tmp_path / "s").iterdir()] == [LOCK]
+    (tmp_path / "s" / LOCK).write_text("1 elsewhere\n")  # what a killed one leaves is no content of the folder
+    assert len(tiny(tmp_path / "s", [Variant("dense")], seeds=(0,)).run()["runs"]) == 1
+
+
+# ---------------------------------------------------------------- a full disk
+
+
+@pytest.fixture
+def full():
+    """No file of this process may be larger than 2000 bytes: a write fails as on a full disk, and names no file."""
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_full_disk_is_told_with_the_name_of_the_file(tmp_path, full):
+    model, path = torch.nn.Linear(50, 50), tmp_path / "file"
+    writes = {
+        "weights": lambda: checkpoint.save(model, path),
+        "checkpoint": lambda: checkpoint.write_training(tmp_path, {"model": model.state_dict()}),
+        "results": lambda: sweep.write_json(path, list(range(2000))),
+        "log": lambda: progress.start_log(path, [{"kind": "epoch", "step": i} for i in range(200)]),
+    }
+    for name, write in writes.items():
+        path.write_bytes(b"old")
+        with pytest.raises(OSError, match=r"\[Errno") as caught:
+            write()
+        assert caught.value.errno == errno.EFBIG
+        assert caught.value.filename == str(tmp_path / "last.pt" if name == "checkpoint" else path), name
+        assert path.read_bytes() == b"old"
+        assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    path.write_bytes(bytes(1990))
+    with pytest.raises(OSError, match="File too large") as caught:
+        progress.add_to_log(path, {"kind": "epoch", "loss": 0.5})
+    assert caught.value.filename == str(path)
+
+
+def test_errors_that_name_a_file_keep_it(tmp_path):
+    with pytest.raises(FileNotFoundError) as caught, naming("wrong"):
+        os.stat(tmp_path / "missing")
+    assert caught.value.filename == str(tmp_path / "missing")
+    with pytest.raises(FileNotFoundError) as caught, whole_file(tmp_path / "no" / "file"):
+        pass
+    assert caught.value.filename == str(tmp_path / "no" / "file")  # and not the hidden one beside it
+
+
+# ---------------------------------------------------------------- forged content
+
+JUNK = [None, -1, 3.5, "x", b"y", [1], {"a": 1}, torch.zeros(2), torch.zeros(3, 4, dtype=torch.int64), 10**30]
+
+
+def paths(content, at=()):
+    if at:
+        yield at
+    inner = (
+        content.items() if isinstance(content, dict) else enumerate(content[:2]) if isinstance(content, list) else ()
+    )
+    for key, value in inner:
+        yield from paths(value, (*at, key))
+
+
+def forged(content, count: int, plain: bool = False):
+    """Copies of nested content with something dropped, or replaced by what does not belong there."""
+    draw, places = random.Random(0), list(paths(content))
+    junk = [value for value in JUNK if not plain or isinstance(value, None | int | float | str | list | dict)]
+    for at in draw.sample(places, min(count, len(places))):
+        for drop in (True, False):
+            changed = copy.deepcopy(content)
+            inner = changed
+            for key in at[:-1]:
+                inner = inner[key]
+            if drop:
+                del inner[at[-1]]
+            else:
+                inner[at[-1]] = draw.choice(junk)
+            yield changed
+
+
+def refusals(use, contents) -> int:
+    """How many are refused; anything but a ValueError fails the test."""
+    count = 0
+    for content in contents:
+        try:
+            use(content)
+        except ValueError:
+            count += 1
+    return count
+
+
+@pytest.mark.parametrize("name", ["rigl", "sr-ste"])
+def test_forged_checkpoints_are_refused(tmp_path, name):
+    variant(name, tmp_path / "out").run()
+    state = checkpoint.read(tmp_path / "out" / "last.pt", checkpoint.TRAINING)
+    state["position"] = {"step": 13, "epoch": 2, "batch": 3}  # two steps are left
+    folder = tmp_path / "forged"
+    folder.mkdir()
+
+    def use(content):
+        (folder / "previous.pt").unlink(missing_ok=True)
+        (folder / "last.pt").write_bytes(checkpoint._sealed(checkpoint.TRAINING, content))
+        variant(name, folder, resume=True).run()
+
+    use(copy.deepcopy(state))
+    assert refusals(use, forged(state, 50)) > 50
+
+
+def test_forged_models_are_refused(tmp_path):
+    import hrbp
+
+    torch.manual_seed(0)
+    hrbp.save(hrbp.sparsify(hrbp.models.build("resnet8", classes=4, width=0.5), 0.5), tmp_path / "good.pt")
+    content = checkpoint.read(tmp_path / "good.pt", checkpoint.MODEL)
+
+    def use(changed):
+        (tmp_path / "forged.pt").write_bytes(checkpoint._sealed(checkpoint.MODEL, changed))
+        hrbp.load(tmp_path / "forged.pt")
+
+    assert refusals(use, forged(content, 60)) > 60
+
+
+def test_forged_results_are_refused(tmp_path):
+    variants = [Variant("dense"), Variant("kernel")]
+    tiny(tmp_path / "s", variants, seeds=(0,)).run()
+    for file in [tmp_path / "s" / "results.json", *(tmp_path / "s").glob("kernel*/result.json")]:
+        whole = file.read_text()
+
+        def use(changed, file=file):
+            file.write_text(json.dumps(changed))
+            tiny(tmp_path / "s", variants, seeds=(0,)).run()
+
+        assert refusals(use, forged(json.loads(whole), 15, plain=True)) > 5
+        for text in ("", "[", "[1]", "{" * 100_000, "NaN", '{"settings": 1}'):
+            file.write_text(text)
+            if file.name == "result.json":
+                with pytest.raises(ValueError, match=r"is damaged|no file of a study|of another training"):
+                    tiny(tmp_path / "s", variants, seeds=(0,)).run()
+        file.write_text(whole)
+
+
+# ---------------------------------------------------------------- studies
+
+
+def test_an_impossible_pair_does_not_end_a_study_nor_its_folder(tmp_path, capsys):
+    """2:4 has one sparsity: at the other it is left out; the corrected command continues in the same folder."""
+    out, options = tmp_path / "s", {"seeds": (0,), "sparsities": (0.5, 0.9)}
+    first = tiny(out, [Variant("dense"), Variant("2:4"), Variant("kernel")], **options).run()
+    assert list(first["left_out"]) == ["2:4 90%"]
+    assert [run["line"] for run in first["runs"]] == ["dense", "2:4 50%", "kernel 50%", "kernel 90%"]
+    more = tiny(out, [Variant("dense"), Variant("2:4"), Variant("kernel"), Variant("hrbp")], **options).run()
+    assert len(more["runs"]) == 6
+    with pytest.raises(ValueError, match="other settings: variants"):  # what is there is not left out of the table
+        tiny(out, [Variant("dense"), Variant("hrbp")], **options)
+    out = tmp_path / "t"
+    tiny(out, [Variant("dense"), Variant("2:4"), Variant("kernel")], seeds=(0,), sparsities=(0.9,)).run()
+    corrected = tiny(out, [Variant("dense"), Variant("kernel")], seeds=(0,), sparsities=(0.9,)).run()
+    assert [run["line"] for run in corrected["runs"]] == ["dense", "kernel 90%"]
+
+
+def test_a_folder_in_which_nothing_was_trained_takes_any_study(tmp_path, monkeypatch):
+    def fails(*_):
+        raise ValueError("at once")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Study, "_measure", fails)
+        with pytest.raises(ValueError, match="at once"):
+            tiny(tmp_path / "s", [Variant("dense")], seeds=(0,)).run()
+    assert (tmp_path / "s" / "results.json").exists()
+    assert len(tiny(tmp_path / "s", [Variant("dense"), Variant("kernel")], seeds=(0,), epochs=1).run()["runs"]) == 2
+
+
+def test_trainers_of_two_folders_are_apart(tmp_path):
+    made = [variant("rigl", tmp_path / name) for name in ("a", "b")]
+    assert all(isinstance(one, Trainer) and one.run().steps == 15 for one in made)

@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("bench/launch.py", description=DESCRIPTION)
-    parser.add_argument("--device", type=torch.device, help="default: cuda if there is one")
+    parser.add_argument("--device", type=machine.device, help="default: cuda if there is one")
     parser.add_argument("--quick", action="store_true", help="20 repetitions instead of 400")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every row and the machine to FILE")
     args = parser.parse_args(argv)

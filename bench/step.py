@@ -163,8 +163,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--batch", type=int, help="images; default: 128 on a GPU, 2 or 16 on a CPU")
     add("--dtype", choices=("bf16", "fp32"), help="of autocast; default: bf16 on a GPU, fp32 (none) on a CPU")
     add("--compile", action="store_true", help="also through torch.compile, in channels_last")
-    add("--device", type=torch.device, help="default: cuda if there is one")
-    add("--seconds", type=float, default=120.0, help="spread repetitions over about so long, but 3 of each at least")
+    add("--device", type=machine.device, help="default: cuda if there is one")
+    add(
+        "--seconds",
+        type=machine.seconds,
+        default=120.0,
+        help="spread repetitions over about so long, but 3 of each at least",
+    )
     add("--quick", action="store_true", help="3 repetitions of each: a first look")
     add("--json", type=Path, metavar="FILE", help="write every row and the machine to FILE, after each network")
     args = parser.parse_args(argv)

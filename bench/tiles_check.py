@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("bench/tiles_check.py", description=DESCRIPTION)
-    parser.add_argument("--device", type=torch.device, help="default: cuda if there is one")
+    parser.add_argument("--device", type=machine.device, help="default: cuda if there is one")
     parser.add_argument("--small", action="store_true", help="layers of a few pixels: for checkers of memory accesses")
     parser.add_argument("--part", type=_part, default=(0, 1), metavar="I/N", help="only every N-th, from the I-th on")
     parser.add_argument("--json", type=Path, metavar="FILE")

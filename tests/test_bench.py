@@ -22,6 +22,7 @@ import processes
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "bench"))
 
+import arguments  # noqa: E402
 import contenders  # noqa: E402
 import layers  # noqa: E402
 import measure  # noqa: E402
@@ -677,3 +678,23 @@ def test_progress_says_how_long_the_rest_takes(monkeypatch):
     assert fixed.seconds_left(0) is None
     now[0] = 125.0
     assert fixed.seconds_left(1) == pytest.approx(5.0)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--device", "foo", "foo is no device to measure on; it needs cpu, cuda or cuda:1"),
+        ("--device", "meta", "meta is no device to measure on"),
+        ("--device", "cuda:99", "CUDA device"),
+        ("--sparsity", "x", "x is not in [0, 1)"),
+        ("--batch", "x", "x is not a positive number"),
+        ("--seconds", "nan", "nan is no number of seconds"),
+    ],
+)
+def test_odd_options_are_one_message(capsys, option, value, message):
+    with pytest.raises(SystemExit) as ended:
+        arguments.parse_arguments(["--layer", "8,8,3,1,8", option, value])
+    err = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert message in err
+    assert "Traceback" not in err

@@ -474,9 +474,8 @@ def rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
                 row[key] = sweep.mean([run[key] for run in ended])
             row["refused"] = " ".join(runs[0].get("refused", ()))
             stream = row.pop("stream")
-            compared = bool(ended) and trained is not None
-            row["storage"] = stream / trained["stream"] if compared else None
-            row["file_ratio"] = row["file"] / trained["file"] if compared else None
+            row["storage"] = stream / trained["stream"] if ended else None
+            row["file_ratio"] = row["file"] / trained["file"] if ended else None
             times = results["times"].get(structure)
             row["time"] = 1.0 if structure == "dense" else times[str(asked)] / times["dense"] if times else None
             found.append(row)

@@ -10,13 +10,14 @@ import random
 import resource
 import signal
 import socket
-import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
+import processes
 from hrbp import checkpoint, files, progress, sweep
 from hrbp.files import LOCK, naming, only_writer, whole_file
 from hrbp.study import Study, Variant
@@ -45,37 +46,33 @@ with files.only_writer(sys.argv[2], "holder"):
     if child == 0:
         time.sleep(60)  # as a process that decodes images, which outlives a killed parent for a while
         os._exit(0)
-    print(child, flush=True)
+    print(os.getpid(), child, flush=True)
     time.sleep(60)
 """
 
 
-def holder(folder: Path, how: str) -> tuple[subprocess.Popen[str], int]:
-    command = [sys.executable, "-c", HOLDER, str(FILES), str(folder), how]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    return process, int(process.stdout.readline())
-
-
 @pytest.mark.parametrize("how", ["alone", "fork"])
 def test_a_folder_has_one_writer_and_is_free_when_that_is_killed(tmp_path, how):
-    process, child = holder(tmp_path, how)
-    try:
-        message = rf"me: process {process.pid} on {socket.gethostname()} is writing to {tmp_path}; wait until it ends"
-        with pytest.raises(ValueError, match=message), only_writer(tmp_path, "me"):
-            pass
-        process.kill()
-        process.wait(timeout=60)
-        assert (tmp_path / LOCK).exists()  # nobody could remove it
-        with only_writer(tmp_path, "me"):
-            pass
-        assert not list(tmp_path.iterdir())
-    finally:
-        process.kill()
-        process.wait(timeout=60)
-        process.stdout.close()
-        if how == "fork":
-            os.kill(child, signal.SIGKILL)
+    command = [sys.executable, "-c", HOLDER, str(FILES), str(tmp_path), how]
+    with processes.Process(command, limit=60) as holder:
+        while not holder.output()[0].endswith("\n"):
+            assert holder.running(), holder.output()[1]
+            time.sleep(0.02)
+        pid, child = map(int, holder.output()[0].split())
+        try:
+            message = rf"me: process {pid} on {socket.gethostname()} is writing to {tmp_path}; wait until it ends"
+            with pytest.raises(ValueError, match=message), only_writer(tmp_path, "me"):
+                pass
+            os.kill(pid, signal.SIGKILL)  # it alone
+            while holder.running():
+                time.sleep(0.02)
+            assert (tmp_path / LOCK).exists()  # nobody could remove it
+            with only_writer(tmp_path, "me"):
+                pass
+            assert not list(tmp_path.iterdir())
+        finally:
+            if how == "fork":
+                os.kill(child, signal.SIGKILL)
 
 
 def test_a_second_writer_of_one_process_is_refused(tmp_path):

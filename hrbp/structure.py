@@ -28,6 +28,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -361,8 +362,9 @@ def _one_by_n(*, n: int = 16, uniform: bool = False, rearrange: bool = False) ->
 
 
 def _block(*, blocksize: tuple[int, int] = (32, 32)) -> Structure:
-    pair = isinstance(blocksize, tuple | list) and len(blocksize) == 2
-    if not pair or not all(isinstance(size, Integral) for size in blocksize):
+    sizes: Any = blocksize
+    pair = isinstance(sizes, tuple | list) and len(sizes) == 2
+    if not pair or not all(isinstance(size, Integral) and not isinstance(size, bool) for size in sizes):
         raise ValueError(f"structure('block'): blocksize is {blocksize!r}; it needs a pair (bk, bc) of integers")
     bk, bc = blocksize
     return Grains("block", (bk, bc, 1, 1))

@@ -787,7 +787,7 @@ def the_device(device: torch.device | str | None = None) -> torch.device:
     try:
         torch.ones(1, device=here).tolist()
     except (AssertionError, NotImplementedError, RuntimeError) as error:
-        why = (str(error).splitlines() or ["it holds no numbers"])[0]
+        why = (str(error).splitlines() or ["it holds no numbers"])[0].partition(". ")[0]
         raise ValueError(f"device is {device!r}, which cannot be used here: {why}; use cpu or cuda") from error
     return here
 

@@ -96,6 +96,7 @@ MISTAKES = [
     # options of structures
     ((*TRAIN, "--option", "foo=1"), "no option foo; it has groups, tap_density"),
     ((*TRAIN, "--option", "n=banana"), "no option n; it has groups"),
+    ((*TRAIN, "--structure", "block", "--option", "blocksize=(True,True)"), "a pair (bk, bc) of integers"),
     ((*TRAIN, "--option", "groups=0"), "groups is 0; it needs a positive integer"),
     ((*TRAIN, "--option", "groups"), "'groups' is no NAME=VALUE"),
     ((*TRAIN, "--option", "=1"), "'=1' is no NAME=VALUE"),

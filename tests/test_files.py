@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import errno
 import json
@@ -127,17 +128,20 @@ def test_two_studies_do_not_write_to_one_folder(tmp_path):
 # ---------------------------------------------------------------- a full disk
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def full():
-    """No file of this process may be larger than 2000 bytes: a write fails as on a full disk, and names no file."""
+    """No file of this process may be larger than 2000 bytes: a write fails as on a full disk, and names no file.
+    Only for the write itself: pytest writes its own report to a file, too."""
     before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, handler)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
-def test_a_full_disk_is_told_with_the_name_of_the_file(tmp_path, full):
+def test_a_full_disk_is_told_with_the_name_of_the_file(tmp_path):
     model, path = torch.nn.Linear(50, 50), tmp_path / "file"
     writes = {
         "weights": lambda: checkpoint.save(model, path),
@@ -147,14 +151,14 @@ def test_a_full_disk_is_told_with_the_name_of_the_file(tmp_path, full):
     }
     for name, write in writes.items():
         path.write_bytes(b"old")
-        with pytest.raises(OSError, match=r"\[Errno") as caught:
+        with pytest.raises(OSError, match=r"\[Errno") as caught, full():
             write()
         assert caught.value.errno == errno.EFBIG
         assert caught.value.filename == str(tmp_path / "last.pt" if name == "checkpoint" else path), name
         assert path.read_bytes() == b"old"
         assert [p.name for p in tmp_path.iterdir()] == ["file"]
     path.write_bytes(bytes(1990))
-    with pytest.raises(OSError, match="File too large") as caught:
+    with pytest.raises(OSError, match="File too large") as caught, full():
         progress.add_to_log(path, {"kind": "epoch", "loss": 0.5})
     assert caught.value.filename == str(path)
 

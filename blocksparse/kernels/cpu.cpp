@@ -190,12 +190,12 @@ struct Layout {
     int64_t phases, plane, channel;  // x: a plane, the planes of a channel
     int64_t out_rows;                // rows of outputs that are cut into units
 
-    static constexpr int64_t BUDGET = 768 << 10;  // bytes of planes and results of a unit: they stay in a core's cache
+    static constexpr int64_t BUDGET = 1 << 20;    // bytes of planes and results of a unit: they stay in a core's cache
     static constexpr int64_t RUN = 448;           // pixels of a run that are enough
 
     bool in_place;                   // the tensors are planes as they stand
 
-    Layout(const Conv& g, int64_t item, int64_t lanes, int64_t all_rows, bool in_place = false)
+    Layout(const Conv& g, int64_t item, int64_t lanes, int64_t all_rows, bool in_place, int64_t budget = BUDGET)
         : vertical(g.h, g.p, g.r, g.stride[0], g.padding[0], g.dilation[0]),
           horizontal(g.w, g.q, g.s, g.stride[1], g.padding[1], g.dilation[1]),
           in_place(in_place) {
@@ -205,10 +205,11 @@ struct Layout {
         const int64_t row = item * pitch * (g.c * phases + g.k);
         const int64_t image = row * out_rows + item * pitch * g.c * phases * vertical.reach;
         const int64_t enough = in_place ? 1 : (RUN + pitch * out_rows - 1) / (pitch * out_rows);
-        images = std::max<int64_t>(1, std::min({g.n, BUDGET / image, enough}));
+        images = std::max<int64_t>(1, std::min({g.n, budget / image, enough}));
+        images = (g.n + (g.n + images - 1) / images - 1) / ((g.n + images - 1) / images);  // alike in every unit
         units_per_image = 1;
-        if (image > BUDGET) {
-            const int64_t fit = std::max(BUDGET / row - vertical.reach, (RUN / 2 + pitch - 1) / pitch);
+        if (image > budget) {
+            const int64_t fit = std::max(budget / row - vertical.reach, (RUN / 2 + pitch - 1) / pitch);
             units_per_image = (out_rows + fit - 1) / fit;
         }
         rows = (out_rows + units_per_image - 1) / units_per_image;
@@ -299,19 +300,43 @@ template <class T, class A> INLINE void copy_in(const T* from, int64_t step, A* 
     else
         for (int64_t j = 0; j < count; j++) to[j] = widen(from[j * step]);
 }
+template <int BYTES> struct Bytes { typedef char type __attribute__((vector_size(BYTES), aligned(1), may_alias)); };
+// Two loads and stores that overlap, of the largest power of two of bytes that fits.
+template <int BYTES> INLINE bool copy_ends(const float* from, float* to, int64_t count) {
+    typedef typename Bytes<BYTES>::type part;
+    if (count * 4 < BYTES) return false;
+    const part first = *(const part*)from, last = *(const part*)((const char*)(from + count) - BYTES);
+    *(part*)to = first;
+    *(part*)((char*)(to + count) - BYTES) = last;
+    return true;
+}
+template <class A, size_t... J> INLINE vec<A> every_second(vec<A> a, vec<A> b, std::index_sequence<J...>) {
+    return SHUFFLE(A, a, b, 2 * J);
+}
 template <> INLINE void copy_in<float, float>(const float* from, int64_t step, float* to, int64_t count) {
     constexpr int L = LANES<float>;
     if (step != 1) {
-        for (int64_t j = 0; j < count; j++) to[j] = from[j * step];
+        int64_t j = 0;
+        for (; step == 2 && j + L < count; j += L)
+            store(to + j, every_second<float>(load(from + 2 * j), load(from + 2 * j + L), std::make_index_sequence<L>{}));
+        for (; j < count; j++) to[j] = from[j * step];
     } else if (count >= L) {
         for (int64_t j = 0; j + L <= count; j += L) store(to + j, load(from + j));
         store(to + count - L, load(from + count - L));
-    } else {
-        for (int64_t j = 0; j < count; j++) to[j] = from[j];
+    } else if (!(copy_ends<32>(from, to, count) || copy_ends<16>(from, to, count) || copy_ends<8>(from, to, count))) {
+        if (count) to[0] = from[0];
     }
 }
+template <class A> INLINE void add(const A* from, A* to, int64_t count) {
+    int64_t j = 0;
+    for (; j + LANES<A> <= count; j += LANES<A>) store(to + j, load(to + j) + load(from + j));
+    for (; j < count; j++) to[j] += from[j];
+}
 template <class A> INLINE void zero(A* to, int64_t count) {
-    for (int64_t j = 0; j < count; j++) to[j] = 0;
+    if (count > 8)
+        std::memset(to, 0, sizeof(A) * count);
+    else
+        for (int64_t j = 0; j < count; j++) to[j] = 0;
 }
 
 // Whether channels are innermost, so that they are copied across.
@@ -358,8 +383,10 @@ void transpose_in(const T* from, int64_t pixel, int64_t count, int64_t channels,
         for (int64_t c = 0; c < channels; c += L) {
             const int64_t cs = std::min(L, channels - c), js = std::min(L, count - j);
             vec<A> block[L];
-            UNROLL for (int64_t a = 0; a < L; a++)
+            UNROLL for (int64_t a = 0; a < L; a++) {
+                __builtin_prefetch(from + (j + L + a) * pixel + c);
                 block[a] = a < js ? load_wide<T, A>(from + (j + a) * pixel + c, cs) : vec<A>{};
+            }
             transpose<A>(block);
             UNROLL for (int64_t b = 0; b < L; b++)
                 if (b < cs) store(to + (place ? place[c + b] : c + b) * channel + j, block[b]);
@@ -379,33 +406,45 @@ void fill(const T* x, const int64_t* strides, int64_t height, const Axis& vertic
         for (int64_t b = 0; b < horizontal.phases(); b++) {
             A* const planes = to + (a * horizontal.phases() + b) * plane + front;
             const int64_t lead = horizontal.lead[b], data = horizontal.data[b], step = strides[3] * horizontal.stride;
-            for (int64_t i = 0; i < rows; i++) {
-                const int64_t h = (begin + i) * vertical.stride + vertical.residue[a] - vertical.padding;
-                const bool inside = h >= 0 && h < height;
-                const T* const from = x + u.image * strides[0] + h * strides[2] + horizontal.first[b] * strides[3];
-                if (inside && across && pitch == 1)  // an image has one pixel: images take the place of pixels
-                    transpose_in(from + c0, strides[0], data * u.images, c1 - c0, planes + i * images, channel, place);
-                else if (inside && across)
+            const auto row_of = [&](int64_t i) {
+                return (begin + i) * vertical.stride + vertical.residue[a] - vertical.padding;
+            };
+            const T* const image = x + u.image * strides[0] + horizontal.first[b] * strides[3];
+            for (int64_t i = 0; across && i < rows; i++) {
+                const int64_t h = row_of(i);
+                if (h < 0 || h >= height) continue;
+                const T* const from = image + h * strides[2] + c0;
+                if (pitch == 1)  // an image has one pixel: images take the place of pixels
+                    transpose_in(from, strides[0], data * u.images, c1 - c0, planes + i * images, channel, place);
+                else
                     for (int64_t m = 0; m < u.images; m++)
-                        transpose_in(from + m * strides[0] + c0, step, data, c1 - c0,
+                        transpose_in(from + m * strides[0], step, data, c1 - c0,
                                      planes + (i * images + m) * pitch + lead, channel, place);
-                for (int64_t c = c0; c < c1; c++) {
-                    A* row = planes + (place ? place[c] : c - c0) * channel + i * images * pitch;
-                    for (int64_t m = 0; m < images; m++, row += pitch) {
-                        if (!inside || m >= u.images) {
-                            zero(row, pitch);
-                            continue;
-                        }
-                        zero(row, lead);
-                        if (!across) copy_in(from + m * strides[0] + c * strides[1], step, row + lead, data);
-                        zero(row + lead + data, pitch - lead - data);
-                    }
-                }
             }
             for (int64_t c = c0; c < c1; c++) {
-                A* const first = planes + (place ? place[c] : c - c0) * channel - front;
-                zero(first, front);
-                zero(first + front + rows * images * pitch, plane - front - rows * images * pitch);
+                A* row = planes + (place ? place[c] : c - c0) * channel;
+                zero(row - front, front);
+                for (int64_t i = 0; i < rows; i++) {
+                    const int64_t h = row_of(i);
+                    if (h < 0 || h >= height) {
+                        zero(row, images * pitch);
+                        row += images * pitch;
+                        continue;
+                    }
+                    const T* const from = image + h * strides[2] + c * strides[1];
+                    for (int64_t m = 0; m < u.images; m++, row += pitch) {
+                        zero(row, lead);
+                        if (!across) {
+                            const T* const next = from + m * strides[0] + strides[1];
+                            for (int64_t j = 0; j < data * step; j += 64 / int64_t(sizeof(T))) __builtin_prefetch(next + j);
+                            copy_in(from + m * strides[0], step, row + lead, data);
+                        }
+                        zero(row + lead + data, pitch - lead - data);
+                    }
+                    zero(row, (images - u.images) * pitch);
+                    row += (images - u.images) * pitch;
+                }
+                zero(row, plane - front - rows * images * pitch);
             }
         }
 }
@@ -455,16 +494,16 @@ void write(const A* runs, int64_t channel, int64_t channels, int64_t first, cons
                           base + u.image * strides[0] + (u.row + i) * strides[2], strides[0]);
         return;
     }
-    for (int64_t i = 0; i < u.rows; i++)
-        for (int64_t m = 0; m < u.images; m++) {
-            const int64_t at = (u.image + m) * strides[0] + (u.row + i) * strides[2], from = (i * images + m) * pitch;
-            if (across)
-                transpose_out(runs + from, channel, channels, map, width, base + at, strides[3]);
-            else
-                for (int64_t c = 0; c < channels; c++)
-                    copy_out(runs + c * channel + from, y + at + (map ? map[c] : first + c) * strides[1], strides[3],
-                             width);
-        }
+    for (int64_t c = 0; c < (across ? 1 : channels); c++)
+        for (int64_t i = 0; i < u.rows; i++)
+            for (int64_t m = 0; m < u.images; m++) {
+                T* const to = base + (u.image + m) * strides[0] + (u.row + i) * strides[2];
+                const A* const from = runs + (i * images + m) * pitch;
+                if (across)
+                    transpose_out(from, channel, channels, map, width, to, strides[3]);
+                else
+                    copy_out(from + c * channel, to + (map ? map[c] : first + c) * strides[1], strides[3], width);
+            }
 }
 
 // ---------------------------------------------------------------------- tiles of registers
@@ -533,14 +572,22 @@ template <class A, int N, int LEFT = LANES<A>> INLINE vec<A> lane_sums(const vec
 }
 constexpr int power_of_two(int n) { return n <= 1 ? 1 : 2 * power_of_two((n + 1) / 2); }
 
-// to[i] = the sum of the lanes of vector i, of N vectors.
+// to[i] = the sum of the lanes of vector i, of N vectors; `to` has room for a whole number of vectors.
 template <class A, int N> INLINE void add_lanes(const vec<A>* v, A* to) {
     constexpr int COUNT = N < LANES<A> ? N : LANES<A>, WIDTH = power_of_two(COUNT);
     vec<A> part[WIDTH];
     UNROLL for (int i = 0; i < WIDTH; i++) part[i] = i < COUNT ? v[i] : vec<A>{};
-    const vec<A> sum = lane_sums<A, WIDTH>(part);
-    UNROLL for (int i = 0; i < COUNT; i++) to[i] = sum[i];
+    store(to, lane_sums<A, WIDTH>(part));
     if constexpr (N > COUNT) add_lanes<A, N - COUNT>(v + COUNT, to + COUNT);
+}
+// to[0..N) += from[0..N), as one vector.
+template <class A, int N> INLINE void add_some(const A* from, A* to) {
+    if constexpr (N == 1) {
+        *to += *from;
+    } else {
+        typedef A some __attribute__((vector_size(N * sizeof(A)), aligned(alignof(A)), may_alias));
+        *(some*)to += *(const some*)from;
+    }
 }
 
 // dv[item][f] += sum over l of dy[f][l] * x[item + l], for F filters and I items. Of the vector at
@@ -549,8 +596,8 @@ template <class A, int F, int I>
 void dot_tile(const A* x, const int32_t* items, const A* dy, int64_t channel, int64_t length, int64_t masked,
               const vec<A>* mask, A* dv, int64_t bk) {
     constexpr int L = LANES<A>;
-    vec<A> sum[F * I];
-    UNROLL for (int i = 0; i < F * I; i++) sum[i] = vec<A>{};
+    vec<A> sum[I * F];
+    UNROLL for (int i = 0; i < I * F; i++) sum[i] = vec<A>{};
     const A* p[I];
     UNROLL for (int i = 0; i < I; i++) p[i] = x + items[i];
     for (int64_t l = 0; l < length; l += L) {
@@ -560,7 +607,7 @@ void dot_tile(const A* x, const int32_t* items, const A* dy, int64_t channel, in
             UNROLL for (int f = 0; f < F; f++) {
                 vec<A> d = load(dy + f * channel + l);
                 HOLD(d);
-                UNROLL for (int i = 0; i < I; i++) sum[f * I + i] += d * pixels[i];
+                UNROLL for (int i = 0; i < I; i++) sum[i * F + f] += d * pixels[i];
             }
         } else {
             vec<A> d[F];
@@ -568,17 +615,16 @@ void dot_tile(const A* x, const int32_t* items, const A* dy, int64_t channel, in
             UNROLL for (int i = 0; i < I; i++) {
                 vec<A> pixels = load(p[i] + l);
                 if constexpr (F > 1) HOLD(pixels);
-                UNROLL for (int f = 0; f < F; f++) sum[f * I + i] += d[f] * pixels;
+                UNROLL for (int f = 0; f < F; f++) sum[i * F + f] += d[f] * pixels;
             }
         }
     }
     if (masked != INT64_MIN)
         UNROLL for (int f = 0; f < F; f++)
-            UNROLL for (int i = 0; i < I; i++) sum[f * I + i] += load(dy + f * channel + masked) * *mask * load(p[i] + masked);
-    A total[F * I];
-    add_lanes<A, F * I>(sum, total);
-    UNROLL for (int f = 0; f < F; f++)
-        UNROLL for (int i = 0; i < I; i++) dv[i * bk + f] += total[f * I + i];
+            UNROLL for (int i = 0; i < I; i++) sum[i * F + f] += load(dy + f * channel + masked) * *mask * load(p[i] + masked);
+    A total[(I * F + L - 1) / L * L];
+    add_lanes<A, I * F>(sum, total);
+    UNROLL for (int i = 0; i < I; i++) add_some<A, F>(total + i * F, dv + i * bk);
 }
 
 // The tiles that leave registers enough: most vectors, or items, of a tile of 8, 4, 2, 1 filters.
@@ -703,8 +749,13 @@ void list_row(const Conv& g, const Layout& lay, const Index& index, const int64_
         if (values != nullptr) {
             const T* const from = values + i * g.bk * g.bc;
             A* const to = weights + at * g.bc * g.bk;
-            for (int64_t j = 0; j < g.bc; j++)
-                for (int64_t f = 0; f < g.bk; f++) to[j * g.bk + f] = widen(from[f * g.bc + j]);
+            if (g.bc == 1)
+                copy_in(from, 1, to, g.bk);
+            else if (g.bc >= LANES<A> && g.bk % LANES<A> == 0)
+                transpose_in<T, A>(from, g.bc, g.bk, g.bc, to, g.bk, nullptr);
+            else
+                for (int64_t j = 0; j < g.bc; j++)
+                    for (int64_t f = 0; f < g.bk; f++) to[j * g.bk + f] = widen(from[f * g.bc + j]);
         }
     }
 }
@@ -794,51 +845,89 @@ int fprop(const Conv& g, const T* x, const T* values, const T* bias, const Index
     return 0;
 }
 
+template <class A, int FIRST, size_t... J> INLINE vec<A> woven(vec<A> a, vec<A> b, std::index_sequence<J...>) {
+    return SHUFFLE(A, a, b, FIRST + int64_t(J) / 2 + (J % 2) * LANES<A>);
+}
+// to[2j] = even[j] and to[2j + 1] = odd[j], of `count` in all; zero where there is none.
+template <class T, class A> void weave(const A* even, const A* odd, T* to, int64_t count) {
+    constexpr int64_t L = LANES<A>;
+    int64_t j = 0;
+    if constexpr (std::is_same<T, A>::value)
+        for (; 2 * (j + L) <= count; j += L) {
+            const vec<A> a = even ? load(even + j) : vec<A>{}, b = odd ? load(odd + j) : vec<A>{};
+            store(to + 2 * j, woven<A, 0>(a, b, std::make_index_sequence<L>{}));
+            store(to + 2 * j + L, woven<A, L / 2>(a, b, std::make_index_sequence<L>{}));
+        }
+    for (; 2 * j < count; j++) {
+        to[2 * j] = even ? narrow<T>(even[j]) : T{};
+        if (2 * j + 1 < count) to[2 * j + 1] = odd ? narrow<T>(odd[j]) : T{};
+    }
+}
+
 // dx of rows [first, first + rows) of the planes, the rows of a unit: from `runs`, of which each begins at column
 // `left`, [channels][phases][channel]. Pixels of no phase are zero.
 template <class T, class A>
 void write_phases(const Conv& g, const Layout& lay, const A* runs, int64_t channel, int64_t channels, int64_t c0,
                   int64_t row, const Unit& u, int64_t left, T* dx) {
-    const int64_t* const strides = g.x_strides;
+    const int64_t *const strides = g.x_strides, all = lay.phases * channel;
     const bool across = transposed(strides, channels, lay.pitch);
     const Axis &vertical = lay.vertical, &horizontal = lay.horizontal;
     const auto phase = [](const Axis& axis, int64_t residue) {
         return std::find(axis.residue.begin(), axis.residue.end(), residue) - axis.residue.begin();
     };
-    for (int64_t a = 0; a < g.stride[0]; a++)
-        for (int64_t i = 0; i < u.rows; i++) {
-            const int64_t h = (row + i) * g.stride[0] + a - g.padding[0], pa = phase(vertical, a);
-            if (h < 0 || h >= g.h) continue;
-            for (int64_t b = 0; b < g.stride[1]; b++) {
-                const int64_t pb = phase(horizontal, b), step = strides[3] * g.stride[1];
-                const bool read = pa < vertical.phases() && pb < horizontal.phases();
-                const int64_t lead = b < g.padding[1] ? (g.padding[1] - b + g.stride[1] - 1) / g.stride[1] : 0;
-                const int64_t first = lead * g.stride[1] + b - g.padding[1];
-                const int64_t data = first < g.w ? (g.w - 1 - first) / g.stride[1] + 1 : 0;
-                T* const to = dx + u.image * strides[0] + h * strides[2] + first * strides[3];
-                const A* const from = runs + (pa * horizontal.phases() + pb) * channel + i * lay.images * lay.pitch +
-                                      lead - left;
-                const int64_t all = lay.phases * channel;
-                if (read && across && lay.pitch == 1) {
-                    transpose_out<T, A>(from, all, channels, nullptr, data * u.images, to + c0, strides[0]);
-                    continue;
+    // Row h of dx and where its pixels of column residue b come from: nullptr of no phase.
+    const auto row_of = [&](int64_t i, int64_t a) { return (row + i) * g.stride[0] + a - g.padding[0]; };
+    const auto source = [&](int64_t i, int64_t a, int64_t b) {
+        const int64_t pa = phase(vertical, a), pb = phase(horizontal, b);
+        const bool read = pa < vertical.phases() && pb < horizontal.phases();
+        return read ? runs + (pa * horizontal.phases() + pb) * channel + i * lay.images * lay.pitch - left : nullptr;
+    };
+    const auto lead_of = [&](int64_t b) {
+        return b < g.padding[1] ? (g.padding[1] - b + g.stride[1] - 1) / g.stride[1] : 0;
+    };
+    if (!across && strides[3] == 1 && g.stride[1] == 2) {  // columns in turn from one phase and the other
+        const int64_t b = g.padding[1] % 2, odd = (g.padding[1] + 1) / 2;
+        for (int64_t c = 0; c < channels; c++)
+            for (int64_t i = 0; i < u.rows; i++)
+                for (int64_t a = 0; a < g.stride[0]; a++) {
+                    const int64_t h = row_of(i, a);
+                    if (h < 0 || h >= g.h) continue;
+                    const A *const from = source(i, a, b), *const other = source(i, a, 1 - b);
+                    for (int64_t m = 0; m < u.images; m++) {
+                        const int64_t at = c * all + m * lay.pitch;
+                        weave<T, A>(from ? from + at + g.padding[1] / 2 : nullptr, other ? other + at + odd : nullptr,
+                                    dx + (u.image + m) * strides[0] + (c0 + c) * strides[1] + h * strides[2], g.w);
+                    }
                 }
-                for (int64_t m = 0; m < u.images; m++) {
-                    T* const image = to + m * strides[0];
-                    if (read && across) {
-                        transpose_out<T, A>(from + m * lay.pitch, all, channels, nullptr, data, image + c0, step);
+        return;
+    }
+    for (int64_t c = 0; c < (across ? 1 : channels); c++)
+        for (int64_t i = 0; i < u.rows; i++)
+            for (int64_t a = 0; a < g.stride[0]; a++) {
+                const int64_t h = row_of(i, a);
+                if (h < 0 || h >= g.h) continue;
+                for (int64_t b = 0; b < g.stride[1]; b++) {
+                    const int64_t lead = lead_of(b), first = lead * g.stride[1] + b - g.padding[1];
+                    const int64_t data = first < g.w ? (g.w - 1 - first) / g.stride[1] + 1 : 0;
+                    const int64_t step = strides[3] * g.stride[1];
+                    const A* const from = source(i, a, b);
+                    T* const to = dx + u.image * strides[0] + (c0 + c) * strides[1] + h * strides[2] + first * strides[3];
+                    if (from != nullptr && across && lay.pitch == 1) {
+                        transpose_out<T, A>(from + lead, all, channels, nullptr, data * u.images, to, strides[0]);
                         continue;
                     }
-                    for (int64_t c = 0; c < channels; c++) {
-                        T* const pixels = image + (c0 + c) * strides[1];
-                        if (read)
-                            copy_out<T, A>(from + c * all + m * lay.pitch, pixels, step, data);
+                    for (int64_t m = 0; m < u.images; m++) {
+                        T* const pixels = to + m * strides[0];
+                        if (from != nullptr && across)
+                            transpose_out<T, A>(from + lead + m * lay.pitch, all, channels, nullptr, data, pixels, step);
+                        else if (from != nullptr)
+                            copy_out<T, A>(from + lead + c * all + m * lay.pitch, pixels, step, data);
                         else
-                            for (int64_t j = 0; j < data; j++) pixels[j * step] = T{};
+                            for (int64_t j = 0; j < data; j++)
+                                std::memset(pixels + j * step, 0, sizeof(T) * (across ? channels : 1));
                     }
                 }
             }
-        }
 }
 
 template <class T>
@@ -995,10 +1084,10 @@ int wgrad(const Conv& g, const T* x, const T* dy, const Index& index, T* dvalues
     constexpr int64_t L = LANES<A>;
     const bool in_place = pointwise(g) && index.order == nullptr && rows_in_place<T>(g.x_strides, g.h, g.w) &&
                           rows_in_place<T>(g.y_strides, g.p, g.q);
-    const Layout lay(g, sizeof(A), L, g.p, in_place);
+    const Layout lay(g, sizeof(A), L, g.p, in_place, 5 * Layout::BUDGET / 2);
     if (!fits(g.c, lay.channel)) return 2;
     const Axis whole_rows(g.p, g.p, 1, 1, 0, 1), whole_columns(g.q, g.q, 1, 1, 0, 1);
-    const int64_t rows = g.k / g.bk, weights = g.nnzb * g.bk * g.bc;
+    const int64_t rows = g.k / g.bk, size_of_block = g.bk * g.bc, weights = g.nnzb * size_of_block;
     // Units are added up in so many sums, which the sizes alone decide, so that every number of threads adds alike.
     const int64_t room = std::max<int64_t>(2, MOST_SUMS / std::max<int64_t>(1, weights * sizeof(A)));
     const int64_t chunks = std::min({lay.units, room, int64_t(16)}), parts = parts_of(chunks, g.threads, rows);
@@ -1006,7 +1095,7 @@ int wgrad(const Conv& g, const T* x, const T* dy, const Index& index, T* dvalues
 
     Scratch scratch;
     const size_t items_at = scratch.add<int32_t>(g.nnzb * g.bc), place_at = scratch.add<int32_t>(g.nnzb);
-    const size_t sums_at = scratch.add<A>(chunks * weights), rows_at = scratch.add<int32_t>(g.k);
+    const size_t sums_at = scratch.add<A>(chunks * weights + L), rows_at = scratch.add<int32_t>(g.k);
     const size_t counts_at = scratch.add<int32_t>(g.threads * (g.c / g.bc));
     const int64_t planes_size = in_place ? 0 : g.c * lay.channel;
     const int64_t size = (planes_size + (in_place ? 0 : g.k * dy_plane) + 31) / 16 * 16;
@@ -1032,8 +1121,8 @@ int wgrad(const Conv& g, const T* x, const T* dy, const Index& index, T* dvalues
             const int64_t chunk = task / parts, part = task % parts;
             const int64_t b0 = part_begin(part, parts, rows), b1 = part_begin(part + 1, parts, rows);
             A* const sum = sums + chunk * weights;
-            const int64_t first = index.indptr[b0] * g.bk * g.bc;
-            std::memset(sum + first, 0, sizeof(A) * (index.indptr[b1] * g.bk * g.bc - first));
+            const int64_t first = index.indptr[b0] * size_of_block;
+            std::memset(sum + first, 0, sizeof(A) * (index.indptr[b1] * size_of_block - first));
             for (int64_t i = part_begin(chunk, chunks, lay.units); i < part_begin(chunk + 1, chunks, lay.units); i++) {
                 const Unit u = lay.unit(i, g.n);
                 const A *from = planes, *other = dy_planes;
@@ -1060,14 +1149,16 @@ int wgrad(const Conv& g, const T* x, const T* dy, const Index& index, T* dvalues
         }
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < g.nnzb; i++) {
-            T* to = dvalues + i * g.bk * g.bc;
-            for (int64_t f = 0; f < g.bk; f++)
-                for (int64_t j = 0; j < g.bc; j++) {
-                    A total = 0;
-                    for (int64_t chunk = 0; chunk < chunks; chunk++)
-                        total += sums[chunk * weights + (place[i] * g.bc + j) * g.bk + f];
-                    *to++ = narrow<T>(total);
-                }
+            A* const total = sums + place[i] * size_of_block;
+            for (int64_t chunk = 1; chunk < chunks; chunk++) add(sums + chunk * weights + place[i] * size_of_block, total, size_of_block);
+            T* const to = dvalues + i * size_of_block;
+            if (g.bc == 1)
+                copy_out(total, to, 1, g.bk);
+            else if (g.bc >= L && g.bk >= L)
+                transpose_out<T, A>(total, g.bk, g.bc, nullptr, g.bk, to, g.bc);
+            else
+                for (int64_t j = 0; j < g.bc; j++)
+                    for (int64_t f = 0; f < g.bk; f++) to[f * g.bc + j] = narrow<T>(total[j * g.bk + f]);
         }
     }
     return 0;

@@ -141,7 +141,7 @@ def runs(quick: bool) -> list[Run]:
             "sparsity",
             2,
             three[2:3],
-            ["--backend", "triton", "dense", "--sparsity", "0", "0.5", "0.7", "0.8", "0.95", "0.98"],
+            ["--backend", "triton", "torch", "--sparsity", "0", "0.5", "0.7", "0.8", "0.95", "0.98"],
         ),
         Run("bf16", 1, three, ["--dtype", "bf16"]),
         Run("batch256", 2, three, ["--batch", "256"]),

@@ -24,11 +24,16 @@ def conv2d(
     padding: IntPair = 0,
     dilation: IntPair = 1,
     *,
+    residual: Tensor | None = None,
+    relu: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """2-d convolution whose filter bank is stored as blocks.
 
     y[n,k,p,q] = bias[k] + sum over stored (k,c,r,s) of x[n, c, p*stride + r*dilation - padding, ...] * w[k,c,r,s]
+
+    and with a residual or relu what follows it in a network, without another pass through memory where the backend can
+    (cpu, outside autograd): y = max(y + residual, 0).
 
     Args:
         x: [N, C, H, W], contiguous or channels_last (the fast one on a GPU, unless bc < 8); float16, bfloat16, float32
@@ -37,13 +42,15 @@ def conv2d(
         pattern: which blocks they are.
         bias: [K] or None.
         stride, padding, dilation: int or (height, width).
-        backend: "torch", "cpu" (native code), "triton", "cupy", "dense" (the stored blocks scattered into a filter bank
-            for PyTorch's own convolution), or None for the fastest that can run, by estimate: `explain` tells. A
-            backend asked for by name runs or raises; nothing else takes its place.
+        residual: [N, K, P, Q], added to y; dtype and device of x.
+        relu: whether negative results become zero.
+        backend: "torch" (the stored blocks scattered into a filter bank for PyTorch's own convolution), "cpu" (native
+            code), "triton", "cupy", or None for the fastest that can run, by estimate and for each product alone:
+            `explain` tells. A backend asked for by name runs or raises; nothing else takes its place.
 
     Returns:
-        y [N, K, P, Q] in the memory format of x. Differentiable once in x, values and bias; the gradient of values is
-        [nnzb, bk, bc]: gradients exist at stored blocks only. Under autocast x, values and bias are cast.
+        y [N, K, P, Q] in the memory format of x. Differentiable once in x, values, bias and residual; the gradient of
+        values is [nnzb, bk, bc]: gradients exist at stored blocks only. Under autocast the tensors are cast.
 
     Raises:
         ValueError: shapes, dtypes, devices or a block size that do not fit, before any memory is touched.
@@ -55,7 +62,7 @@ def conv2d(
     pattern.check_values(values, "conv2d()")
     return convolve(
         x, values, pattern.index, bias, pattern.shape,
-        *conv_pairs(stride, padding, dilation, "conv2d()"), backend,
+        *conv_pairs(stride, padding, dilation, "conv2d()"), backend, residual, relu,
     )  # fmt: skip
 
 

@@ -294,7 +294,8 @@ class _BSRModule(nn.Module):
 class BSRConv2d(_BSRModule):
     """nn.Conv2d whose filter bank is stored as the blocks of a BSRPattern.
 
-    y = conv2d(x, values, pattern, bias, stride, padding, dilation); see blocksparse.conv2d.
+    y = conv2d(x, values, pattern, bias, stride, padding, dilation, residual=residual, relu=relu); see
+    blocksparse.conv2d. The residual is the second argument of a call, if there is one.
 
     Parameters: `values` [nnzb, bk, bc] and `bias` [K]. Parameters, gradients and optimizer state exist for stored
     blocks only. The module owns a copy of the pattern's index (buffer `index`); its state_dict holds the pattern
@@ -305,6 +306,7 @@ class BSRConv2d(_BSRModule):
         pattern: which blocks are stored.
         stride, padding, dilation: int or (height, width).
         bias: add a learnable bias [K].
+        relu: negative results become zero.
         backend: as in blocksparse.conv2d.
         device: default: the pattern's.
         dtype: default: torch's.
@@ -318,12 +320,14 @@ class BSRConv2d(_BSRModule):
         dilation: int | Sequence[int] = 1,
         bias: bool = True,
         *,
+        relu: bool = False,
         backend: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(pattern, bias, backend, device, dtype)
         self.stride, self.padding, self.dilation = conv_pairs(stride, padding, dilation, "BSRConv2d()")
+        self.relu = relu
 
     @classmethod
     def from_dense(cls, conv: nn.Conv2d, pattern: BSRPattern, *, backend: str | None = None) -> BSRConv2d:
@@ -350,7 +354,9 @@ class BSRConv2d(_BSRModule):
         return module
 
     def to_dense(self) -> nn.Conv2d:
-        """An nn.Conv2d that computes the same, with zeros outside the pattern."""
+        """An nn.Conv2d that computes the same, with zeros outside the pattern; ValueError with relu=True."""
+        if self.relu:
+            raise ValueError("BSRConv2d.to_dense(): relu is True; an nn.Conv2d has none. Set module.relu to False")
         k, c, r, s = self.weight_shape
         with ordinary_tensors(self.values):
             conv = nn.Conv2d(
@@ -359,17 +365,17 @@ class BSRConv2d(_BSRModule):
             )  # fmt: skip
         return _fill_dense(conv, self, self.pattern.to_dense(self.values.detach()))
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         return convolve(
             input, self.values, self.index, self.bias,
-            self.weight_shape, self.stride, self.padding, self.dilation, self.backend,
+            self.weight_shape, self.stride, self.padding, self.dilation, self.backend, residual, self.relu,
         )  # fmt: skip
 
     def extra_repr(self) -> str:
         k, c, r, s = self.weight_shape
         return (
             f"{c}, {k}, kernel_size=({r}, {s}), stride={self.stride}, padding={self.padding},"
-            f" dilation={self.dilation}, {self._describe()}"
+            f" dilation={self.dilation}, {self._describe()}{', relu' if self.relu else ''}"
         )
 
 

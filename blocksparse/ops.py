@@ -1,7 +1,7 @@
 """The products as torch ops: torch.ops.bsrconv.fprop, dgrad and wgrad, differentiable once, opaque to torch.compile.
 
 Their schema is plain: x, values, the packed index tensor and integers. They never read a tensor on the host, so a step
-captures into a CUDA graph; the torch backend alone reads the index when it has changed since the last call.
+captures into a CUDA graph.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from .geometry import ConvGeometry
 from .index import unpack_once
 from .layout import format_of, is_channels_last, memory_format
 from .pattern_checks import check_strided
-from .plan import ConvPlan, plan_conv, product_precision
-from .product_checks import Facts, check_dgrad, check_dy, check_fprop, check_wgrad
+from .plan import ConvPlan, Setting, plan_conv, setting_of
+from .product_checks import Facts, check_dgrad, check_dy, check_fprop, check_residual, check_wgrad
 
 # ---------------------------------------------------------------- the ops
 
@@ -47,25 +47,32 @@ def _key(t: Tensor) -> _Key:
 def _fprop_plan(
     x: _Key, values: _Key, index: _Key, bias: _Key | None,
     weight_shape: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...], dilation: tuple[int, ...],
-    backend: str | None, precision: str,
+    backend: str | None, setting: str | Setting,
 ) -> ConvPlan:  # fmt: skip
     """The plan for arguments that are then known to be right: one look-up a call, and checks on the first."""
     check_fprop(Facts(*x), Facts(*values), Facts(*index), None if bias is None else Facts(*bias), weight_shape)
-    return plan_conv("conv2d()", x[0], weight_shape, values[0], (stride, padding, dilation), x[1], x[2], backend)
+    return plan_conv(
+        "conv2d()", x[0], weight_shape, values[0], (stride, padding, dilation), x[1], x[2], backend, setting
+    )
 
 
 def _fprop(
     x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None,
     weight_shape: tuple[int, int, int, int], stride: tuple[int, int], padding: tuple[int, int],
-    dilation: tuple[int, int], backend: str | None = None,
+    dilation: tuple[int, int], backend: str | None = None, residual: Tensor | None = None, relu: bool = False,
 ) -> Tensor:  # fmt: skip
     plan = _fprop_plan(
         _key(x), _key(values), _key(index), None if bias is None else _key(bias),
-        weight_shape, stride, padding, dilation, backend, product_precision(x),
+        weight_shape, stride, padding, dilation, backend, setting_of(x),
     )  # fmt: skip
     tables = unpack_once(index, weight_shape, plan.blocksize, plan.nnzb, "conv2d()")
-    x = x.contiguous(memory_format=memory_format(x))
-    return plan.on(tables).fprop(x, values.contiguous(), tables, None if bias is None else bias.contiguous())
+    layout = memory_format(x)
+    x = x.contiguous(memory_format=layout)
+    bias = None if bias is None else bias.contiguous()
+    if residual is not None:
+        check_residual(residual, x, plan.geometry.y_shape)
+        residual = residual.contiguous(memory_format=layout)
+    return plan.fprop(x, values.contiguous(), tables, bias, residual, relu)
 
 
 def _fprop_fake(
@@ -82,11 +89,11 @@ def _fprop_fake(
 def _dgrad_plan(
     dy: _Key, values: _Key, index: _Key, x_shape: tuple[int, ...],
     weight_shape: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...], dilation: tuple[int, ...],
-    backend: str | None, precision: str,
+    backend: str | None, setting: str | Setting,
 ) -> ConvPlan:  # fmt: skip
     who, facts = "conv2d_dgrad()", Facts(*dy)
     check_dgrad(facts, Facts(*values), Facts(*index), weight_shape)
-    plan = plan_conv(who, x_shape, weight_shape, values[0], (stride, padding, dilation), dy[1], dy[2], backend)
+    plan = plan_conv(who, x_shape, weight_shape, values[0], (stride, padding, dilation), dy[1], dy[2], backend, setting)
     check_dy(who, facts, plan.geometry)
     return plan
 
@@ -98,11 +105,11 @@ def _dgrad(
 ) -> Tensor:  # fmt: skip
     plan = _dgrad_plan(
         _key(dy), _key(values), _key(index), x_shape,
-        weight_shape, stride, padding, dilation, backend, product_precision(dy),
+        weight_shape, stride, padding, dilation, backend, setting_of(dy),
     )  # fmt: skip
     tables = unpack_once(index, weight_shape, plan.blocksize, plan.nnzb, "conv2d_dgrad()")
     dy = dy.contiguous(memory_format=format_of(channels_last))
-    return plan.on(tables).dgrad(dy, values.contiguous(), tables, channels_last)
+    return plan.dgrad(dy, values.contiguous(), tables, channels_last)
 
 
 def _dgrad_fake(
@@ -120,11 +127,11 @@ def _dgrad_fake(
 def _wgrad_plan(
     x: _Key, dy: _Key, index: _Key, values_shape: tuple[int, ...],
     weight_shape: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...], dilation: tuple[int, ...],
-    backend: str | None, precision: str,
+    backend: str | None, setting: str | Setting,
 ) -> ConvPlan:  # fmt: skip
     who, facts = "conv2d_wgrad()", Facts(*dy)
     check_wgrad(Facts(*x), facts, Facts(*index), values_shape, weight_shape)
-    plan = plan_conv(who, x[0], weight_shape, values_shape, (stride, padding, dilation), x[1], x[2], backend)
+    plan = plan_conv(who, x[0], weight_shape, values_shape, (stride, padding, dilation), x[1], x[2], backend, setting)
     check_dy(who, facts, plan.geometry)
     return plan
 
@@ -136,11 +143,11 @@ def _wgrad(
 ) -> Tensor:  # fmt: skip
     plan = _wgrad_plan(
         _key(x), _key(dy), _key(index), values_shape,
-        weight_shape, stride, padding, dilation, backend, product_precision(x),
+        weight_shape, stride, padding, dilation, backend, setting_of(x),
     )  # fmt: skip
     tables = unpack_once(index, weight_shape, plan.blocksize, plan.nnzb, "conv2d_wgrad()")
     layout = memory_format(x)
-    return plan.on(tables).wgrad(x.contiguous(memory_format=layout), dy.contiguous(memory_format=layout), tables)
+    return plan.wgrad(x.contiguous(memory_format=layout), dy.contiguous(memory_format=layout), tables)
 
 
 def _wgrad_fake(
@@ -383,11 +390,13 @@ def convolve(
     padding: tuple[int, int],
     dilation: tuple[int, int],
     backend: str | None,
+    residual: Tensor | None = None,
+    relu: bool = False,
 ) -> Tensor:
-    """conv2d on a packed index, with autocast applied."""
-    plain = _plain(x, values, index, bias)
+    """relu(conv2d + residual) on a packed index, with autocast applied; either may be left out."""
+    plain = _plain(x, values, index, bias, residual)
     if not plain:
-        for name, t in (("x", x), ("values", values), ("bias", bias)):
+        for name, t in (("x", x), ("values", values), ("bias", bias), ("residual", residual)):
             if t is not None:
                 check_strided(t, name, "conv2d()")
     if not plain or torch._C._is_any_autocast_enabled():
@@ -396,11 +405,18 @@ def convolve(
             dtype = torch.get_autocast_dtype(device)
             x, values = _autocast(x, dtype), _autocast(values, dtype)
             bias = None if bias is None else _autocast(bias, dtype)
+            residual = None if residual is None else _autocast(residual, dtype)
     args = (x, values, index, bias, weight_shape, stride, padding, dilation, backend)
-    if not plain:
-        return _fprop_op(*args)
-    needs_grad = x.requires_grad or values.requires_grad or (bias is not None and bias.requires_grad)
-    return _Conv2d.apply(*args) if needs_grad and torch.is_grad_enabled() else _fprop(*args)
+    more = residual is not None or relu
+    if plain:
+        inputs = (x, values, bias, residual)
+        if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)):
+            return _fprop(*args, residual, relu) if more else _fprop(*args)
+    y = _Conv2d.apply(*args) if plain else _fprop_op(*args)
+    if residual is not None:
+        check_residual(residual, x, y.shape)
+        y = y + residual
+    return y.relu() if relu else y
 
 
 def _autocast(t: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,8 +1,8 @@
 """ConvPlan: which backend and tiles run a convolution, why, and what that costs.
 
-A plan depends on static facts alone (geometry, blocksize, nnzb, dtype, device, precision), never on which blocks are
-stored, so that it outlives mask updates and is safe to capture in a CUDA graph. One choice looks at the mask, on a CPU
-alone: whether the dense product would be faster there.
+A plan depends on static facts alone (geometry, blocksize, nnzb, dtype, device, precision, the CPU's threads), never on
+which blocks are stored, so that it outlives mask updates and is safe to capture in a CUDA graph. fprop, dgrad and wgrad
+are chosen one by one: one layer may run its forward pass on blocks and its input gradient dense.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import functools
 import importlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -19,21 +19,23 @@ import torch
 from torch import Tensor
 
 from .geometry import ConvGeometry, conv_pairs
-from .index import IndexTables, packed_size, unpack
-from .kernels import break_even, slots, tiles
+from .index import IndexTables, packed_size
+from .kernels import cost, slots, tiles
+from .kernels.cost import Setting
+from .layout import is_channels_last
 from .pattern import BSRPattern, check_is_pattern
 from .pattern_checks import check_strided
 
-BACKENDS = ("torch", "cpu", "triton", "cupy", "dense")
+BACKENDS = ("torch", "cpu", "triton", "cupy")
 
 
 def available_backends() -> dict[str, str | None]:
-    """{backend: None if it can run here, else why not}. torch and dense run everywhere; others load when asked for."""
+    """{backend: None if it can run here, else why not}. torch runs everywhere; others load when asked for."""
     return {name: _absent(name) for name in BACKENDS}
 
 
 def _absent(backend: str) -> str | None:
-    if backend in ("torch", "dense"):
+    if backend == "torch":
         return None
     if backend == "cpu":
         return _plain("cpu").absent()
@@ -58,15 +60,29 @@ def _load_triton() -> ModuleType | str:
 
 
 @dataclass(frozen=True)
+class Product:
+    """What runs one of fprop, dgrad and wgrad.
+
+    Attributes:
+        backend: "torch", "cpu", "triton" or "cupy".
+        why: why this backend.
+        tile: a Tile of the triton backend, a SlotTile of the cupy backend, else None.
+    """
+
+    backend: str
+    why: str
+    tile: tiles.Tile | slots.SlotTile | None = None
+
+
+@dataclass(frozen=True)
 class ConvPlan:
     """What will run for one convolution. `print(plan)` tells a person; the fields tell a program.
 
     Attributes:
-        backend: "torch", "cpu", "triton", "cupy" or "dense".
-        why: why this backend.
-        free: no backend was asked for.
-        tiles: {kind: Tile, or SlotTile of the cupy backend} of a backend that tiles, else {}.
+        products: {kind: Product}, kind "fprop", "dgrad" or "wgrad".
         precision: how fp32 products are rounded: "tf32" or "ieee" (torch.backends.cudnn.conv.fp32_precision).
+        backend: the backend of all three, or several, "cpu+torch".
+        tiles: {kind: Tile or SlotTile} of the backends that tile.
         flops: floating-point operations of one kind on the stored blocks; dense_flops: on all of them.
         bytes_moved: {kind: bytes} of x, y, values and index, each counted once.
     """
@@ -76,31 +92,16 @@ class ConvPlan:
     nnzb: int
     dtype: torch.dtype
     device: torch.device
-    backend: str
-    why: str
-    tiles: dict[str, tiles.Tile] | dict[str, slots.SlotTile]
+    products: dict[str, Product]
     precision: str
-    free: bool
 
-    def on(self, tables: IndexTables) -> ConvPlan:
-        """The plan for this mask: on a CPU the dense product where that is estimated to be faster."""
-        if not (self.free and self.backend == "torch" and self.device.type == "cpu"):
-            return self
-        work = _torch_conv().work(tables, self.geometry, self.blocksize)
-        stored = self.nnzb * self.blocksize[0] * self.blocksize[1]
-        dense = break_even.dense_is_faster(self.geometry, work, stored, torch.get_num_threads())
-        return self._as_dense() if dense else self
+    @property
+    def backend(self) -> str:
+        return "+".join(dict.fromkeys(product.backend for product in self.products.values()))
 
-    def _as_dense(self) -> ConvPlan:
-        """The same with the dense product, made once. Not a cached_property: up to Python 3.11 that holds a lock.
-
-        A process that forks while another thread holds a lock leaves it locked in the child for ever.
-        """
-        made: ConvPlan | None = self.__dict__.get("_dense")
-        if made is None:
-            made = replace(self, backend="dense", why="estimated to be faster here than this mask's blocks")
-            self.__dict__["_dense"] = made
-        return made
+    @property
+    def tiles(self) -> dict[str, tiles.Tile | slots.SlotTile]:
+        return {kind: product.tile for kind, product in self.products.items() if product.tile is not None}
 
     @property
     def flops(self) -> int:
@@ -121,26 +122,36 @@ class ConvPlan:
         index = 4 * packed_size(g.weight_shape, self.blocksize, self.nnzb, row_order=False)
         return dict.fromkeys(tiles.KINDS, activations + values + index)
 
-    def fprop(self, x: Tensor, values: Tensor, tables: IndexTables, bias: Tensor | None) -> Tensor:
-        if not self.tiles:
-            return _plain(self.backend).fprop(x, values, tables, bias, self.geometry)
-        tile = self.tiles["fprop"]
-        return _tiled(self.backend).fprop(x, values, tables, bias, self.geometry, tile, precision=self.precision)
+    def fprop(
+        self, x: Tensor, values: Tensor, tables: IndexTables, bias: Tensor | None,
+        residual: Tensor | None = None, relu: bool = False,
+    ) -> Tensor:  # fmt: skip
+        """relu(convolution + residual); `residual` in the memory format of x."""
+        run = self.products["fprop"]
+        if run.backend == "cpu":
+            return _plain("cpu").fprop(x, values, tables, bias, self.geometry, residual, relu)
+        if run.tile is None:
+            y = _plain(run.backend).fprop(x, values, tables, bias, self.geometry)
+        else:
+            y = _tiled(run.backend).fprop(
+                x, values, tables, bias, self.geometry, run.tile, precision=self.precision
+            )  # fmt: skip
+        y = y if residual is None else y.add_(residual)
+        return y.relu_() if relu else y
 
     def dgrad(self, dy: Tensor, values: Tensor, tables: IndexTables, channels_last: bool) -> Tensor:
-        if not self.tiles:
-            return _plain(self.backend).dgrad(dy, values, tables, self.geometry, channels_last)
-        tile = self.tiles["dgrad"]
-        return _tiled(self.backend).dgrad(
-            dy, values, tables, self.geometry, channels_last, tile, precision=self.precision
+        run = self.products["dgrad"]
+        if run.tile is None:
+            return _plain(run.backend).dgrad(dy, values, tables, self.geometry, channels_last)
+        return _tiled(run.backend).dgrad(
+            dy, values, tables, self.geometry, channels_last, run.tile, precision=self.precision
         )
 
     def wgrad(self, x: Tensor, dy: Tensor, tables: IndexTables) -> Tensor:
-        shape = (self.nnzb, *self.blocksize)
-        if not self.tiles:
-            return _plain(self.backend).wgrad(x, dy, tables, self.geometry, shape)
-        tile = self.tiles["wgrad"]
-        return _tiled(self.backend).wgrad(x, dy, tables, self.geometry, shape, tile, precision=self.precision)
+        run, shape = self.products["wgrad"], (self.nnzb, *self.blocksize)
+        if run.tile is None:
+            return _plain(run.backend).wgrad(x, dy, tables, self.geometry, shape)
+        return _tiled(run.backend).wgrad(x, dy, tables, self.geometry, shape, run.tile, precision=self.precision)
 
     def __str__(self) -> str:
         g = self.geometry
@@ -149,8 +160,12 @@ class ConvPlan:
             str(g),
             f"{self.nnzb} blocks of {self.blocksize[0]} x {self.blocksize[1]}, density {density:.4g},"
             f" {str(self.dtype).removeprefix('torch.')} on {self.device}",
-            f"backend: {self.backend} ({self.why})",
         ]
+        runs = list(self.products.values())
+        if all(run.backend == runs[0].backend and run.why == runs[0].why for run in runs):
+            lines.append(f"backend: {self.backend} ({runs[0].why})")
+        else:
+            lines += [f"{kind}: {run.backend} ({run.why})" for kind, run in self.products.items()]
         lines += [f"  {kind}: {tile}" for kind, tile in self.tiles.items()]
         if self.tiles and self.dtype == torch.float32:
             lines.append(f"  fp32 products: {self.precision}")
@@ -164,24 +179,15 @@ class ConvPlan:
 
 
 @functools.cache
-def _torch_conv() -> ModuleType:
-    from .kernels import torch_conv
-
-    return torch_conv
-
-
-@functools.cache
 def _plain(backend: str) -> ModuleType:
     """The kernels of a backend without tiles."""
     if backend == "torch":
-        return _torch_conv()
-    if backend == "cpu":
-        from .kernels import cpu
+        from .kernels import torch_conv
 
-        return cpu
-    from .kernels import dense_conv
+        return torch_conv
+    from .kernels import cpu
 
-    return dense_conv
+    return cpu
 
 
 @functools.cache
@@ -210,8 +216,9 @@ def plan_conv(
     dtype: torch.dtype,
     device: torch.device,
     backend: str | None,
+    setting: str | Setting,
 ) -> ConvPlan:
-    """The plan for these static facts, made once; `conv` is (stride, padding, dilation).
+    """The plan for these static facts, made once; `conv` is (stride, padding, dilation), `setting` setting_of(x or dy).
 
     Raises ValueError for sizes that are no convolution, ValueError or RuntimeError when the backend that was asked for
     cannot take them; `who` is in front of the message.
@@ -219,7 +226,7 @@ def plan_conv(
     stride, padding, dilation = conv
     return _plan(
         who, tuple(x_shape), tuple(weight_shape), tuple(values_shape), tuple(stride), tuple(padding), tuple(dilation),
-        dtype, device, backend, _precision(dtype, device.type == "cuda"),
+        dtype, device, backend, setting,
     )  # fmt: skip
 
 
@@ -235,40 +242,67 @@ def _plan(
     dtype: torch.dtype,
     device: torch.device,
     backend: str | None,
-    precision: str,
+    setting: str | Setting,
 ) -> ConvPlan:
     geometry = ConvGeometry.of(x_shape, weight_shape, stride, padding, dilation, who)
     nnzb, bk, bc = values_shape
-    density = nnzb * bk * bc / max(1, geometry.k * geometry.c * geometry.taps)
-    chosen, why = _choose(geometry, (bk, bc), density, dtype, device, backend, who)
-    kind_tiles: Any = {}
-    if chosen == "triton":
-        arch = _arch(device)
-        kind_tiles = {k: tiles.pick(k, geometry, (bk, bc), nnzb, dtype, arch, precision) for k in tiles.KINDS}
-    elif chosen == "cupy":
-        kind_tiles = {k: slots.pick(k, geometry, (bk, bc), nnzb, dtype) for k in tiles.KINDS}
-    free = backend is None
-    return ConvPlan(geometry, (bk, bc), nnzb, dtype, device, chosen, why, kind_tiles, precision, free)
+    precision = setting if isinstance(setting, str) else "ieee"
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"{who}: backend is {backend!r}; it needs one of {', '.join(map(repr, BACKENDS))} or None")
+    products = None
+    if backend is None and isinstance(setting, Setting):
+        products = _on_a_cpu(geometry, (bk, bc), nnzb, dtype, setting)
+    if products is None:
+        chosen, why = _choose(geometry, (bk, bc), nnzb, dtype, device, backend, who)
+        products = {}
+        for kind in tiles.KINDS:
+            tile: Any = None
+            if chosen == "triton":
+                tile = tiles.pick(kind, geometry, (bk, bc), nnzb, dtype, _arch(device), precision)
+            elif chosen == "cupy":
+                tile = slots.pick(kind, geometry, (bk, bc), nnzb, dtype)
+            products[kind] = Product(chosen, why, tile)
+    return ConvPlan(geometry, (bk, bc), nnzb, dtype, device, products, precision)
+
+
+def _on_a_cpu(
+    geometry: ConvGeometry, blocksize: tuple[int, int], nnzb: int, dtype: torch.dtype, setting: Setting
+) -> dict[str, Product] | None:
+    """For each kind stored blocks or the dense product, whichever is estimated to be faster; None for other dtypes."""
+    if not cost.known(dtype):
+        return None
+    products = {}
+    for kind in tiles.KINDS:
+        stored, dense = cost.on_cpu(kind, geometry, blocksize, nnzb, dtype, setting)
+        said = f"estimated {_ms(stored)} on stored blocks and {_ms(dense)} dense, threads: {setting.threads}"
+        chosen = "cpu" if stored < dense else "torch"
+        if chosen == "cpu" and (absent := _absent("cpu")) is not None:
+            chosen, said = "torch", f"backend 'cpu' is not available: {absent}"
+        products[kind] = Product(chosen, said)
+    return products
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:.3g} ms"
 
 
 def _choose(
     geometry: ConvGeometry,
     blocksize: tuple[int, int],
-    density: float,
+    nnzb: int,
     dtype: torch.dtype,
     device: torch.device,
     backend: str | None,
     who: str,
 ) -> tuple[str, str]:
     """(backend, why). A backend asked for by name runs or raises; nothing else takes its place."""
-    if backend is not None and backend not in BACKENDS:
-        raise ValueError(f"{who}: backend is {backend!r}; it needs one of {', '.join(map(repr, BACKENDS))} or None")
-    if backend in ("torch", "dense"):
+    if backend == "torch":
         return backend, "asked for"
     if backend is None and device.type != "cuda":
-        return "torch", f"the default on {device.type}"
-    if backend is None and density >= break_even.GPU_DENSITY:
-        return "dense", f"the default on a GPU from density {break_even.GPU_DENSITY}, an estimate"
+        return "torch", f"the default on {device.type} for {str(dtype).removeprefix('torch.')}"
+    density = nnzb * blocksize[0] * blocksize[1] / max(1, geometry.k * geometry.c * geometry.taps)
+    if backend is None and density >= cost.GPU_DENSITY:
+        return "torch", f"the default on a GPU from density {cost.GPU_DENSITY}, an estimate"
     reasons: dict[str, str] = {}
     for name in (backend,) if backend else ("triton", "cupy"):
         reason = _absent(name) or _refusal(name, geometry, blocksize, dtype, device)
@@ -276,7 +310,7 @@ def _choose(
             return name, "asked for" if backend else "; ".join(["the default on a GPU", *_refusals(reasons)])
         reasons[name] = reason
     if backend is None:
-        return "torch", "; ".join(_refusals(reasons))
+        return "torch", "; ".join(["dense", *_refusals(reasons)])
     usable = [name for name, absent in available_backends().items() if absent is None]
     raise (ValueError if _absent(backend) is None else RuntimeError)(
         f"{who}: backend {backend!r} cannot run this: {reasons[backend]}. Available here: {', '.join(usable)};"
@@ -300,8 +334,13 @@ def _refusals(reasons: dict[str, str]) -> list[str]:
     return [f"{name} cannot run this: {reason}" for name, reason in reasons.items()]
 
 
-def product_precision(t: Tensor) -> str:
-    """How products of tensors like t are rounded now: "tf32" or "ieee". A plan holds for one of them."""
+def setting_of(t: Tensor) -> str | Setting:
+    """What a plan for tensors like t depends on besides shapes and types.
+
+    How products are rounded ("tf32" or "ieee"); on a CPU the number of threads, and the memory format.
+    """
+    if t.device.type == "cpu":
+        return Setting(torch.get_num_threads(), is_channels_last(t))
     return _precision(t.dtype, t.is_cuda)
 
 
@@ -339,12 +378,13 @@ def explain(
 ) -> ConvPlan:
     """What conv2d with these arguments would run: `print(explain(...))`. Nothing is computed.
 
-    Returns the ConvPlan: backend and tiles, why them, FLOPs and least bytes of each of fprop, dgrad and wgrad.
+    Returns the ConvPlan: backend and tile of each of fprop, dgrad and wgrad, why these, FLOPs and least bytes.
     """
     who = "explain()"
     check_is_pattern(pattern, who)
     check_strided(x, "x", who)
     pattern.check_values(values, who)
     conv = conv_pairs(stride, padding, dilation, who)
-    plan = plan_conv(who, x.shape, pattern.shape, values.shape, conv, values.dtype, values.device, backend)
-    return plan.on(unpack(pattern.index, pattern.shape, pattern.blocksize, pattern.nnzb, who))
+    return plan_conv(
+        who, x.shape, pattern.shape, values.shape, conv, values.dtype, values.device, backend, setting_of(x)
+    )

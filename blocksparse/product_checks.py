@@ -51,6 +51,18 @@ def check_values_shape(who: str, values_shape: Sequence[int], weight_shape: Sequ
         )
 
 
+def check_residual(residual: Tensor, x: Tensor, y_shape: Sequence[int]) -> None:
+    if residual.shape != torch.Size(y_shape):
+        raise ValueError(
+            f"conv2d(): residual has shape {tuple(residual.shape)}; this convolution needs {tuple(y_shape)}, that of y"
+        )
+    if residual.dtype != x.dtype or residual.device != x.device:
+        raise ValueError(
+            f"conv2d(): residual is {residual.dtype} on {residual.device} and x {x.dtype} on {x.device}; they need one"
+            " dtype and one device"
+        )
+
+
 def check_dy(who: str, dy: Tensor | Facts, geometry: ConvGeometry) -> None:
     if tuple(dy.shape) != geometry.y_shape:
         raise ValueError(

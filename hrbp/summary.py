@@ -155,9 +155,10 @@ def summary(model: nn.Module, x: Tensor | Sequence[int] | None = None, *, measur
             if semi.is_converted(module):
                 row.run_flops = row.flops
             if layer is not None:
-                row.backend = _backend_of(layer.module, at) if layer.runs_blocks else "masked"
-                if row.backend not in ("dense", "masked"):
-                    row.run_flops = row.flops
+                row.backend = "masked"
+                if layer.runs_blocks:
+                    row.backend = _backend_of(layer.module, at)
+                    row.run_flops = row.dense_flops if row.backend == "torch" else row.flops
                 if measure:
                     row.seconds, row.dense_seconds = _timed(layer.module, at)
         if layer is not None or semi.is_converted(module):
@@ -298,9 +299,9 @@ def _calls_of(model: nn.Module, x: Tensor | Sequence[int]) -> dict[str, list[tup
 def _backend_of(module: Any, x: Tensor) -> str:
     if isinstance(module, BSRLinear | MasterLinear):
         x = x.reshape(-1, x.shape[-1], 1, 1)
-        return explain(x, module.values, module.pattern, backend=module.backend).backend
+        return explain(x, module.values, module.pattern, backend=module.backend).products["fprop"].backend
     conv = (module.stride, symmetric_padding(module), module.dilation)
-    return explain(x, module.values, module.pattern, *conv, backend=module.backend).backend
+    return explain(x, module.values, module.pattern, *conv, backend=module.backend).products["fprop"].backend
 
 
 def _timed(module: Any, x: Tensor, rounds: int = 5) -> tuple[float, float]:

@@ -79,7 +79,7 @@ def run(case: dict, seed: int) -> None:
     x, dy = (guarded(nonzero(s, dtype, generator), "cpu", layout) for s in (g.x_shape, g.y_shape))
     values = nonzero((pattern.nnzb, *pattern.blocksize), dtype, generator)
     bias = nonzero((g.k,), dtype, generator) if case["bias"] else None
-    for backend in ("torch", "dense"):
+    for backend in ("torch", "cpu"):
         assert_products(x, values, pattern, bias, dy, *conv, backend)
     whole = bs.BSRPattern.full(g.weight_shape, (g.k, g.c))
     for kind in (dtype, torch.bfloat16):

@@ -15,9 +15,9 @@ from blocksparse import BSRPattern
 GUARD = 64  # elements of NaN before and after every input
 
 # (backend, device) pairs that run in this process.
-RUNNERS = [("torch", "cpu"), ("dense", "cpu"), ("cpu", "cpu")]
+RUNNERS = [("torch", "cpu"), ("cpu", "cpu")]
 if torch.cuda.is_available():
-    RUNNERS += [("torch", "cuda"), ("dense", "cuda"), ("triton", "cuda"), ("cupy", "cuda")]
+    RUNNERS += [("torch", "cuda"), ("triton", "cuda"), ("cupy", "cuda")]
 else:
     RUNNERS += [("triton", "cpu"), ("cupy", "cpu")]
 

@@ -48,7 +48,7 @@ def test_only_padding_is_its_definition(size, kernel, stride, padding, dilation)
     assert g.only_padding == (not all(met))
 
 
-@pytest.mark.parametrize("backend", ["torch", "dense"])
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
 @pytest.mark.parametrize("blocksize", [(4, 4), (2, 1)])
 def test_an_image_without_rows_gives_the_bias(backend, blocksize, poisoned_memory):
     """All of it is padding."""

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 
 import blocksparse as bs
 import processes
+from blocksparse import plan
 from blocksparse.kernels import cpu, cpu_build
 from strategies import Case, cases
 
@@ -67,7 +68,7 @@ def test_units_of_rows_and_images(shape, size, conv, blocksize):
 
 
 def test_without_a_compiler_it_says_so(monkeypatch):
-    monkeypatch.setattr(cpu, "library", lambda: cpu_build.library.__wrapped__())
+    monkeypatch.setattr(cpu, "library", cpu_build.library.__wrapped__)
     monkeypatch.setattr(cpu_build, "_compiler", lambda: None)
     assert "no C++ compiler was found" in bs.available_backends()["cpu"]
     pattern = bs.BSRPattern.full((8, 8, 1, 1), (8, 8))
@@ -83,13 +84,45 @@ def test_a_compiler_that_fails_is_quoted(monkeypatch, tmp_path):
     broken.chmod(0o755)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("CXX", str(broken))
-    assert cpu_build.library.__wrapped__() == f"{broken} does not compile it: error: no room for vectors"
+    assert cpu_build.library.__wrapped__("float") == f"{broken} does not compile it: error: no room for vectors"
 
 
 def test_processes_that_start_at_once_share_one_library(tmp_path):
-    code = "from blocksparse.kernels.cpu_build import library; assert not isinstance(library(), str), library()"
+    code = "from blocksparse.kernels.cpu_build import library; assert not isinstance(library('float'), str)"
     env = {**os.environ, "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path)}
     started = [processes.Process([sys.executable, "-c", code], env=env) for _ in range(2)]
     ended = [process.finish() for process in started]
     assert [process.returncode for process in ended] == [0, 0], "\n".join(process.stderr for process in ended)
     assert len(list((tmp_path / "blocksparse").iterdir())) == 1
+
+
+def test_a_mask_written_in_place_is_never_missed():
+    """No version counter sees the last of these."""
+    x, pattern = torch.randn(1, 64, 6, 6), bs.BSRPattern.random((64, 64, 3, 3), (8, 8), 0.1)
+    module = bs.BSRConv2d(pattern, padding=1, backend="cpu")
+    for how in ("copy_", "data", "numpy"):
+        module(x)
+        new = bs.BSRPattern.random((64, 64, 3, 3), (8, 8), 0.1)
+        if how == "copy_":
+            module.index.copy_(new.index)
+        elif how == "data":
+            module.index.data.copy_(new.index)
+        else:
+            module.index.numpy()[:] = new.index.numpy()
+        torch.testing.assert_close(module(x), module.to_dense()(x), rtol=1e-4, atol=1e-4)
+        assert module.pattern == new
+
+
+def test_the_default_without_a_compiler_is_pytorch(monkeypatch):
+    pattern = bs.BSRPattern.random((64, 64, 3, 3), (8, 8), 0.1)
+    x, values = torch.randn(8, 64, 28, 28), torch.randn(pattern.nnzb, 8, 8)
+    assert bs.explain(x, values, pattern, 1, 1).backend == "cpu"
+    monkeypatch.setattr(cpu, "library", cpu_build.library.__wrapped__)
+    monkeypatch.setattr(cpu_build, "_compiler", lambda: None)
+    plan._plan.cache_clear()
+    try:
+        found = bs.explain(x, values, pattern, 1, 1)
+    finally:
+        plan._plan.cache_clear()
+    assert found.backend == "torch"
+    assert "backend 'cpu' is not available: no C++ compiler was found" in str(found)

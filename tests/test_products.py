@@ -154,3 +154,44 @@ def test_inputs_with_any_strides(runner, data):
 def full_fp32():
     """fp32 products without tf32, whatever the caller's settings were."""
     return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+
+
+@pytest.mark.parametrize("runner", RUNNERS[:2], ids="-".join)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("relu", [False, True], ids=["sum", "relu"])
+def test_what_follows_a_convolution(runner, dtype, relu, poisoned_memory):
+    """The same bits as operators of their own, which is also how it is differentiated."""
+    backend, device = runner
+
+    @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @given(cases(backend, (dtype,)))
+    def check(case: Case):
+        x, values, bias, residual, pattern = case.tensors(device)
+        alone = bs.conv2d(x, values, pattern, bias, *case.conv, backend=backend)
+        needed = alone + residual
+        needed = needed.relu() if relu else needed
+        more = {"residual": residual, "relu": relu, "backend": backend}
+        assert torch.equal(bs.conv2d(x, values, pattern, bias, *case.conv, **more), needed)
+        only = bs.conv2d(x, values, pattern, bias, *case.conv, relu=relu, backend=backend)
+        assert torch.equal(only, alone.relu() if relu else alone)
+        values.requires_grad_()
+        y = bs.conv2d(x, values, pattern, bias, *case.conv, **more)
+        assert torch.equal(y, needed)
+        if case.n:
+            y.sum().backward()
+            dy = (needed > 0).to(dtype) if relu else torch.ones_like(needed)
+            assert torch.equal(values.grad, bs.conv2d_wgrad(x, dy, pattern, *case.conv, backend=backend))
+
+    check()
+
+
+def test_a_residual_of_another_shape_is_refused():
+    pattern = bs.BSRPattern.full((8, 8, 3, 3), (8, 8))
+    x, values = torch.ones(1, 8, 5, 5), torch.ones(9, 8, 8, requires_grad=True)
+    for residual, text in (
+        (torch.ones(1, 8, 5, 5), r"residual has shape \(1, 8, 5, 5\); this convolution needs \(1, 8, 3, 3\)"),
+        (torch.ones(1, 8, 3, 3).double(), r"residual is torch.float64 on cpu and x torch.float32 on cpu"),
+    ):
+        for v in (values, values.detach()):
+            with pytest.raises(ValueError, match=text):
+                bs.conv2d(x, v, pattern, residual=residual)

@@ -18,7 +18,7 @@ def three_threads():
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("backend", ["torch", "dense"])
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
 @pytest.mark.parametrize(("dtype", "channels_last"), [(torch.float32, False), (torch.bfloat16, True)], ids=str)
 @pytest.mark.parametrize(
     ("shape", "blocksize", "size", "conv"),

@@ -506,6 +506,46 @@ void write(const A* runs, int64_t channel, int64_t channels, int64_t first, cons
             }
 }
 
+// What follows a convolution, on outputs that have just been written: y = y + residual, then y = max(y, 0), each rounded
+// as an operator of its own would. The residual has y's strides.
+template <class T> struct Epilogue {
+    const T* residual;
+    bool relu;
+    bool nothing() const { return residual == nullptr && !relu; }
+};
+template <class T>
+void finish_row(T* y, const T* residual, bool relu, int64_t step, int64_t count) {
+    using A = wide<T>;
+    int64_t j = 0;
+    if constexpr (std::is_same<T, A>::value)
+        for (; step == 1 && j + LANES<A> <= count; j += LANES<A>) {
+            vec<A> v = load(y + j);
+            if (residual) v += load(residual + j);
+            if (relu) v = v < 0 ? vec<A>{} : v;
+            store(y + j, v);
+        }
+    for (; j < count; j++) {
+        A v = widen(y[j * step]);
+        if (residual) v = widen(narrow<T>(v + widen(residual[j * step])));
+        y[j * step] = narrow<T>(relu && v < 0 ? A(0) : v);
+    }
+}
+template <class T>
+void finish(T* y, const Epilogue<T>& last, const int64_t* strides, const Unit& u, int64_t width, int64_t first,
+            int64_t channels, const int32_t* order) {
+    if (last.nothing()) return;
+    const bool across = strides[1] == 1 && order == nullptr;
+    for (int64_t m = 0; m < u.images; m++)
+        for (int64_t i = 0; i < u.rows; i++)
+            for (int64_t j = 0; j < (across ? width : channels); j++) {
+                const int64_t c = across ? first : order ? order[first + j] : first + j;
+                const int64_t at = (u.image + m) * strides[0] + c * strides[1] + (u.row + i) * strides[2] +
+                                   (across ? j * strides[3] : 0);
+                finish_row(y + at, last.residual ? last.residual + at : nullptr, last.relu, across ? 1 : strides[3],
+                           across ? channels : width);
+            }
+}
+
 // ---------------------------------------------------------------------- tiles of registers
 
 // out[f][l] = start[f] + sum over items of w[item][f] * x[item + l], for F filters and V vectors of pixels.
@@ -781,7 +821,7 @@ bool fits(int64_t channels, int64_t channel) { return channels * channel < INT32
 // ---------------------------------------------------------------------- the three products
 
 template <class T>
-int fprop(const Conv& g, const T* x, const T* values, const T* bias, const Index& index, T* y) {
+int fprop(const Conv& g, const T* x, const T* values, const T* bias, const Epilogue<T>& last, const Index& index, T* y) {
     using A = wide<T>;
     constexpr int64_t L = LANES<A>;
     const bool in_place = pointwise(g) && rows_in_place<T>(g.x_strides, g.h, g.w);
@@ -836,10 +876,13 @@ int fprop(const Conv& g, const T* x, const T* values, const T* bias, const Index
                            direct ? g.y_strides[1] : channel, run, in_place);
                 if (!direct && !across)
                     write(out, channel, g.bk, first, index.order, u, lay.images, lay.pitch, g.q, y, g.y_strides);
+                if (!across) finish(y, last, g.y_strides, u, g.q, first, g.bk, index.order);
             }
-            if (across)
+            if (across) {
                 write(results, channel, (b1 - b0) * g.bk, b0 * g.bk, index.order, u, lay.images, lay.pitch, g.q, y,
                       g.y_strides);
+                finish(y, last, g.y_strides, u, g.q, b0 * g.bk, (b1 - b0) * g.bk, index.order);
+            }
         }
     }
     return 0;
@@ -1176,18 +1219,19 @@ template <class Body> int guarded(Body body) {
 
 // ---------------------------------------------------------------------- the calls: 0, or 1: no memory, 2: too large
 
-#define CALLS(NAME, T)                                                                                             \
-    extern "C" int fprop_##NAME(const Conv* g, const T* x, const T* values, const T* bias, const Index* i, T* y) { \
-        return guarded([&] { return fprop<T>(*g, x, values, bias, *i, y); });                                      \
-    }                                                                                                              \
-    extern "C" int dgrad_##NAME(const Conv* g, const T* dy, const T* values, const Index* i, T* dx) {              \
-        return guarded([&] { return dgrad<T>(*g, dy, values, *i, dx); });                                          \
-    }                                                                                                              \
-    extern "C" int wgrad_##NAME(const Conv* g, const T* x, const T* dy, const Index* i, T* dvalues) {              \
-        return guarded([&] { return wgrad<T>(*g, x, dy, *i, dvalues); });                                          \
-    }
+// A library is for numbers of one type, given as -DNUMBER=float, double, bfloat16 or float16.
+#ifndef NUMBER
+#define NUMBER float
+#endif
 
-CALLS(float64, double)
-CALLS(float32, float)
-CALLS(float16, float16)
-CALLS(bfloat16, bfloat16)
+extern "C" int bsr_fprop(const Conv* g, const NUMBER* x, const NUMBER* values, const NUMBER* bias,
+                         const NUMBER* residual, int64_t relu, const Index* index, NUMBER* y) {
+    const Epilogue<NUMBER> last{residual, relu != 0};
+    return guarded([&] { return fprop<NUMBER>(*g, x, values, bias, last, *index, y); });
+}
+extern "C" int bsr_dgrad(const Conv* g, const NUMBER* dy, const NUMBER* values, const Index* index, NUMBER* dx) {
+    return guarded([&] { return dgrad<NUMBER>(*g, dy, values, *index, dx); });
+}
+extern "C" int bsr_wgrad(const Conv* g, const NUMBER* x, const NUMBER* dy, const Index* index, NUMBER* dvalues) {
+    return guarded([&] { return wgrad<NUMBER>(*g, x, dy, *index, dvalues); });
+}

@@ -19,7 +19,7 @@ from ..layout import empty, is_channels_last
 from .cpu_build import library
 
 int64 = ctypes.c_int64
-NAMES = {torch.float64: "float64", torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+NUMBERS = {torch.float64: "double", torch.float32: "float", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
 class _Conv(ctypes.Structure):
@@ -43,8 +43,8 @@ class _Index(ctypes.Structure):
 
 
 def absent() -> str | None:
-    """Why the backend cannot run here, or None; compiles it if that has not been done yet."""
-    found = library()
+    """Why the backend cannot run here, or None; compiles it for float32 if that has not been done yet."""
+    found = library(NUMBERS[torch.float32])
     return found if isinstance(found, str) else None
 
 
@@ -67,10 +67,10 @@ def _conv(
 
 def _call(
     name: str, g: ConvGeometry, blocksize: tuple[int, int], x: Tensor, y: Tensor, tables: IndexTables,
-    *tensors: Tensor | None,
+    *args: Tensor | int64 | None,
 ) -> None:  # fmt: skip
-    """Run a product; `tensors` in the order of the C function, the last one the result, the index before it."""
-    lib = library()
+    """Run a product; `args` in the order of the C function, the last one the result, the index before it."""
+    lib = library(NUMBERS[x.dtype])
     if isinstance(lib, str):
         raise RuntimeError(f"backend 'cpu' is not available: {lib}")
     conv = _conv(g, blocksize, tables.indices.numel(), x.stride(), y.stride(), torch.get_num_threads())
@@ -78,8 +78,8 @@ def _call(
         tables.indptr.data_ptr(), tables.indices.data_ptr(), tables.t_indptr.data_ptr(), tables.t_indices.data_ptr(),
         tables.t_perm.data_ptr(), None if tables.row_order is None else tables.row_order.data_ptr(),
     )  # fmt: skip
-    *inputs, result = (None if t is None else ctypes.c_void_p(t.data_ptr()) for t in tensors)
-    failed = getattr(lib, f"{name}_{NAMES[x.dtype]}")(ctypes.byref(conv), *inputs, ctypes.byref(index), result)
+    *inputs, result = (ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else a for a in args)
+    failed = getattr(lib, f"bsr_{name}")(ctypes.byref(conv), *inputs, ctypes.byref(index), result)
     if failed == 1:
         raise MemoryError(f"{name} of {g} on backend 'cpu': no memory for the planes of an image")
     if failed:
@@ -88,12 +88,18 @@ def _call(
         )
 
 
-def fprop(x: Tensor, values: Tensor, tables: IndexTables, bias: Tensor | None, geometry: ConvGeometry) -> Tensor:
-    """y [N, K, P, Q] in the memory format of x; bias [K] in filter order, or None."""
+def fprop(
+    x: Tensor, values: Tensor, tables: IndexTables, bias: Tensor | None, geometry: ConvGeometry,
+    residual: Tensor | None = None, relu: bool = False,
+) -> Tensor:  # fmt: skip
+    """y [N, K, P, Q] in the memory format of x; bias [K] in filter order, or None.
+
+    With a residual of y's strides it is added, and with relu negative results become zero, before y leaves the cache.
+    """
     y = empty(geometry.y_shape, x, is_channels_last(x))
     if y.numel():
         _, bk, bc = values.shape
-        _call("fprop", geometry, (bk, bc), x, y, tables, x, values, bias, y)
+        _call("fprop", geometry, (bk, bc), x, y, tables, x, values, bias, residual, int64(relu), y)
     return y
 
 

@@ -1,6 +1,7 @@
-"""cpu.cpp as a shared library: compiled once by the system's compiler, for this processor, kept in the user's cache.
+"""cpu.cpp as shared libraries, one for each type of numbers: compiled on first use by the system's compiler, for this
+processor, kept in the user's cache.
 
-The file's name is a hash of the source, the flags, the compiler and the processor, so that a change of any of them
+A file's name is a hash of the source, the flags, the compiler and the processor, so that a change of any of them
 compiles anew. Processes that start at once each compile into a file of their own and put it in place whole.
 """
 
@@ -28,8 +29,8 @@ NATIVE = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-mar
 
 
 @functools.cache
-def library() -> ctypes.CDLL | str:
-    """The library, or why there is none."""
+def library(number: str) -> ctypes.CDLL | str:
+    """The library for numbers of this C++ type, or why there is none."""
     compiler = _compiler()
     if compiler is None:
         return (
@@ -37,9 +38,9 @@ def library() -> ctypes.CDLL | str:
             " environment variable CXX"
         )
     failed = ""
-    for flags in ((*FLAGS, NATIVE, "-fopenmp"), (*FLAGS, NATIVE), (*FLAGS, "-fopenmp"), FLAGS):
+    for more in ((NATIVE, "-fopenmp"), (NATIVE,), ("-fopenmp",), ()):
         try:
-            return ctypes.CDLL(str(_built(compiler, flags)))
+            return ctypes.CDLL(str(_built(compiler, (*FLAGS, f"-DNUMBER={number}", *more))))
         except (OSError, subprocess.SubprocessError) as error:
             failed = failed or _said(error)
     return f"{compiler} does not compile it: {failed}"

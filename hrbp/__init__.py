@@ -9,16 +9,16 @@ hrbp.densify(model)                                 # a plain dense model that c
 """
 
 from . import data, models
-from .checkpoint import dense_state_dict, load, save
 from .density import densities
-from .evolve import Evolver
-from .prune import from_prune
-from .regroup import Grouping, regroup
-from .saliency import saliency
-from .sparsify import densify, release, sparsify, to_semi_structured
-from .structure import STRUCTURES, choose, make_mask
-from .summary import summary
-from .train import Settings, Trainer, train
+from .methods.evolver import Evolver
+from .reports.model_summary import summary
+from .saliencies import saliency
+from .structures.registry import STRUCTURES, choose, make_mask
+from .structures.regrouping import Grouping, regroup
+from .surgery.conversion import densify, release, sparsify, to_semi_structured
+from .surgery.prune import from_prune
+from .training.checkpoint import dense_state_dict, load, save
+from .training.trainer import Settings, Trainer, train
 
 __all__ = [
     "STRUCTURES",

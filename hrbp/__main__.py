@@ -19,20 +19,30 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import command
+from .cli import parsing
+from .cli.study import add_study
+from .cli.train import add_train
 from .density import densities
+from .formats.weights import layers, read_weights, sparse_layer, sparse_names, write_groupings
 from .models import NETWORKS, build, parameter_count
-from .picture import check_plot, draw_grouping
-from .regroup import Grouping
-from .report import MaskReport, Score, columns, kept_of, report_mask, stored_blocks, table, total_score, under_a_mask
-from .structure import Groups, structure
-from .study_cli import add_study
-from .train import Diverged
-from .train_cli import add_train
-from .weights import layers, read_weights, sparse_layer, sparse_names, write_groupings
+from .reports.mask_report import (
+    MaskReport,
+    Score,
+    columns,
+    kept_of,
+    report_mask,
+    stored_blocks,
+    table,
+    total_score,
+    under_a_mask,
+)
+from .reports.picture import check_plot, draw_grouping
+from .structures.registry import Groups, structure
+from .structures.regrouping import Grouping
+from .training.trainer import Diverged
 
 if TYPE_CHECKING:
-    Commands = argparse._SubParsersAction[command.Parser]
+    Commands = argparse._SubParsersAction[parsing.Parser]
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 FEWEST_CHANNELS = 4  # layers with no more input channels are stems and depthwise convolutions
@@ -101,7 +111,7 @@ Exit status: 0; 2 for a file or an option that cannot be used.
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
-    parser = command.Parser("python -m hrbp", description=DESCRIPTION, formatter_class=_Raw)
+    parser = parsing.Parser("python -m hrbp", description=DESCRIPTION, formatter_class=_Raw)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for add in (add_train, add_study, add_regroup, add_info):
         add(commands)
@@ -158,28 +168,28 @@ def add_regroup(commands: Commands) -> None:
         formatter_class=_Raw,
     )  # fmt: skip
     add = parser.add_argument
-    add("file", type=command.path, metavar="FILE", help="a state_dict (.pt, .pth, ...), .npz or .safetensors")
-    add("--sparsity", type=command.number(0, 1, "[0, 1)"), default=0.9, help="share that is dropped, default 0.9")
+    add("file", type=parsing.path, metavar="FILE", help="a state_dict (.pt, .pth, ...), .npz or .safetensors")
+    add("--sparsity", type=parsing.number(0, 1, "[0, 1)"), default=0.9, help="share that is dropped, default 0.9")
     add("--distribution", choices=("erk", "uniform"), default="erk", help="of the layers' densities, default erk")
     add("--structure", choices=("hrbp++", "hrbp"), default="hrbp++", help="default hrbp++")
-    add("--groups", type=command.positive, default=8, help="most groups of a layer, default 8")
-    add("--tap-density", type=command.share, help="share of the taps that a group keeps, default 4/9 (hrbp: 1)")
-    add("--granule", type=command.positive, default=1, help="channels in aligned runs of this many, default 1")
+    add("--groups", type=parsing.positive, default=8, help="most groups of a layer, default 8")
+    add("--tap-density", type=parsing.share, help="share of the taps that a group keeps, default 4/9 (hrbp: 1)")
+    add("--granule", type=parsing.positive, default=1, help="channels in aligned runs of this many, default 1")
     add(
         "--row-granule",
-        type=command.rows,
+        type=parsing.rows,
         default=1,
         help="filters move in runs of this many, default 1; 'stay': not at all",
     )
-    add("--min-rows", type=command.positive, default=8, help="least filters of a group, default 8")
+    add("--min-rows", type=parsing.positive, default=8, help="least filters of a group, default 8")
     add("--balanced", action="store_true", help="every channel is kept by equally many groups, give or take one")
     add("--method", choices=("assign", "paper"), default="assign", help="ours (default) or Algorithm 1 alone")
-    add("--seed", type=command.seed, default=0, help="of the search, default 0")
-    add("--layers", type=command.regex, metavar="REGEX", help="only layers whose name has a match, stems and all")
-    add("--save", type=command.path, metavar="OUT.npz", help="write every layer's mask, row_order, channels and taps")
+    add("--seed", type=parsing.seed, default=0, help="of the search, default 0")
+    add("--layers", type=parsing.regex, metavar="REGEX", help="only layers whose name has a match, stems and all")
+    add("--save", type=parsing.path, metavar="OUT.npz", help="write every layer's mask, row_order, channels and taps")
     add(
         "--picture",
-        type=command.path,
+        type=parsing.path,
         metavar="OUT.png",
         help="draw one layer's mask before, after and in the input gradient",
     )
@@ -346,16 +356,16 @@ def add_info(commands: Commands) -> None:
         epilog=INFO_END, formatter_class=_Raw,
     )  # fmt: skip
     add = parser.add_argument
-    add("file", type=command.path, metavar="FILE", help=f"a file of weights, or one of {', '.join(NETWORKS)}")
+    add("file", type=parsing.path, metavar="FILE", help=f"a file of weights, or one of {', '.join(NETWORKS)}")
     add(
         "--like",
-        type=command.path,
+        type=parsing.path,
         metavar="FILE",
         help="for checkpoints of BSR layers: dense weights or a network with their shapes",
     )
     add("--width", type=float, default=1.0, help="of a network: times its published channels, default 1")
-    add("--classes", type=command.positive, default=10, help="of a network, default 10")
-    add("--image-size", type=command.positive, default=32, help="of a network; it decides its first layer, default 32")
+    add("--classes", type=parsing.positive, default=10, help="of a network, default 10")
+    add("--image-size", type=parsing.positive, default=32, help="of a network; it decides its first layer, default 32")
     parser.set_defaults(run=run_info)
 
 

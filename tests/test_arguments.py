@@ -10,10 +10,10 @@ from torch import nn
 import hrbp
 from hrbp.arguments import any_case, check_sparsity
 from hrbp.density import densities
-from hrbp.regroup import regroup
-from hrbp.saliency import METHODS
-from hrbp.sparsify import plan_of, sparse_layers
-from hrbp.structure import STRUCTURES, structure
+from hrbp.saliencies import METHODS
+from hrbp.structures.registry import STRUCTURES, structure
+from hrbp.structures.regrouping import regroup
+from hrbp.surgery.conversion import plan_of, sparse_layers
 
 
 def net() -> nn.Sequential:

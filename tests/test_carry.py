@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import blocksparse as bs
 import hrbp
-from hrbp.sparsify import plan_of, sparse_layers
+from hrbp.surgery.conversion import plan_of, sparse_layers
 
 STRUCTURES = {"blocks": {"structure": "1xn", "n": 4}, "mask": {"structure": "kernel"}}
 

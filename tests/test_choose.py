@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment, linprog
 from torch import Tensor
 
-from hrbp.choose import _by_prices, _cheapest_path, _repair, _take, balanced, check_score, top, top_of_few
+from hrbp.structures.selection import _by_prices, _cheapest_path, _repair, _take, balanced, check_score, top, top_of_few
 
 SEEDS = st.integers(0, 2**32 - 1)
 KINDS = ["continuous", "integers", "zeros", "constant", "same items", "same groups", "copies", "heavy", "negative"]

@@ -18,11 +18,11 @@ import hrbp
 import processes
 from blocksparse import BSRConv2d, BSRPattern
 from hrbp.__main__ import main
+from hrbp.formats.weights import read_weights
 from hrbp.models import build, parameter_count
-from hrbp.regroup import regroup
-from hrbp.report import report_mask
-from hrbp.structure import choose
-from hrbp.weights import read_weights
+from hrbp.reports.mask_report import report_mask
+from hrbp.structures.registry import choose
+from hrbp.structures.regrouping import regroup
 
 ROOT = Path(__file__).parent.parent
 
@@ -193,7 +193,7 @@ def test_zeros_by_chance_are_no_mask(tmp_path, capsys):
     assert "over 100 model%: half: the index takes more than the zeros save" in out
     model = nn.Sequential(nn.Conv2d(16, 32, 3))
     model[0].weight.data.copy_(tensors["one"])
-    assert hrbp.report.report_model(model)["0"].structure == "dense"
+    assert hrbp.reports.mask_report.report_model(model)["0"].structure == "dense"
     mask = tensors["one"] != 0  # a mask is what somebody chose
     assert report_mask(mask).structure == "single weights"
 
@@ -286,7 +286,7 @@ def test_picture(dense, tmp_path, capsys):
 
 def test_the_panels_show_every_weight_in_its_place(monkeypatch, tmp_path):
     pytest.importorskip("matplotlib")
-    from hrbp import picture
+    from hrbp.reports import picture
 
     score = torch.rand(16, 8, 3, 2, generator=torch.Generator().manual_seed(0)).double()
     g = regroup(score, 0.6, groups=4, min_rows=4, tap_density=0.5)
@@ -310,7 +310,7 @@ def test_the_panels_show_every_weight_in_its_place(monkeypatch, tmp_path):
 
 def test_large_panels_are_averaged():
     pytest.importorskip("matplotlib")
-    from hrbp.picture import _averaged
+    from hrbp.reports.picture import _averaged
 
     colour = np.random.default_rng(0).random((7, 10, 3)).astype(np.float32)
     small = _averaged(_averaged(colour, 0, 3), 1, 10)

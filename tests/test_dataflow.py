@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import hrbp
-from hrbp.dataflow import FLOW, ORDER, ends
-from hrbp.sparsify import plan_of, sparse_layers
+from hrbp.surgery.conversion import plan_of, sparse_layers
+from hrbp.surgery.dataflow import FLOW, ORDER, ends
 
 
 def layers_of(model: nn.Module) -> dict[str, nn.Module]:

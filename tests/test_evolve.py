@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 import hrbp
-from hrbp.evolve import Evolver, Update
-from hrbp.sparsify import SparseLayer, plan_of, sparse_layers
+from hrbp.methods.evolver import Evolver, Update
+from hrbp.surgery.conversion import SparseLayer, plan_of, sparse_layers
 
 CASES = [
     ("unstructured", {}),

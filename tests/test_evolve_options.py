@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 import hrbp
-from hrbp.evolve import Evolver
-from hrbp.options import METHODS, OPTIONS, default_every
-from hrbp.sparsify import METHODS as MASTER_METHODS
-from hrbp.sparsify import sparse_layers
-from hrbp.train import Settings
+from hrbp.methods.evolver import Evolver
+from hrbp.methods.options import METHODS, OPTIONS, default_every
+from hrbp.surgery.conversion import METHODS as MASTER_METHODS
+from hrbp.surgery.conversion import sparse_layers
+from hrbp.training.trainer import Settings
 
 EXCHANGING = ("set", "rigl", "hrbp")
 VALUES = {

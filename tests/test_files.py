@@ -19,10 +19,12 @@ import pytest
 import torch
 
 import processes
-from hrbp import checkpoint, files, progress, sweep
+from hrbp import files
 from hrbp.files import LOCK, naming, only_writer, whole_file
-from hrbp.study import Study, Variant
-from hrbp.train import Trainer
+from hrbp.study import runner as sweep
+from hrbp.study.study import Study, Variant
+from hrbp.training import checkpoint, progress
+from hrbp.training.trainer import Trainer
 from test_study import tiny
 from test_train import variant
 
@@ -31,7 +33,7 @@ FILES = Path(files.__file__)
 
 @pytest.fixture(autouse=True)
 def without_figures(monkeypatch):
-    monkeypatch.setattr("hrbp.progress.draw_training", lambda *_: None)
+    monkeypatch.setattr("hrbp.training.progress.draw_training", lambda *_: None)
 
 
 # ---------------------------------------------------------------- one writer

@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn import init
 
 import hrbp
-from hrbp.fresh import trained
-from hrbp.sparsify import plan_of, sparse_layers
+from hrbp.surgery.conversion import plan_of, sparse_layers
+from hrbp.surgery.fresh import trained
 
 INITIALISERS = {
     "PyTorch's own": lambda w: None,

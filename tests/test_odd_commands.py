@@ -246,7 +246,7 @@ def test_what_does_not_fit_into_memory_is_told(capsys, monkeypatch):
     def greedy(*_):
         torch.empty(2**60)
 
-    monkeypatch.setattr("hrbp.train_cli._network", greedy)
+    monkeypatch.setattr("hrbp.cli.train._network", greedy)
     status, _, err = said(capsys, TRAIN)
     assert (status, err.count("\n")) == (2, 1)
     assert "out of memory: " in err

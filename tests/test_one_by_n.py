@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import blocksparse as bs
 import hrbp
-from hrbp.sparsify import plan_of, sparse_layers
+from hrbp.surgery.conversion import plan_of, sparse_layers
 
 SIZES = [2, 4, 8, 16, 32]
 SEEDS = st.integers(0, 2**32 - 1)

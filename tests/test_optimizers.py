@@ -17,7 +17,7 @@ import blocksparse as bs
 import hrbp
 import processes
 from blocksparse import carry
-from hrbp.sparsify import plan_of, sparse_layers
+from hrbp.surgery.conversion import plan_of, sparse_layers
 
 SHAPE = (8, 12, 3, 3)
 
@@ -251,7 +251,7 @@ def test_adafactor_under_a_mask():
     now = was.clone()
     now[0] = ~was[0]  # in filter 0 nothing stays
     now[1, :, 1] = ~was[1, :, 1]
-    layer.set(hrbp.structure.Choice(now, None, None), optimizer)
+    layer.set(hrbp.structures.registry.Choice(now, None, None), optimizer)
     for n, axis in (("row_var", 3), ("col_var", 2)):
         stays = (was & now).any(axis, keepdim=True)
         state = optimizer.state[weight][n]

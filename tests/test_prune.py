@@ -11,7 +11,7 @@ from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 import blocksparse as bs
 import hrbp
-from hrbp.sparsify import MaskedConv2d, MaskedLinear, plan_of, sparse_layers
+from hrbp.surgery.conversion import MaskedConv2d, MaskedLinear, plan_of, sparse_layers
 
 
 class Net(nn.Module):

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import blocksparse as bs
-from hrbp.regroup import (
+from hrbp.structures.regrouping import (
     Grouping,
     GroupShape,
     _alternate,

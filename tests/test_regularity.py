@@ -16,13 +16,15 @@ import pytest
 import torch
 from torch import nn
 
-from hrbp import data, regularity, study_cli
-from hrbp.checkpoint import load, save
+from hrbp import data
+from hrbp.cli import study as study_cli
 from hrbp.models import build, parameter_count
-from hrbp.picture import draw_regularity
-from hrbp.regularity import GRAINS, Regularity, answers, line_name, rows, table
-from hrbp.sparsify import sparse_layers
-from hrbp.sweep import read
+from hrbp.reports.picture import draw_regularity
+from hrbp.study import regularity
+from hrbp.study.regularity import GRAINS, Regularity, answers, line_name, rows, table
+from hrbp.study.runner import read
+from hrbp.surgery.conversion import sparse_layers
+from hrbp.training.checkpoint import load, save
 from processes import Process
 
 ROOT = Path(__file__).parent.parent
@@ -41,9 +43,9 @@ def tiny(out, structures=STRUCTURES, **more):
 def quick():
     """Figures of trainings take longer than these trainings; times of these networks tell nothing."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hrbp.progress.draw_training", lambda *_: None)
-        patch.setattr("hrbp.regularity.ROUNDS", 1)
-        patch.setattr("hrbp.sweep.WARM_UP", 0)
+        patch.setattr("hrbp.training.progress.draw_training", lambda *_: None)
+        patch.setattr("hrbp.study.regularity.ROUNDS", 1)
+        patch.setattr("hrbp.study.runner.WARM_UP", 0)
         yield
 
 

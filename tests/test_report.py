@@ -15,9 +15,8 @@ from torch import nn
 
 from blocksparse import BSRConv2d, BSRLinear, BSRPattern
 from hrbp import load, save, sparsify
-from hrbp.choose import top
-from hrbp.regroup import Grouping, regroup
-from hrbp.report import (
+from hrbp.formats.weights import read_weights
+from hrbp.reports.mask_report import (
     Score,
     describe,
     dgrad_fill,
@@ -31,9 +30,10 @@ from hrbp.report import (
     table,
     total_score,
 )
-from hrbp.stream import stream
-from hrbp.structure import Choice, choose
-from hrbp.weights import read_weights
+from hrbp.reports.stream import stream
+from hrbp.structures.registry import Choice, choose
+from hrbp.structures.regrouping import Grouping, regroup
+from hrbp.structures.selection import top
 from strategies import patterns
 
 # structure, options, sparsity, description (None: depends on what was drawn)

@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 from hrbp.density import densities
-from hrbp.saliency import METHODS, saliency
+from hrbp.saliencies import METHODS, saliency
 
 seeds = st.integers(0, 2**32 - 1)
 few = settings(max_examples=20)

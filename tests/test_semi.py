@@ -14,8 +14,8 @@ from torch.sparse import SparseSemiStructuredTensorCUSPARSELT, SparseSemiStructu
 from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
 
 import hrbp
-from hrbp import semi
-from hrbp.sparsify import sparse_layers
+from hrbp.layers import semi_structured as semi
+from hrbp.surgery.conversion import sparse_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of SparseSemiStructuredTensor")
 GPU = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)

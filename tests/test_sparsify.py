@@ -10,7 +10,7 @@ from torch import nn
 
 import blocksparse as bs
 import hrbp
-from hrbp.sparsify import MaskedConv2d, MaskedLinear, plan_of, sparse_layers
+from hrbp.surgery.conversion import MaskedConv2d, MaskedLinear, plan_of, sparse_layers
 
 OPTIONS = {
     "n:m": {"m": 4},

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hrbp.report import report_mask
-from hrbp.structure import Choice, choose
+from hrbp.reports.mask_report import report_mask
+from hrbp.structures.registry import Choice, choose
 from test_report import SHAPE, STRUCTURES, scores, small_masks
 
 

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from blocksparse import BSRPattern
-from hrbp.regroup import regroup
-from hrbp.structure import STRUCTURES, Choice, choose, make_mask, structure
+from hrbp.structures.registry import STRUCTURES, Choice, choose, make_mask, structure
+from hrbp.structures.regrouping import regroup
 
 SEEDS = st.integers(0, 2**32 - 1)
 SPARSITIES = st.sampled_from([0, 0.25, 0.5, 0.75, 0.9, 0.99, 1 - 1e-9]) | st.floats(0, 0.999)

@@ -15,11 +15,13 @@ from pathlib import Path
 
 import pytest
 
-from hrbp import data, study, study_cli
-from hrbp.checkpoint import load
-from hrbp.picture import draw_study
-from hrbp.study import PRESETS, PUBLISHED, TABLE_1, Study, Variant, rows, sentences, table
-from hrbp.sweep import read
+from hrbp import data
+from hrbp.cli import study as study_cli
+from hrbp.reports.picture import draw_study
+from hrbp.study import study
+from hrbp.study.runner import read
+from hrbp.study.study import PRESETS, PUBLISHED, TABLE_1, Study, Variant, rows, sentences, table
+from hrbp.training.checkpoint import load
 from processes import Process
 
 ROOT = Path(__file__).parent.parent
@@ -40,7 +42,7 @@ def tiny(out, variants=VARIANTS, **more):
 def without_figures_of_trainings():
     """They take longer than these trainings."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hrbp.progress.draw_training", lambda *_: None)
+        patch.setattr("hrbp.training.progress.draw_training", lambda *_: None)
         yield
 
 

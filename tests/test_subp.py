@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy.stats import chi2
 from torch import Tensor
 
-from hrbp.subp import PACES, block_scores, counts, kept_blocks, pruned_share, regrown
+from hrbp.methods.subp import PACES, block_scores, counts, kept_blocks, pruned_share, regrown
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -76,7 +76,7 @@ def test_scores_are_those_of_the_definition(drawn, score, alpha, seed):
 def test_scores_of_large_layers_are_made_in_parts(monkeypatch):
     weight = torch.randn(12, 5, 3, 3, generator=torch.Generator().manual_seed(0))
     whole = block_scores(weight, 2)
-    monkeypatch.setattr("hrbp.subp.CHUNK_CELLS", 55)  # two rows of 5 x 5
+    monkeypatch.setattr("hrbp.methods.subp.CHUNK_CELLS", 55)  # two rows of 5 x 5
     assert torch.allclose(block_scores(weight, 2), whole, rtol=1e-6)
     assert block_scores(weight.bfloat16(), 2).dtype == torch.float32
 

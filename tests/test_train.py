@@ -19,10 +19,13 @@ from torch import nn
 
 import hrbp
 import processes
-from hrbp import checkpoint, files, picture, progress, train_cli
+from hrbp import files
+from hrbp.cli import train as train_cli
 from hrbp.data import Batches, MemorySet
-from hrbp.sparsify import METHODS, plan_of, sparse_layers
-from hrbp.train import Diverged, Settings, Trainer, train, training_bytes
+from hrbp.reports import picture
+from hrbp.surgery.conversion import METHODS, plan_of, sparse_layers
+from hrbp.training import checkpoint, progress
+from hrbp.training.trainer import Diverged, Settings, Trainer, train, training_bytes
 from processes import ONE_THREAD
 
 ROOT = Path(__file__).parent.parent
@@ -621,7 +624,7 @@ def test_diverging_stops_with_evidence(name, tmp_path):
 RANKS = """
 import socket
 import torch.distributed as dist
-from hrbp.train import ranks
+from hrbp.training.trainer import ranks
 
 CASES = {
     "rigl": ("hrbp", dict(evolve="rigl", evolve_options={"every": 2})),
@@ -889,7 +892,7 @@ def test_the_command(words, tmp_path, small_shapes, capsys):
 
 def test_masks_that_follow_the_weights_are_logged_drawn_and_left_behind_at_the_end(tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr("hrbp.progress.draw_training", lambda path, history: drawn.extend(history))
+    monkeypatch.setattr("hrbp.training.progress.draw_training", lambda path, history: drawn.extend(history))
     made = variant("sr-ste", tmp_path)
     layers = sparse_layers(made.model)
     start = before = {name: layer.mask() for name, layer in layers.items()}

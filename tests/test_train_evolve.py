@@ -8,9 +8,10 @@ import math
 import pytest
 
 import hrbp
-from hrbp import checkpoint, train_cli
-from hrbp.study import Study, Variant
-from hrbp.train import Settings
+from hrbp.cli import train as train_cli
+from hrbp.study.study import Study, Variant
+from hrbp.training import checkpoint
+from hrbp.training.trainer import Settings
 from test_train import command, images, network, sparse, trainer
 
 SMALL = ("--model", "resnet8", "--width", "0.5", "--epochs", "1", "--batch-size", "20", "--device", "cpu")

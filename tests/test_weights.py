@@ -22,11 +22,9 @@ from torch.nn.utils import prune
 
 import hrbp
 from blocksparse import BSRConv2d, BSRLinear, BSRPattern
-from hrbp import checkpoint
 from hrbp.__main__ import main
 from hrbp.files import whole_file
-from hrbp.regroup import Grouping, regroup
-from hrbp.weights import (
+from hrbp.formats.weights import (
     SAFETENSORS_DTYPES,
     layers,
     pack_masked,
@@ -35,6 +33,8 @@ from hrbp.weights import (
     sparse_names,
     write_groupings,
 )
+from hrbp.structures.regrouping import Grouping, regroup
+from hrbp.training import checkpoint
 
 
 def weights():

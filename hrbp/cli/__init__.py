@@ -1,0 +1,1 @@
+"""What does `python -m hrbp` do? A file a command."""

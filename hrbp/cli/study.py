@@ -1,0 +1,208 @@
+"""python -m hrbp study: the options, and what is printed."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import signal
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..data import LAYOUT, load, set_named
+from ..methods.evolver import METHODS
+from ..models import NETWORKS
+from ..structures.registry import STRUCTURES
+from ..study.regularity import FIGURE as REGULARITY_FIGURE
+from ..study.regularity import GRAINS, RIVALS, Regularity
+from ..study.regularity import table as regularity_table
+from ..study.runner import RESULTS, TABLE
+from ..study.study import ABLATION, FIGURE, PRESETS, Preset, Study, Variant, table
+from ..training.trainer import the_device
+from . import parsing
+
+if TYPE_CHECKING:
+    Commands = argparse._SubParsersAction[parsing.Parser]
+
+REGULARITY = "regularity"
+MAX_TIME, MAX_STORAGE = 0.5, 0.25
+RETRAIN, TIMED_WIDTH = 2, 8.0  # epochs after a pruning; of resnet8: layers of 128 to 512 channels
+
+DESCRIPTION = """\
+Trains one network dense and sparse, in many ways, and puts side by side what that keeps of its accuracy, and what it
+costs in memory and time. The default takes about five minutes on a laptop.
+
+  python -m hrbp study
+  python -m hrbp study --structures dense hrbp hrbp++ --methods static rigl hrbp --sparsities 0.8 0.9 --seeds 0 1 2
+  python -m hrbp study --preset paper --root ~/data                         Table 1 of the HRBP paper, for days
+  python -m hrbp study --preset paper --model resnet32 --data cifar10 --seeds 0
+
+--preset regularity prunes one trained network instead, grain by grain (single weights, vectors, kernels, filters, ...)
+and step by step, training it again after each; the table has storage, memory references, balance and time of each, and
+ends with the structure to choose. Its default takes about ten minutes on two cores.
+
+  python -m hrbp study --preset regularity --max-time 0.5 --max-storage 0.2
+  python -m hrbp study --preset regularity --model resnet32 --width 2 --data cifar10 --weights resnet32.pt --retrain 20
+"""
+
+END = """\
+The same command again continues where it was stopped, by Ctrl-C or by anything else. In the folder: results.json,
+table.csv, study.png, and each training with its log. Several networks or data sets have a folder each in it.
+--structures and --methods train all pairs that go together; dense and narrow networks are trained once.
+Exit status: 0; 2 for an option or a file that cannot be used; 128 + N if stopped by signal N.
+"""
+
+
+def add_study(commands: Commands) -> None:
+    """The command `study` and its options."""
+    parser = commands.add_parser(
+        "study", help="compare structures and methods", description=DESCRIPTION, epilog=END,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    add = parser.add_argument
+    add("--preset", choices=(*PRESETS, REGULARITY), default="quick", help="what holds by default, default quick")
+    add("--model", choices=NETWORKS, nargs="+", metavar="NAME", help=f"{', '.join(NETWORKS)}")
+    add("--width", type=float, help="times the published channel counts")
+    add(
+        "--data", nargs="+", type=parsing.path, metavar="NAME",
+        help=f"shapes (generated), cifar10, cifar100, or a folder with {LAYOUT}",
+    )  # fmt: skip
+    add("--root", type=parsing.path, default="data", help="where CIFAR's archives lie, default data")
+    add(
+        "--structures",
+        nargs="+",
+        type=str.lower,
+        metavar="NAME",
+        help=f"dense, narrow, {', '.join(STRUCTURES)}, 2:4, ...",
+    )
+    add("--methods", nargs="+", choices=METHODS, metavar="NAME", help=f"how masks change: {', '.join(METHODS)}")
+    add("--sparsities", nargs="+", type=float, metavar="S",
+        help="of the layers made sparse, default 0.9 0.95, regularity: 0.5 0.75 0.875")  # fmt: skip
+    add("--seeds", nargs="+", type=parsing.seed, metavar="N", help="default 0 1, paper: 0 1 2")
+    add("--epochs", type=int, help="default 6, paper: 160")
+    add("--batch-size", type=parsing.positive, help="default 64, paper: 128")
+    add("--lr", type=float, help="default 0.1; half of that when training again after pruning")
+    add(
+        "--every",
+        type=int,
+        help="steps between mask changes, default 100, in short trainings a fortieth, of subp an epoch",
+    )
+    add("--out", type=parsing.path, metavar="DIR", help="folder, default runs/study, runs/study-PRESET")
+    add("--device", help="default cuda if there is a GPU, else cpu")
+    add("--amp", choices=("none", "bf16", "fp16"), help="mixed precision, default bf16 on a GPU, none on a CPU")
+    add = parser.add_argument_group("--preset regularity").add_argument
+    add("--weights", type=parsing.path, metavar="FILE", help="of the trained network, default: it is trained first")
+    add("--retrain", type=int, help=f"epochs after each pruning, default {RETRAIN}")
+    add("--timed-width", type=float, help=f"width of the timed network, default --width, of resnet8 {TIMED_WIDTH:g}")
+    budget = parsing.number(math.ulp(0.0), math.inf, "(0, inf)")
+    add("--max-time", type=budget, help="that the answer may take, relative to dense, default 0.5")
+    add("--max-storage", type=budget, help="that its file may take, relative to dense, default 0.25")
+    parser.set_defaults(run=run_study)
+
+
+def run_study(args: argparse.Namespace) -> int:
+    """The studies of all networks on all data sets, each with its table."""
+    args.data = None if args.data is None else [set_named(name) for name in args.data]
+    if args.preset == REGULARITY:
+        return run_regularity(args)
+    for name in ("weights", "retrain", "timed_width", "max_time", "max_storage"):
+        if getattr(args, name) is not None:
+            option = name.replace("_", "-")
+            raise ValueError(f"study: --{option} is of --preset {REGULARITY}; leave it out, or take that preset")
+    preset = PRESETS[args.preset]
+    training = _training(args, preset.training)
+    models, sets = (list(dict.fromkeys(names)) for names in (args.model or preset.models, args.data or preset.data))
+    pairs = [(model, data) for data in sets for model in models]
+    loaded = {data: (load(data, "train", root=args.root), load(data, "test", root=args.root)) for _, data in pairs}
+    out = Path(args.out or ("runs/study" if args.preset == "quick" else f"runs/study-{args.preset}"))
+    studies = [
+        Study(
+            out if len(pairs) == 1 else out / f"{model}-{loaded[data][0].name}",
+            _variants(args, preset, model, data), model=model,
+            width=preset.width.get(model, 1.0) if args.width is None else args.width, images=loaded[data],
+            sparsities=args.sparsities or preset.sparsities,
+            seeds=preset.seeds if args.seeds is None else args.seeds,
+            batch_size=args.batch_size or preset.batch_size, every=args.every, device=args.device, **training,
+        )
+        for model, data in pairs
+    ]  # fmt: skip
+    for made in studies:
+        results = made.run()
+        print(f"\n{table(results)}\n")
+        if results["stopped"]:
+            return _stopped(results["stopped"])
+        print(f"in {made.out}: {RESULTS}, {TABLE}, {FIGURE}, and a folder for each training")
+    return 0
+
+
+def run_regularity(args: argparse.Namespace) -> int:
+    """One network, pruned in many ways, and its table."""
+    for name in ("methods", "every"):
+        if getattr(args, name) is not None:
+            raise ValueError(f"study: --{name} is about masks that change, which those of --preset regularity do not")
+    if any(len(getattr(args, name) or ()) > 1 for name in ("model", "data")):
+        raise ValueError("study: --preset regularity takes one --model and one --data; run it once for each")
+    quick = PRESETS["quick"]
+    training = _training(args, quick.training)
+    structures = [*RIVALS, *GRAINS]
+    if args.weights is not None:  # nobody knows for how long a narrow network would have to be trained
+        training.pop("epochs")
+        structures.remove("narrow")
+    data, model = (args.data or quick.data)[0], (args.model or quick.models)[0]
+    width = 1.0 if args.width is None else args.width
+    timed_width = TIMED_WIDTH if args.width is None and model in quick.models else width
+    made = Regularity(
+        args.out or f"runs/study-{REGULARITY}", structures if args.structures is None else args.structures,
+        model=model, width=width, weights=args.weights,
+        images=(load(data, "train", root=args.root), load(data, "test", root=args.root)),
+        **{} if args.sparsities is None else {"sparsities": args.sparsities},
+        seeds=quick.seeds if args.seeds is None else args.seeds, batch_size=args.batch_size or quick.batch_size,
+        retrain=RETRAIN if args.retrain is None else args.retrain,
+        timed_width=timed_width if args.timed_width is None else args.timed_width, device=args.device, **training,
+    )  # fmt: skip
+    results = made.run()
+    budgets = {"max_time": args.max_time or MAX_TIME, "max_storage": args.max_storage or MAX_STORAGE}
+    print(f"\n{regularity_table(results, **budgets)}\n")
+    if results["stopped"]:
+        return _stopped(results["stopped"])
+    print(f"in {made.out}: {RESULTS}, {TABLE}, {REGULARITY_FIGURE}, and a folder for each training")
+    return 0
+
+
+def _training(args: argparse.Namespace, preset: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of the trainings."""
+    on_gpu = the_device(args.device).type == "cuda"
+    given = {key: value for key in ("epochs", "lr") if (value := getattr(args, key)) is not None}
+    amp = {"none": None, None: "bf16" if on_gpu else None}.get(args.amp, args.amp)
+    return {**preset, **given, "amp": amp, "channels_last": on_gpu}
+
+
+def _stopped(name: str) -> int:
+    print(f"stopped by {name}; the same command continues")
+    return 128 + signal.Signals[name].value
+
+
+def _variants(args: argparse.Namespace, preset: Preset, model: str, data: str) -> Sequence[Variant]:
+    """What the command line asks for: all pairs that go together."""
+    if args.structures is None and args.methods is None:
+        return (
+            *preset.variants,
+            *(ABLATION if (preset, model, data) == (PRESETS["paper"], "resnet32", "cifar10") else ()),
+        )
+    structures = args.structures or dict.fromkeys(variant.structure for variant in preset.variants)
+    chosen: list[Variant] = []
+    left_out = []
+    for structure in dict.fromkeys(structures):
+        pairs = [Variant(structure, method) for method in dict.fromkeys(args.methods or ["static"])]
+        if structure in ("dense", "narrow"):
+            pairs = [Variant(structure)]
+        for variant in pairs:
+            if reason := variant.refuses():
+                left_out.append(f"{variant.name}, as {reason}")
+            else:
+                chosen.append(variant)
+    if not chosen:
+        raise ValueError(f"study: none of the structures goes together with the methods: {'; '.join(left_out)}")
+    for words in left_out:
+        print(f"left out: {words}")
+    return chosen

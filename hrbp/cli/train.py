@@ -1,0 +1,265 @@
+"""python -m hrbp train: one training from the command line."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import os
+import signal
+import sys
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..data import LAYOUT, Batches, ImageSet, load, set_named
+from ..density import DISTRIBUTIONS
+from ..methods.options import DECAYING, METHODS, OPTIONS, refused_options
+from ..models import NETWORKS, build, narrow
+from ..reports.model_summary import summary
+from ..saliencies import METHODS as SALIENCIES
+from ..structures.registry import STRUCTURES
+from ..structures.registry import structure as make_structure
+from ..surgery.conversion import METHODS as MASTER_METHODS
+from ..surgery.conversion import sparsify
+from ..training.trainer import DEFAULTS, SCHEDULES, Diverged, the_device, train
+from . import parsing
+
+if TYPE_CHECKING:
+    Commands = argparse._SubParsersAction[parsing.Parser]
+
+EPOCHS = {"shapes": 20, "cifar10": 160, "cifar100": 160}  # the last two: the HRBP paper's
+FOLDER_EPOCHS = 100
+DENSE, NARROW = "dense", "narrow"
+
+DESCRIPTION = """\
+Trains one network, sparse from the first step on: weights, gradients and optimizer state are the stored blocks only.
+
+  python -m hrbp train                                      HRBP++ at 90%, generated images, a few minutes on a laptop
+  python -m hrbp train --structure dense                    the same network, dense
+  python -m hrbp train --structure narrow                   a thin dense one with as many weights as the sparse one
+  python -m hrbp train --structure hrbp --evolve rigl       masks that change while training
+  python -m hrbp train --structure unstructured --evolve gmp --sparsity 0.95
+  python -m hrbp train --structure 2:4 --sparsity 0.5 --evolve sr-ste       N:M from scratch; "ste" without the decay
+  python -m hrbp train --structure 1xn --option n=16 --sparsity 0.75 --evolve subp   uniform blocks from scratch
+  python -m hrbp train --model resnet32 --width 2 --data cifar10 --root ~/data --schedule step --out runs/first
+  python -m hrbp train --out runs/first ... --resume        the same command again: continues where it was
+  torchrun --nproc-per-node 4 -m hrbp train --model resnet50 --data ~/imagenet --batch-size 1024 --lr 0.4 --warmup 5
+"""
+
+END = """\
+In the folder: log.jsonl (the configuration, then a line an epoch and a mask update), last.pt and previous.pt
+(checkpoints), and at the end training.png and model.pt:
+
+  model = hrbp.load("runs/first/model.pt")
+  y = model(x)
+
+Ctrl-C or SIGTERM saves and stops; a killed process loses what came after its last checkpoint, nothing more.
+Options of structures: groups, tap_density, granule, row_granule, min_rows, balanced (hrbp, hrbp++), groups, min_rows
+(elementwise), blocksize (block), n, uniform, rearrange (1xn), n, m (n:m): --option groups=16 --option granule=8
+
+--data FOLDER is a folder with train/CLASS/*.png to train with, one folder for each class, and val/CLASS/*.png or
+test/CLASS/*.png, with the same classes, to test with; .jpeg, .webp and other images as well.
+Exit status: 0; 1 if the loss is not finite; 2 for an option or a file that cannot be used; 128 + N if stopped by
+signal N.
+"""
+
+
+def add_train(commands: Commands) -> None:
+    """The command `train` and its options."""
+    parser = commands.add_parser(
+        "train", help="train a sparse or dense network", description=DESCRIPTION, epilog=END,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    add = parser.add_argument_group("network").add_argument
+    add(
+        "--model", choices=NETWORKS, default="resnet20", metavar="NAME", help=f"default resnet20; {', '.join(NETWORKS)}"
+    )
+    add("--width", type=float, default=1.0, help="times the published channel counts, default 1")
+    add(
+        "--data", type=parsing.path, default="shapes",
+        help=f"shapes (generated, default), cifar10, cifar100, or a folder with {LAYOUT}",
+    )  # fmt: skip
+    add("--root", type=parsing.path, default="data", help="where CIFAR's archives lie, default data")
+    add("--image-size", type=int, help="height and width, default 16 for shapes, 224 for a folder")
+
+    add = parser.add_argument_group("sparsity").add_argument
+    add(
+        "--structure",
+        type=str.lower,
+        default="hrbp++",
+        help=f"{', '.join(STRUCTURES)}, 2:4, ..., dense or narrow; default hrbp++",
+    )
+    share = parsing.number(0, 1, "[0, 1)")
+    add("--sparsity", type=share, default=0.9, help="of the layers made sparse, default 0.9")
+    add("--distribution", choices=DISTRIBUTIONS, help="of the layers' densities, default erk, with subp uniform")
+    add("--saliency", choices=SALIENCIES, default="random", help="what chooses the first masks, default random")
+    add("--option", type=_option, action="append", default=[], metavar="NAME=VALUE", help="of the structure, see below")
+    add("--evolve", type=str.lower, choices=METHODS, default="static", help="how masks change, default static")
+    add("--every", type=int, help="steps between changes, default 100, of subp an epoch; fewer for at least 20 changes")
+    add("--drop", type=float, help="share exchanged at first, default 0.3 (set, rigl, hrbp)")
+    add("--until", type=float, help="share of the training after which masks stay, default 0.75")
+    add("--initial-sparsity", type=float, help="where gmp starts, default 0")
+    add(
+        "--evolve-option", type=_option, action="append", default=[], metavar="NAME=VALUE",
+        help="of subp: score (bpar, l1), alpha, tau, pace (cubic, linear, cosine, exponential), begin (0, a share)",
+    )  # fmt: skip
+    add("--decay", type=float, help=f"of weights that take no part ({', '.join(DECAYING)}), default 2e-4")
+
+    add = parser.add_argument_group("training").add_argument
+    add("--epochs", type=int, help="default 20 for shapes, 160 for CIFAR, 100 for a folder")
+    add("--batch-size", type=int, default=128, help="of all ranks together, default 128")
+    add("--optimizer", choices=DEFAULTS, default="sgd", help="default sgd")
+    add("--lr", type=float, help="highest learning rate, default 0.1 for sgd, 0.001 for adamw")
+    add("--momentum", type=float, default=0.9, help="of sgd, default 0.9")
+    add("--nesterov", action="store_true", help="of sgd")
+    add("--weight-decay", type=float, help="default 5e-4 for sgd, 0.01 for adamw; none on biases and batch norm")
+    add("--schedule", choices=SCHEDULES, default="cosine", help="default cosine")
+    add("--milestones", type=float, nargs="+", default=[0.5, 0.75], help="of step: shares of the training, .5 .75")
+    add("--gamma", type=float, default=0.1, help="of step: the factor at each, default 0.1")
+    add("--warmup", type=float, default=0.0, help="epochs in which the learning rate rises, default 0")
+    add("--label-smoothing", type=float, default=0.0, help="default 0")
+    add("--ema", type=float, metavar="DECAY", help="average the weights, as 0.999; the average is tested and saved")
+    add("--seed", type=parsing.seed, default=0, help="of weights, masks and the order of images, default 0")
+
+    add = parser.add_argument_group("running").add_argument
+    add("--out", type=parsing.path, help="folder to write to, default runs/MODEL-STRUCTURE-SPARSITY-EVOLVE-SEED")
+    add("--resume", action="store_true", help="continue what the folder holds, if it holds anything")
+    add("--device", help="default cuda if there is a GPU, else cpu")
+    add("--amp", choices=("none", "bf16", "fp16"), help="mixed precision, default bf16 on a GPU, none on a CPU")
+    add("--channels-last", action=argparse.BooleanOptionalAction, help="memory format, default yes on a GPU")
+    add("--accumulate", type=int, default=1, help="parts in which a batch goes through the network, default 1")
+    add("--compile", action="store_true", help="run steps through torch.compile")
+    add("--save-minutes", type=float, default=10.0, help="between checkpoints within an epoch, default 10")
+    parser.set_defaults(run=run_train)
+
+
+def run_train(args: argparse.Namespace) -> int:
+    """One training, and what it came to."""
+    evolve_options = _evolve_options(args)
+    on_gpu, first = the_device(args.device).type == "cuda", int(os.environ.get("RANK", 0)) == 0
+    options, args.data = _structure_options(args), set_named(args.data)
+    sets = [
+        load(args.data, split, root=args.root, image_size=args.image_size, seed=args.seed)
+        for split in ("train", "test")
+    ]
+    model = _network(args, sets[0], options)
+    if first:
+        made = summary(model)
+        print(
+            f"{args.model}, {args.structure}: {made.parameters:,} of {made.dense_parameters:,} parameters; layers made"
+            f" sparse are {made.sparsity:.2%} sparse"
+        )
+        print("".join(f"{note}\n" for note in made.notes), end="")
+    described = (
+        "model", "width", "structure", "sparsity", "distribution", "saliency", "option", "initial_sparsity", "seed"
+    )  # fmt: skip
+    out = args.out or f"runs/{args.model}-{args.structure}-{args.sparsity}-{args.evolve}-{args.seed}"
+    try:
+        result = train(
+            model,
+            (sets[0], sets[1]),
+            batch_size=args.batch_size,
+            seed=args.seed,
+            device=args.device,
+            out=out,
+            resume=args.resume,
+            config={name: getattr(args, name) for name in described},
+            epochs=EPOCHS.get(args.data, FOLDER_EPOCHS) if args.epochs is None else args.epochs,
+            optimizer=args.optimizer,
+            lr=args.lr,
+            momentum=args.momentum,
+            nesterov=args.nesterov,
+            weight_decay=args.weight_decay,
+            schedule=args.schedule,
+            milestones=tuple(args.milestones),
+            gamma=args.gamma,
+            warmup=args.warmup,
+            label_smoothing=args.label_smoothing,
+            amp={"none": None, None: "bf16" if on_gpu else None}.get(args.amp, args.amp),
+            channels_last=on_gpu if args.channels_last is None else args.channels_last,
+            accumulate=args.accumulate,
+            ema=args.ema,
+            evolve=args.evolve,
+            evolve_options=evolve_options,
+            compile=args.compile,
+            save_minutes=args.save_minutes,
+        )
+    except Diverged as error:
+        print(f"python -m hrbp train: {error}", file=sys.stderr)
+        return 1
+    if result.stopped:
+        return 128 + signal.Signals[result.stopped].value
+    if first:
+        print(
+            f"test accuracy {result.accuracy:.2%}, loss {result.loss:.4f}; {result.parameters:,} parameters,"
+            f" {result.memory / 1e6:.2f} MB of weights, gradients and optimizer state,"
+            f" {1e3 * result.step_seconds:.3g} ms a step; in {out}"
+        )
+    return 0
+
+
+def _evolve_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What the command line says about how masks change; what the method does not take is refused."""
+    if args.initial_sparsity is None:
+        args.initial_sparsity = 0.0
+    elif args.evolve != "gmp":
+        raise ValueError(f"train: --initial-sparsity is where --evolve gmp starts; --evolve is {args.evolve}")
+    options = {"seed": args.seed} if "seed" in OPTIONS[args.evolve] else {}
+    if args.evolve == "gmp":
+        options["sparsity"] = args.sparsity
+    given = {name: value for name in ("every", "drop", "until", "decay") if (value := getattr(args, name)) is not None}
+    given |= dict(args.evolve_option)
+    if reason := refused_options(args.evolve, given):
+        raise ValueError(f"train: --evolve {args.evolve}: {reason}")
+    return options | given
+
+
+def _structure_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What --option says, of the structure that is asked for; anything else is refused."""
+    options = dict(args.option)
+    if args.structure == DENSE:
+        if options:
+            raise ValueError(f"train: --option {', '.join(options)}: --structure dense has no options; leave them out")
+        return {}
+    name = "hrbp++" if args.structure == NARROW else args.structure
+    if "method" in options:  # sparsify() has one of its own, which --evolve decides
+        raise ValueError("train: --option method: groups are always chosen by 'assign' here; leave it out")
+    try:
+        make_structure(name, **options)
+    except TypeError as error:
+        raise ValueError(f"train: --option: {error}") from error
+    return options
+
+
+def _network(args: argparse.Namespace, images: ImageSet, options: dict[str, Any]) -> nn.Module:
+    """The network, sparse unless it is to be dense."""
+    shape = {"classes": len(images.classes), "image_size": images.shape[1], "channels": images.shape[0]}
+    torch.manual_seed(args.seed)
+    model = build(args.model, width=args.width, **shape)
+    if args.structure == DENSE:
+        return model
+    options = dict(options)
+    if args.saliency in ("snip", "grasp", "synflow", "magnitude+gradient"):
+        options["batch"] = next(iter(Batches(images, args.batch_size, train=True, seed=args.seed).epoch()))
+    structure = "hrbp++" if args.structure == NARROW else args.structure
+    sparsity = args.initial_sparsity if args.evolve == "gmp" else args.sparsity
+    method = args.evolve if args.evolve in MASTER_METHODS else None
+    sparsify(
+        model, sparsity, structure=structure, method=method, distribution=args.distribution, saliency=args.saliency,
+        seed=args.seed, **options,
+    )  # fmt: skip
+    if args.structure == NARROW:
+        torch.manual_seed(args.seed)
+        return narrow(args.model, summary(model).parameters, **shape)
+    return model
+
+
+def _option(text: str) -> tuple[str, Any]:
+    name, found, value = text.partition("=")
+    if not found or not name.isidentifier():
+        raise argparse.ArgumentTypeError(f"{text!r} is no NAME=VALUE")
+    try:
+        return name, ast.literal_eval(value)
+    except (MemoryError, RecursionError, SyntaxError, ValueError):  # a word, or what nobody means
+        return name, value

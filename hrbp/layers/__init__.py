@@ -1,0 +1,1 @@
+"""What is a sparse layer, and what does it compute?"""

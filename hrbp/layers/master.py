@@ -1,0 +1,437 @@
+"""Layers that train a dense weight and compute with a part of it.
+
+The weights that are left out get gradients as if they took part (straight-through estimator), so that they may come
+back: training methods as SR-STE and SUBP need such a master weight. It costs the memory of a dense layer, in gradients
+and optimizer state, too, and the time of a dense weight gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.autograd.function import once_differentiable
+from torch.nn.grad import conv2d_weight
+
+from blocksparse import BSRPattern, ConvGeometry, conv2d, linear
+
+from ..structures.registry import Choice, Structure
+
+Conv = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # stride, padding, dilation
+
+
+class _Master(nn.Module):
+    """What the two layers share: which part of the weight takes part, and how.
+
+    rule       the mask follows the weight: at any time it is what this structure keeps of |weight| at `sparsity`; None:
+               it is the buffer `mask`, until `set_choice` changes it
+    blocksize  (bk, bc): forward and input gradient run on stored blocks, gathered from the weight at each forward;
+               None: on a masked copy of the weight
+    """
+
+    weight: nn.Parameter
+    mask: Tensor | None
+    row_order: Tensor | None
+    index: Tensor | None
+    rule: Structure | None
+    sparsity: float
+    blocksize: tuple[int, int] | None
+    nnzb: int
+    backend: str | None
+
+    @property
+    def weight_shape(self) -> tuple[int, int, int, int]:
+        """(K, C, R, S); a linear layer has R = S = 1."""
+        k, c, r, s = (*self.weight.shape, 1, 1)[:4]
+        return k, c, r, s
+
+    def live(self) -> Tensor:
+        """The mask, bool [K, C, R, S]: which weights take part."""
+        if self.rule is not None:
+            return self.rule.mask(self.weight.detach().view(self.weight_shape).abs(), self.sparsity)
+        assert self.mask is not None
+        return self.mask.view(self.weight_shape).clone()
+
+    @property
+    def pattern(self) -> BSRPattern:
+        """The blocks that take part, of a layer that has a blocksize; the index is a copy."""
+        return BSRPattern.from_index(self.weight_shape, self._blocksize(), self.nnzb, self._index().clone())
+
+    @property
+    def values(self) -> Tensor:
+        """[nnzb, bk, bc]: the weights in those blocks, a copy."""
+        return self._stored()[1]
+
+    def set_choice(self, choice: Choice) -> bool:
+        """Let another part of the weight take part; the weight, its gradient and optimizer state stay as they are.
+
+        Args:
+            choice: of a mask of the layer's shape, and with the layer's blocksize.
+
+        Returns:
+            True when the index kept its memory: as many blocks as before. False: compiled code recompiles and CUDA
+            graphs must be made again (the Parameter stays, so DistributedDataParallel need not).
+
+        Raises:
+            ValueError: the mask follows the weight, or the choice does not fit; nothing has changed then.
+        """
+        who = f"{type(self).__name__}.set_choice()"
+        if self.rule is not None:
+            raise ValueError(f"{who}: the mask follows the weight ({self.rule.name}); it needs a layer with a mask")
+        if tuple(choice.mask.shape) != self.weight_shape:
+            raise ValueError(f"{who}: the mask has shape {tuple(choice.mask.shape)}; it needs {self.weight_shape}")
+        if self.blocksize is not None and choice.blocksize != self.blocksize:
+            raise ValueError(f"{who}: the choice has blocksize {choice.blocksize}; it needs {self.blocksize}")
+        device = self.weight.device
+        with self._ordinary_tensors():
+            pattern = None if self.blocksize is None else choice.pattern().to(device)
+            if pattern is not None and (obstacle := self._obstacle(pattern)):
+                raise ValueError(f"{who}: {obstacle}")
+            assert self.mask is not None
+            self.mask.copy_(choice.mask.view(self.mask.shape))
+            self._set_row_order(choice.row_order)
+            return True if pattern is None else self._adopt(pattern)
+
+    def extra_repr(self) -> str:
+        text = super().extra_repr()  # type: ignore[safe-super]
+        if self.rule is not None:
+            return f"{text}, mask={self.rule.name!r} of |weight|, sparsity={self.sparsity:.4g}"
+        return text + ("" if self.blocksize is None else f", blocksize={self.blocksize}, nnzb={self.nnzb}")
+
+    # ------------------------------------------------------------------ computing
+
+    def _blocksize(self) -> tuple[int, int]:
+        if self.blocksize is None:
+            raise ValueError(f"{type(self).__name__}: this layer computes with a mask; it has no blocks")
+        return self.blocksize
+
+    def _index(self) -> Tensor:
+        assert self.index is not None
+        return self.index
+
+    def _stored(self) -> tuple[BSRPattern, Tensor]:
+        """A pattern around this layer's own index, and its blocks."""
+        pattern = BSRPattern.from_index(self.weight_shape, self._blocksize(), self.nnzb, self._index())
+        return pattern, pattern.values_from_dense(self.weight.detach().view(self.weight_shape))
+
+    def _masked(self) -> Tensor:
+        mask = self.live().view(self.weight.shape) if self.rule is not None else self.mask
+        straight = _StraightThrough if torch.compiler.is_compiling() else _StraightThroughForward
+        return straight.apply(self.weight, mask)
+
+    # ------------------------------------------------------------------ changing, moving, loading
+
+    @contextmanager
+    def _ordinary_tensors(self) -> Iterator[None]:
+        """New tensors can take part in training, even in torch.inference_mode(), unless the weight cannot itself."""
+        with torch.inference_mode(self.weight.is_inference()), torch.no_grad():
+            yield
+
+    def _adopt(self, pattern: BSRPattern) -> bool:
+        """Take over a pattern; True when the index kept its memory: it was as large."""
+        if self._has_room(pattern):
+            self._index().copy_(pattern.index)
+            return True
+        self.nnzb, self.index = pattern.nnzb, pattern.index.clone()
+        return False
+
+    def _has_room(self, pattern: BSRPattern) -> bool:
+        return self.nnzb == pattern.nnzb and self.index is not None and self.index.shape == pattern.index.shape
+
+    def _obstacle(self, pattern: BSRPattern) -> str | None:
+        """Why this layer cannot take over a pattern, or None."""
+        if self._has_room(pattern) or self.index is None or not _is_shared(self.index):
+            return None
+        return (
+            "the layer is in shared memory, where its index cannot take another size, and other processes would keep"
+            f" the old one: it holds {self.pattern}, and {pattern} was asked for. Change it before share_memory(), or"
+            " that of copy.deepcopy(model)"
+        )
+
+    def _set_row_order(self, order: Tensor | None) -> None:
+        if order is not None and self.row_order is not None:
+            self.row_order.copy_(order)
+        else:
+            self.row_order = None if order is None else order.to(self.weight.device, torch.int64, copy=True)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> _Master:
+        # The index follows the weight from device to device with its content, and to the meta device without moving:
+        # a kernel must never meet index entries that nobody checked.
+        index = self._buffers.pop("index")
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            weight = self.weight
+            if index is not None and weight.device.type != "meta":
+                index = index.to(weight.device)
+                if _is_shared(weight) != _is_shared(index):
+                    # share_memory(), or its end. Another process must never meet a mask under a foreign index.
+                    index = index.share_memory_() if _is_shared(weight) else index.clone()
+            self._buffers["index"] = index
+        return self
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        pattern = None
+        mask, order = (state_dict.get(prefix + name) for name in ("mask", "row_order"))
+        if self.rule is None and mask is not None:
+            try:
+                with self._ordinary_tensors():
+                    pattern = self._pattern_of(mask, order)
+                    assign = local_metadata.get("assign_to_params_buffers", False)
+                    if assign and self.index is not None and _is_shared(self.index):
+                        self.index = self.index.clone()  # the shared one stays with the shared mask
+                    if pattern is not None and (obstacle := self._obstacle(pattern)):
+                        raise ValueError(obstacle)
+                    self._set_row_order(order)
+            except (TypeError, ValueError) as error:
+                error_msgs.append(f"{prefix}: {error}")
+                return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if pattern is not None:
+            device = self._index().device if self.weight.device.type == "meta" else self.weight.device
+            with self._ordinary_tensors():
+                self._adopt(pattern.to(device))
+                if self._index().device != device:  # load_state_dict(assign=True)
+                    self.index = self._index().to(device)
+
+    def _pattern_of(self, mask: Any, order: Any) -> BSRPattern | None:
+        """The blocks of a saved mask; None: of a layer that has none."""
+        for name, saved in (("mask", mask), ("row_order", order)):
+            if saved is not None and not isinstance(saved, Tensor):
+                raise TypeError(f"{name} is a {type(saved).__name__}; it needs a torch.Tensor")
+        if mask.dtype != torch.bool or mask.shape != self.weight.shape:
+            raise ValueError(
+                f"mask is {mask.dtype} {tuple(mask.shape)}; it needs torch.bool {tuple(self.weight.shape)}"
+            )
+        if order is not None and order.shape != self.weight.shape[:1]:
+            raise ValueError(f"row_order has shape {tuple(order.shape)}; it needs {tuple(self.weight.shape[:1])}")
+        if self.blocksize is None:
+            return None
+        pattern = BSRPattern.from_mask(mask.view(self.weight_shape), self.blocksize, order)
+        if not torch.equal(pattern.to_mask().view(mask.shape), mask):
+            raise ValueError(f"mask is not made of blocks {self.blocksize}")
+        return pattern
+
+
+class MasterConv2d(_Master, nn.Conv2d):  # type: ignore[misc]
+    """nn.Conv2d that trains a dense weight and computes with the part E that is in its mask.
+
+    y = conv2d(x, E * weight, bias); dL/dweight is that of a dense layer: the gradient with respect to E * weight, not
+    masked (Bengio et al., Estimating or Propagating Gradients Through Stochastic Neurons, 2013).
+
+    A plain layer becomes one by `put_master`. With a blocksize, y and dL/dx are computed on the stored blocks alone and
+    the layer is differentiable once.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.blocksize is None:
+            return masked_conv(self, input, self._masked())
+        pattern, values = self._stored()
+        conv = self.stride, symmetric_padding(self), self.dilation
+        y = conv2d(input, values, pattern, self.bias, *conv, backend=self.backend)
+        return with_dense_gradient(y, input, self.weight, conv)
+
+
+class MasterLinear(_Master, nn.Linear):  # type: ignore[misc]
+    """nn.Linear that trains a dense weight and computes with the part E that is in its mask; see MasterConv2d."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.blocksize is None:
+            return nn.functional.linear(input, self._masked(), self.bias)
+        pattern, values = self._stored()
+        return with_dense_gradient(
+            linear(input, values, pattern, self.bias, backend=self.backend), input, self.weight, None
+        )
+
+
+MASTER = {nn.Conv2d: MasterConv2d, nn.Linear: MasterLinear}
+
+
+def put_master(
+    layer: Any, choice: Choice | None = None, *, rule: Structure | None = None, sparsity: float = 0.0,
+    blocks: bool = False, backend: str | None = None,
+) -> None:  # fmt: skip
+    """Make a plain nn.Conv2d or nn.Linear one that computes with a part of its weight, in place.
+
+    Args:
+        layer: its weight stays the same Parameter, with the same content.
+        choice: the part that takes part, until the layer's `set_choice`.
+        rule, sparsity: instead of a choice: what this structure keeps of |weight|, anew at every forward.
+        blocks: run on the choice's blocks rather than under a mask.
+        backend: of the blocks, as in blocksparse.conv2d.
+    """
+    device = layer.weight.device
+    with torch.inference_mode(False):  # what a forward in training may use
+        pattern = choice.pattern().to(device) if choice is not None and blocks else None
+        mask = None if choice is None else choice.mask.view(layer.weight.shape).to(device, copy=True)
+        order = None if choice is None or choice.row_order is None else choice.row_order.to(device, torch.int64)
+    layer.__class__ = MASTER[type(layer)]
+    layer.rule, layer.sparsity, layer.backend = rule, sparsity, backend
+    layer.blocksize, layer.nnzb = (None, 0) if pattern is None else (pattern.blocksize, pattern.nnzb)
+    layer.register_buffer("mask", mask)
+    layer.register_buffer("row_order", order)
+    layer.register_buffer("index", None if pattern is None else pattern.index, persistent=False)
+
+
+def take_master_off(layer: Any) -> None:
+    """Make a layer a plain one that computes the same, in place: weights that took no part are zero."""
+    with torch.no_grad():
+        layer.weight.mul_(layer.live().view(layer.weight.shape))
+    for name in ("mask", "row_order", "index"):
+        del layer._buffers[name]
+    for name in ("rule", "sparsity", "backend", "blocksize", "nnzb"):
+        delattr(layer, name)
+    layer.__class__ = nn.Conv2d if isinstance(layer, nn.Conv2d) else nn.Linear
+
+
+# ---------------------------------------------------------------------- gradients
+
+
+class _StraightThrough(torch.autograd.Function):
+    """weight * mask, whose gradient is passed on to the whole weight."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(weight: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
+        return weight * mask
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # type: ignore[override]
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad, None
+
+
+class _StraightThroughForward(_StraightThrough):
+    """The same with a forward-mode derivative, which torch.compile does not take: the weight's, unmasked."""
+
+    @staticmethod
+    def jvp(ctx: Any, weight: Tensor, mask: None) -> Tensor:  # type: ignore[override]
+        return weight.clone()
+
+
+class _DenseGradient(torch.autograd.Function):
+    """y as it is; on the way back the weight takes its dense gradient from y's."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(y: Tensor, x: Tensor, weight: Tensor, conv: Conv | None) -> Tensor:  # type: ignore[override]
+        return y.detach()  # not a view for autograd, so that it may be changed in place
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # type: ignore[override]
+        _, x, weight, ctx.conv = inputs
+        ctx.save_for_backward(x)
+        ctx.save_for_forward(x)
+        ctx.set_materialize_grads(False)
+        ctx.shape, ctx.dtype = weight.shape, weight.dtype
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, None, Tensor | None, None]:  # type: ignore[override]
+        if dy is None:
+            return None, None, None, None
+        (x,) = ctx.saved_tensors
+        return dy, None, dense_gradient(x, dy, ctx.shape, ctx.conv).to(ctx.dtype), None
+
+
+class _DenseGradientForward(_DenseGradient):
+    """The same with a forward-mode derivative, which torch.compile does not take: what a dense layer would add."""
+
+    @staticmethod
+    def jvp(ctx: Any, y: Tensor | None, x: None, weight: Tensor | None, conv: None) -> Tensor | None:  # type: ignore[override]
+        if weight is None:
+            return None if y is None else y.clone()
+        (x_,) = ctx.saved_tensors
+        if ctx.conv is None:
+            dense = nn.functional.linear(x_, weight.to(x_.dtype))
+        else:
+            dense = nn.functional.conv2d(x_, weight.to(x_.dtype), None, *ctx.conv)
+        return dense if y is None else y + dense
+
+
+def with_dense_gradient(y: Tensor, x: Tensor, weight: Tensor, conv: Conv | None) -> Tensor:
+    """y as it is; on the way back `weight` takes the dense gradient of a layer, see `dense_gradient`."""
+    if not weight.requires_grad and forward_ad._current_level < 0:
+        return y
+    function = _DenseGradient if torch.compiler.is_compiling() else _DenseGradientForward
+    return function.apply(y, x.detach().to(y.dtype), weight, conv)
+
+
+def dense_gradient(x: Tensor, dy: Tensor, shape: torch.Size | tuple[int, ...], conv: Conv | None) -> Tensor:
+    """dL/dW of all weights of a layer from its input and the gradient of its output; float32 at least.
+
+    Args:
+        x: [N, C, H, W] or [C, H, W], or [..., C] of a linear layer.
+        dy: [N, K, P, Q] or [K, P, Q], or [..., K].
+        shape: of W: [K, C, R, S] or [K, C].
+        conv: stride, padding, dilation; None: a linear layer.
+    """
+    x = x.to(dy.dtype)
+    if conv is None:
+        grad = dy.flatten(0, -2).t() @ x.flatten(0, -2) if dy.dim() > 1 else torch.outer(dy, x)
+    else:
+        if x.dim() == 3:  # an image without a batch
+            x, dy = x[None], dy[None]
+        # In channels_last PyTorch refuses float64. On a CPU it gets strided 1x1 convolutions wrong there, if of few
+        # channels, and in bfloat16 it reads beyond x.
+        if x.dtype == torch.float64 or x.device.type == "cpu":
+            wide = torch.promote_types(x.dtype, torch.float32)
+            x, dy = _contiguous(x.to(wide)), _contiguous(dy.to(wide))
+        stride, padding, dilation = conv
+        grad = conv2d_weight(x, shape, dy, stride, padding, dilation)
+    return grad.to(torch.promote_types(grad.dtype, torch.float32)).view(shape)
+
+
+def _is_shared(t: Tensor) -> bool:
+    """Whether t is in memory that other processes may have, too; on a GPU nobody can tell."""
+    return t.device.type == "cpu" and t.is_shared()
+
+
+def masked_conv(layer: nn.Conv2d, x: Tensor, weight: Tensor) -> Tensor:
+    """What nn.Conv2d computes with this weight.
+
+    It is computed contiguous where an axis of y meets only padding: on a CPU PyTorch's channels_last convolution
+    crashes there.
+    """
+    if x.device.type != "cpu" or isinstance(layer.padding, str):
+        return layer._conv_forward(x, weight, layer.bias)
+    (h, w), (r, s), conv = x.shape[-2:], weight.shape[-2:], (layer.stride, layer.padding, layer.dilation)
+    if not ConvGeometry(1, 1, h, w, 1, r, s, *conv).only_padding:  # type: ignore[arg-type]
+        return layer._conv_forward(x, weight, layer.bias)
+    last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    y = layer._conv_forward(_contiguous(x), _contiguous(weight), layer.bias)
+    return y.contiguous(memory_format=torch.channels_last) if last else y
+
+
+def _contiguous(t: Tensor) -> Tensor:
+    """t, contiguous in its strides too: where sizes of one fit both formats, PyTorch goes by these."""
+    return t.contiguous().flatten().view(t.shape)
+
+
+def symmetric_padding(conv: nn.Conv2d) -> tuple[int, ...]:
+    """conv.padding in numbers, of a layer whose padding is symmetric."""
+    if conv.padding == "valid":
+        return 0, 0
+    if conv.padding == "same":
+        return tuple(d * (k - 1) // 2 for d, k in zip(conv.dilation, conv.kernel_size, strict=True))
+    return tuple(int(p) for p in conv.padding)

@@ -1,0 +1,1 @@
+"""How does a mask change while a model trains?"""

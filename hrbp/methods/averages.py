@@ -1,0 +1,80 @@
+"""Averages of a model's weights whose masks change while it trains: torch.optim.swa_utils.AveragedModel.
+
+An average takes over the buffers of its model, so the tables of stored blocks, too, and would add up blocks that lie in
+different places. Before each update of an average its blocks are therefore laid out as the model's are then: those
+that the model has dropped go, new ones start at zero, as in the model.
+"""
+
+from __future__ import annotations
+
+import gc
+import types
+from collections.abc import Collection
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from ..structures.registry import Choice
+from ..surgery.conversion import Lineage, SparseLayer, plan_of, sparse_layers, unwrapped
+
+
+def follow(model: nn.Module, known: Collection[nn.Module]) -> None:
+    """Let every AveragedModel that was made from this model follow its masks; those `known` are left alone.
+
+    Averages by hand, over copies that nobody tells from others, are not found.
+    """
+    plan = plan_of(model)
+    assert plan is not None
+    if not plan.lineage.copies:
+        return
+    ours = {id(unwrapped(average)) for average in known}
+    for found in gc.get_objects():
+        # The type, as `isinstance` asks proxies for their class, and some act on that.
+        if not issubclass(type(found), AveragedModel) or id(unwrapped(found)) in ours:
+            continue
+        if any(lineage.parent is plan.lineage for lineage in _lineages(found)):
+            found.update_parameters = types.MethodType(update_parameters, found)
+
+
+def update_parameters(self: AveragedModel, model: nn.Module) -> None:
+    """AveragedModel.update_parameters, with the blocks of the average laid out as the model's are."""
+    pairs = _pairs(self, model)
+    for average, source in pairs:
+        _lay_out(average, source)
+    type(self).update_parameters(self, model)
+    for average, source in pairs:
+        if average.runs_blocks:  # use_buffers=True averages integers, which rounds them
+            average.module.index.copy_(source.module.index)
+
+
+def _lineages(model: nn.Module) -> dict[Lineage, nn.Module]:
+    """Every model that `sparsify` made in this one, by its lineage."""
+    plans = ((module.__dict__.get("_hrbp_sparsity"), module) for module in model.modules())
+    return {plan.lineage: module for plan, module in plans if plan is not None}
+
+
+def _pairs(average: nn.Module, model: nn.Module) -> list[tuple[SparseLayer, SparseLayer]]:
+    """The sparse layers of the average, each with that of the model it was copied from."""
+    sources, pairs = _lineages(model), []
+    for lineage, module in _lineages(average).items():
+        parent = lineage.parent
+        while parent is not None and parent not in sources:
+            parent = parent.parent
+        if parent is not None:
+            theirs = sparse_layers(sources[parent])
+            pairs += [(layer, theirs[name]) for name, layer in sparse_layers(module).items() if name in theirs]
+    return pairs
+
+
+def _lay_out(average: SparseLayer, source: SparseLayer) -> None:
+    """Let the average keep what its source keeps."""
+    if source.blocks:
+        index = source.module.index.to(average.module.index.device)
+        if average.module.index.shape != index.shape or not torch.equal(average.module.index, index):
+            average.module.set_pattern(source.module.pattern)
+    elif not (source.master and source.module.rule is not None):  # those masks follow the weights, of an average, too
+        mask = source.mask().to(average.parameter.device)
+        if not torch.equal(average.mask(), mask):
+            blocksize = source.module.blocksize if source.runs_blocks else None
+            average.set(Choice(mask, blocksize, source.row_order()))

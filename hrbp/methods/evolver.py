@@ -1,0 +1,460 @@
+"""How a mask changes while training: SET, RigL, HRBP's own update, gradual pruning, STE, SR-STE, SUBP.
+
+Every update drops what is least worth keeping and grows as much elsewhere, in the units of the structure: grains, or
+the channels of a group. Layers stay as sparse as they were, so that stored blocks, gradients, optimizer state, compiled
+code and CUDA graphs keep their memory; gradual magnitude pruning ("gmp") shrinks them and reallocates. With a dense
+master weight (`sparsify(method=...)`) what is dropped learns on: the mask follows the weight, or is drawn ("subp").
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..density import densities
+from ..structures.registry import Choice, Grains, Groups, sparsity_of
+from ..surgery.conversion import FOLLOWING, SparseLayer, plan_of, sparse_layers
+from ..surgery.conversion import METHODS as MASTER_METHODS
+from . import averages
+from .agreement import checksum, ranks, require_same
+from .decay import Decay
+from .dense_grad import DenseGradients
+from .exchange import exchange, pruned_groups
+from .options import ARRIVING, DECAYING, DEFAULTS, METHODS, arrival, checked_options, method_named
+from .subp import pruned_share
+
+__all__ = ["METHODS", "Evolver", "Update"]
+
+
+@dataclass(frozen=True)
+class Update:
+    """One change of the masks, or, where they follow the weights, what has changed since the last look.
+
+    changed      layer -> share of the weights kept now that were not kept before
+    reallocated  tensors have new memory: CUDA graphs and DistributedDataParallel made before must be made again
+    sad          layer -> sum |E_now - E_before|: cells of the mask E that are not as they were at the update before, or
+                 at the start (Zhou et al., ICLR 2021)
+    drift        layer -> sum |E_now - E_start|
+    """
+
+    step: int
+    changed: dict[str, float]
+    reallocated: bool
+    sad: dict[str, int]
+    drift: dict[str, int]
+
+
+class Evolver:
+    """Changes the masks of a sparse model while it trains, from a loop of your own.
+
+        evolver = Evolver(model, optimizer, "rigl", total_steps=10_000)
+        for x, y in batches:
+            loss(model(x), y).backward()
+            optimizer.step()
+            evolver.step()
+            optimizer.zero_grad()
+
+    Methods, for a layer of which a share `drop` of the kept units is exchanged (SET, RigL: units are the structure's):
+
+    - "static": no change.
+    - "set": the units of least |weight| go, random ones come (Mocanu et al., 2018).
+    - "rigl": the units of least |weight| go, those of largest |gradient| come (Evci et al., 2020).
+    - "hrbp": in every filter the weights of least |weight| go and those of largest |gradient| come, one by one; then
+      each group chooses its channels and taps anew by counts (Ma et al., 2024, section 4.2). Groups only. New weights
+      have to agree on a channel to outnumber an old one there, which is rare: "rigl" moves far more.
+    - "gmp": gradual magnitude pruning to `sparsity`, from a model made sparse at a lower one, 0 for instance:
+      sparsity(t) = final + (initial - final) * (1 - t / end)^3 (Zhu and Gupta, 2017).
+    - "ste": the mask is that of the largest |weight|, anew at every step; what is left out learns on, from the gradient
+      that it would have (straight-through).
+    - "sr-ste": so, and what is left out decays, W <- W - lr * (g + decay * (1 - E) * W): masks settle (Zhou et al.,
+      2021). See decay.py. Every `every` steps, to the end, it is looked how far the masks have come.
+    - "subp": soft uniform block pruning of 1xn blocks (Xiang et al., NeurIPS 2023). Every n filters drop their
+      worst blocks, equally many, and draw some of them back, ever fewer, as the sparsity rises from 0 at `begin` to
+      that of `sparsify` at `until`: see subp.py. What is left out learns on and decays, as with "sr-ste". In its paper
+      an update comes every epoch.
+
+    The last three need a model made by `sparsify` with the same method, as it has to keep dense weights.
+
+    Layers that the optimizer does not hold, frozen ones (requires_grad=False at the time of an update) and, where
+    gradients decide, those without one in this step (skipped, by stochastic depth for instance) keep their masks. What
+    "gmp" prunes to a sparsity is the layers that can change.
+
+    Groups (hrbp, hrbp++) keep their filters, and filters that were rearranged their places; "set" and "rigl" exchange
+    channels of groups and keep their taps, "gmp" divides or sorts the filters anew at its first update.
+
+    The dense gradient of weights that are not stored is computed for the steps that need it alone, from the inputs and
+    output gradients of the layers, added up over the backward passes of a step, and over data-parallel ranks. A step
+    whose gradient is not finite (an overflow of mixed precision) is made up for at the next one.
+
+    Masks are the same on every rank: arguments, seeds and masks are compared when the Evolver is made, and the masks
+    of every update before they are put in place. Every rank makes the Evolver, steps it and loads its state.
+
+    An average of the weights that is a torch.optim.swa_utils.AveragedModel of this model follows its masks: those in
+    `ema` at every update, others before their `update_parameters`. An average by hand, over a copy of the model, has
+    to be in `ema`: nobody can tell it from other copies, and of stored blocks it adds up what lies in different places.
+
+    Args:
+        model: a model that `sparsify` made; may be wrapped in DistributedDataParallel or compiled. Where masks follow
+            the weights, every rank takes those of rank 0.
+        optimizer: the one that updates it; its state moves with the weights.
+        method: one of the above, in any case: "RigL" is "rigl".
+        total_steps: optimizer steps of the whole training.
+        every: steps between updates (delta T), default 100. All methods but "static".
+        drop: share exchanged at the start, default 0.3; falls as a cosine to zero at `until`. "set", "rigl", "hrbp".
+        until: share of `total_steps` after which masks stay, default 0.75; "gmp" and "subp" arrive at their sparsity
+            with the first update from there on. These and "set", "rigl", "hrbp".
+        sparsity: final sparsity of "gmp", which needs one.
+        decay: of "sr-ste" and "subp", default 2e-4.
+        seed: of what "set" and "subp" draw, default 0. "rigl" and "hrbp" draw nothing, and take it as "set" does.
+        ema: copies of the model that average its weights: their masks change along.
+        **options: of "subp": score, alpha, tau, pace, begin; see `SoftPruning` in subp.py.
+
+    Raises:
+        TypeError: an option that the method does not take.
+        ValueError: an option out of range, steps too few for an update, or to arrive at the sparsity, a structure whose
+            masks cannot change, a model in `ema` that is no copy, or what differs between ranks.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        method: str = "rigl",
+        *,
+        total_steps: int,
+        every: int | None = None,
+        drop: float | None = None,
+        until: float | None = None,
+        sparsity: float | None = None,
+        decay: float | None = None,
+        seed: int | None = None,
+        ema: Iterable[nn.Module] = (),
+        **options: Any,
+    ) -> None:
+        who = "Evolver()"
+        named = {"every": every, "drop": drop, "until": until, "sparsity": sparsity, "decay": decay, "seed": seed}
+        given = {name: value for name, value in named.items() if value is not None} | options
+        told = {"method": str(method).lower(), "total_steps": total_steps, **DEFAULTS, **given}
+        require_same(lambda: {name: repr(value) for name, value in told.items()}, who, "")
+        method = method_named(method, who)
+        plan = plan_of(model)
+        assert plan is not None
+        if plan.method != (method if method in MASTER_METHODS else None):
+            made = "without a method" if plan.method is None else f"with method={plan.method!r}"
+            raise ValueError(
+                f"{who}: method is {method!r} and the model was made by sparsify() {made}; they need the same"
+            )
+        if method not in ("static", *FOLLOWING) and not isinstance(plan.structure, Grains | Groups):
+            raise ValueError(f"{who}: masks of structure {plan.structure.name!r} do not change; use method='static'")
+        if method == "hrbp" and not isinstance(plan.structure, Groups):
+            raise ValueError(
+                f"{who}: method 'hrbp' updates groups; the structure is {plan.structure.name!r}; use 'rigl'"
+            )
+        chosen = checked_options(method, total_steps, given, who)
+        self.model, self.optimizer, self.method, self.plan = model, optimizer, method, plan
+        self.total_steps, self.every, self.until = chosen["total_steps"], chosen["every"], chosen["until"]
+        self.drop, self.sparsity, self.seed, self._soft = (chosen[n] for n in ("drop", "sparsity", "seed", "soft"))
+        self._arrives = arrival(self.every, self.until * self.total_steps)
+        self.ema = list(ema)
+        self.steps = 0
+        self._grows_by_gradient = method in ("rigl", "hrbp")
+        self._overdue = False
+        self._dense: DenseGradients | None = None
+        self._followed = False
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        self.layers = {name: layer for name, layer in sparse_layers(model).items() if id(layer.parameter) in held}
+        if not self.layers:
+            raise ValueError(f"{who}: the optimizer updates no sparse layer; make it after sparsify()")
+        if method != "static":
+            for layer in self.layers.values():
+                layer.check(model, optimizer, who)
+        self._check_averages(who)
+        if method in FOLLOWING and ranks() > 1:
+            for layer in self.layers.values():
+                dist.broadcast(layer.parameter.detach(), 0)
+        require_same(self._facts, who, "; give sparsify() the same arguments, seed and scores everywhere")
+        self._initial = self._sparsity_of_live()
+        if method == "gmp":
+            self._check_sparsity(who)
+        self._decay = None
+        if method in DECAYING:
+            self._decay = Decay(model, self.layers.values(), optimizer, chosen["decay"])
+        self._first = self._last = self._bits()
+        self._arm()
+
+    def _check_averages(self, who: str) -> None:
+        for i, average in enumerate(self.ema):
+            theirs = sparse_layers(average)
+            for name, layer in self.layers.items():
+                if name not in theirs or theirs[name].shape != layer.shape or theirs[name].blocks != layer.blocks:
+                    raise ValueError(
+                        f"{who}: ema[{i}] has no sparse layer {name!r} as the model has; it needs copies of the model,"
+                        " made after sparsify()"
+                    )
+
+    def _check_sparsity(self, who: str) -> None:
+        """Refuse a final sparsity that the structure cannot have, or that the model has passed already."""
+        assert self.sparsity is not None
+        live = self._live()
+        if not live:
+            return
+        rule, sizes = self.plan.structure, {name: math.prod(layer.shape) for name, layer in live.items()}
+        final = sum(rule.density(live[n].shape, at) * sizes[n] for n, at in self._asked(self.sparsity).items())
+        # A model that has arrived may be continued, and which layers round up or down depends on its weights.
+        if sum(map(_kept, live.values())) < 0.98 * final:
+            raise ValueError(
+                f"{who}: the model is {self._initial:.4f} sparse already; 'gmp' to {self.sparsity} cannot grow it"
+            )
+
+    # ------------------------------------------------------------------ the loop's side
+
+    def wants_dense_grad(self) -> bool:
+        """Whether the next `step` needs dense gradients.
+
+        A CUDA graph captured at another step does not gather them: run the model itself at such a step. A compiled
+        model is compiled once more for these steps; running the model itself saves that.
+        """
+        return self._grows_by_gradient and self._is_due(self.steps + 1)
+
+    def step(self) -> Update | None:
+        """Call after every optimizer.step(), before gradients are cleared; changes the masks when it is time to."""
+        self.steps += 1
+        if not self._followed and self.method not in ("static", *FOLLOWING):
+            averages.follow(self.model, self.ema)
+            self._followed = True
+        try:
+            return self._update() if self._is_due(self.steps) else None
+        finally:
+            self._arm()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs beside the model's and the optimizer's own state."""
+        return {
+            "method": self.method, "steps": self.steps, "overdue": self._overdue, "initial": self._initial,
+            "first": self._first, "last": self._last,
+        }  # fmt: skip
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state_dict` was taken; load the model and the optimizer first."""
+        if state.get("method") != self.method:
+            raise ValueError(
+                f"Evolver.load_state_dict(): the state is of method {state.get('method')!r}; this is {self.method!r}"
+            )
+        self.steps, self._overdue, self._initial = int(state["steps"]), bool(state["overdue"]), float(state["initial"])
+        self._first, self._last = dict(state["first"]), dict(state["last"])
+        self._followed = False
+        position = {"the step of the state": str(self.steps), "an update that is due": str(self._overdue)}
+        require_same(lambda: position | self._facts(), "Evolver.load_state_dict()", "; load the same state everywhere")
+        self._arm()
+
+    # ------------------------------------------------------------------ when
+
+    def _is_due(self, step: int) -> bool:
+        if self.method == "static":
+            return False
+        if self.method in FOLLOWING:
+            return step % self.every == 0
+        end = self.until * self.total_steps
+        if self.method in ARRIVING:
+            return step % self.every == 0 and step <= self._arrives
+        return self._overdue or (step % self.every == 0 and step < end)
+
+    def _share(self) -> float:
+        """The share to exchange now: drop / 2 * (1 + cos(pi * t / end))."""
+        end = max(1.0, self.until * self.total_steps)
+        return self.drop / 2 * (1 + math.cos(math.pi * min(1.0, self.steps / end)))
+
+    def _sparsity_now(self) -> float:
+        assert self.sparsity is not None
+        if self.steps >= self._arrives:
+            return self.sparsity
+        left = 1 - min(1.0, self.steps / max(1.0, self.until * self.total_steps))
+        return self.sparsity + (self._initial - self.sparsity) * left**3
+
+    # ------------------------------------------------------------------ dense gradients
+
+    def _arm(self) -> None:
+        """Gather dense gradients in the coming step if it needs them."""
+        if self._dense is not None:
+            self._dense.close()
+        self._dense = DenseGradients(self._live()) if self.wants_dense_grad() else None
+
+    def _gathered(self) -> dict[str, Tensor] | None:
+        """layer -> |dense gradient| over all ranks, of the layers that have one; None where one is not finite."""
+        assert self._dense is not None
+        live, sums = self._live(), self._dense.sums()
+        found = [name in sums and name in live for name in self.layers]
+        if ranks() > 1:  # each may have skipped other layers
+            anywhere = torch.tensor(found, dtype=torch.int32, device=next(iter(self.layers.values())).parameter.device)
+            dist.all_reduce(anywhere, dist.ReduceOp.MAX)
+            found = [bool(there) for there in anywhere.tolist()]
+        if live and not any(found):
+            raise RuntimeError(
+                f"Evolver.step(): no dense gradient of {', '.join(list(live)[:3])}, or of any other layer; where"
+                " wants_dense_grad() is true, run forward and backward through the model itself before step(), not a"
+                " CUDA graph of another step"
+            )
+        grads = {}
+        for name in (name for name, there in zip(self.layers, found, strict=True) if there):
+            if name not in sums:
+                layer = self.layers[name]
+                dtype = torch.promote_types(layer.parameter.dtype, torch.float32)
+                sums[name] = torch.zeros(layer.shape, dtype=dtype, device=layer.parameter.device)
+            if ranks() > 1:
+                dist.all_reduce(sums[name])
+            grads[name] = sums[name]
+        if not all(bool(torch.isfinite(grad).all()) for grad in grads.values()):
+            return None
+        return {name: grad.abs_() for name, grad in grads.items()}
+
+    # ------------------------------------------------------------------ what
+
+    def _facts(self) -> dict[str, str]:
+        """What has to be the same on every rank for masks to stay so."""
+        plan, facts = (
+            self.plan,
+            {"the structure": repr(self.plan.structure), "the distribution": self.plan.distribution},
+        )
+        facts |= {f"the density asked of {name!r}": repr(density) for name, density in plan.asked.items()}
+        facts |= {f"the target of {name!r}": repr(sparsity) for name, sparsity in plan.target.items()}
+        layers = self.layers.items()
+        return facts | {f"the mask of {name!r}": checksum(layer.mask(), layer.row_order()) for name, layer in layers}
+
+    def _live(self) -> dict[str, SparseLayer]:
+        """The layers that can change now: those that are not frozen."""
+        return {name: layer for name, layer in self.layers.items() if layer.parameter.requires_grad}
+
+    def _sparsity_of_live(self) -> float:
+        layers = self._live() or self.layers
+        return 1 - sum(map(_kept, layers.values())) / sum(math.prod(layer.shape) for layer in layers.values())
+
+    def _update(self) -> Update | None:
+        who, remedy = f"Evolver.step(), step {self.steps}", "; their weights must have diverged before"
+        if self.method in FOLLOWING:
+            told = self._told(reallocated=False)
+            require_same(lambda: {f"the mask of {n!r}": checksum(bits) for n, bits in self._last.items()}, who, remedy)
+            return told
+        grads = None
+        if self._grows_by_gradient:
+            grads = self._gathered()
+            self._overdue = grads is None
+            if grads is None:
+                return None
+        if self.method == "subp":
+            choices = self._softly_pruned()
+        else:
+            choices = self._pruned() if self.method == "gmp" else self._exchanged(grads)
+        require_same(
+            lambda: {f"the new mask of {n!r}": checksum(c.mask, c.row_order) for n, c in choices.items()}, who, remedy
+        )
+        averages.follow(self.model, self.ema)
+        in_place = True
+        copies = [sparse_layers(model) for model in self.ema]
+        for name, choice in choices.items():
+            in_place &= self.layers[name].set(choice, self.optimizer)
+            for copy in copies:
+                copy[name].set(choice)
+        return self._told(reallocated=not in_place)
+
+    def _told(self, reallocated: bool) -> Update:
+        """What has become of the masks since the last time."""
+        before, self._last = self._last, self._bits()
+        changed, sad, drift = {}, {}, {}
+        for name, now in self._last.items():
+            changed[name] = _ones(now & ~before[name]) / max(1, _ones(now))
+            sad[name], drift[name] = _ones(now ^ before[name]), _ones(now ^ self._first[name])
+        return Update(self.steps, changed, reallocated, sad, drift)
+
+    def _bits(self) -> dict[str, Tensor]:
+        """layer -> its mask, eight cells a byte."""
+        return {n: torch.from_numpy(np.packbits(layer.mask().cpu().numpy())) for n, layer in self.layers.items()}
+
+    def _exchanged(self, grads: dict[str, Tensor] | None) -> dict[str, Choice]:
+        choices = {}
+        live = self._live()
+        for i, (name, layer) in enumerate(self.layers.items()):
+            if name not in live or not (grads is None or name in grads):
+                continue
+            weight = layer.weight().abs().float()
+            if grads is None:
+                generator = torch.Generator().manual_seed(self._seed_of(i))
+                growth = torch.rand(layer.shape, generator=generator).to(weight.device)
+            else:
+                growth = grads[name]
+            choices[name] = exchange(self.plan.structure, layer, weight, growth, self._share(), self.method == "hrbp")
+        return choices
+
+    def _seed_of(self, layer: int) -> int:
+        """Of what is drawn for a layer at this step, on every rank."""
+        return ((self.seed * 1_000_003 + self.steps) * 1_000_003 + layer) % 2**63
+
+    def _softly_pruned(self) -> dict[str, Choice]:
+        rule = self.plan.structure
+        assert isinstance(rule, Grains)
+        assert rule.box[0] is not None
+        # An epoch of the paper is what lies between two updates.
+        now, epochs = self.steps / self.every, self.total_steps / self.every
+        begin, end = self._soft.begin * epochs, self.until * epochs
+        choices, live = {}, self._live()
+        for i, (name, layer) in enumerate(self.layers.items()):
+            if name not in live:
+                continue
+            sparsity, order = self.plan.target[name], layer.row_order()
+            pruned = (
+                sparsity if self.steps >= self._arrives else pruned_share(now, begin, end, sparsity, self._soft.pace)
+            )
+            weight = layer.parameter.detach().view(layer.shape)
+            kept = self._soft.kept(weight, rule.box[0], sparsity, pruned, self._seed_of(i), order)
+            choices[name] = rule.choice(kept[:, :, None, None], layer.shape, order)
+        return choices
+
+    def _asked(self, sparsity: float) -> dict[str, float]:
+        """The densities of "gmp" at a sparsity, of the layers that can change."""
+        rule, live, scores = self.plan.structure, self._live(), {}
+        # As sparsify() does: what "erk" makes of a linear layer is of its two axes.
+        shapes = {name: layer.shape[: 4 if hasattr(layer.module, "stride") else 2] for name, layer in live.items()}
+        if self.plan.distribution == "global":
+            ranked = {name: rule.ranked(_score(layer), self._order(layer)) for name, layer in live.items()}
+            scores = {name: score.view(shapes[name]) for name, score in ranked.items()}
+        return densities(
+            shapes,
+            sparsity,
+            self.plan.distribution,
+            scores=scores,
+            realise=lambda name, density: rule.density(live[name].shape, density),
+        )
+
+    def _order(self, layer: SparseLayer) -> Tensor | None:
+        """The order of the filters that "gmp" keeps: rows are divided or sorted at the first update, then they stay."""
+        return None if self.steps <= self.every else layer.row_order()
+
+    def _pruned(self) -> dict[str, Choice]:
+        rule, live, choices = self.plan.structure, self._live(), {}
+        asked = self._asked(self._sparsity_now()) if live else {}
+        for name, layer in live.items():
+            sparsity, score = sparsity_of(asked[name]), _score(layer)
+            if isinstance(rule, Groups):
+                choices[name] = pruned_groups(rule, layer, score, sparsity, regroup_rows=self.steps <= self.every)
+            else:
+                assert isinstance(rule, Grains)
+                choices[name] = rule.choose(score, sparsity, order=self._order(layer))
+        return choices
+
+
+def _ones(bits: Tensor) -> int:
+    return int(np.unpackbits(bits.numpy()).sum())
+
+
+def _kept(layer: SparseLayer) -> int:
+    return layer.parameter.numel() if layer.blocks else int(layer.mask().sum())
+
+
+def _score(layer: SparseLayer) -> Tensor:
+    return layer.weight().abs().float()

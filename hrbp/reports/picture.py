@@ -1,0 +1,282 @@
+"""Figures. matplotlib is loaded when the first one is drawn."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..files import whole_file
+from ..structures.registry import grouping_choice
+from ..structures.regrouping import Grouping
+from ..structures.selection import top
+from .mask_report import Score, dgrad_fill
+
+# A colour a group, neighbours far apart; they are used again from the ninth group on.
+COLOURS = ((31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 103, 189), (0, 158, 172), (188, 143, 0),
+           (214, 87, 166))  # fmt: skip
+SINGLE = (60, 60, 60)  # weights without a group
+PIXELS = 2400, 640  # most of a panel, across and down: a larger matrix is averaged
+FORMATS = (".png", ".svg", ".pdf")
+MARKERS, LINES = "osD^vPX*", ("-", "--", ":")
+
+
+def check_plot(path: str | os.PathLike[str]) -> None:
+    """ValueError unless a figure can be drawn and has a file name that says in which format."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("a picture needs matplotlib, which is not installed: pip install 'blocksparse-conv[plot]'")
+    if Path(path).suffix.lower() not in FORMATS:
+        raise ValueError(f"a picture is written to {path}; it needs a name that ends in {', '.join(FORMATS)}")
+
+
+# ---------------------------------------------------------------- masks
+
+
+def draw_grouping(
+    path: str | os.PathLike[str], grouping: Grouping, score: Tensor, result: Score, name: str = "layer"
+) -> None:
+    """One layer's mask as three matrices: before, after regrouping, and as the input gradient sees it.
+
+    1. The highest scores, as many as the groups keep: W [K, R*S*C], columns tap-major.
+    2. The groups: the same matrix, filters in the order of their groups.
+    3. The groups in W' [C, R*S*K], kernels rotated by 180 degrees and transposed: what multiplies im2col(dy). Columns
+       are tap-major, filters in the order of their groups.
+
+    A colour is a group, grey are single weights; thick lines part taps, thin ones groups.
+
+    Args:
+        path: ends in .png, .svg or .pdf; written whole or not at all.
+        grouping: of the layer.
+        score: [K, C, R, S].
+        result: what the groups keep of it, for the titles.
+        name: of the layer.
+
+    Raises:
+        ValueError: no matplotlib, or another ending.
+    """
+    check_plot(path)
+    from matplotlib.figure import Figure
+
+    k, c, r, s = grouping.shape
+    order, mask = grouping.row_order.cpu(), grouping.mask().cpu()
+    single = top(score.detach().cpu().reshape(1, -1), int(mask.sum())).view(mask.shape)
+    member = torch.empty(k, dtype=torch.int64)
+    member[order] = torch.arange(k) // grouping.rows
+    group = torch.where(mask, member.view(k, 1, 1, 1), -1)  # of every kept weight
+    turned = group.flip(2, 3)[order].permute(1, 2, 3, 0)
+
+    figure = Figure(figsize=(15, 10.5), dpi=160, layout="constrained")
+    axes = figure.subplots(3, 1)
+    channels, taps = grouping.channels.shape[1], grouping.taps.shape[1]
+    figure.suptitle(
+        f"{name}: {k} filters x {c} channels x {r}x{s}, {grouping.groups} groups of {grouping.rows} filters with "
+        f"{channels} channels and {taps} of {r * s} taps: {100 * grouping.density:.1f}% kept",
+        fontsize=14,
+    )
+    share = f"{100 * result.of_unstructured:.1f}% of that"
+    efficacy = "" if result.efficacy is None else f", {100 * result.efficacy:.0f}% of the way from random groups to it"
+    best = result.unstructured / result.total if result.total else 1.0
+    titles = (
+        f"before: the highest scores, filters in their own order; they keep {100 * best:.1f}% of the score",
+        f"after: filters in the order of their groups; {share}{efficacy}",
+        "the same weights in the input gradient, kernels rotated and transposed: groups fill "
+        f"{100 * dgrad_fill(grouping_choice(grouping)):.0f}% of their rows x columns",
+    )
+    matrices = _matrix(torch.where(single, -2, -1)), _matrix(group[order]), turned.reshape(c, -1)
+    for axis, title, matrix, width in zip(axes, titles, matrices, (c, c, k), strict=True):
+        _draw(axis, matrix, title)
+        axis.vlines(range(width, r * s * width, width), 0, len(matrix), color="black", linewidth=1.5)
+    borders = range(0, k + 1, grouping.rows)
+    axes[1].hlines(borders, 0, r * s * c, color="black", linewidth=0.7)
+    axes[2].vlines([t * k + at for t in range(r * s) for at in borders], 0, c, color="0.4", linewidth=0.4)
+    _label_taps(axes[0], (r, s), c, False)
+    _label_taps(axes[1], (r, s), c, False)
+    _label_taps(axes[2], (r, s), k, True)
+    for axis, down, across in zip(
+        axes, ("filters", "filters, by group", "input channels"), ("channels", "channels", "filters, by group"),
+        strict=True,
+    ):  # fmt: skip
+        axis.set_ylabel(down)
+        axis.set_xlabel(across if r * s == 1 else f"kernel offsets (taps), {across} within each", labelpad=1)
+    with whole_file(path) as file:
+        figure.savefig(file, format=Path(path).suffix[1:].lower())
+
+
+def _matrix(cells: Tensor) -> Tensor:
+    """[K, C, R, S] as K x (R*S*C), columns tap-major."""
+    return cells.permute(0, 2, 3, 1).reshape(len(cells), -1)
+
+
+def _draw(axis: Any, matrix: Tensor, title: str) -> None:
+    """Weights as cells in the colour of their group, on white; -2 has no group, -1 is no weight."""
+    palette = np.array([SINGLE, (255, 255, 255), *COLOURS], dtype=np.float32) / 255
+    numbers = matrix.numpy()
+    colour = palette[np.where(numbers < 0, numbers + 2, numbers % len(COLOURS) + 2)]
+    for dim, most in ((0, PIXELS[1]), (1, PIXELS[0])):
+        colour = _averaged(colour, dim, most)
+    high, wide = matrix.shape
+    axis.imshow(colour, aspect="auto", interpolation="nearest", extent=(0, wide, high, 0))
+    axis.set_title(title, loc="left", fontsize=11)
+
+
+def _averaged(colour: np.ndarray, dim: int, most: int) -> np.ndarray:
+    """At most so many cells along an axis, each the mean of equally many of the old ones (the last one of the rest)."""
+    step = -(-colour.shape[dim] // most)
+    starts = np.arange(0, colour.shape[dim], step)
+    sizes = np.diff(np.append(starts, colour.shape[dim])).astype(np.float32)
+    return np.add.reduceat(colour, starts, axis=dim) / np.expand_dims(sizes, [d for d in range(3) if d != dim])
+
+
+def _label_taps(axis: Any, kernel: tuple[int, int], width: int, rotated: bool) -> None:
+    """(r, s) of the weight under each tap's columns; in W' they come in opposite order."""
+    r, s = kernel
+    if r * s == 1:
+        return
+    names = [f"({i}, {j})" for i in range(r) for j in range(s)]
+    axis.set_xticks([(t + 0.5) * width for t in range(r * s)], names[::-1] if rotated else names)
+    axis.tick_params(axis="x", length=0)
+
+
+# ---------------------------------------------------------------- studies
+
+
+def draw_study(
+    path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], machine: str
+) -> None:
+    """Accuracy against sparsity, and against measured step time, a colour each structure.
+
+    Args:
+        path: ends in .png, .svg or .pdf; written whole or not at all.
+        rows: as study.rows makes them.
+        settings, machine: of the study.
+
+    Raises:
+        ValueError: no matplotlib, another ending, or no training that is finished.
+    """
+    check_plot(path)
+    found = [row for row in rows if row["accuracy"] is not None]
+    if not found:
+        raise ValueError("draw_study(): no training is finished; there is nothing to draw")
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter
+
+    figure = Figure(figsize=(13, 5.5), dpi=120, layout="constrained")
+    by_sparsity, by_time = figure.subplots(1, 2, sharey=True)
+    seeds = max(row["seeds"] for row in found)
+    figure.suptitle(
+        f"{settings['model']} x {settings['width']:g} on {settings['data']}, {settings['training']['epochs']} epochs, "
+        + (f"mean and deviation of {seeds} seeds" if seeds > 1 else "1 seed")
+    )
+    sparsities = sorted({row["asked"] for row in found} - {0.0})
+    structures = list(dict.fromkeys(row["structure"] for row in found if row["structure"] != "dense"))
+    apart = 0.012 * (len(sparsities) + 1)  # of a step on the axis: error bars beside one another
+    for i, structure in enumerate(structures):
+        mine = [row for row in found if row["structure"] == structure]
+        look = _look(i, structure)
+        right, spread = [100 * row["accuracy"] for row in mine], [100 * (row["deviation"] or 0) for row in mine]
+        shift = apart * (i - (len(structures) - 1) / 2)
+        by_sparsity.errorbar([sparsities.index(row["asked"]) + shift for row in mine], right, spread, **look)
+        timed = [row["step"] for row in mine]
+        if None not in timed:
+            by_time.errorbar(timed, right, spread, **look)
+            for row, x, y in zip(mine, timed, right, strict=True):
+                by_time.annotate(
+                    f"{100 * row['asked']:g}%", (x, y), (5, 4), textcoords="offset points", fontsize=8,
+                    color=look["color"],
+                )  # fmt: skip
+    for row in (row for row in found if row["structure"] == "dense"):
+        y, spread_of = 100 * row["accuracy"], 100 * (row["deviation"] or 0)
+        by_sparsity.axhline(y, color="black", linewidth=1, label="dense")
+        by_sparsity.axhspan(y - spread_of, y + spread_of, color="black", alpha=0.1, linewidth=0)
+        by_time.errorbar([1.0], [y], [spread_of], color="black", marker="o", capsize=3)
+        by_time.annotate("dense", (1.0, y), (5, 4), textcoords="offset points", fontsize=8)
+    by_sparsity.set_xticks(range(len(sparsities)), [f"{100 * s:g}%" for s in sparsities])
+    by_sparsity.set_xlim(-0.5, max(1, len(sparsities)) - 0.5)
+    by_sparsity.set(xlabel="sparsity of the layers made sparse", ylabel="test accuracy", title="what is kept")
+    by_time.margins(x=0.08)
+    by_time.axvline(1.0, color="0.6", linewidth=1, linestyle=":")
+    by_time.set(xlabel=f"training step, relative to dense ({machine}); left of 1 is faster", title="at what time")
+    by_sparsity.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}%"))
+    for axis in (by_sparsity, by_time):
+        axis.grid(alpha=0.3)
+    _finish(figure, by_sparsity, path)
+
+
+def draw_regularity(
+    path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], machine: str
+) -> None:
+    """Accuracy against sparsity, against the size of the file and against measured time, a colour each structure.
+
+    Args:
+        path: ends in .png, .svg or .pdf; written whole or not at all.
+        rows: as regularity.rows makes them.
+        settings, machine: of the study.
+
+    Raises:
+        ValueError: no matplotlib, another ending, or no training that is finished.
+    """
+    check_plot(path)
+    found = [row for row in rows if row["accuracy"] is not None]
+    if not found:
+        raise ValueError("draw_regularity(): no training is finished; there is nothing to draw")
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter
+
+    figure = Figure(figsize=(18, 7), dpi=110, layout="constrained")
+    by_sparsity, by_file, by_time = axes = figure.subplots(1, 3, sharey=True)
+    seeds = max(row["seeds"] for row in found)
+    figure.suptitle(
+        f"{settings['model']} x {settings['width']:g} on {settings['data']}: pruned step by step, each line from "
+        f"{100 * settings['sparsities'][0]:g}% to its name at {100 * settings['sparsities'][-1]:g}%; "
+        + (f"mean and deviation of {seeds} seeds" if seeds > 1 else "1 seed")
+    )
+    for i, structure in enumerate(dict.fromkeys(row["structure"] for row in found)):
+        mine = [row for row in found if row["structure"] == structure]
+        look = _look(i, structure)
+        if structure == "dense":
+            look |= {"color": "black", "marker": "o", "linestyle": "-"}
+        right, spread = [100 * row["accuracy"] for row in mine], [100 * (row["deviation"] or 0) for row in mine]
+        for axis, key in ((by_sparsity, "asked"), (by_file, "file_ratio"), (by_time, "time")):
+            places = [row[key] for row in mine]
+            if None in places:
+                continue
+            axis.errorbar(places, right, spread, **look)
+            axis.annotate(
+                structure, (places[-1], right[-1]), (5, 3), textcoords="offset points", fontsize=8, color=look["color"]
+            )
+    by_sparsity.set_xticks(settings["sparsities"], [f"{100 * s:g}%" for s in settings["sparsities"]])
+    by_sparsity.set(xlabel="sparsity of the layers made sparse", ylabel="test accuracy", title="at what sparsity")
+    by_file.set(xlabel="file, relative to dense; left of 1 is smaller", title="at what size")
+    by_time.set(
+        xlabel=f"forward + backward of {settings['model']} x {settings['timed_width']:g}, relative to dense",
+        title=f"at what time ({machine})",
+    )
+    for axis in (by_file, by_time):
+        axis.axvline(1.0, color="0.6", linewidth=1, linestyle=":")
+    by_sparsity.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}%"))
+    for axis in axes:
+        axis.margins(x=0.12)
+        axis.grid(alpha=0.3)
+    _finish(figure, by_sparsity, path)
+
+
+def _look(i: int, structure: str) -> dict[str, Any]:
+    """Colour, marker and line of the i-th structure."""
+    return {
+        "color": [c / 255 for c in COLOURS[i % len(COLOURS)]], "marker": MARKERS[i % len(MARKERS)], "label": structure,
+        "capsize": 3, "linestyle": LINES[i // len(COLOURS) % len(LINES)],
+    }  # fmt: skip
+
+
+def _finish(figure: Any, axis: Any, path: str | os.PathLike[str]) -> None:
+    """The legend of this axis, below all of them; and the file."""
+    handles, names = axis.get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 6), frameon=False)
+    with whole_file(path) as file:
+        figure.savefig(file, format=Path(path).suffix[1:].lower())

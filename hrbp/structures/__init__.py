@@ -1,0 +1,1 @@
+"""Which shapes may a mask take, and what does each keep of a score?"""

@@ -1,0 +1,621 @@
+"""HRBP and HRBP++: from the score of every weight to groups of filters that share their input channels and their taps.
+
+A filter bank [K, C, R, S] is regrouped when its K rows are cut into groups of equally many, and every group keeps k
+input channels and p taps of its own. In a group, what is kept is a dense block (rows x channels x taps), and it stays
+one in the input gradient, where kernels are rotated and transposed: that is what element-wise blocks lose. With all
+taps this is HRBP, with p < R*S HRBP++ (Ma et al., HRBP: Hardware-friendly Regrouping towards Block-based Pruning for
+Sparse CNN Training, CPAL 2024).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blocksparse import BSRPattern
+
+from ..arguments import any_case, check_sparsity
+from .selection import balanced as choose_balanced
+from .selection import check_score, top
+
+STARTS = 8  # searches side by side
+STEPS = 30  # most alternations of one search
+SHAKEN = 0.1  # share of the rows that a perturbation moves
+SHAKES = 20  # most rounds of perturbations
+SHAKEN_CELLS = 3_000_000  # weights that all rounds together go through: larger layers have more averaging and gain less
+ROW_CELLS = 512  # weights that take as long as assigning a row
+SWAPPED_CELLS = 16_000_000  # weights that tried exchanges of pairs of rows together go through
+SWAP_CHUNK_CELLS = 500_000  # of pairs tried at once
+MAX_BLOCK_ROWS = 128  # rows of a block by default
+
+
+@dataclass(frozen=True, eq=False)
+class Grouping:
+    """Groups of filters that share input channels and taps.
+
+    Rows g*K/groups .. (g+1)*K/groups of `row_order` are the filters of group g.
+
+    Args:
+        shape: (K, C, R, S) of the filter bank.
+        row_order: int64 [K], a permutation of the filters.
+        channels: int64 [groups, k], each row ascending: the input channels that a group keeps.
+        taps: int64 [groups, p], each row ascending: the kernel offsets r*S + s that a group keeps.
+        granule: channels come in aligned runs of this many.
+
+    Raises:
+        ValueError: the tensors do not describe such groups; the message says which and why.
+    """
+
+    shape: tuple[int, int, int, int]
+    row_order: Tensor
+    channels: Tensor
+    taps: Tensor
+    granule: int = 1
+
+    def __post_init__(self) -> None:
+        k, c, r, s = self.shape
+        for name, dims in (("row_order", 1), ("channels", 2), ("taps", 2)):
+            t = getattr(self, name)
+            if t.dtype != torch.int64 or t.dim() != dims:
+                raise ValueError(f"Grouping(): {name} is {t.dtype} with {t.dim()} axes; it needs int64 with {dims}")
+        if self.row_order.numel() != k or not torch.equal(
+            self.row_order.sort().values, torch.arange(k, device=self.row_order.device)
+        ):
+            raise ValueError(f"Grouping(): row_order is no permutation of 0 .. {k - 1}")
+        if len(self.channels) != len(self.taps) or len(self.taps) == 0 or k % len(self.taps):
+            raise ValueError(
+                f"Grouping(): channels has {len(self.channels)} groups, taps {len(self.taps)}; "
+                f"both need the same number, a divisor of K = {k}"
+            )
+        for name, size in (("channels", c), ("taps", r * s)):
+            t = getattr(self, name)
+            if t.shape[1] == 0 or (t[:, 1:] <= t[:, :-1]).any() or t[:, 0].min() < 0 or t[:, -1].max() >= size:
+                raise ValueError(f"Grouping(): {name} needs rows that ascend, within 0 .. {size - 1}")
+        if self.granule < 1 or c % self.granule or self.channels.shape[1] % self.granule:
+            raise ValueError(f"Grouping(): granule is {self.granule}; it needs a divisor of C and of channels' width")
+        runs = self.channels.view(self.groups, -1, self.granule)
+        if (runs[..., :1] % self.granule != 0).any() or (runs[..., -1] - runs[..., 0] != self.granule - 1).any():
+            raise ValueError(f"Grouping(): channels are not in aligned runs of granule = {self.granule}")
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Grouping):
+            return NotImplemented
+        tensors = ((getattr(self, name), getattr(other, name)) for name in ("row_order", "channels", "taps"))
+        same = (self.shape, self.granule) == (other.shape, other.granule)
+        return same and all(a.shape == b.shape and bool((a == b.to(a.device)).all()) for a, b in tensors)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        (_, c, r, s), moved = self.shape, "" if self._in_order() else ", rows moved"
+        return (
+            f"Grouping({tuple(self.shape)}, {self.groups} groups of {self.rows}, channels {self.channels.shape[1]} of "
+            f"{c}, taps {self.taps.shape[1]} of {r * s}, density {self.density:.4f}{moved})"
+        )
+
+    @property
+    def groups(self) -> int:
+        return len(self.channels)
+
+    @property
+    def rows(self) -> int:
+        """Filters of a group."""
+        return self.shape[0] // self.groups
+
+    @property
+    def density(self) -> float:
+        """Kept weights / all weights."""
+        _, c, r, s = self.shape
+        return self.channels.shape[1] * self.taps.shape[1] / (c * r * s)
+
+    @property
+    def blocksize(self) -> tuple[int, int]:
+        """(bk, bc) of the BSR form: the rows of a group or, beyond 128, their largest divisor to 128; the granule."""
+        return max(d for d in range(1, min(self.rows, MAX_BLOCK_ROWS) + 1) if self.rows % d == 0), self.granule
+
+    def _in_order(self) -> bool:
+        return torch.equal(self.row_order, torch.arange(self.shape[0], device=self.row_order.device))
+
+    def mask(self) -> Tensor:
+        """bool [K, C, R, S], in filter order: the weights that are kept."""
+        _, c, r, s = self.shape
+        group = torch.zeros(self.groups, c, r * s, dtype=torch.bool, device=self.channels.device)
+        numbers = torch.arange(self.groups, device=group.device)[:, None, None]
+        group[numbers, self.channels[:, :, None], self.taps[:, None]] = True
+        mask = torch.empty(self.shape, dtype=torch.bool, device=group.device)
+        mask[self.row_order] = group.repeat_interleave(self.rows, 0).view(self.shape)
+        return mask
+
+    def pattern(self, blocksize: Sequence[int] | None = None) -> BSRPattern:
+        """The BSR index of these groups; no zero is stored.
+
+        Args:
+            blocksize: (bk, bc); bk divides the rows of a group, bc the granule. Default: `self.blocksize`.
+        """
+        bk, bc = self.blocksize if blocksize is None else blocksize
+        if bk < 1 or bc < 1 or self.rows % bk or self.granule % bc:
+            raise ValueError(
+                f"Grouping.pattern(): blocksize is {(bk, bc)}; bk needs to divide {self.rows}, the rows of a group, "
+                f"and bc {self.granule}, the granule, or blocks would hold weights that are not kept"
+            )
+        return BSRPattern.from_mask(self.mask(), (bk, bc), self.row_order)
+
+    def retained(self, score: Tensor) -> float:
+        """sum(score kept) / sum(score), in [0, 1]; 1 where the score is zero throughout."""
+        if tuple(score.shape) != tuple(self.shape):
+            raise ValueError(f"Grouping.retained(): score has shape {tuple(score.shape)}; it needs {self.shape}")
+        score = score.detach()
+        total = score.sum(dtype=torch.float64)
+        kept = score[self.mask().to(score.device)].sum(dtype=torch.float64)
+        return float(kept / total) if total > 0 else 1.0
+
+    @classmethod
+    def from_mask(cls, mask: Tensor, groups: int | None = None) -> Grouping:
+        """The groups of a mask that has this structure: the inverse of `mask`.
+
+        Args:
+            mask: bool [K, C, R, S].
+            groups: how many; default: as few as possible (filters with equal masks are one group where all such groups
+                are of one size).
+
+        Raises:
+            ValueError: filters with equal masks do not form groups of equal size, or a group does not keep
+                channels x taps, or not as many of them as the others.
+        """
+        if mask.dtype != torch.bool or mask.dim() != 4 or mask.numel() == 0:
+            raise ValueError(
+                f"Grouping.from_mask(): mask is {mask.dtype} {tuple(mask.shape)}; "
+                "it needs bool [K, C, R, S], none of them 0"
+            )
+        k, c, r, s = mask.shape
+        if groups is not None and (groups < 1 or k % groups):
+            raise ValueError(f"Grouping.from_mask(): groups is {groups}; it needs a divisor of K = {k}")
+        kinds, member, sizes = torch.unique(mask.reshape(k, -1), dim=0, return_inverse=True, return_counts=True)
+        rows = math.gcd(*sizes.tolist()) if groups is None else k // groups
+        if (sizes % rows).any():
+            raise ValueError(
+                f"Grouping.from_mask(): {sorted(set(sizes.tolist()))} filters have equal masks; "
+                f"groups of {rows} need multiples of that"
+            )
+        # Filters in the order of their groups, groups in the order of their first filter.
+        order = torch.argsort(member, stable=True).view(-1, rows)
+        order = order[order[:, 0].argsort()]
+        kept = kinds[member[order[:, 0]]].view(-1, c, r * s)
+        channels, taps = kept.any(2), kept.any(1)
+        if (kept != channels[:, :, None] & taps[:, None]).any():
+            raise ValueError("Grouping.from_mask(): a group does not keep channels x taps: its channels differ in taps")
+        lists = []
+        for name, chosen in (("channels", channels), ("taps", taps)):
+            counts = set(chosen.sum(1).tolist())
+            if len(counts) != 1 or counts == {0}:
+                raise ValueError(f"Grouping.from_mask(): groups keep {sorted(counts)} {name}; they need equally many")
+            lists.append(chosen.nonzero()[:, 1].view(len(chosen), -1))
+        shared = math.gcd(c, lists[0].shape[1])
+        granule = max(d for d in range(1, shared + 1) if shared % d == 0 and _in_runs(channels, d))
+        return cls((k, c, r, s), order.reshape(-1), lists[0], lists[1], granule)
+
+
+def _in_runs(chosen: Tensor, run: int) -> bool:
+    """Whether bool [groups, C] is made of aligned runs."""
+    runs = chosen.view(len(chosen), -1, run)
+    return bool((runs.all(2) == runs.any(2)).all())
+
+
+@dataclass(frozen=True)
+class GroupShape:
+    """How many groups, channels and taps a layer gets: the same for every group."""
+
+    groups: int
+    channels: int
+    taps: int
+
+
+def group_shape(
+    shape: Sequence[int],
+    sparsity: float,
+    *,
+    groups: int = 8,
+    tap_density: float = 1.0,
+    granule: int = 1,
+    row_granule: int = 1,
+    min_rows: int = 8,
+) -> GroupShape:
+    """What `regroup` makes of a layer, from its shape alone.
+
+    groups    the largest t <= groups with K % t = 0, K/t >= min_rows and K/t % row_granule = 0; else 1
+    taps      max(1, round(R*S * tap_density)); where more than that is kept of the layer, ceil(R*S * (1 - sparsity))
+    channels  granule * max(1, round(C * (1 - sparsity) / (tap_density * granule))), at most C; tap_density is that of
+              the taps where they were raised or the kernel is 1x1
+
+    Raises:
+        ValueError: a number out of its range, or a granule that does not divide.
+    """
+    who = "regroup()"
+    if len(shape) != 4 or min(shape) < 1:
+        raise ValueError(f"{who}: score has shape {tuple(shape)}; it needs [K, C, R, S], none of them 0")
+    k, c, r, s = shape
+    check_sparsity(sparsity, who)
+    value: Any = tap_density
+    if not isinstance(value, Real) or not 0 < tap_density <= 1:
+        raise ValueError(f"{who}: tap_density is {tap_density!r}; it needs a number in (0, 1]")
+    for name, value in (("groups", groups), ("granule", granule), ("row_granule", row_granule), ("min_rows", min_rows)):
+        if not isinstance(value, Integral) or value < 1:
+            raise ValueError(f"{who}: {name} is {value!r}; it needs a positive integer")
+    if c % granule:
+        raise ValueError(f"{who}: granule is {granule}; it needs a divisor of C = {c} (1 takes any C)")
+    if k % row_granule:
+        raise ValueError(f"{who}: row_granule is {row_granule}; it needs a divisor of K = {k} (1 takes any K)")
+    density = 1 - sparsity
+    taps = max(1, round(r * s * tap_density))
+    if density > tap_density:
+        taps = min(r * s, math.ceil(r * s * density - 1e-9))
+    if density > tap_density or r * s == 1:
+        tap_density = taps / (r * s)
+    channels = min(c, granule * max(1, round(c * density / (tap_density * granule))))
+    fits = [t for t in range(1, min(groups, k) + 1) if k % t == 0 and k // t >= min_rows and k // t % row_granule == 0]
+    return GroupShape(max(fits, default=1), channels, taps)
+
+
+def regroup(
+    score: Tensor,
+    sparsity: float,
+    *,
+    groups: int = 8,
+    tap_density: float = 1.0,
+    granule: int = 1,
+    row_granule: int = 1,
+    min_rows: int = 8,
+    balanced: bool = False,
+    method: str = "assign",
+    seed: int = 0,
+) -> Grouping:
+    """Groups of filters, with channels and taps of their own, that keep as much of the score as they can.
+
+        maximise  sum_g  sum of score[o, c, p] over rows o of g, channels c of g, taps p of g
+        with equally many rows, channels and taps in every group
+
+    method="assign" alternates: given rows and taps the best channels, given rows and channels the best taps, given both
+    the best balanced assignment of rows. No step loses score. It starts from several seeds and from the paper's
+    groups, then shakes the best result and repeats, so that it never keeps less than method="paper".
+
+    method="paper" is Algorithm 1 (section 4.1), which looks at the non-zero cells of the score and never at their size:
+    1. the kernels with the most non-zeros, a share of (1 - sparsity) / tap_density, make a mask of kernels;
+    2. its rows are divided into equal groups of similar rows (Jaccard similarity: greedy seeds, then balanced
+       assignment by average similarity for as long as it rises);
+    3. a group keeps the channels that most of its rows have in the mask (ties: most non-zeros, then the first);
+    4. and the taps with the most non-zeros in the kept kernels of the group.
+    The score of a dense layer says nothing by counts: where no cell is zero, its highest 1 - sparsity are counted.
+
+    Args:
+        score: [K, C, R, S] >= 0, floating point or bool, on any device: the work is done there.
+        sparsity: share of the weights that is dropped, in [0, 1). What comes out is given by whole channels and taps.
+        groups: at most so many groups; see `group_shape` for the number used, and for channels and taps.
+        tap_density: share of the taps that a group keeps; 1 is HRBP, the paper's HRBP++ has 4/9.
+        granule: channels are kept in aligned runs of this many (8 is what 16-byte loads of float16 ask for).
+        row_granule: rows move in aligned runs of this many; K/groups keeps the filters where they are.
+        min_rows: least filters of a group (the paper's B1).
+        balanced: every channel (every run, for a granule) is kept by as many groups as any other, give or take one, so
+            that the input gradient is as balanced as the output.
+        seed: of the starts; the same seed gives the same groups.
+
+    Returns:
+        A Grouping on the score's device; its rows ascend within a group, its groups by their first row.
+
+    Raises:
+        ValueError: a score that is negative, not finite or not [K, C, R, S]; an option out of range.
+
+    Source: HRBP (CPAL 2024), section 4.1, for method="paper"; method="assign" is this library's.
+    """
+    method = any_case(method, ("assign", "paper"))
+    if method not in ("assign", "paper"):
+        raise ValueError(f"regroup(): method is {method!r}; it needs 'assign' or 'paper'")
+    size = group_shape(
+        score.shape,
+        sparsity,
+        groups=groups,
+        tap_density=tap_density,
+        granule=granule,
+        row_granule=row_granule,
+        min_rows=min_rows,
+    )
+    cells = check_score(score, sparsity, "regroup()")
+    counted = _counted(cells, sparsity)
+    # From here on a row is a run of row_granule filters and a channel a run of granule channels.
+    search = _Search(_runs(cells, row_granule, granule), size, granule, balanced, seed)
+    counts = _Search(_runs(counted, row_granule, granule), size, granule, balanced, seed)
+    kernels = round(counts.rows * counts.channels * min(1.0, (1 - sparsity) * score[0, 0].numel() / size.taps))
+    found = _by_counts(counts, kernels)
+    if method == "assign":
+        found = _by_score(search, found)
+    return _grouping(found, tuple(score.shape), row_granule, granule)
+
+
+# ---------------------------------------------------------------------- the score
+
+
+def _counted(cells: Tensor, sparsity: float) -> Tensor:
+    """The mask that Algorithm 1 counts, as zeros and ones."""
+    mask = cells > 0
+    if bool(mask.all()):
+        kept = round((1 - sparsity) * cells.numel())
+        mask = top(cells.flatten(), kept).view(cells.shape)
+    return mask.to(cells.dtype)
+
+
+def _runs(cells: Tensor, row_granule: int, granule: int) -> Tensor:
+    """[K, C, R, S] summed over runs of rows and channels: [K / row_granule, C / granule, R*S]."""
+    k, c, r, s = cells.shape
+    return cells.view(k // row_granule, row_granule, c // granule, granule, r * s).sum((1, 3))
+
+
+# ---------------------------------------------------------------------- rows, channels and taps, each given the others
+
+
+@dataclass
+class _Found:
+    """B solutions of one layer. member [B, t, rows], channels [B, t, channels], taps [B, t, taps]; bool."""
+
+    member: Tensor
+    channels: Tensor
+    taps: Tensor
+
+    def pick(self, b: int) -> _Found:
+        return _Found(self.member[b : b + 1], self.channels[b : b + 1], self.taps[b : b + 1])
+
+
+class _Search:
+    """A layer's weights in units of runs, and the three half-steps on B solutions at once."""
+
+    def __init__(self, cells: Tensor, size: GroupShape, granule: int, balanced: bool, seed: int) -> None:
+        self.cells = cells
+        self.rows, self.channels, self.taps = cells.shape
+        self.groups = size.groups
+        self.kept_channels, self.kept_taps = size.channels // granule, size.taps
+        self.balanced, self.seed = balanced, seed
+        self.matrix = cells.view(self.rows, -1)
+
+    def sums(self, member: Tensor) -> Tensor:
+        """[B, t, channels, taps]: the weights of a group's rows added up."""
+        flat = member.flatten(0, 1).to(self.cells.dtype)
+        return (flat @ self.matrix).view(*member.shape[:2], self.channels, self.taps)
+
+    def worth(self, channels: Tensor, taps: Tensor) -> Tensor:
+        """[B, t, rows]: what a row keeps in each group."""
+        kept = (channels[..., None] & taps[:, :, None]).to(self.cells.dtype)
+        return (kept.view(-1, self.matrix.shape[1]) @ self.matrix.t()).view(*channels.shape[:2], self.rows)
+
+    def best_channels(self, sums: Tensor, taps: Tensor) -> Tensor:
+        value = (sums * taps[:, :, None]).sum(3)
+        return choose_balanced(value, self.kept_channels) if self.balanced else top(value, self.kept_channels)
+
+    def best_taps(self, sums: Tensor, channels: Tensor) -> Tensor:
+        return top((sums * channels[..., None]).sum(2), self.kept_taps)
+
+    def best_rows(self, worth: Tensor, prices: Tensor | None = None) -> Tensor:
+        return choose_balanced(worth, self.rows // self.groups, prices)
+
+
+def _alternate(search: _Search, found: _Found) -> tuple[_Found, Tensor]:
+    """All half-steps in turn until no solution gains any more; what they keep [B]."""
+    kept: Tensor | None = None
+    prices = found.member.new_zeros(*found.member.shape[:2], 1, dtype=torch.float64)
+    for _ in range(STEPS):
+        sums = search.sums(found.member)
+        channels = search.best_channels(sums, found.taps)
+        taps = search.best_taps(sums, channels)
+        worth = search.worth(channels, taps)
+        found = _Found(search.best_rows(worth, prices), channels, taps)
+        before, kept = kept, (worth.double() * found.member).sum((1, 2))
+        if before is not None and bool((kept <= before * (1 + 1e-7)).all()):
+            break
+    assert kept is not None
+    return found, kept
+
+
+# ---------------------------------------------------------------------- method="assign"
+
+
+def _by_score(search: _Search, paper: _Found) -> _Found:
+    generator = torch.Generator().manual_seed(search.seed)
+    # Random choices are of rows by rank, so that they move with the filters when these are permuted.
+    ranked = search.matrix.sum(1, dtype=torch.float64).argsort(stable=True)
+    own_channels, own_taps = _template(search, search.cells[:, None])
+    own = (search.cells * own_channels[:, 0, :, None] * own_taps[:, 0, None]).sum((1, 2))
+
+    seeds = torch.stack([torch.randperm(search.rows, generator=generator)[: search.groups] for _ in range(STARTS)])
+    seeds = ranked[seeds.to(ranked.device)]
+    for b in range(STARTS // 2):
+        seeds[b] = _spread(search, int(seeds[b, 0]), own)
+    channels, taps = _template(search, search.cells[seeds])
+    member = search.best_rows(search.worth(channels, taps))
+    found = _Found(
+        torch.cat([member, search.best_rows(search.worth(paper.channels, paper.taps))]),
+        torch.cat([channels, paper.channels]),
+        torch.cat([taps, paper.taps]),
+    )
+    found, kept = _alternate(search, found)
+    best = found.pick(int(kept.argmax()))
+    most = kept.max()
+    rounds = min(SHAKES, max(1, SHAKEN_CELLS // (search.cells.numel() + ROW_CELLS * search.rows)))
+    for _ in range(rounds if 1 < search.groups < search.rows else 0):
+        found, kept = _alternate(search, _shaken(search, best, ranked, generator))
+        if bool(kept.max() > most):
+            best, most = found.pick(int(kept.argmax())), kept.max()
+    if 1 < search.groups < search.rows and not search.balanced:
+        best = _swapped(search, best)
+    return best
+
+
+def _template(search: _Search, sums: Tensor) -> tuple[Tensor, Tensor]:
+    """Channels and taps for these sums [B, t, channels, taps], from nothing; every group for itself."""
+    channels = top(sums.sum(3), search.kept_channels)
+    taps = torch.ones_like(sums[:, :, 0], dtype=torch.bool)
+    for _ in range(2 if search.kept_taps < search.taps else 0):
+        taps = search.best_taps(sums, channels)
+        channels = top((sums * taps[:, :, None]).sum(3), search.kept_channels)
+    return channels, taps
+
+
+def _spread(search: _Search, first: int, own: Tensor) -> Tensor:
+    """Rows that stand for the groups: each the one that loses most in the groups of those before it."""
+    chosen, covered = [first], torch.zeros_like(own)
+    while len(chosen) < search.groups:
+        channels, taps = _template(search, search.cells[chosen[-1]][None, None])
+        covered = torch.maximum(covered, search.worth(channels, taps)[0, 0])
+        loss = own - covered
+        loss[chosen] = -math.inf
+        chosen.append(int(loss.argmax()))
+    return torch.tensor(chosen, device=own.device)
+
+
+def _shaken(search: _Search, best: _Found, ranked: Tensor, generator: torch.Generator) -> _Found:
+    """STARTS copies of a solution, in each of which a few rows have exchanged their groups."""
+    few = max(2, round(SHAKEN * search.rows))
+    picks = torch.stack([torch.randperm(search.rows, generator=generator)[:few] for _ in range(STARTS)])
+    rows = ranked[picks.to(ranked.device)]
+    group = best.member[0].to(torch.uint8).argmax(0).repeat(STARTS, 1)
+    group.scatter_(1, rows, group.gather(1, rows.roll(1, 1)))
+    member = torch.zeros(STARTS, search.groups, search.rows, dtype=torch.bool, device=group.device)
+    member.scatter_(1, group[:, None], True)
+    return _Found(member, best.channels.expand(STARTS, -1, -1), best.taps.expand(STARTS, -1, -1))
+
+
+def _swapped(search: _Search, best: _Found) -> _Found:
+    """Exchanges pairs of rows between groups as long as that gains, channels and taps chosen anew for each pair.
+
+    This sees what the alternation cannot, whose channels and taps stay behind while rows move. It pays on small layers,
+    and all pairs of a larger one are too many to try: SWAPPED_CELLS bounds the work.
+    """
+    pair_cells, left = 2 * search.matrix.shape[1], SWAPPED_CELLS
+    if search.rows * (search.rows - 1) // 2 * pair_cells > left:
+        return best
+    first, second = torch.triu_indices(search.rows, search.rows, 1, device=search.cells.device)
+    group = best.member[0].to(torch.uint8).argmax(0)
+    sums = search.sums(best.member)[0]
+    channels, taps = best.channels[0].clone(), best.taps[0].clone()
+    kept = _kept(sums, channels, taps)
+    stale = torch.ones(search.groups, dtype=torch.bool, device=group.device)
+    while True:
+        a, b = group[first], group[second]
+        tried = ((a != b) & (stale[a] | stale[b])).nonzero()[:, 0]
+        left -= len(tried) * pair_cells
+        if len(tried) == 0 or left < 0:
+            break
+        stale[:] = False
+        gains = torch.cat(
+            [
+                _swap(search, sums, first[part], second[part], a[part], b[part])[0] - kept[a[part]] - kept[b[part]]
+                for part in tried.split(max(1, SWAP_CHUNK_CELLS // pair_cells))
+            ]
+        )
+        for i in gains.argsort(descending=True)[: search.groups**2].tolist():
+            pair = tried[i : i + 1]
+            groups = torch.cat([a[pair], b[pair]])
+            if float(gains[i]) <= 1e-7 * float(kept.sum()):
+                break
+            if bool(stale[groups].any()):
+                continue
+            _, sums_of, channels_of, taps_of = _swap(search, sums, first[pair], second[pair], a[pair], b[pair])
+            sums[groups], channels[groups], taps[groups] = sums_of[:, 0], channels_of[:, 0], taps_of[:, 0]
+            kept[groups] = _kept(sums[groups], channels[groups], taps[groups])
+            group[first[pair]], group[second[pair]] = b[pair], a[pair]
+            stale[groups] = True
+    member = torch.zeros_like(best.member).scatter_(1, group[None, None], True)
+    return _alternate(search, _Found(member, channels[None], taps[None]))[0]
+
+
+def _swap(
+    search: _Search, sums: Tensor, i: Tensor, j: Tensor, a: Tensor, b: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What groups a and b keep together [pairs] when rows i and j change places; their new sums, channels and taps."""
+    change = search.cells[j] - search.cells[i]
+    new = torch.stack([sums[a] + change, sums[b] - change])
+    channels, taps = _template(search, new)
+    return _kept(new, channels, taps).sum(0), new, channels, taps
+
+
+def _kept(sums: Tensor, channels: Tensor, taps: Tensor) -> Tensor:
+    """[..., groups] what groups with these sums [..., groups, channels, taps] keep."""
+    return torch.einsum("...cp,...c,...p->...", sums, channels.to(sums.dtype), taps.to(sums.dtype))
+
+
+# ---------------------------------------------------------------------- method="paper"
+
+
+def _by_counts(search: _Search, kernels: int) -> _Found:
+    """Algorithm 1 on counts of non-zeros [rows, channels, taps], of which the `kernels` richest kernels are kept."""
+    per_kernel = search.cells.sum(2)
+    kept = top(per_kernel.view(-1), kernels).view(per_kernel.shape)
+    member = _similar_rows(search, kept)
+    sums = search.sums(member)
+    # Rows of the kernel mask first, non-zeros second: the latter are fewer than a step of the former.
+    most = search.cells.sum() + 1
+    value = (member.double() @ kept.double()) + (sums.sum(3) / most)
+    channels = choose_balanced(value, search.kept_channels) if search.balanced else top(value, search.kept_channels)
+    return _Found(member, channels, search.best_taps(sums, channels))
+
+
+def keep_by_counts(nonzero: Tensor, channels: int, taps: int, granule: int) -> tuple[Tensor, Tensor]:
+    """Steps 1, 3 and 4 of Algorithm 1 for a group on its own: how HRBP changes a mask while training.
+
+    Args:
+        nonzero: bool [rows, C, R*S], the cells that the group's filters would keep each for itself.
+        channels, taps: how many the group keeps; granule: channels come in aligned runs of this many.
+
+    Returns:
+        int64 [channels] and [taps], ascending.
+    """
+    rows, c, area = nonzero.shape
+    cells = nonzero.float().view(rows, c // granule, granule, area).sum(2)
+    search = _Search(cells, GroupShape(1, channels, taps), granule, balanced=False, seed=0)
+    found = _by_counts(search, rows * (channels // granule))
+    runs = found.channels[0, 0].nonzero() * granule
+    kept = (runs + torch.arange(granule, device=runs.device)).flatten()
+    return kept, found.taps[0, 0].nonzero()[:, 0]
+
+
+def _similar_rows(search: _Search, kept: Tensor) -> Tensor:
+    """[1, t, rows]: equal groups of rows with similar masks `kept` [rows, channels]."""
+    ones = kept.double()
+    both, each = ones @ ones.t(), ones.sum(1)
+    similarity = both / (each[:, None] + each - both).clamp_min(1)  # Jaccard: |a and b| / |a or b|
+    generator = torch.Generator().manual_seed(search.seed)
+    ranked = search.matrix.sum(1, dtype=torch.float64).argsort(stable=True)
+    chosen = [int(ranked[int(torch.randint(search.rows, (1,), generator=generator))])]
+    while len(chosen) < search.groups:
+        nearest = similarity[chosen].amax(0)
+        nearest[chosen] = math.inf
+        chosen.append(int(nearest.argmin()))
+    member = search.best_rows(similarity[chosen][None])
+    within = -math.inf
+    for _ in range(STEPS):
+        shared = member.double() @ similarity
+        total = float((shared * member).sum())
+        if total <= within * (1 + 1e-9):
+            break
+        best, within = member, total
+        member = search.best_rows(shared)
+    return best
+
+
+# ---------------------------------------------------------------------- the result
+
+
+def _grouping(found: _Found, shape: tuple[int, ...], row_granule: int, granule: int) -> Grouping:
+    member, channels, taps = found.member[0], found.channels[0], found.taps[0]
+    groups = len(member)
+    order = member.to(torch.uint8).argmax(1).argsort()  # groups by their first row
+
+    def lists(chosen: Tensor, run: int) -> Tensor:
+        starts = chosen[order].nonzero()[:, 1].view(groups, -1, 1) * run
+        return (starts + torch.arange(run, device=chosen.device)).view(groups, -1)
+
+    k, c, r, s = shape
+    rows = lists(member, row_granule).view(-1)
+    return Grouping((k, c, r, s), rows, lists(channels, granule), lists(taps, 1), granule)

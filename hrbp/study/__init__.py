@@ -1,0 +1,1 @@
+"""What do many trainings, side by side, come to?"""

@@ -1,0 +1,595 @@
+"""How regular a mask may be: one trained network, pruned grain by grain, and what each kind of grain keeps and costs.
+
+The study of Mao et al., Exploring the Regularity of Sparse Structure in Convolutional Neural Networks (2017): a grain
+is worth the sum of |w| in it, every layer keeps the same share of its grains, and the network is trained again after
+each step of pruning, from one sparsity to the next.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import re
+import time
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..data import Batches, ImageSet, load
+from ..files import only_writer
+from ..formats.weights import read_weights
+from ..models import build, narrow
+from ..reports.mask_report import columns, report_model
+from ..reports.model_summary import inputs_of, summary
+from ..reports.picture import draw_regularity
+from ..structures.registry import NM
+from ..structures.registry import structure as make_structure
+from ..surgery.conversion import densify, plan_of, sparsify
+from ..training.checkpoint import load as load_model
+from ..training.checkpoint import save
+from ..training.progress import Progress, duration
+from ..training.trainer import Diverged, Settings, Trainer, the_device
+from . import runner
+
+GRAINS = {
+    "unstructured": "0-D weight", "vector": "1-D vector", "kernel": "2-D kernel", "filter": "3-D filter",
+    "channel": "channel", "1xn": "1x8", "n:m": "n:8", "block": "block 8x8", "hrbp": "hrbp", "hrbp++": "hrbp++",
+}  # fmt: skip
+OPTIONS: dict[str, dict[str, Any]] = {"1xn": {"n": 8}, "n:m": {"m": 8}, "block": {"blocksize": (8, 8)}}
+RIVALS = ("dense", "narrow")  # trained as long: the network without pruning, and a thinner one
+SPARSITIES = (0.5, 0.75, 0.875)  # which 4:8, 2:8 and 1:8 have
+FINEST = "unstructured"  # whose references the others are compared with
+ROUNDS = 7  # in which networks take one timed step after the other
+TIMED_BATCH = 8
+TEST_BATCH = 500
+MAY_GROW = ("structures", "seeds", "trainings")  # of the settings, when a study is continued
+COSTS = ("parameters", "stream", "references", "fprop_balance", "dgrad_balance")
+FIGURE, MODEL = "regularity.png", "model.pt"
+
+
+class Regularity:
+    """Prunes one trained network with every grain to every sparsity; made and run again, it continues where it stopped.
+
+        results = Regularity("runs/regularity", epochs=6).run()
+        print(table(results, max_time=0.5, max_storage=0.25))
+
+    Each grain and seed is a chain: the trained network is pruned to the lowest sparsity and trained again, the result
+    is pruned to the next one, and so on. Beside them two rivals are trained as long: the dense network, which is the
+    one that losses are told against, and with as many parameters as the sparse ones a narrow network, from scratch.
+
+    Times are those of forward + backward of the same network, `timed_width` times as wide as published, with masks of
+    the same kinds and sparsities, against the dense one, in turns: networks that train in minutes have layers too small
+    to tell how a structure runs.
+
+    What cannot be made (a structure at a sparsity that it has not, or in that network) is left out with its reason; the
+    rest of its chain is trained. The study in a folder may be continued with more structures and seeds.
+
+    In the folder `out`: results.json and table.csv, written anew after every training, regularity.png, and a folder for
+    each training with its log, its checkpoints and, once it is finished, model.pt and result.json.
+
+    Args:
+        out: folder; a new one, or that of the same study.
+        structures: names of `make_mask`; 1xn, n:m and block have n = 8, m = 8 and 8x8 filters by channels here.
+        model, width: as in `models.build`.
+        weights: a file with the trained weights of that network; None: it is trained first.
+        images: sets to train and to test with, or a name for `data.load`.
+        sparsities: of the layers made sparse; pruned to from low to high.
+        seeds: of the order and augmentation of the images when training again, and of searches for groups.
+        batch_size: images of a step.
+        retrain: epochs after each pruning.
+        retrain_lr: learning rate there; default: half of that before.
+        timed_width: see above; default: `width`.
+        device: default: the GPU if there is one.
+        quiet: print nothing.
+        **training: see `Settings`; epochs, those of the network before it is pruned, is needed without `weights`.
+
+    Raises:
+        ValueError: options that do not fit, or a folder with another study or with something else.
+    """
+
+    def __init__(
+        self,
+        out: str | os.PathLike[str],
+        structures: Sequence[str] = (*RIVALS, *GRAINS),
+        *,
+        model: str = "resnet8",
+        width: float = 1.0,
+        weights: str | os.PathLike[str] | None = None,
+        images: tuple[ImageSet, ImageSet] | str = "shapes",
+        sparsities: Sequence[float] = SPARSITIES,
+        seeds: Sequence[int] = (0, 1),
+        batch_size: int = 64,
+        retrain: int = 2,
+        retrain_lr: float | None = None,
+        timed_width: float | None = None,
+        device: torch.device | str | None = None,
+        quiet: bool = False,
+        **training: Any,
+    ) -> None:
+        who = "Regularity()"
+        for name, values in (("structures", structures), ("sparsities", sparsities), ("seeds", seeds)):
+            if not values or len(set(values)) < len(values):
+                raise ValueError(f"{who}: {name} is {list(values)}; it needs one or more, each once")
+        if any(not 0 < sparsity < 1 for sparsity in sparsities):
+            raise ValueError(f"{who}: sparsities is {list(sparsities)}; they need to be between 0 and 1")
+        if "dense" not in structures:
+            raise ValueError(f"{who}: structures has no 'dense', which losses are told against; add it")
+        if weights is not None and "narrow" in structures:
+            raise ValueError(
+                f"{who}: structures has 'narrow', which is trained as long as the network; nobody knows how long those"
+                " weights were trained: leave it out"
+            )
+        self.device = the_device(device)
+        self.out, self.model, self.width, self.batch_size = Path(out), model, width, batch_size
+        self.structures, self.sparsities, self.seeds = list(structures), sorted(sparsities), list(seeds)
+        if isinstance(images, str):
+            images = load(images, "train"), load(images, "test")
+        self.train, self.test = images
+        shape = self.train.shape
+        self.shape: dict[str, Any] = {
+            "classes": len(self.train.classes), "image_size": shape[1], "channels": shape[0]
+        }  # fmt: skip
+        if weights is not None:
+            training.setdefault("epochs", 1)  # of a training that there is not
+        self.training = Settings(**training)
+        assert self.training.lr is not None
+        again = {"epochs": retrain, "lr": self.training.lr / 2 if retrain_lr is None else retrain_lr, "warmup": 0.0}
+        self.retraining = Settings(**{**asdict(self.training), **again})
+        self.timed_width = width if timed_width is None else timed_width
+        self.weights = None if weights is None else _weights(weights, build(model, width=width, **self.shape), who)
+        with torch.device("meta"):
+            build(model, width=self.timed_width, **self.shape)  # refuses a width
+        self._batches(self.seeds[0])  # refuses a size
+        self.say = Progress(quiet)
+        asked = [(structure, sparsity) for structure in self.structures for sparsity in self.sparsities]
+        why = {line: self._impossible(*line) for line in asked}
+        self.lines = [line for line, reason in why.items() if reason is None]
+        self.left_out = {line_name(*line): reason for line, reason in why.items() if reason is not None}
+        kept = {structure for structure, _ in self.lines} - set(RIVALS)
+        if ("dense", self.sparsities[0]) not in self.lines or (not kept and set(structures) - set(RIVALS)):
+            reasons = [f"{name}: {reason}" for name, reason in self.left_out.items()]
+            more = f"; and {len(reasons) - 2} more" if len(reasons) > 2 else ""
+            raise ValueError(f"{who}: none of this can be trained: {'; '.join(reasons[:2])}{more}")
+        self.runs = [(structure, sparsity, seed) for seed in self.seeds for structure, sparsity in self.lines]
+        settings = {
+            "model": model, "width": width, "data": self.train.name, "images": [len(self.train), len(self.test)],
+            "labels": zlib.crc32(self.train.labels.cpu().numpy().tobytes()), "shape": shape,
+            "weights": None if self.weights is None else _checksum(self.weights), "structures": self.structures,
+            "sparsities": self.sparsities, "seeds": self.seeds, "batch_size": batch_size,
+            "timed_width": self.timed_width, "training": None if self.weights else asdict(self.training),
+            "retraining": asdict(self.retraining), "trainings": len(self.runs),
+        }  # fmt: skip
+        self.results: dict[str, Any] = json.loads(json.dumps({"settings": settings}))
+        self.results.update(machine=runner.machine(self.device), times={}, trained=None, runs=[], stopped=None)
+        self.results["left_out"] = self.left_out
+        self._take_up()
+
+    def _take_up(self) -> None:
+        """Take over what was measured in the folder; any other content than that of this study is refused."""
+        folders = [self.out / "trained", *(self._folder(*run) for run in self.runs)]
+        before = runner.take_up(self.out, self.results["settings"], "Regularity()", folders, MAY_GROW)
+        if before.get("machine") == self.results["machine"]:
+            self.results["times"] = runner.read_seconds(before, "times", self.out)
+
+    def _impossible(self, structure: str, sparsity: float) -> str | None:
+        """Why this cannot be made, found by making its masks once, at random; None: it can."""
+        rule = None if structure in RIVALS else make_structure(structure, **OPTIONS.get(structure, {}))
+        try:
+            with torch.random.fork_rng():
+                if structure == "narrow":
+                    self._narrow(sparsity, 0)
+                elif rule is not None:
+                    if isinstance(rule, NM):
+                        rule.kept(sparsity)
+                    self._pruned(build(self.model, width=self.width, **self.shape), structure, sparsity, "random")
+        except ValueError as error:
+            return " ".join(str(error).split())
+        return None
+
+    def run(self) -> dict[str, Any]:
+        """Train what is not finished, to the end or until SIGINT or SIGTERM.
+
+        Returns:
+            What results.json holds: "settings", "machine", "times" (structure -> sparsity -> seconds of forward +
+            backward, with those of the dense network in the same rounds), "trained" (what the network was before it was
+            pruned), "runs" (one dict a training) and "stopped" (the signal that stopped it, else None).
+        """
+        with only_writer(self.out, "Regularity()"):
+            self._take_up()
+            for line, reason in self.left_out.items():
+                self.say.say(f"left out: {line}, as {reason}")
+            return self._run_all()
+
+    def _run_all(self) -> dict[str, Any]:
+        runs = self.runs
+        found = [(run, self._result_of(*run)) for run in runs]
+        ended = [result for _, result in found if result is not None]
+        self.results["trained"] = self._trained_before()
+        self.results["runs"] = ended if self.results["trained"] else []  # which are told relative to it
+        self._write()
+        if stopped := self._train_dense():
+            return self._end(stopped)
+        self.results["runs"] = ended
+        self._measure()
+        todo = [run for run, result in found if result is None]
+        begin = time.monotonic()
+        for i, run in enumerate(todo):
+            at = len(runs) - len(todo) + i + 1
+            left = f", {duration((time.monotonic() - begin) / i * (len(todo) - i))} left" if i else ""
+            head = f"[{at}/{len(runs)}{left}] {line_name(*run[:2])} seed {run[2]}"
+            result = self._run(*run, head)
+            if isinstance(result, str):
+                return self._end(result)
+            self.results["runs"].append(result)
+            self._write()
+            what = "diverged" if result["accuracy"] is None else f"{result['accuracy']:.2%}"
+            self.say.say(f"{head}: {what} in {duration(result['seconds'])}")
+        return self._end(None)
+
+    def _end(self, stopped: str | None) -> dict[str, Any]:
+        self.results["stopped"] = stopped
+        self._write()
+        try:
+            draw_regularity(self.out / FIGURE, rows(self.results), self.results["settings"], self.results["machine"])
+        except ValueError as error:
+            self.say.say(f"no figure: {error}")
+        return self.results
+
+    def _write(self) -> None:
+        runner.write_results(self.out, self.results, rows(self.results))
+
+    # ------------------------------------------------------------ trainings
+
+    def _folder(self, structure: str, sparsity: float, seed: int) -> Path:
+        return self.out / re.sub(r"[^\w.+=-]+", "-", f"{line_name(structure, sparsity)} seed {seed}")
+
+    def _identity(self, structure: str, sparsity: float, seed: int) -> dict[str, Any]:
+        return {"line": line_name(structure, sparsity), "structure": structure, "asked": sparsity, "seed": seed}
+
+    def _result_of(self, structure: str, sparsity: float, seed: int) -> dict[str, Any] | None:
+        folder, identity = self._folder(structure, sparsity, seed), self._identity(structure, sparsity, seed)
+        return runner.read_result(folder, identity, ("seconds",), ("accuracy", "sparsity", "file", *COSTS))
+
+    def _batches(self, seed: int) -> tuple[Batches, Batches]:
+        return (
+            Batches(self.train, self.batch_size, train=True, seed=seed, device=self.device),
+            Batches(self.test, TEST_BATCH, train=False, device=self.device),
+        )
+
+    def _trained_before(self) -> dict[str, Any] | None:
+        return runner.read_result(self.out / "trained", {"line": "trained"}, ("file", *COSTS))
+
+    def _train_dense(self) -> str | None:
+        """The network before it is pruned, in trained/model.pt; or the signal that stopped its training."""
+        folder, identity = self.out / "trained", {"line": "trained"}
+        result = self._trained_before()
+        if result is None:
+            torch.manual_seed(0)
+            model = build(self.model, width=self.width, **self.shape)
+            folder.mkdir(exist_ok=True)
+            if self.weights is not None:
+                model.load_state_dict(self.weights)
+                save(model, folder / MODEL)
+                ended: Any = model, {}
+            else:
+                ended = self._finished(model, self.training, 0, folder, identity, "the network to prune")
+            if isinstance(ended, str):
+                return ended
+            model, last = ended
+            if last.get("diverged"):
+                raise Diverged(f"Regularity.run(): the network to prune: {last['diverged']}")
+            result = {**identity, **last, **self._costs(model), "file": _size(folder)}
+            runner.write_json(folder / runner.RESULT, result)
+            if "accuracy" in result:
+                self.say.say(f"the network to prune: {result['accuracy']:.2%} in {duration(result['seconds'])}")
+        self.results["trained"] = result
+        return None
+
+    def _run(self, structure: str, sparsity: float, seed: int, head: str) -> dict[str, Any] | str:
+        """What the table needs of one link of a chain, or the signal that stopped it."""
+        folder, identity = self._folder(structure, sparsity, seed), self._identity(structure, sparsity, seed)
+        at, settings = self.sparsities.index(sparsity), self.retraining
+        earlier = [i for i in range(at) if (structure, self.sparsities[i]) in self.lines]
+        since = at - earlier[-1] if earlier else at + 1  # steps: those that are left out are trained all the same
+        settings = replace(settings, epochs=since * settings.epochs)
+        if structure == "narrow":
+            epochs = self.training.epochs + (at + 1) * self.retraining.epochs
+            model, settings = self._narrow(sparsity, seed), Settings(**{**asdict(self.training), "epochs": epochs})
+        else:
+            before = self.out / "trained"
+            if earlier:
+                last = structure, self.sparsities[earlier[-1]], seed
+                before = self._folder(*last)
+                if (result := self._result_of(*last)) and result["accuracy"] is None:
+                    return self._result(folder, identity, None, {**result, **identity})  # diverged
+            model = load_model(before / MODEL)
+            if structure != "dense":
+                model = self._pruned(densify(model), structure, sparsity, "magnitude", seed)
+        ended = self._finished(model, settings, seed, folder, identity, head)
+        return ended if isinstance(ended, str) else self._result(folder, identity, *ended)
+
+    def _finished(
+        self, model: nn.Module, settings: Settings, seed: int, folder: Path, identity: Mapping[str, Any], head: str
+    ) -> tuple[nn.Module, dict[str, Any]] | str:
+        trainer = Trainer(model, *self._batches(seed), settings, out=folder, resume=True, config=identity, quiet=True)
+        trainer.progress = runner.RunningLine(self.say, head)
+        return runner.finish(trainer)
+
+    def _result(
+        self, folder: Path, identity: Mapping[str, Any], model: nn.Module | None, last: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        result = {**identity, **last}
+        if model is not None and last["accuracy"] is not None:
+            plan = plan_of(model, required=False)
+            dense = {} if plan is None else plan.dense
+            refused = [name for name, why in dense.items() if plan and why.startswith(f"{plan.structure.name}: ")]
+            costs = {"sparsity": summary(model).sparsity, "file": _size(folder), **self._costs(model)}
+            result |= {**costs, "refused": refused}
+        folder.mkdir(exist_ok=True)
+        runner.write_json(folder / runner.RESULT, result)
+        return result
+
+    def _pruned(self, model: nn.Module, structure: str, sparsity: float, saliency: str, seed: int = 0) -> nn.Module:
+        return sparsify(
+            model, sparsity, structure=structure, distribution="uniform", saliency=saliency, seed=seed,
+            **OPTIONS.get(structure, {}),
+        )  # fmt: skip
+
+    def _narrow(self, sparsity: float, seed: int, width: float | None = None) -> nn.Module:
+        """A dense network with the parameters of the sparse ones."""
+        sparse = build(self.model, width=self.width if width is None else width, **self.shape)
+        self._pruned(sparse, FINEST, sparsity, "random")
+        torch.manual_seed(seed)
+        return narrow(self.model, summary(sparse).parameters, **self.shape)
+
+    def _costs(self, model: nn.Module) -> dict[str, float]:
+        """Of all convolutions and linear layers: parameters, bytes as a stream, references, balance.
+
+        References are those of one image's forward pass, each layer's as often as it has output pixels.
+        """
+        model = copy.deepcopy(model).cpu()
+        inputs = inputs_of(model, (1, *self.train.shape))
+        pixels = {name: out.numel() // out.shape[1] for name, (_, out) in inputs.items()}
+        reports = report_model(model)
+        work = {name: report.kept * pixels[name] for name, report in reports.items()}
+        total = max(1, sum(work.values()))
+        return {
+            "parameters": summary(model).parameters,
+            "stream": sum(report.storage.model for report in reports.values()),
+            "references": sum(sum(report.references) * pixels[name] for name, report in reports.items()),
+            "fprop_balance": sum(report.fprop_balance * work[name] for name, report in reports.items()) / total,
+            "dgrad_balance": sum(report.dgrad_balance * work[name] for name, report in reports.items()) / total,
+        }
+
+    # ------------------------------------------------------------ times
+
+    def _measure(self) -> None:
+        """Seconds of forward + backward at each sparsity of one structure after the other, each beside dense."""
+        images = torch.randn(TIMED_BATCH, *self.train.shape, device=self.device)
+        times, begun = self.results["times"], False
+        for structure in self.structures:
+            needed = {str(sparsity) for made, sparsity in self.lines if made == structure}
+            if structure == "dense" or not needed or needed <= times.get(structure, {}).keys():
+                continue
+            if not begun:
+                self.say.say(f"measuring {self.model} x {self.timed_width:g} on {self.results['machine']}")
+                begun = True
+            steps = {"dense": self._step(self._timed_network("dense", 0.0), images)}
+            for sparsity in (s for made, s in self.lines if made == structure):
+                steps[str(sparsity)] = self._step(self._timed_network(structure, sparsity), images)
+            times[structure] = runner.in_turns(steps, ROUNDS)
+            self._write()
+
+    def _timed_network(self, structure: str, sparsity: float) -> nn.Module:
+        torch.manual_seed(0)
+        if structure == "narrow":
+            return self._narrow(sparsity, 0, self.timed_width)
+        model = build(self.model, width=self.timed_width, **self.shape)
+        return model if structure == "dense" else self._pruned(model, structure, sparsity, "magnitude")
+
+    def _step(self, model: nn.Module, images: torch.Tensor) -> Callable[[], float]:
+        form = torch.channels_last if self.training.channels_last else torch.contiguous_format
+        model, images = model.to(self.device, memory_format=form), images.to(memory_format=form)  # type: ignore[call-overload]
+        amp = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.training.amp]
+
+        def step() -> None:
+            with torch.autocast(self.device.type, amp, enabled=amp is not None):
+                y = model(images)
+            y.float().square().mean().backward()
+            model.zero_grad(set_to_none=True)
+
+        return partial(runner.timed, self.device, step)
+
+
+def line_name(structure: str, sparsity: float) -> str:
+    """Such as "2-D kernel 75%"."""
+    return f"{GRAINS.get(structure, structure)} {100 * sparsity:g}%"
+
+
+def _size(folder: Path) -> int:
+    return (folder / MODEL).stat().st_size
+
+
+def _weights(path: str | os.PathLike[str], model: nn.Module, who: str) -> dict[str, torch.Tensor]:
+    """The state_dict of a file, which fits the network."""
+    found = read_weights(path)
+    try:
+        model.load_state_dict(found)
+    except RuntimeError as error:
+        what = " ".join(str(error).split())
+        what = what if len(what) <= 300 else f"{what[:297]}..."
+        raise ValueError(f"{who}: weights are those of another network: {what}") from error
+    return found
+
+
+def _checksum(weights: Mapping[str, torch.Tensor]) -> int:
+    sums = [(name, zlib.crc32(t.reshape(-1).view(torch.uint8).numpy().tobytes())) for name, t in weights.items()]
+    return zlib.crc32(repr(sorted(sums)).encode())
+
+
+# ---------------------------------------------------------------- what it came to
+
+
+def rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The lines of the table, from what results.json holds; None where nothing is known.
+
+    line, structure, asked        grain and sparsity, as asked for
+    accuracy, deviation           mean and sample deviation over seeds, as shares
+    seeds, diverged               trainings that came to an end; those whose loss did not stay finite
+    loss                          of accuracy, against the dense network that was trained as long
+    parameters, sparsity          weights that are kept; share dropped of the layers made sparse
+    refused                       layers whose shape this grain does not fit: they stay dense
+    storage                       8-bit weights and 4-bit relative indices, relative to the dense network: see `Stream`
+    file, file_ratio              bytes that `hrbp.save` wrote; relative to the dense network's
+    references, of_finest         memory references of one image's forward pass; relative to single weights there
+    fprop_balance, dgrad_balance  largest / mean work of 8 filters, of 8 input channels, weighed by work
+    time                          of forward + backward, measured, relative to the dense network
+    """
+    settings, trained = results["settings"], results["trained"]
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for run in results["runs"]:
+        lines.setdefault(run["line"], []).append(run)
+    found = []
+    for structure in settings["structures"]:
+        for asked in settings["sparsities"]:
+            runs = lines.get(line_name(structure, asked), [])
+            if not runs:
+                continue
+            ended = [run for run in runs if run["accuracy"] is not None]
+            right = [run["accuracy"] for run in ended]
+            row: dict[str, Any] = {
+                "line": line_name(structure, asked), "structure": GRAINS.get(structure, structure), "asked": asked,
+                "accuracy": runner.mean(right), "deviation": runner.deviation(right),
+                "seeds": len(ended), "diverged": len(runs) - len(ended), "loss": None, "of_finest": None,
+            }  # fmt: skip
+            for key in ("parameters", "sparsity", "stream", "file", "references", "fprop_balance", "dgrad_balance"):
+                row[key] = runner.mean([run[key] for run in ended])
+            row["refused"] = " ".join(runs[0].get("refused", ()))
+            stream = row.pop("stream")
+            row["storage"] = stream / trained["stream"] if ended else None
+            row["file_ratio"] = row["file"] / trained["file"] if ended else None
+            times = results["times"].get(structure)
+            row["time"] = 1.0 if structure == "dense" else times[str(asked)] / times["dense"] if times else None
+            found.append(row)
+    known = {(row["structure"], row["asked"]): row for row in found if row["accuracy"] is not None}
+    for (_, asked), row in known.items():
+        if dense := known.get(("dense", asked)):
+            row["loss"] = dense["accuracy"] - row["accuracy"]
+        if finest := known.get((GRAINS[FINEST], asked)):
+            row["of_finest"] = row["references"] / finest["references"]
+    return found
+
+
+def table(results: Mapping[str, Any], *, max_time: float = 0.5, max_storage: float = 0.25) -> str:
+    """The table, what must be known to read it, and which structure a time and a storage leave: see `answers`."""
+    found = rows(results)
+    if not found:
+        return "no training is finished yet"
+    head = ["", "sparsity %", "accuracy %", "loss", "storage %", "file %", "references", "filters", "channels", "time"]
+    lines = [head]
+
+    def cell(value: float | None, form: str, scale: float = 1.0) -> str:
+        return "-" if value is None else f"{value * scale:{form}}"
+
+    for row in found:
+        spread = "" if row["deviation"] is None else f" +- {100 * row['deviation']:4.2f}"
+        lines.append([
+            row["structure"], _shown_sparsity(row),
+            "diverged" if row["accuracy"] is None else f"{100 * row['accuracy']:.2f}{spread}",
+            cell(row["loss"], ".2f", 100), cell(row["storage"], ".1f", 100), cell(row["file_ratio"], ".1f", 100),
+            cell(row["of_finest"], ".2f"), cell(row["fprop_balance"], ".2f"), cell(row["dgrad_balance"], ".2f"),
+            "-" if row["time"] is None else f"{row['time']:.2f}x",
+        ])  # fmt: skip
+    settings, trained = results["settings"], results["trained"]
+    whole = f", {100 * trained['accuracy']:.1f}% right before pruning" if trained.get("accuracy") is not None else ""
+    title = (
+        f"{settings['model']} x {settings['width']:g}, {settings['data']}{whole}; {settings['retraining']['epochs']}"
+        f" epochs after each pruning, {len(settings['seeds'])} seed{'s' if len(settings['seeds']) > 1 else ''};"
+        f" {len(results['runs'])} of {settings['trainings']} trainings are finished"
+    )
+    notes = [
+        "loss: points under the dense network that was trained as long",
+        "storage: 8-bit weights, 4-bit relative indices with fillers; file: what hrbp.save wrote; relative to dense",
+        "references: to memory in a forward pass, relative to single weights at that sparsity",
+        "filters, channels: largest / mean work of 8 filters in the output, of 8 input channels in the input gradient",
+        f"time: forward + backward of {settings['model']} x {settings['timed_width']:g} with such masks, relative to"
+        f" dense, measured in turns on {results['machine']}",
+    ]
+    if any(row["structure"] == "narrow" for row in found):
+        notes.append("narrow: a dense network of as many parameters as the sparse ones, from scratch, trained as long")
+    for name, layers in {row["structure"]: row["refused"] for row in found if row["refused"]}.items():
+        notes.append(f"{name}: dense where it does not fit: {layers}")
+    notes += [f"left out: {line}, as {reason}" for line, reason in results.get("left_out", {}).items()]
+    said = answers(found, max_time=max_time, max_storage=max_storage)
+    return "\n".join([title, "", columns(lines), "", *notes, "", *said])
+
+
+def _shown_sparsity(row: Mapping[str, Any]) -> str:
+    if row["structure"] in RIVALS:
+        return f"as {100 * row['asked']:g}"
+    return f"{100 * (row['asked'] if row['sparsity'] is None else row['sparsity']):.2f}"
+
+
+def answers(found: Sequence[Mapping[str, Any]], *, max_time: float, max_storage: float) -> list[str]:
+    """Which structure at which sparsity is the most accurate within a time, within a storage, and within both.
+
+    Args:
+        found: the rows.
+        max_time: of forward + backward, relative to dense.
+        max_storage: of the file, relative to the dense network's.
+
+    Returns:
+        Three sentences, and one on what the spread of the seeds leaves open.
+    """
+    for name, most in (("max_time", max_time), ("max_storage", max_storage)):
+        if not 0 < most < math.inf:
+            raise ValueError(f"answers(): {name} is {most}; it needs a number > 0")
+    known = [r for r in found if None not in (r["accuracy"], r["time"], r["file_ratio"])]
+    if not known:
+        return []
+    time_budget, file_budget = f"{max_time:g} of the dense time", f"{max_storage:g} of the dense file"
+    said = [
+        _answer(known, time_budget, {"time": max_time}),
+        _answer(known, file_budget, {"file_ratio": max_storage}),
+        _answer(known, f"{time_budget} and {file_budget}", {"time": max_time, "file_ratio": max_storage}),
+    ]
+    doubt = runner.doubt(known)
+    return [*said, f"{doubt[0].upper()}{doubt[1:]}."]
+
+
+def _answer(known: Sequence[Mapping[str, Any]], budget: str, limits: Mapping[str, float]) -> str:
+    fits = [row for row in known if all(row[key] <= limit for key, limit in limits.items())]
+    if not fits:
+        nearest = min(known, key=lambda row: max(row[key] / limit for key, limit in limits.items()))
+        return f"Within {budget} nothing fits; {_named(nearest)} comes nearest: {_told(nearest)}."
+    best = max(fits, key=lambda row: row["accuracy"])
+    said = f"Within {budget} {_named(best)} is the most accurate: {_told(best)}"
+    sparse = [row for row in fits if row["structure"] not in RIVALS]
+    if best["structure"] in RIVALS:
+        if not sparse:
+            return f"{said}; nothing sparse fits."
+        best = max(sparse, key=lambda row: row["accuracy"])
+        said += f"; of what is sparse {_named(best)}: {_told(best)}"
+    return f"{said}."
+
+
+def _named(row: Mapping[str, Any]) -> str:
+    if row["structure"] == "dense":
+        return "the dense network"
+    at = f"{100 * row['asked']:g}%"
+    return f"the narrow network as large as {at}" if row["structure"] == "narrow" else f"{row['structure']} at {at}"
+
+
+def _told(row: Mapping[str, Any]) -> str:
+    loss = "" if row["loss"] is None else f" ({100 * row['loss']:.1f} points less than dense)"
+    return (
+        f"{100 * row['accuracy']:.1f}%{loss} in {row['time']:.2f} of the time and {row['file_ratio']:.2f} of the file"
+    )

@@ -1,0 +1,1 @@
+"""How does a dense model become a sparse one, and a sparse one dense again?"""

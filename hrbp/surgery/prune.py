@@ -1,0 +1,215 @@
+"""The masks of torch.nn.utils.prune become a sparse model."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Collection
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
+
+from ..reports.mask_report import _ratio, grain
+from ..structures.registry import NM, STRUCTURES, Choice, Grains, Mixed, Structure
+from ..structures.registry import structure as make_structure
+from .candidates import unfit, users_of
+from .conversion import Sparsity, _block_module, _replace, dense_model, has_blocks, put_mask
+
+
+def from_prune(
+    model: nn.Module, *, structure: str | None = None, backend: str | None = None, **options: Any
+) -> nn.Module:
+    """Take over the masks of torch.nn.utils.prune, in place: every nn.Conv2d and nn.Linear pruned by it becomes sparse.
+
+        prune.l1_unstructured(model.conv2, "weight", amount=0.9)
+        hrbp.from_prune(model)
+
+    A layer keeps the weights that its mask keeps, and loses weight_orig, weight_mask and the hook that multiplies them.
+    Masks made of blocks are stored as these (BSRConv2d, BSRLinear), others stay masks over a dense weight; the model is
+    then one that `sparsify` might have made. What cannot be taken over stays as torch.nn.utils.prune left it: pruned
+    biases and the weights beside them, other kinds of layers, all that `sparsify` would leave dense (grouped, shared
+    weights, ...). `summary` says which layers, and why. The first and the last layers are taken like any others.
+
+    Call it before the optimizer is made: parameters are replaced.
+
+    Args:
+        model: any module with pruned layers.
+        structure: of all masks, as in `make_mask`, one of single weights or boxes (unstructured, n:m, kernel, filter,
+            block, ...): what the `Evolver` exchanges. Default: the largest box that all masks are made of; n:m where
+            they are such; where that leaves some of them single weights, each mask's own box ("mixed": masks that only
+            stay as they are; structure="unstructured" makes such a model one whose masks may change).
+        backend: of the sparse layers, as in blocksparse.conv2d.
+        **options: of the structure.
+
+    Returns:
+        The model, which computes the same.
+
+    Raises:
+        ValueError: nothing is pruned that can be taken over, or a mask does not have the structure; the model is
+            untouched then.
+
+    Equivalent to:
+        prune.remove(layer, "weight") for each pruned layer, as far as what is computed.
+    """
+    who = "from_prune()"
+    whole, model = model, dense_model(model, who)
+    users = users_of(model)
+    taken: dict[str, tuple[nn.Module, Any, Tensor]] = {}  # layer, itself as it would be unpruned, mask [K, C, R, S]
+    left = {}
+    for name, module in model.named_modules():
+        hooks = _hooks(module)
+        if "weight" not in hooks or not isinstance(module, nn.Conv2d | nn.Linear):
+            if hooks:
+                kind = isinstance(module, nn.Conv2d | nn.Linear)
+                left[name] = _left(hooks, "its weight is not pruned" if kind else f"a {type(module).__name__}")
+            elif isinstance(module, nn.Conv2d | nn.Linear):
+                left[name] = "not pruned"
+            continue
+        plain, mask = _unpruned(module), module.get_buffer("weight_mask")
+        if len(hooks) > 1:
+            reason: str | None = f"its {next(part for part in hooks if part != 'weight')} is pruned, too"
+        elif not bool(((mask == 0) | (mask == 1)).all()):
+            reason = "its mask has values other than 0 and 1"
+        else:
+            reason = unfit(name, plain, users)
+        if reason is None:
+            taken[name] = module, plain, mask.bool().view(*mask.shape, *(1,) * (4 - mask.dim()))
+        else:
+            left[name] = _left(hooks, reason)
+    if not taken:
+        reasons = "; ".join(f"{name}: {why}" for name, why in left.items() if why != "not pruned")
+        raise ValueError(
+            f"{who}: no Conv2d or Linear has a mask to take over ({reasons or 'nothing is pruned'}); it needs layers"
+            " pruned by torch.nn.utils.prune, before prune.remove"
+        )
+    masks = {name: mask for name, (_, _, mask) in taken.items()}
+    rule, choices = _chosen(masks, structure, options, who)
+    makes: list[Callable[[], None]] = []
+    for name, (layer, plain, mask) in taken.items():
+        if has_blocks(choices[name]):
+            made = _block_module(plain, choices[name].pattern(), backend)
+            makes.append(partial(_put_blocks, model, layer, made))
+        else:
+            makes.append(partial(_put_mask, layer, mask))
+    asked = {name: float(mask.double().mean()) for name, mask in masks.items()}
+    for make in makes:  # nothing can fail from here on
+        make()
+    plan = Sparsity(rule, "global", asked, left, saliency="torch.nn.utils.prune")
+    model._hrbp_sparsity = plan  # type: ignore[assignment]
+    return whole
+
+
+# ---------------------------------------------------------------------- a pruned layer
+
+
+def _hooks(module: nn.Module) -> dict[str, int]:
+    """What torch.nn.utils.prune masks in a module: name of the parameter -> number of its hook."""
+    found = module._forward_pre_hooks.items()
+    return {hook._tensor_name: key for key, hook in found if isinstance(hook, BasePruningMethod)}
+
+
+def _left(hooks: dict[str, int], reason: str) -> str:
+    return f"torch.nn.utils.prune still masks its {' and '.join(hooks)}: {reason}"
+
+
+def _unpruned(layer: Any) -> Any:
+    """The layer without its mask, beside it: the same Parameters, a module of its own."""
+    plain = copy.copy(layer)
+    for name in ("_parameters", "_buffers", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"):
+        plain.__dict__[name] = vars(layer)[name].copy()
+    _unprune(plain)
+    return plain
+
+
+def _unprune(layer: Any) -> None:
+    """Make weight_orig the weight again, and the first parameter, as it was."""
+    key = _hooks(layer)["weight"]
+    del layer._forward_pre_hooks[key]
+    layer._forward_pre_hooks_with_kwargs.pop(key, None)
+    del layer._buffers["weight_mask"]
+    layer.__dict__.pop("weight", None)
+    parameters = {name: layer._parameters.pop(name) for name in list(layer._parameters)}
+    layer._parameters.update({"weight": parameters.pop("weight_orig")} | parameters)
+
+
+def _put_blocks(model: nn.Module, layer: nn.Module, made: nn.Module) -> None:
+    _unprune(layer)
+    _replace(model, layer, made)
+
+
+def _put_mask(layer: nn.Module, mask: Tensor) -> None:
+    _unprune(layer)
+    put_mask(layer, mask)
+
+
+# ---------------------------------------------------------------------- which structure masks have
+
+
+def _chosen(
+    masks: dict[str, Tensor], name: str | None, options: dict[str, Any], who: str
+) -> tuple[Structure, dict[str, Choice]]:
+    """The structure of all masks, and each as its choice."""
+    rule: Structure
+    if name is not None:
+        rule = make_structure(name, **options)
+        if not isinstance(rule, NM | Grains):
+            raise ValueError(
+                f"{who}: structure is {rule.name!r}, whose filters are regrouped; it needs one of single weights or"
+                " boxes (unstructured, n:m, kernel, block, ...), or None"
+            )
+        for layer, mask in masks.items():
+            if not _has(mask, rule):
+                raise ValueError(
+                    f"{who}: the mask of {layer} is not of structure {rule.name!r}; leave structure out to have"
+                    " the one that it is of"
+                )
+        return rule, {layer: _as_choice(mask, rule) for layer, mask in masks.items()}
+    if options:
+        raise TypeError(f"{who}: no option {', '.join(sorted(options))} without a structure")
+    boxes = {layer: grain(mask) for layer, mask in masks.items()}
+    rule = _grains([(box, tuple(masks[layer].shape)) for layer, box in boxes.items()])
+    ratios = {_ratio(mask) for mask in masks.values()}
+    if set(boxes.values()) == {(1, 1, 1, 1)} and len(ratios) == 1 and (ratio := ratios.pop()) is not None:
+        rule = NM(ratio[1], ratio[0])
+    choices = {layer: _as_choice(mask, rule) for layer, mask in masks.items()}
+    own = {layer: _as_choice(masks[layer], _grains([(box, tuple(masks[layer].shape))])) for layer, box in boxes.items()}
+    if any(has_blocks(choice) and not has_blocks(choices[layer]) for layer, choice in own.items()):
+        return Mixed(), own
+    return rule, choices
+
+
+def _has(mask: Tensor, rule: NM | Grains) -> bool:
+    """Whether a mask [K, C, R, S] is one that this structure might have made, at some sparsity."""
+    if rule.refuses(mask.shape) is not None:
+        return False
+    if isinstance(rule, NM):
+        kept = mask.view(len(mask), -1, rule.m, *mask.shape[2:]).sum(2)
+        return bool((kept == (kept.flatten()[0] if rule.n is None else rule.n)).all())
+    kept = rule.sums(mask.double())
+    whole = (kept == 0) | (kept == math.prod(rule.sizes(mask.shape)))
+    rows = (kept > 0).flatten(1).sum(1)
+    return bool(whole.all()) and not (rule.uniform and bool((rows != rows[0]).any()))
+
+
+def _as_choice(mask: Tensor, rule: Structure) -> Choice:
+    return Choice(mask, rule.blocksize(mask.shape) if isinstance(rule, Grains) else None)
+
+
+def _grains(boxes: Collection[tuple[tuple[int, ...], tuple[int, ...]]]) -> Grains:
+    """The largest grains of which all of these are made: (box, shape of its layer)."""
+    sizes = [
+        None if all(box[axis] == shape[axis] for box, shape in boxes) else math.gcd(*(box[axis] for box, _ in boxes))
+        for axis in range(4)
+    ]
+    if None not in sizes[:2] and all(shape[2:] == (1, 1) for _, shape in boxes):
+        sizes[2:] = 1, 1  # blocks or single weights, rather than those of all taps
+    k, c, r, s = sizes
+    for name in ("unstructured", "vector", "kernel", "filter", "channel"):
+        known = STRUCTURES[name]()
+        if isinstance(known, Grains) and known.box == (k, c, r, s):
+            return known
+    if c == 1 and (r, s) == (None, None):
+        return Grains("1xn", (k, c, r, s))
+    return Grains("block" if (r, s) == (1, 1) else "boxes", (k, c, r, s))

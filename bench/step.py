@@ -19,7 +19,7 @@ import hrbp
 import machine
 import report
 from blocksparse import BSRConv2d, BSRLinear
-from hrbp.training.trainer import training_bytes
+from hrbp.training.optimizer import training_bytes
 from rows import ERROR, FAIL, OK, Times
 from timing import Rounds, interleave, make_memory, make_step_clock
 

@@ -10,15 +10,18 @@ hrbp.densify(model)                                 # a plain dense model that c
 
 from . import data, models
 from .density import densities
+from .formats.model import dense_state_dict, load, save
 from .methods.evolver import Evolver
 from .reports.model_summary import summary
 from .saliencies import saliency
+from .structures.grouping import Grouping
 from .structures.registry import STRUCTURES, choose, make_mask
-from .structures.regrouping import Grouping, regroup
+from .structures.regrouping import regroup
 from .surgery.conversion import densify, release, sparsify, to_semi_structured
 from .surgery.prune import from_prune
-from .training.checkpoint import dense_state_dict, load, save
-from .training.trainer import Settings, Trainer, train
+from .training.run import train
+from .training.settings import Settings
+from .training.trainer import Trainer
 
 __all__ = [
     "STRUCTURES",

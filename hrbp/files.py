@@ -1,25 +1,20 @@
-"""What programs leave on a disk: files that are whole, sealed with a checksum, and a folder's one writer."""
+"""What programs leave on a disk: files that are whole, and a folder's one writer."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
-import re
 import socket
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO
 
 if sys.platform != "win32":
     import fcntl
 
 LOCK = ".lock"
-MARK = b"\nhrbp "  # starts the last line of a sealed file: hrbp KIND VERSION SHA256-of-all-before
-LONGEST = 128  # bytes of that line
-CHUNK = 1 << 20  # bytes read at a time
 
 
 # ---------------------------------------------------------------- writing
@@ -65,46 +60,6 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
 def memory_bytes() -> int:
     """Memory of this machine; what is larger cannot be held."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-# ---------------------------------------------------------------- sealed files
-
-
-class Seal(NamedTuple):
-    """What the last line of a file says: of which kind it is, of which version, and what SHA-256 the rest has."""
-
-    kind: str
-    version: str
-    checksum: str
-    size: int  # bytes before that line
-
-
-def with_seal(kind: str, version: int, data: bytes) -> bytes:
-    """The bytes, and that line."""
-    return data + MARK + f"{kind} {version} {hashlib.sha256(data).hexdigest()}\n".encode()
-
-
-def seal_of(file: IO[bytes]) -> Seal | None:
-    """That line; None: the file has none, or what is left of one that is damaged."""
-    size = file.seek(0, os.SEEK_END)
-    start = file.seek(max(0, size - LONGEST))
-    end = file.read()
-    at = end.rfind(MARK)
-    words = re.fullmatch(rb"hrbp (\w+) (\d+) ([0-9a-f]{64})\n", end[at + 1 :]) if at >= 0 else None
-    if words is None:
-        return None
-    kind, version, checksum = (word.decode() for word in words.groups())
-    return Seal(kind, version, checksum, start + at)
-
-
-def is_whole(file: IO[bytes], seal: Seal) -> bool:
-    """Whether the content has the checksum that the seal says."""
-    digest, left = hashlib.sha256(), seal.size
-    file.seek(0)
-    while left and (part := file.read(min(CHUNK, left))):
-        digest.update(part)
-        left -= len(part)
-    return digest.hexdigest() == seal.checksum
 
 
 # ---------------------------------------------------------------- one writer to a folder

@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 
 from .arguments import any_case, check_sparsity
 
-METHODS = ("random", "magnitude", "snip", "grasp", "synflow", "magnitude+gradient")
+SALIENCIES = ("random", "magnitude", "snip", "grasp", "synflow", "magnitude+gradient")
 
 GRASP_TEMPERATURE = 200.0  # Wang et al.'s: their cross entropy is that of logits / 200
 SYNFLOW_ROUNDS = 100  # Tanaka et al.'s
@@ -79,9 +79,9 @@ def saliency(
     al., RigL (2020), for the two terms of "magnitude+gradient".
     """
     who = "saliency()"
-    method = any_case(method, METHODS)
-    if method not in METHODS:
-        raise ValueError(f"{who}: method is {method!r}; it needs one of {', '.join(map(repr, METHODS))}")
+    method = any_case(method, SALIENCIES)
+    if method not in SALIENCIES:
+        raise ValueError(f"{who}: method is {method!r}; it needs one of {', '.join(map(repr, SALIENCIES))}")
     check_sparsity(sparsity, who)
     weights = _weights(model, names, who)
     if method == "random":

@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 import blocksparse as bs
-from hrbp.layers.master import dense_gradient
-from hrbp.surgery.conversion import MaskedConv2d
+from hrbp.layers.gradients import dense_gradient
+from hrbp.layers.masked import MaskedConv2d
 from oracle import assert_products
 from strategies import guarded, nonzero
 

@@ -10,10 +10,11 @@ from torch import nn
 import hrbp
 from hrbp.arguments import any_case, check_sparsity
 from hrbp.density import densities
-from hrbp.saliencies import METHODS
+from hrbp.layers.view import sparse_layers
+from hrbp.saliencies import SALIENCIES
 from hrbp.structures.registry import STRUCTURES, structure
 from hrbp.structures.regrouping import regroup
-from hrbp.surgery.conversion import plan_of, sparse_layers
+from hrbp.surgery.record import plan_of
 
 
 def net() -> nn.Sequential:
@@ -52,7 +53,7 @@ def test_ratios():
         structure("n:m", m=2, n=4)
 
 
-@pytest.mark.parametrize("saliency", METHODS)
+@pytest.mark.parametrize("saliency", SALIENCIES)
 def test_every_door_of_sparsify_takes_any_case(saliency):
     batch = (torch.randn(2, 32, 6, 6), torch.zeros(2, 6, 6, dtype=torch.long))
     plain, shouted = (

@@ -11,7 +11,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import blocksparse as bs
 import hrbp
-from hrbp.surgery.conversion import plan_of, sparse_layers
+from hrbp.layers.view import sparse_layers
+from hrbp.surgery.record import plan_of
 
 STRUCTURES = {"blocks": {"structure": "1xn", "n": 4}, "mask": {"structure": "kernel"}}
 

@@ -193,7 +193,7 @@ def test_zeros_by_chance_are_no_mask(tmp_path, capsys):
     assert "over 100 model%: half: the index takes more than the zeros save" in out
     model = nn.Sequential(nn.Conv2d(16, 32, 3))
     model[0].weight.data.copy_(tensors["one"])
-    assert hrbp.reports.mask_report.report_model(model)["0"].structure == "dense"
+    assert hrbp.reports.report_model(model)["0"].structure == "dense"
     mask = tensors["one"] != 0  # a mask is what somebody chose
     assert report_mask(mask).structure == "single weights"
 

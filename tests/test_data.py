@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hrbp import data
-from hrbp.data import Batches, MemorySet, load, shapes
+from hrbp.data import Batches, MemorySet, cifar, folders, load, sets, shapes
 
 CUDA = [pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 
@@ -463,7 +463,7 @@ def test_a_pickle_runs_nothing(tmp_path, packed, protocol):
 @pytest.mark.parametrize("module", ["builtins\neval", "numpy\nload", "numpy.core.multiarray\nfromfile", "os\nsystem"])
 def test_no_other_name_is_looked_up(module):
     with pytest.raises(ValueError, match="which no file of CIFAR does"):
-        data._unpickle(b"\x80\x02c" + module.encode() + b"\nU\x011\x85R.", "here")
+        cifar._unpickle(b"\x80\x02c" + module.encode() + b"\nU\x011\x85R.", "here")
 
 
 @pytest.mark.parametrize(
@@ -493,11 +493,11 @@ def test_foreign_contents_are_refused(tmp_path, change, message):
 def test_foreign_arrays_are_refused():
     """Another dtype, and a shape that the bytes do not fill: nothing is read past them."""
     good = dumps2({b"data": np.ones((2, 3), np.uint8)})
-    assert data._byte_matrix(data._unpickle(good, "here")[b"data"], "here").tolist() == [[1] * 3] * 2
+    assert cifar._byte_matrix(cifar._unpickle(good, "here")[b"data"], "here").tolist() == [[1] * 3] * 2
     for old, new in ((b"u1", b"f4"), (b"u1", b"O8"), (struct.pack("<i", 3), struct.pack("<i", 4))):
         assert good.count(old) == 1
         with pytest.raises(ValueError, match="has no matrix of bytes"):
-            data._byte_matrix(data._unpickle(good.replace(old, new), "here")[b"data"], "here")
+            cifar._byte_matrix(cifar._unpickle(good.replace(old, new), "here")[b"data"], "here")
 
 
 def test_foreign_archives_are_refused(tmp_path):
@@ -541,10 +541,10 @@ def test_archives_that_claim_more_than_they_have_are_refused(tmp_path, monkeypat
     long.size = 10**12
     path.write_bytes(gzip.compress(long.tobuf(tarfile.GNU_FORMAT) + whole[512:]))
     refused(f"{name} claims 1000000000000 bytes")
-    monkeypatch.setattr(data, "MOST_ARCHIVE", 10**6)
+    monkeypatch.setattr(cifar, "MOST_ARCHIVE", 10**6)
     path.write_bytes(gzip.compress(whole[:512] + bytes(10**7)))
     refused("unpacks to more than 1000000 bytes")
-    monkeypatch.setattr(data, "MOST_FILE", 100)
+    monkeypatch.setattr(cifar, "MOST_FILE", 100)
     (tmp_path / "cifar-10-batches-py").mkdir()
     for file in ("test_batch", "batches.meta"):
         (tmp_path / "cifar-10-batches-py" / file).write_bytes(bytes(101))
@@ -557,7 +557,7 @@ def test_a_pickle_takes_no_more_memory_than_it_has(tmp_path):
                     b"\x80\x04\x95" + (10**12).to_bytes(8, "little") + b"N."):  # fmt: skip
         tracemalloc.start()
         with pytest.raises(ValueError, match=r"here (is damaged or foreign|holds a)"):
-            data._unpickle(content, "here")
+            cifar._unpickle(content, "here")
         assert tracemalloc.get_traced_memory()[1] < 10**6
         tracemalloc.stop()
 
@@ -580,7 +580,7 @@ def test_damaged_archives_and_pickles_raise_nothing_but_value_errors(tmp_path):
         for _ in range(draw.randrange(1, 4)):
             damaged[draw.randrange(min(len(damaged), 200))] = draw.randrange(256)
         with contextlib.suppress(ValueError):
-            data._byte_matrix(data._unpickle(bytes(damaged), "here").get(b"data"), "here")
+            cifar._byte_matrix(cifar._unpickle(bytes(damaged), "here").get(b"data"), "here")
 
 
 def test_sizes_that_no_machine_holds_are_refused(tmp_path):
@@ -588,7 +588,7 @@ def test_sizes_that_no_machine_holds_are_refused(tmp_path):
         load("shapes", "train", image_size=10**6)
     folder = picture_folder(tmp_path, 20)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "memory_bytes", lambda: 10**4)
+        patch.setattr(sets, "memory_bytes", lambda: 10**4)
         with pytest.raises(ValueError, match="8 images of 32x32 need 0 GB; this machine has 0 GB"):
             load(str(folder), "train", image_size=32)
 
@@ -669,7 +669,7 @@ def test_a_crop_is_a_part_of_the_image():
 
     def crop(*draws):
         file.seek(0)
-        return data._decode(file, 16, None if not draws else np.float32(draws)).astype(int)
+        return folders._decode(file, 16, None if not draws else np.float32(draws)).astype(int)
 
     plain = crop(1, 0.5, 0.5, 0.5, 1)
     assert plain[0, 0, 0] < 4 < 59 < plain[0, 0, 15]

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 import hrbp
+from hrbp.layers.view import sparse_layers
 from hrbp.methods.evolver import Evolver
 from hrbp.structures.registry import structure
-from hrbp.surgery.conversion import sparse_layers
 
 LR, LAMBDA = 0.05, 2e-4
 

@@ -15,8 +15,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import hrbp
+from hrbp.layers.view import sparse_layers
 from hrbp.methods.evolver import Evolver
-from hrbp.surgery.conversion import sparse_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
 

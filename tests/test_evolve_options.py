@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 import hrbp
+from hrbp.layers.master import MASTER_METHODS
+from hrbp.layers.view import sparse_layers
 from hrbp.methods.evolver import Evolver
 from hrbp.methods.options import METHODS, OPTIONS, default_every
-from hrbp.surgery.conversion import METHODS as MASTER_METHODS
-from hrbp.surgery.conversion import sparse_layers
-from hrbp.training.trainer import Settings
+from hrbp.training.settings import Settings
 
 EXCHANGING = ("set", "rigl", "hrbp")
 VALUES = {

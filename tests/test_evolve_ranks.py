@@ -18,8 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import hrbp
 import processes
+from hrbp.layers.view import sparse_layers
 from hrbp.methods.evolver import Evolver
-from hrbp.surgery.conversion import sparse_layers
 
 ROOT = Path(__file__).parent.parent
 RANKS = 2

@@ -21,9 +21,12 @@ import torch
 import processes
 from hrbp import files
 from hrbp.files import LOCK, naming, only_writer, whole_file
+from hrbp.formats import model as saved
+from hrbp.formats import sealed
 from hrbp.study import runner as sweep
-from hrbp.study.study import Study, Variant
-from hrbp.training import checkpoint, progress
+from hrbp.study.study import Study
+from hrbp.study.variants import Variant
+from hrbp.training import checkpoint, log
 from hrbp.training.trainer import Trainer
 from test_study import tiny
 from test_train import variant
@@ -33,7 +36,7 @@ FILES = Path(files.__file__)
 
 @pytest.fixture(autouse=True)
 def without_figures(monkeypatch):
-    monkeypatch.setattr("hrbp.training.progress.draw_training", lambda *_: None)
+    monkeypatch.setattr("hrbp.training.log.draw_training", lambda *_: None)
 
 
 # ---------------------------------------------------------------- one writer
@@ -146,10 +149,10 @@ def full():
 def test_a_full_disk_is_told_with_the_name_of_the_file(tmp_path):
     model, path = torch.nn.Linear(50, 50), tmp_path / "file"
     writes = {
-        "weights": lambda: checkpoint.save(model, path),
+        "weights": lambda: saved.save(model, path),
         "checkpoint": lambda: checkpoint.write_training(tmp_path, {"model": model.state_dict()}),
         "results": lambda: sweep.write_json(path, list(range(2000))),
-        "log": lambda: progress.start_log(path, [{"kind": "epoch", "step": i} for i in range(200)]),
+        "log": lambda: log.start_log(path, [{"kind": "epoch", "step": i} for i in range(200)]),
     }
     for name, write in writes.items():
         path.write_bytes(b"old")
@@ -161,7 +164,7 @@ def test_a_full_disk_is_told_with_the_name_of_the_file(tmp_path):
         assert [p.name for p in tmp_path.iterdir()] == ["file"]
     path.write_bytes(bytes(1990))
     with pytest.raises(OSError, match="File too large") as caught, full():
-        progress.add_to_log(path, {"kind": "epoch", "loss": 0.5})
+        log.add_to_log(path, {"kind": "epoch", "loss": 0.5})
     assert caught.value.filename == str(path)
 
 
@@ -220,14 +223,14 @@ def refusals(use, contents) -> int:
 @pytest.mark.parametrize("name", ["rigl", "sr-ste"])
 def test_forged_checkpoints_are_refused(tmp_path, name):
     variant(name, tmp_path / "out").run()
-    state = checkpoint.read(tmp_path / "out" / "last.pt", checkpoint.TRAINING)
+    state = sealed.read(tmp_path / "out" / "last.pt", sealed.TRAINING)
     state["position"] = {"step": 13, "epoch": 2, "batch": 3}  # two steps are left
     folder = tmp_path / "forged"
     folder.mkdir()
 
     def use(content):
         (folder / "previous.pt").unlink(missing_ok=True)
-        (folder / "last.pt").write_bytes(checkpoint._sealed(checkpoint.TRAINING, content))
+        (folder / "last.pt").write_bytes(sealed.sealed_bytes(sealed.TRAINING, content))
         variant(name, folder, resume=True).run()
 
     use(copy.deepcopy(state))
@@ -239,10 +242,10 @@ def test_forged_models_are_refused(tmp_path):
 
     torch.manual_seed(0)
     hrbp.save(hrbp.sparsify(hrbp.models.build("resnet8", classes=4, width=0.5), 0.5), tmp_path / "good.pt")
-    content = checkpoint.read(tmp_path / "good.pt", checkpoint.MODEL)
+    content = sealed.read(tmp_path / "good.pt", sealed.MODEL)
 
     def use(changed):
-        (tmp_path / "forged.pt").write_bytes(checkpoint._sealed(checkpoint.MODEL, changed))
+        (tmp_path / "forged.pt").write_bytes(sealed.sealed_bytes(sealed.MODEL, changed))
         hrbp.load(tmp_path / "forged.pt")
 
     assert refusals(use, forged(content, 60)) > 60

@@ -10,8 +10,9 @@ from torch import nn
 from torch.nn import init
 
 import hrbp
-from hrbp.surgery.conversion import plan_of, sparse_layers
+from hrbp.layers.view import sparse_layers
 from hrbp.surgery.fresh import trained
+from hrbp.surgery.record import plan_of
 
 INITIALISERS = {
     "PyTorch's own": lambda w: None,

@@ -14,8 +14,10 @@ from torch.optim.swa_utils import AveragedModel
 
 import hrbp
 from hrbp.layers.master import MasterConv2d, MasterLinear, put_master, take_master_off
-from hrbp.structures.registry import Choice, structure
-from hrbp.surgery.conversion import plan_of, sparse_layers
+from hrbp.layers.view import sparse_layers
+from hrbp.structures.base import Choice
+from hrbp.structures.registry import structure
+from hrbp.surgery.record import plan_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
 
@@ -510,8 +512,8 @@ def test_the_summary_counts_the_dense_weight(case, x):
 def test_reports_are_of_what_takes_part():
     for case in METHODS:
         net = sparse(*case)
-        reports = hrbp.reports.mask_report.report_model(net)
-        released = hrbp.reports.mask_report.report_model(hrbp.release(net))
+        reports = hrbp.reports.report_model(net)
+        released = hrbp.reports.report_model(hrbp.release(net))
         for name in sparse_layers(net):
             assert reports[name] == released[name]
 

@@ -64,7 +64,7 @@ def here(place, monkeypatch):
         return drawn[key]
 
     monkeypatch.chdir(place)
-    monkeypatch.setattr(data, "shapes", shapes)
+    monkeypatch.setattr(data.loading, "shapes", shapes)
 
 
 def said(capsys, words):

@@ -17,7 +17,8 @@ import blocksparse as bs
 import hrbp
 import processes
 from blocksparse import carry
-from hrbp.surgery.conversion import plan_of, sparse_layers
+from hrbp.layers.view import sparse_layers
+from hrbp.surgery.record import plan_of
 
 SHAPE = (8, 12, 3, 3)
 
@@ -251,7 +252,7 @@ def test_adafactor_under_a_mask():
     now = was.clone()
     now[0] = ~was[0]  # in filter 0 nothing stays
     now[1, :, 1] = ~was[1, :, 1]
-    layer.set(hrbp.structures.registry.Choice(now, None, None), optimizer)
+    layer.set(hrbp.structures.Choice(now, None, None), optimizer)
     for n, axis in (("row_var", 3), ("col_var", 2)):
         stays = (was & now).any(axis, keepdim=True)
         state = optimizer.state[weight][n]

@@ -11,7 +11,9 @@ from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 import blocksparse as bs
 import hrbp
-from hrbp.surgery.conversion import MaskedConv2d, MaskedLinear, plan_of, sparse_layers
+from hrbp.layers.masked import MaskedConv2d, MaskedLinear
+from hrbp.layers.view import sparse_layers
+from hrbp.surgery.record import plan_of
 
 
 class Net(nn.Module):

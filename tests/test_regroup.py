@@ -15,17 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import blocksparse as bs
-from hrbp.structures.regrouping import (
-    Grouping,
-    GroupShape,
-    _alternate,
-    _by_score,
-    _Found,
-    _Search,
-    group_shape,
-    keep_by_counts,
-    regroup,
-)
+from hrbp.structures.grouping import Grouping, GroupShape, group_shape
+from hrbp.structures.regrouping import _alternate, _by_score, _Found, _Search, keep_by_counts, regroup
 from oracle import assert_products
 from strategies import RUNNERS, nonzero
 

@@ -18,13 +18,15 @@ from torch import nn
 
 from hrbp import data
 from hrbp.cli import study as study_cli
+from hrbp.formats.model import load, save
+from hrbp.layers.view import sparse_layers
 from hrbp.models import build, parameter_count
+from hrbp.reports.network_costs import costs_of
 from hrbp.reports.picture import draw_regularity
 from hrbp.study import regularity
-from hrbp.study.regularity import GRAINS, Regularity, answers, line_name, rows, table
+from hrbp.study.regularity import Regularity
+from hrbp.study.regularity_table import GRAINS, answers, line_name, rows, table
 from hrbp.study.runner import read
-from hrbp.surgery.conversion import sparse_layers
-from hrbp.training.checkpoint import load, save
 from processes import Process
 
 ROOT = Path(__file__).parent.parent
@@ -43,7 +45,7 @@ def tiny(out, structures=STRUCTURES, **more):
 def quick():
     """Figures of trainings take longer than these trainings; times of these networks tell nothing."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hrbp.training.progress.draw_training", lambda *_: None)
+        patch.setattr("hrbp.training.log.draw_training", lambda *_: None)
         patch.setattr("hrbp.study.regularity.ROUNDS", 1)
         patch.setattr("hrbp.study.runner.WARM_UP", 0)
         yield
@@ -151,13 +153,15 @@ def pixels(model):
 
 def test_balance_is_weighed_by_work(whole):
     study, model = tiny(whole[0]), build("resnet8", classes=10, image_size=16)
-    assert study._costs(model)["fprop_balance"] == pytest.approx(1, abs=0.01)  # ten classes are no whole lanes
+    assert costs_of(model, study.train.shape)["fprop_balance"] == pytest.approx(
+        1, abs=0.01
+    )  # ten classes are no whole lanes
     weight = model.layer3[0].conv2.weight.detach()
     weight[::2] = 0
-    even = study._costs(model)
+    even = costs_of(model, study.train.shape)
     assert even["fprop_balance"] == pytest.approx(1, abs=0.01)  # every eight filters have four
     weight[:32] = 0
-    found = study._costs(model)
+    found = costs_of(model, study.train.shape)
     work = {name: int((model.get_submodule(name).weight != 0).sum()) * size for name, size in pixels(model).items()}
     share = work["layer3.0.conv2"] / sum(work.values())
     assert found["fprop_balance"] == pytest.approx(1 + share, abs=0.01)  # twice the work on half of the filters

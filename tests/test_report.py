@@ -16,23 +16,16 @@ from torch import nn
 from blocksparse import BSRConv2d, BSRLinear, BSRPattern
 from hrbp import load, save, sparsify
 from hrbp.formats.weights import read_weights
-from hrbp.reports.mask_report import (
-    Score,
-    describe,
-    dgrad_fill,
-    dgrad_ratio,
-    grain,
-    random_groups,
-    recognise,
-    report_mask,
-    report_model,
-    stored_blocks,
-    table,
-    total_score,
-)
+from hrbp.reports.dgrad import dgrad_fill, dgrad_ratio
+from hrbp.reports.mask_report import report_mask
+from hrbp.reports.model_report import report_model, table
+from hrbp.reports.score import Score, random_groups, total_score
 from hrbp.reports.stream import stream
-from hrbp.structures.registry import Choice, choose
-from hrbp.structures.regrouping import Grouping, regroup
+from hrbp.structures.base import Choice
+from hrbp.structures.grouping import Grouping
+from hrbp.structures.recognise import describe, grain, recognise, stored_blocks
+from hrbp.structures.registry import choose
+from hrbp.structures.regrouping import regroup
 from hrbp.structures.selection import top
 from strategies import patterns
 

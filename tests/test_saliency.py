@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 from hrbp.density import densities
-from hrbp.saliencies import METHODS, saliency
+from hrbp.saliencies import SALIENCIES, saliency
 
 seeds = st.integers(0, 2**32 - 1)
 few = settings(max_examples=20)
@@ -393,7 +393,7 @@ def failing(kind):
     return loss
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SALIENCIES)
 @pytest.mark.parametrize("context", [torch.no_grad, torch.enable_grad])
 def test_the_model_is_untouched(method, context):
     model = used_net()
@@ -427,7 +427,7 @@ def test_the_model_is_untouched_by_an_error_in_its_forward(method):
 
 def test_scores_share_no_memory_with_the_model():
     model = used_net()
-    for method in METHODS:
+    for method in SALIENCIES:
         for name, score in saliency(model, BN_NAMES, method, batch=small_batch(0, 6, torch.float32)).items():
             assert score.data_ptr() != model.get_submodule(name).weight.data_ptr()
             assert not score.requires_grad
@@ -436,7 +436,7 @@ def test_scores_share_no_memory_with_the_model():
 # ------------------------------------------------------------------ kinds of models
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SALIENCIES)
 def test_frozen_weights_and_autocast_change_nothing(method):
     model, batch = small_net(0, torch.float32), small_batch(1, dtype=torch.float32)
     free = saliency(model, NAMES, method, batch=batch)
@@ -447,7 +447,7 @@ def test_frozen_weights_and_autocast_change_nothing(method):
         assert torch.equal(free[name], frozen[name])
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SALIENCIES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_dtypes(method, dtype):
     model, batch = bn_net().to(dtype), small_batch(1, dtype=torch.float32)
@@ -459,7 +459,7 @@ def test_dtypes(method, dtype):
         assert torch.equal(scores[name], expected[name])
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SALIENCIES)
 def test_channels_last(method):
     model, batch = small_net(0), small_batch(1)
     plain = saliency(model, NAMES, method, batch=batch)
@@ -490,7 +490,7 @@ def test_one_module_under_two_names_and_the_model_itself():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SALIENCIES)
 def test_cuda(method):
     model, batch = used_net().double().eval(), small_batch(1)
     expected = saliency(model, BN_NAMES, method, batch=batch)

@@ -15,7 +15,7 @@ from torch.sparse._semi_structured_conversions import sparse_semi_structured_fro
 
 import hrbp
 from hrbp.layers import semi_structured as semi
-from hrbp.surgery.conversion import sparse_layers
+from hrbp.layers.view import sparse_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of SparseSemiStructuredTensor")
 GPU = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)

@@ -10,7 +10,9 @@ from torch import nn
 
 import blocksparse as bs
 import hrbp
-from hrbp.surgery.conversion import MaskedConv2d, MaskedLinear, plan_of, sparse_layers
+from hrbp.layers.masked import MaskedConv2d, MaskedLinear
+from hrbp.layers.view import sparse_layers
+from hrbp.surgery.record import plan_of
 
 OPTIONS = {
     "n:m": {"m": 4},

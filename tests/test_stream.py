@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hrbp.reports.mask_report import report_mask
-from hrbp.structures.registry import Choice, choose
+from hrbp.structures.base import Choice
+from hrbp.structures.registry import choose
 from test_report import SHAPE, STRUCTURES, scores, small_masks
 
 

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from blocksparse import BSRPattern
-from hrbp.structures.registry import STRUCTURES, Choice, choose, make_mask, structure
+from hrbp.structures.base import Choice
+from hrbp.structures.registry import STRUCTURES, choose, make_mask, structure
 from hrbp.structures.regrouping import regroup
 
 SEEDS = st.integers(0, 2**32 - 1)

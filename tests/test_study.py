@@ -17,11 +17,13 @@ import pytest
 
 from hrbp import data
 from hrbp.cli import study as study_cli
+from hrbp.formats.model import load
 from hrbp.reports.picture import draw_study
 from hrbp.study import study
 from hrbp.study.runner import read
-from hrbp.study.study import PRESETS, PUBLISHED, TABLE_1, Study, Variant, rows, sentences, table
-from hrbp.training.checkpoint import load
+from hrbp.study.study import Study
+from hrbp.study.study_table import rows, sentences, table
+from hrbp.study.variants import PRESETS, PUBLISHED, TABLE_1, Variant
 from processes import Process
 
 ROOT = Path(__file__).parent.parent
@@ -42,7 +44,7 @@ def tiny(out, variants=VARIANTS, **more):
 def without_figures_of_trainings():
     """They take longer than these trainings."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hrbp.training.progress.draw_training", lambda *_: None)
+        patch.setattr("hrbp.training.log.draw_training", lambda *_: None)
         yield
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import hrbp
-from hrbp.surgery.conversion import sparse_layers
+from hrbp.layers.view import sparse_layers
 
 
 class Net(nn.Module):

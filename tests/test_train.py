@@ -19,13 +19,20 @@ from torch import nn
 
 import hrbp
 import processes
-from hrbp import files
 from hrbp.cli import train as train_cli
 from hrbp.data import Batches, MemorySet
+from hrbp.formats import model as saved
+from hrbp.formats import sealed
+from hrbp.layers.master import MASTER_METHODS
+from hrbp.layers.view import sparse_layers
 from hrbp.reports import picture
-from hrbp.surgery.conversion import METHODS, plan_of, sparse_layers
-from hrbp.training import checkpoint, progress
-from hrbp.training.trainer import Diverged, Settings, Trainer, train, training_bytes
+from hrbp.surgery.record import plan_of
+from hrbp.training import checkpoint, log
+from hrbp.training.optimizer import training_bytes
+from hrbp.training.result import Diverged
+from hrbp.training.run import train
+from hrbp.training.settings import Settings
+from hrbp.training.trainer import Trainer
 from processes import ONE_THREAD
 
 ROOT = Path(__file__).parent.parent
@@ -64,7 +71,7 @@ def sparse(
     model: nn.Module, structure: str = "hrbp", sparsity: float = 0.5, evolve: str | None = None, **_
 ) -> nn.Module:
     options = {"hrbp": {"groups": 2}, "hrbp++": {"groups": 2}, "1xn": {"n": 8}}.get(structure, {})
-    method = evolve if evolve in METHODS else None
+    method = evolve if evolve in MASTER_METHODS else None
     return hrbp.sparsify(model, sparsity, structure=structure, method=method, distribution="uniform", **options)
 
 
@@ -102,7 +109,7 @@ def timeless(state: dict) -> dict:
 
 
 def final_state(out: Path) -> dict:
-    return timeless(checkpoint.read(out / "last.pt", checkpoint.TRAINING))
+    return timeless(sealed.read(out / "last.pt", sealed.TRAINING))
 
 
 def signalled(made: Trainer, at: int, number: int = signal.SIGTERM) -> Trainer:
@@ -298,7 +305,7 @@ def test_a_training_learns_and_says_what_it_did(tmp_path, capsys):
     assert lines[0]["kind"] == "config"
     assert lines[1:] == result.history
     x = torch.randn(2, 3, 8, 8)
-    again = checkpoint.load(tmp_path / "model.pt", network())
+    again = saved.load(tmp_path / "model.pt", network())
     assert torch.equal(again(x), model(x))
 
 
@@ -537,8 +544,8 @@ def damaged(kind: str, out: Path, tmp_path: Path) -> tuple[bytes, str]:
         return (tmp_path / "foreign.pt").read_bytes(), "not written by hrbp"
     if kind == "model":
         return (out / "model.pt").read_bytes(), "holds a model; it needs a training"
-    sealed = good[: good.rfind(files.MARK)]
-    return sealed + good[good.rfind(files.MARK) :].replace(b" 1 ", b" 2 "), "format 2"
+    content = good[: good.rfind(sealed.MARK)]
+    return content + good[good.rfind(sealed.MARK) :].replace(b" 1 ", b" 2 "), "format 2"
 
 
 KINDS = (
@@ -593,9 +600,9 @@ def test_what_is_executed_when_loading_a_checkpoint(tmp_path):
         def __reduce__(self):
             return (os.mkdir, (str(tmp_path / "ran"),))
 
-    (tmp_path / "last.pt").write_bytes(checkpoint._sealed(checkpoint.TRAINING, {"config": Evil()}))
+    (tmp_path / "last.pt").write_bytes(sealed.sealed_bytes(sealed.TRAINING, {"config": Evil()}))
     with pytest.raises(ValueError, match="cannot be read"):
-        checkpoint.read(tmp_path / "last.pt", checkpoint.TRAINING)
+        sealed.read(tmp_path / "last.pt", sealed.TRAINING)
     assert not (tmp_path / "ran").exists()
 
 
@@ -610,10 +617,10 @@ def test_diverging_stops_with_evidence(name, tmp_path):
     made._run_step = step
     with pytest.raises(Diverged, match=r"not finite at epoch 2, step 8.*diverged\.pt.*last\.pt"):
         made.run()
-    evidence = checkpoint.read(tmp_path / "diverged.pt", checkpoint.TRAINING)
+    evidence = sealed.read(tmp_path / "diverged.pt", sealed.TRAINING)
     assert evidence["position"]["step"] == 7
     assert not math.isfinite(float(evidence["ranks"][0]["sums"][0]))
-    good = checkpoint.read(tmp_path / "last.pt", checkpoint.TRAINING)
+    good = sealed.read(tmp_path / "last.pt", sealed.TRAINING)
     assert good["position"]["step"] == 5
     assert all(t.isfinite().all() for t in good["model"].values())
     assert variant(name, tmp_path, resume=True).run().steps == 15
@@ -624,7 +631,7 @@ def test_diverging_stops_with_evidence(name, tmp_path):
 RANKS = """
 import socket
 import torch.distributed as dist
-from hrbp.training.trainer import ranks
+from hrbp.training.devices import ranks
 
 CASES = {
     "rigl": ("hrbp", dict(evolve="rigl", evolve_options={"every": 2})),
@@ -783,18 +790,18 @@ def test_saved_models_load_in_two_lines(structure, tmp_path):
         options = {"blocksize": (8, 8)} if structure == "block" else {"groups": 2} if "hrbp" in structure else {}
         hrbp.sparsify(model, 0.5, structure=structure, saliency="magnitude", **options)
     path = tmp_path / "model.pt"
-    checkpoint.save(model, path)
-    again = checkpoint.load(path)
+    saved.save(model, path)
+    again = saved.load(path)
     x = torch.randn(2, 3, 16, 16)
     assert torch.equal(again(x), model.eval()(x))
     assert not again.training
-    assert checkpoint.plain_plan(again) == checkpoint.plain_plan(model)
+    assert saved.plain_plan(again) == saved.plain_plan(model)
     assert [type(m) for m in again.modules()] == [type(m) for m in model.modules()]
     assert str(hrbp.summary(again)) == str(hrbp.summary(model))
     if structure is not None and structure != "elementwise":  # a loaded model can be trained on
         hrbp.Evolver(again, torch.optim.SGD(again.parameters(), 0.1), "static", total_steps=3).step()
     dense = hrbp.models.build("resnet8", classes=5, width=0.5, image_size=16)
-    dense.load_state_dict(checkpoint.dense_state_dict(model))
+    dense.load_state_dict(saved.dense_state_dict(model))
     torch.testing.assert_close(dense.eval()(x), model(x), rtol=1e-4, atol=1e-5)
     assert [type(m) for m in again.modules()] == [type(m) for m in model.modules()]  # it worked on a copy
 
@@ -802,22 +809,22 @@ def test_saved_models_load_in_two_lines(structure, tmp_path):
 def test_narrow_and_other_networks_in_files(tmp_path):
     x = torch.randn(2, 3, 16, 16)
     narrow = hrbp.models.narrow("resnet8", 3000, classes=5, image_size=16).eval()
-    checkpoint.save(narrow, tmp_path / "narrow.pt")
-    assert torch.equal(checkpoint.load(tmp_path / "narrow.pt")(x), narrow(x))
+    saved.save(narrow, tmp_path / "narrow.pt")
+    assert torch.equal(saved.load(tmp_path / "narrow.pt")(x), narrow(x))
     own = sparse(network(), "hrbp++").eval()
-    checkpoint.save(torch.optim.swa_utils.AveragedModel(own), tmp_path / "own.pt")
+    saved.save(torch.optim.swa_utils.AveragedModel(own), tmp_path / "own.pt")
     x = torch.randn(2, 3, 8, 8)
-    assert torch.equal(checkpoint.load(tmp_path / "own.pt", network(seed=5))(x), own(x))
+    assert torch.equal(saved.load(tmp_path / "own.pt", network(seed=5))(x), own(x))
     with pytest.raises(ValueError, match="pass model="):
-        checkpoint.load(tmp_path / "own.pt")
+        saved.load(tmp_path / "own.pt")
     with pytest.raises(ValueError, match="does not fit the model"):
-        checkpoint.load(tmp_path / "own.pt", nn.Sequential(nn.Conv2d(3, 8, 3)))
+        saved.load(tmp_path / "own.pt", nn.Sequential(nn.Conv2d(3, 8, 3)))
     with pytest.raises(FileNotFoundError):
-        checkpoint.load(tmp_path / "none.pt")
+        saved.load(tmp_path / "none.pt")
     raw = (tmp_path / "own.pt").read_bytes()
     (tmp_path / "own.pt").write_bytes(raw[:-100])
     with pytest.raises(ValueError, match="cut short"):
-        checkpoint.load(tmp_path / "own.pt", network())
+        saved.load(tmp_path / "own.pt", network())
 
 
 @pytest.mark.parametrize("structure", ["hrbp++", "unstructured"])
@@ -878,7 +885,7 @@ def test_the_command(words, tmp_path, small_shapes, capsys):
     names = {p.name for p in (tmp_path / "run").iterdir()}
     assert names == {"log.jsonl", "last.pt", "previous.pt", "model.pt", "training.png"}
     expected = 0.5 if {"narrow", "2:4", "subp"} & set(words) else 0.9 if "dense" not in words else 0.0
-    model = checkpoint.load(tmp_path / "run" / "model.pt")
+    model = saved.load(tmp_path / "run" / "model.pt")
     if "narrow" not in words:
         assert hrbp.summary(model).sparsity == pytest.approx(expected, abs=0.05)
     with pytest.raises(ValueError, match="holds a training"):
@@ -892,7 +899,7 @@ def test_the_command(words, tmp_path, small_shapes, capsys):
 
 def test_masks_that_follow_the_weights_are_logged_drawn_and_left_behind_at_the_end(tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr("hrbp.training.progress.draw_training", lambda path, history: drawn.extend(history))
+    monkeypatch.setattr("hrbp.training.log.draw_training", lambda path, history: drawn.extend(history))
     made = variant("sr-ste", tmp_path)
     layers = sparse_layers(made.model)
     start = before = {name: layer.mask() for name, layer in layers.items()}
@@ -922,19 +929,19 @@ def test_masks_that_follow_the_weights_are_logged_drawn_and_left_behind_at_the_e
     monkeypatch.undo()
     epochs = [entry for entry in drawn if entry["kind"] == "epoch"]
     for history, name in ((drawn, "evolved.png"), (epochs, "static.png")):
-        progress.draw_training(tmp_path / name, history)
+        log.draw_training(tmp_path / name, history)
     widths = [imread(tmp_path / name).shape[1] for name in ("evolved.png", "static.png")]
     assert widths[0] * 3 == pytest.approx(widths[1] * 4, abs=4)
     for name in ("sad", "drift"):
         other = [{**entry, name: entry[name] // 2} if entry["kind"] == "update" else entry for entry in drawn]
-        progress.draw_training(tmp_path / "other.png", other)
+        log.draw_training(tmp_path / "other.png", other)
         assert (imread(tmp_path / "other.png") != imread(tmp_path / "evolved.png")).any()
 
     dropped = sum(int((~layer.mask()).sum()) for layer in sparse_layers(made.ema).values())
     dense = sum(p.numel() for p in made.model.parameters())
     assert result.parameters == dense - sum(int((~layer.mask()).sum()) for layer in layers.values())
     assert result.memory >= 3 * 4 * dense  # weights, gradients, momentum, of every weight
-    final = checkpoint.load(tmp_path / "model.pt", network())
+    final = saved.load(tmp_path / "model.pt", network())
     assert not any(layer.master for layer in sparse_layers(final).values())
     assert plan_of(final).method is None
     x = torch.randn(4, 3, 8, 8)

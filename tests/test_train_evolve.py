@@ -9,9 +9,10 @@ import pytest
 
 import hrbp
 from hrbp.cli import train as train_cli
-from hrbp.study.study import Study, Variant
-from hrbp.training import checkpoint
-from hrbp.training.trainer import Settings
+from hrbp.formats import model as saved
+from hrbp.study.study import Study
+from hrbp.study.variants import Variant
+from hrbp.training.settings import Settings
 from test_train import command, images, network, sparse, trainer
 
 SMALL = ("--model", "resnet8", "--width", "0.5", "--epochs", "1", "--batch-size", "20", "--device", "cpu")
@@ -114,7 +115,7 @@ def test_names_are_accepted_in_any_case():
 )
 def test_the_shortest_training_ends_where_it_says(words, sparsity, tmp_path, shapes, capsys):
     assert command(*SMALL, *words, "--out", str(tmp_path / "run")) == 0
-    assert hrbp.summary(checkpoint.load(tmp_path / "run" / "model.pt")).sparsity == pytest.approx(sparsity, abs=0.03)
+    assert hrbp.summary(saved.load(tmp_path / "run" / "model.pt")).sparsity == pytest.approx(sparsity, abs=0.03)
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert any(entry["kind"] == "update" for entry in log)
 

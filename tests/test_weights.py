@@ -24,17 +24,11 @@ import hrbp
 from blocksparse import BSRConv2d, BSRLinear, BSRPattern
 from hrbp.__main__ import main
 from hrbp.files import whole_file
-from hrbp.formats.weights import (
-    SAFETENSORS_DTYPES,
-    layers,
-    pack_masked,
-    read_weights,
-    sparse_layer,
-    sparse_names,
-    write_groupings,
-)
-from hrbp.structures.regrouping import Grouping, regroup
-from hrbp.training import checkpoint
+from hrbp.formats import sealed
+from hrbp.formats.packed import pack_masked
+from hrbp.formats.weights import SAFETENSORS_DTYPES, layers, read_weights, sparse_layer, sparse_names, write_groupings
+from hrbp.structures.grouping import Grouping
+from hrbp.structures.regrouping import regroup
 
 
 def weights():
@@ -246,7 +240,7 @@ def test_a_flipped_bit_is_refused_or_changes_nothing(tmp_path, name):
     if name == "sealed.pt":
         hrbp.save(hrbp.sparsify(nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3), nn.Linear(16, 4)), 0.5), path)
     elif name == "training.pt":
-        path.write_bytes(checkpoint._sealed(checkpoint.TRAINING, {"model": weights(), "history": []}))
+        path.write_bytes(sealed.sealed_bytes(sealed.TRAINING, {"model": weights(), "history": []}))
     elif name == "file.pt":
         torch.save(weights(), path)
     else:

@@ -7,8 +7,9 @@ import math
 import re
 from collections.abc import Callable
 from fractions import Fraction
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
+AS_WRITTEN = argparse.RawDescriptionHelpFormatter  # of help texts that are laid out already
 MOST_SEED = 2**63 - 1  # that torch's and numpy's generators take
 
 
@@ -23,6 +24,10 @@ class Parser(argparse.ArgumentParser):
             known = {str(choice).lower(): str(choice) for choice in action.choices}
             arg_string = known.get(arg_string.strip().lower(), arg_string)
         return super()._get_value(action, arg_string)
+
+
+if TYPE_CHECKING:
+    Commands = argparse._SubParsersAction[Parser]
 
 
 def number(low: float, high: float, text: str) -> Callable[[str], float]:

@@ -7,22 +7,23 @@ import math
 import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..data import LAYOUT, load, set_named
+from ..data.folders import LAYOUT
+from ..data.loading import load, set_named
 from ..methods.evolver import METHODS
 from ..models import NETWORKS
 from ..structures.registry import STRUCTURES
 from ..study.regularity import FIGURE as REGULARITY_FIGURE
-from ..study.regularity import GRAINS, RIVALS, Regularity
-from ..study.regularity import table as regularity_table
+from ..study.regularity import Regularity
+from ..study.regularity_table import GRAINS, RIVALS
+from ..study.regularity_table import table as regularity_table
 from ..study.runner import RESULTS, TABLE
-from ..study.study import ABLATION, FIGURE, PRESETS, Preset, Study, Variant, table
-from ..training.trainer import the_device
+from ..study.study import FIGURE, Study
+from ..study.study_table import table
+from ..study.variants import ABLATION, PRESETS, Preset, Variant
+from ..training.devices import the_device
 from . import parsing
-
-if TYPE_CHECKING:
-    Commands = argparse._SubParsersAction[parsing.Parser]
 
 REGULARITY = "regularity"
 MAX_TIME, MAX_STORAGE = 0.5, 0.25
@@ -53,11 +54,11 @@ Exit status: 0; 2 for an option or a file that cannot be used; 128 + N if stoppe
 """
 
 
-def add_study(commands: Commands) -> None:
+def add_study(commands: parsing.Commands) -> None:
     """The command `study` and its options."""
     parser = commands.add_parser(
         "study", help="compare structures and methods", description=DESCRIPTION, epilog=END,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=parsing.AS_WRITTEN,
     )  # fmt: skip
     add = parser.add_argument
     add("--preset", choices=(*PRESETS, REGULARITY), default="quick", help="what holds by default, default quick")

@@ -7,26 +7,29 @@ import ast
 import os
 import signal
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
-from ..data import LAYOUT, Batches, ImageSet, load, set_named
+from ..data.batches import Batches
+from ..data.folders import LAYOUT
+from ..data.loading import load, set_named
+from ..data.sets import ImageSet
 from ..density import DISTRIBUTIONS
+from ..layers.master import MASTER_METHODS
 from ..methods.options import DECAYING, METHODS, OPTIONS, refused_options
 from ..models import NETWORKS, build, narrow
 from ..reports.model_summary import summary
-from ..saliencies import METHODS as SALIENCIES
+from ..saliencies import SALIENCIES
 from ..structures.registry import STRUCTURES
 from ..structures.registry import structure as make_structure
-from ..surgery.conversion import METHODS as MASTER_METHODS
 from ..surgery.conversion import sparsify
-from ..training.trainer import DEFAULTS, SCHEDULES, Diverged, the_device, train
+from ..training.devices import the_device
+from ..training.result import Diverged
+from ..training.run import train
+from ..training.settings import RATES, SCHEDULES
 from . import parsing
-
-if TYPE_CHECKING:
-    Commands = argparse._SubParsersAction[parsing.Parser]
 
 EPOCHS = {"shapes": 20, "cifar10": 160, "cifar100": 160}  # the last two: the HRBP paper's
 FOLDER_EPOCHS = 100
@@ -65,11 +68,11 @@ signal N.
 """
 
 
-def add_train(commands: Commands) -> None:
+def add_train(commands: parsing.Commands) -> None:
     """The command `train` and its options."""
     parser = commands.add_parser(
         "train", help="train a sparse or dense network", description=DESCRIPTION, epilog=END,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=parsing.AS_WRITTEN,
     )  # fmt: skip
     add = parser.add_argument_group("network").add_argument
     add(
@@ -109,7 +112,7 @@ def add_train(commands: Commands) -> None:
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=int, help="default 20 for shapes, 160 for CIFAR, 100 for a folder")
     add("--batch-size", type=int, default=128, help="of all ranks together, default 128")
-    add("--optimizer", choices=DEFAULTS, default="sgd", help="default sgd")
+    add("--optimizer", choices=RATES, default="sgd", help="default sgd")
     add("--lr", type=float, help="highest learning rate, default 0.1 for sgd, 0.001 for adamw")
     add("--momentum", type=float, default=0.9, help="of sgd, default 0.9")
     add("--nesterov", action="store_true", help="of sgd")

@@ -17,16 +17,17 @@ from typing import IO, Any, NoReturn
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from blocksparse import BSRPattern
 
-from ..files import CHUNK, is_whole, memory_bytes, seal_of, whole_file
-from ..structures.regrouping import Grouping
+from ..files import memory_bytes, whole_file
+from ..structures.grouping import Grouping
+from .packed import PACKED, unpack_masked
+from .sealed import CHUNK, is_whole, seal_of
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar")
 WRAPPERS = ("state_dict", "model_state_dict", "model")  # what training programs call the state_dict in a checkpoint
-MASKED = "masked"  # beside such a state_dict: the shapes of layers that are packed as kept weights and bits
 PREFIXES = ("module.", "_orig_mod.")  # put before every name by DataParallel and by torch.compile
 DEPTH = 4  # of such wrappings
 ZIP_START = b"PK\x03\x04"  # by which torch.load knows a zip
@@ -127,7 +128,7 @@ def _read_torch(path: Path, file: IO[bytes]) -> dict[str, Tensor]:
         inner = next((w for w in WRAPPERS if isinstance(found, Mapping) and isinstance(found.get(w), Mapping)), "")
         if not inner:
             break
-        shapes, found = found.get(MASKED), found[inner]
+        shapes, found = found.get(PACKED), found[inner]
         if isinstance(shapes, Tensor) or shapes:
             try:
                 found = unpack_masked(found, shapes)
@@ -290,6 +291,18 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[torch.dtype, tuple[int, .
     return dtype, tuple(shape), *offsets
 
 
+def weights_for(path: str | os.PathLike[str], model: nn.Module, who: str) -> dict[str, Tensor]:
+    """The state_dict of a file, which fits the network."""
+    found = read_weights(path)
+    try:
+        model.load_state_dict(found)
+    except RuntimeError as error:
+        what = " ".join(str(error).split())
+        what = what if len(what) <= 300 else f"{what[:297]}..."
+        raise ValueError(f"{who}: weights are those of another network: {what}") from error
+    return found
+
+
 # ---------------------------------------------------------------------- the layers in a file
 
 
@@ -334,41 +347,6 @@ def sparse_layer(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...
         raise ValueError(f"{name}: the saved index does not fit a layer {tuple(shape)}: {error}") from None
     pattern.check_values(values, name)
     return pattern
-
-
-# ---------------------------------------------------------------------- masked layers
-
-
-def pack_masked(state: dict[str, Tensor], name: str) -> list[int]:
-    """Replace a layer's weight by what its mask keeps, in order, and its mask by bits; returns the weight's shape."""
-    mask, weight = state[f"{name}.mask"].bool(), state[f"{name}.weight"]
-    state[f"{name}.weight"] = weight[mask]
-    state[f"{name}.mask"] = torch.from_numpy(np.packbits(mask.cpu().numpy().ravel()))
-    return list(weight.shape)
-
-
-def unpack_masked(state: Mapping[str, Tensor], shapes: Any) -> dict[str, Tensor]:
-    """The tensors with packed layers whole again: NAME.weight, zero outside the mask, and NAME.mask bool, of `shapes`.
-
-    Raises:
-        ValueError: the file does not hold such layers.
-    """
-    state = dict(state)
-    if not isinstance(shapes, Mapping):
-        raise ValueError(f"the shapes of masked layers are a {type(shapes).__name__}; they need names and sizes")
-    for name, shape in shapes.items():
-        weight, bits = state.get(f"{name}.weight"), state.get(f"{name}.mask")
-        whole = isinstance(shape, list) and all(type(n) is int and n > 0 for n in shape)
-        cells = math.prod(shape) if whole else 0
-        if weight is None or bits is None or bits.dtype != torch.uint8 or bits.shape != (-(-cells // 8),):
-            raise ValueError(f"masked layer {name!r} of shape {shape} has no weight, or no mask of a bit for each cell")
-        flags = np.unpackbits(bits.cpu().numpy())
-        mask = torch.from_numpy(flags[:cells].astype(bool)).view(shape)
-        if flags[cells:].any() or weight.shape != (int(mask.sum()),):
-            raise ValueError(f"masked layer {name!r} has {tuple(weight.shape)} weights and a mask of {int(mask.sum())}")
-        state[f"{name}.weight"] = weight.new_zeros(shape).masked_scatter(mask, weight)
-        state[f"{name}.mask"] = mask
-    return state
 
 
 # ---------------------------------------------------------------------- writing

@@ -1,1 +1,11 @@
-"""What is a sparse layer, and what does it compute?"""
+"""What is a sparse layer, and what does it compute?
+
+Stored blocks (blocksparse.BSRConv2d, BSRLinear), a dense weight under a mask, or a dense master weight of which a part
+takes part. Another kind of layer is a file here and a case of `SparseLayer` in view.py, which the rest goes by.
+"""
+
+from .masked import MaskedConv2d, MaskedLinear
+from .master import MasterConv2d, MasterLinear
+from .view import SparseLayer, sparse_layers
+
+__all__ = ["MaskedConv2d", "MaskedLinear", "MasterConv2d", "MasterLinear", "SparseLayer", "sparse_layers"]

@@ -13,15 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
-from torch.nn.grad import conv2d_weight
 
-from blocksparse import BSRPattern, ConvGeometry, conv2d, linear
+from blocksparse import BSRPattern, conv2d, linear
 
-from ..structures.registry import Choice, Structure
-
-Conv = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # stride, padding, dilation
+from ..structures.base import Choice, Structure
+from .dense_conv import masked_conv, symmetric_padding
+from .gradients import _StraightThrough, _StraightThroughForward, with_dense_gradient
 
 
 class _Master(nn.Module):
@@ -299,139 +296,10 @@ def take_master_off(layer: Any) -> None:
     layer.__class__ = nn.Conv2d if isinstance(layer, nn.Conv2d) else nn.Linear
 
 
-# ---------------------------------------------------------------------- gradients
-
-
-class _StraightThrough(torch.autograd.Function):
-    """weight * mask, whose gradient is passed on to the whole weight."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(weight: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
-        return weight * mask
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # type: ignore[override]
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return grad, None
-
-
-class _StraightThroughForward(_StraightThrough):
-    """The same with a forward-mode derivative, which torch.compile does not take: the weight's, unmasked."""
-
-    @staticmethod
-    def jvp(ctx: Any, weight: Tensor, mask: None) -> Tensor:  # type: ignore[override]
-        return weight.clone()
-
-
-class _DenseGradient(torch.autograd.Function):
-    """y as it is; on the way back the weight takes its dense gradient from y's."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(y: Tensor, x: Tensor, weight: Tensor, conv: Conv | None) -> Tensor:  # type: ignore[override]
-        return y.detach()  # not a view for autograd, so that it may be changed in place
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # type: ignore[override]
-        _, x, weight, ctx.conv = inputs
-        ctx.save_for_backward(x)
-        ctx.save_for_forward(x)
-        ctx.set_materialize_grads(False)
-        ctx.shape, ctx.dtype = weight.shape, weight.dtype
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, None, Tensor | None, None]:  # type: ignore[override]
-        if dy is None:
-            return None, None, None, None
-        (x,) = ctx.saved_tensors
-        return dy, None, dense_gradient(x, dy, ctx.shape, ctx.conv).to(ctx.dtype), None
-
-
-class _DenseGradientForward(_DenseGradient):
-    """The same with a forward-mode derivative, which torch.compile does not take: what a dense layer would add."""
-
-    @staticmethod
-    def jvp(ctx: Any, y: Tensor | None, x: None, weight: Tensor | None, conv: None) -> Tensor | None:  # type: ignore[override]
-        if weight is None:
-            return None if y is None else y.clone()
-        (x_,) = ctx.saved_tensors
-        if ctx.conv is None:
-            dense = nn.functional.linear(x_, weight.to(x_.dtype))
-        else:
-            dense = nn.functional.conv2d(x_, weight.to(x_.dtype), None, *ctx.conv)
-        return dense if y is None else y + dense
-
-
-def with_dense_gradient(y: Tensor, x: Tensor, weight: Tensor, conv: Conv | None) -> Tensor:
-    """y as it is; on the way back `weight` takes the dense gradient of a layer, see `dense_gradient`."""
-    if not weight.requires_grad and forward_ad._current_level < 0:
-        return y
-    function = _DenseGradient if torch.compiler.is_compiling() else _DenseGradientForward
-    return function.apply(y, x.detach().to(y.dtype), weight, conv)
-
-
-def dense_gradient(x: Tensor, dy: Tensor, shape: torch.Size | tuple[int, ...], conv: Conv | None) -> Tensor:
-    """dL/dW of all weights of a layer from its input and the gradient of its output; float32 at least.
-
-    Args:
-        x: [N, C, H, W] or [C, H, W], or [..., C] of a linear layer.
-        dy: [N, K, P, Q] or [K, P, Q], or [..., K].
-        shape: of W: [K, C, R, S] or [K, C].
-        conv: stride, padding, dilation; None: a linear layer.
-    """
-    x = x.to(dy.dtype)
-    if conv is None:
-        grad = dy.flatten(0, -2).t() @ x.flatten(0, -2) if dy.dim() > 1 else torch.outer(dy, x)
-    else:
-        if x.dim() == 3:  # an image without a batch
-            x, dy = x[None], dy[None]
-        # In channels_last PyTorch refuses float64. On a CPU it gets strided 1x1 convolutions wrong there, if of few
-        # channels, and in bfloat16 it reads beyond x.
-        if x.dtype == torch.float64 or x.device.type == "cpu":
-            wide = torch.promote_types(x.dtype, torch.float32)
-            x, dy = _contiguous(x.to(wide)), _contiguous(dy.to(wide))
-        stride, padding, dilation = conv
-        grad = conv2d_weight(x, shape, dy, stride, padding, dilation)
-    return grad.to(torch.promote_types(grad.dtype, torch.float32)).view(shape)
-
-
 def _is_shared(t: Tensor) -> bool:
     """Whether t is in memory that other processes may have, too; on a GPU nobody can tell."""
     return t.device.type == "cpu" and t.is_shared()
 
 
-def masked_conv(layer: nn.Conv2d, x: Tensor, weight: Tensor) -> Tensor:
-    """What nn.Conv2d computes with this weight.
-
-    It is computed contiguous where an axis of y meets only padding: on a CPU PyTorch's channels_last convolution
-    crashes there.
-    """
-    if x.device.type != "cpu" or isinstance(layer.padding, str):
-        return layer._conv_forward(x, weight, layer.bias)
-    (h, w), (r, s), conv = x.shape[-2:], weight.shape[-2:], (layer.stride, layer.padding, layer.dilation)
-    if not ConvGeometry(1, 1, h, w, 1, r, s, *conv).only_padding:  # type: ignore[arg-type]
-        return layer._conv_forward(x, weight, layer.bias)
-    last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
-    y = layer._conv_forward(_contiguous(x), _contiguous(weight), layer.bias)
-    return y.contiguous(memory_format=torch.channels_last) if last else y
-
-
-def _contiguous(t: Tensor) -> Tensor:
-    """t, contiguous in its strides too: where sizes of one fit both formats, PyTorch goes by these."""
-    return t.contiguous().flatten().view(t.shape)
-
-
-def symmetric_padding(conv: nn.Conv2d) -> tuple[int, ...]:
-    """conv.padding in numbers, of a layer whose padding is symmetric."""
-    if conv.padding == "valid":
-        return 0, 0
-    if conv.padding == "same":
-        return tuple(d * (k - 1) // 2 for d, k in zip(conv.dilation, conv.kernel_size, strict=True))
-    return tuple(int(p) for p in conv.padding)
+FOLLOWING = ("ste", "sr-ste")  # training methods of which the mask follows a dense master weight
+MASTER_METHODS = (*FOLLOWING, "subp")  # all that train one

@@ -9,6 +9,9 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from ..layers.view import SparseLayer
+from ..surgery.record import Sparsity
+
 
 def ranks() -> int:
     """How many processes train together."""
@@ -47,3 +50,12 @@ def checksum(mask: Tensor, row_order: Tensor | None = None) -> str:
     if row_order is not None:
         crc = zlib.crc32(row_order.cpu().long().numpy().tobytes(), crc)
     return f"{crc:08x}"
+
+
+def facts(plan: Sparsity, layers: Mapping[str, SparseLayer]) -> dict[str, str]:
+    """What has to be the same on every rank for masks to stay so."""
+    found = {"the structure": repr(plan.structure), "the distribution": plan.distribution}
+    found |= {f"the density asked of {name!r}": repr(density) for name, density in plan.asked.items()}
+    found |= {f"the target of {name!r}": repr(sparsity) for name, sparsity in plan.target.items()}
+    masks = {name: checksum(layer.mask(), layer.row_order()) for name, layer in layers.items()}
+    return found | {f"the mask of {name!r}": mask for name, mask in masks.items()}

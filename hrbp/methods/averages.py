@@ -9,14 +9,28 @@ from __future__ import annotations
 
 import gc
 import types
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from ..structures.registry import Choice
-from ..surgery.conversion import Lineage, SparseLayer, plan_of, sparse_layers, unwrapped
+from ..layers.view import SparseLayer, sparse_layers
+from ..structures.base import Choice
+from ..surgery.record import Lineage, plan_of
+from ..wrappers import unwrapped
+
+
+def check(averages: Sequence[nn.Module], layers: Mapping[str, SparseLayer], who: str) -> None:
+    """Refuse models that are no copies of the one with these sparse layers."""
+    for i, average in enumerate(averages):
+        theirs = sparse_layers(average)
+        for name, layer in layers.items():
+            if name not in theirs or theirs[name].shape != layer.shape or theirs[name].blocks != layer.blocks:
+                raise ValueError(
+                    f"{who}: ema[{i}] has no sparse layer {name!r} as the model has; it needs copies of the model,"
+                    " made after sparsify()"
+                )
 
 
 def follow(model: nn.Module, known: Collection[nn.Module]) -> None:

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from ..surgery.conversion import SparseLayer, unwrapped
+from ..layers.view import SparseLayer
+from ..wrappers import unwrapped
 
 _handles: weakref.WeakKeyDictionary[nn.Module, RemovableHandle] = weakref.WeakKeyDictionary()
 

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..layers.master import dense_gradient, symmetric_padding, with_dense_gradient
-from ..surgery.conversion import SparseLayer
+from ..layers.dense_conv import symmetric_padding
+from ..layers.gradients import dense_gradient, with_dense_gradient
+from ..layers.view import SparseLayer
 
 
 class DenseGradients:

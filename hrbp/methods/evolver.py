@@ -4,51 +4,37 @@ Every update drops what is least worth keeping and grows as much elsewhere, in t
 the channels of a group. Layers stay as sparse as they were, so that stored blocks, gradients, optimizer state, compiled
 code and CUDA graphs keep their memory; gradual magnitude pruning ("gmp") shrinks them and reallocates. With a dense
 master weight (`sparsify(method=...)`) what is dropped learns on: the mask follows the weight, or is drawn ("subp").
+
+More than 400 lines, a quarter of them the docstring that users read: so far one class knows all methods.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..density import densities
-from ..structures.registry import Choice, Grains, Groups, sparsity_of
-from ..surgery.conversion import FOLLOWING, SparseLayer, plan_of, sparse_layers
-from ..surgery.conversion import METHODS as MASTER_METHODS
+from ..layers.master import FOLLOWING, MASTER_METHODS
+from ..layers.view import SparseLayer, sparse_layers
+from ..structures.base import Choice, sparsity_of
+from ..structures.grains import Grains
+from ..structures.groups import Groups
+from ..surgery.record import plan_of
 from . import averages
-from .agreement import checksum, ranks, require_same
+from .agreement import checksum, facts, ranks, require_same
 from .decay import Decay
 from .dense_grad import DenseGradients
+from .drift import Drift, Update
 from .exchange import exchange, pruned_groups
 from .options import ARRIVING, DECAYING, DEFAULTS, METHODS, arrival, checked_options, method_named
 from .subp import pruned_share
 
 __all__ = ["METHODS", "Evolver", "Update"]
-
-
-@dataclass(frozen=True)
-class Update:
-    """One change of the masks, or, where they follow the weights, what has changed since the last look.
-
-    changed      layer -> share of the weights kept now that were not kept before
-    reallocated  tensors have new memory: CUDA graphs and DistributedDataParallel made before must be made again
-    sad          layer -> sum |E_now - E_before|: cells of the mask E that are not as they were at the update before, or
-                 at the start (Zhou et al., ICLR 2021)
-    drift        layer -> sum |E_now - E_start|
-    """
-
-    step: int
-    changed: dict[str, float]
-    reallocated: bool
-    sad: dict[str, int]
-    drift: dict[str, int]
 
 
 class Evolver:
@@ -175,29 +161,20 @@ class Evolver:
         if method != "static":
             for layer in self.layers.values():
                 layer.check(model, optimizer, who)
-        self._check_averages(who)
+        averages.check(self.ema, self.layers, who)
         if method in FOLLOWING and ranks() > 1:
             for layer in self.layers.values():
                 dist.broadcast(layer.parameter.detach(), 0)
-        require_same(self._facts, who, "; give sparsify() the same arguments, seed and scores everywhere")
+        remedy = "; give sparsify() the same arguments, seed and scores everywhere"
+        require_same(lambda: facts(self.plan, self.layers), who, remedy)
         self._initial = self._sparsity_of_live()
         if method == "gmp":
             self._check_sparsity(who)
         self._decay = None
         if method in DECAYING:
             self._decay = Decay(model, self.layers.values(), optimizer, chosen["decay"])
-        self._first = self._last = self._bits()
+        self._drift = Drift(self.layers)
         self._arm()
-
-    def _check_averages(self, who: str) -> None:
-        for i, average in enumerate(self.ema):
-            theirs = sparse_layers(average)
-            for name, layer in self.layers.items():
-                if name not in theirs or theirs[name].shape != layer.shape or theirs[name].blocks != layer.blocks:
-                    raise ValueError(
-                        f"{who}: ema[{i}] has no sparse layer {name!r} as the model has; it needs copies of the model,"
-                        " made after sparsify()"
-                    )
 
     def _check_sparsity(self, who: str) -> None:
         """Refuse a final sparsity that the structure cannot have, or that the model has passed already."""
@@ -238,7 +215,7 @@ class Evolver:
         """What a checkpoint needs beside the model's and the optimizer's own state."""
         return {
             "method": self.method, "steps": self.steps, "overdue": self._overdue, "initial": self._initial,
-            "first": self._first, "last": self._last,
+            "first": self._drift.first, "last": self._drift.last,
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -248,10 +225,11 @@ class Evolver:
                 f"Evolver.load_state_dict(): the state is of method {state.get('method')!r}; this is {self.method!r}"
             )
         self.steps, self._overdue, self._initial = int(state["steps"]), bool(state["overdue"]), float(state["initial"])
-        self._first, self._last = dict(state["first"]), dict(state["last"])
+        self._drift.first, self._drift.last = dict(state["first"]), dict(state["last"])
         self._followed = False
         position = {"the step of the state": str(self.steps), "an update that is due": str(self._overdue)}
-        require_same(lambda: position | self._facts(), "Evolver.load_state_dict()", "; load the same state everywhere")
+        who, remedy = "Evolver.load_state_dict()", "; load the same state everywhere"
+        require_same(lambda: position | facts(self.plan, self.layers), who, remedy)
         self._arm()
 
     # ------------------------------------------------------------------ when
@@ -316,17 +294,6 @@ class Evolver:
 
     # ------------------------------------------------------------------ what
 
-    def _facts(self) -> dict[str, str]:
-        """What has to be the same on every rank for masks to stay so."""
-        plan, facts = (
-            self.plan,
-            {"the structure": repr(self.plan.structure), "the distribution": self.plan.distribution},
-        )
-        facts |= {f"the density asked of {name!r}": repr(density) for name, density in plan.asked.items()}
-        facts |= {f"the target of {name!r}": repr(sparsity) for name, sparsity in plan.target.items()}
-        layers = self.layers.items()
-        return facts | {f"the mask of {name!r}": checksum(layer.mask(), layer.row_order()) for name, layer in layers}
-
     def _live(self) -> dict[str, SparseLayer]:
         """The layers that can change now: those that are not frozen."""
         return {name: layer for name, layer in self.layers.items() if layer.parameter.requires_grad}
@@ -338,9 +305,9 @@ class Evolver:
     def _update(self) -> Update | None:
         who, remedy = f"Evolver.step(), step {self.steps}", "; their weights must have diverged before"
         if self.method in FOLLOWING:
-            told = self._told(reallocated=False)
-            require_same(lambda: {f"the mask of {n!r}": checksum(bits) for n, bits in self._last.items()}, who, remedy)
-            return told
+            update, now = self._drift.update(self.steps, reallocated=False), self._drift.last
+            require_same(lambda: {f"the mask of {n!r}": checksum(bits) for n, bits in now.items()}, who, remedy)
+            return update
         grads = None
         if self._grows_by_gradient:
             grads = self._gathered()
@@ -361,20 +328,7 @@ class Evolver:
             in_place &= self.layers[name].set(choice, self.optimizer)
             for copy in copies:
                 copy[name].set(choice)
-        return self._told(reallocated=not in_place)
-
-    def _told(self, reallocated: bool) -> Update:
-        """What has become of the masks since the last time."""
-        before, self._last = self._last, self._bits()
-        changed, sad, drift = {}, {}, {}
-        for name, now in self._last.items():
-            changed[name] = _ones(now & ~before[name]) / max(1, _ones(now))
-            sad[name], drift[name] = _ones(now ^ before[name]), _ones(now ^ self._first[name])
-        return Update(self.steps, changed, reallocated, sad, drift)
-
-    def _bits(self) -> dict[str, Tensor]:
-        """layer -> its mask, eight cells a byte."""
-        return {n: torch.from_numpy(np.packbits(layer.mask().cpu().numpy())) for n, layer in self.layers.items()}
+        return self._drift.update(self.steps, reallocated=not in_place)
 
     def _exchanged(self, grads: dict[str, Tensor] | None) -> dict[str, Choice]:
         choices = {}
@@ -446,10 +400,6 @@ class Evolver:
                 assert isinstance(rule, Grains)
                 choices[name] = rule.choose(score, sparsity, order=self._order(layer))
         return choices
-
-
-def _ones(bits: Tensor) -> int:
-    return int(np.unpackbits(bits.numpy()).sum())
 
 
 def _kept(layer: SparseLayer) -> int:

@@ -8,10 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..structures.registry import Choice, Grains, Groups, grouping_choice
-from ..structures.regrouping import Grouping, keep_by_counts
+from ..layers.view import SparseLayer
+from ..structures.base import Choice
+from ..structures.grains import Grains
+from ..structures.grouping import Grouping
+from ..structures.groups import Groups, grouping_choice
+from ..structures.regrouping import keep_by_counts
 from ..structures.selection import balanced, top
-from ..surgery.conversion import SparseLayer
 
 
 def exchange(rule: Any, layer: SparseLayer, weight: Tensor, growth: Tensor, share: float, one_by_one: bool) -> Choice:

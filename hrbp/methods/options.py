@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any
 
-from ..surgery.conversion import FOLLOWING
+from ..layers.master import FOLLOWING
 from .subp import SoftPruning
 
 _EXCHANGE = ("every", "drop", "until", "seed")

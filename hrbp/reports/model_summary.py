@@ -14,21 +14,16 @@ from torch.nn.parameter import is_lazy
 
 from blocksparse import BSRConv2d, BSRLinear, explain
 
+from ..columns import columns
 from ..layers import semi_structured
-from ..layers.master import MasterLinear, symmetric_padding
+from ..layers.dense_conv import symmetric_padding
+from ..layers.master import FOLLOWING, MasterLinear
+from ..layers.view import SparseLayer, sparse_layers
 from ..methods.subp import counts
-from ..structures.registry import NM
-from ..surgery.conversion import (
-    FOLLOWING,
-    SparseLayer,
-    Sparsity,
-    copied,
-    densify,
-    plan_of,
-    semi_refuses,
-    sparse_layers,
-    unwrapped,
-)
+from ..structures.n_m import NM
+from ..surgery.conversion import densify, semi_refuses
+from ..surgery.record import Sparsity, plan_of
+from ..wrappers import copied, unwrapped
 
 SLOW_BLOCK = 8  # weights: smaller blocks save memory, not time
 
@@ -78,14 +73,8 @@ class Summary:
         timed = [(row.seconds, row.dense_seconds) for row in self.rows if row.seconds and row.dense_seconds]
         head += ["ms", "dense ms", "speed"] if timed else []
         table = [head, *([self._cells(row)[name] for name in head] for row in self.rows)]
-        widths = [max(len(line[i]) for line in table) for i in range(len(head))]
-        left = (0, 1, 2, 8)
-
-        def text(line: list[str]) -> str:
-            cells = (c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
-            return "  ".join(cells).rstrip()
-
-        lines = [text(table[0]), "-" * len(text(table[0])), *map(text, table[1:]), ""]
+        first, *rest = columns(table, left=(0, 1, 2, 8)).split("\n")
+        lines = [first, "-" * len(first), *rest, ""]
         lines.append(
             f"sparse layers {self.sparsity:.2%} sparse, whole model {self.model_sparsity:.2%}: "
             f"{self.parameters:,} of {self.dense_parameters:,} parameters"

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from ..files import whole_file
-from ..structures.registry import grouping_choice
-from ..structures.regrouping import Grouping
+from ..structures.grouping import Grouping
+from ..structures.groups import grouping_choice
 from ..structures.selection import top
-from .mask_report import Score, dgrad_fill
+from .dgrad import dgrad_fill
+from .score import Score
 
 # A colour a group, neighbours far apart; they are used again from the ninth group on.
 COLOURS = ((31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 103, 189), (0, 158, 172), (188, 143, 0),

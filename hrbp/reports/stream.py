@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..structures.registry import Choice
+from ..structures.base import Choice
 
 
 class References(NamedTuple):

@@ -7,9 +7,7 @@ each step of pruning, from one sparsity to the next.
 
 from __future__ import annotations
 
-import copy
 import json
-import math
 import os
 import re
 import time
@@ -23,30 +21,31 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..data import Batches, ImageSet, load
+from ..data.batches import Batches
+from ..data.loading import load
+from ..data.sets import ImageSet
 from ..files import only_writer
-from ..formats.weights import read_weights
+from ..formats.model import load as load_model
+from ..formats.model import save
+from ..formats.weights import weights_for
 from ..models import build, narrow
-from ..reports.mask_report import columns, report_model
-from ..reports.model_summary import inputs_of, summary
+from ..progress import Progress, duration
+from ..reports.model_summary import summary
+from ..reports.network_costs import costs_of
 from ..reports.picture import draw_regularity
-from ..structures.registry import NM
+from ..structures.n_m import NM
 from ..structures.registry import structure as make_structure
-from ..surgery.conversion import densify, plan_of, sparsify
-from ..training.checkpoint import load as load_model
-from ..training.checkpoint import save
-from ..training.progress import Progress, duration
-from ..training.trainer import Diverged, Settings, Trainer, the_device
+from ..surgery.conversion import densify, sparsify
+from ..surgery.record import plan_of
+from ..training.devices import the_device
+from ..training.result import Diverged
+from ..training.settings import Settings
+from ..training.trainer import Trainer
 from . import runner
+from .regularity_table import FINEST, GRAINS, RIVALS, line_name, rows
 
-GRAINS = {
-    "unstructured": "0-D weight", "vector": "1-D vector", "kernel": "2-D kernel", "filter": "3-D filter",
-    "channel": "channel", "1xn": "1x8", "n:m": "n:8", "block": "block 8x8", "hrbp": "hrbp", "hrbp++": "hrbp++",
-}  # fmt: skip
 OPTIONS: dict[str, dict[str, Any]] = {"1xn": {"n": 8}, "n:m": {"m": 8}, "block": {"blocksize": (8, 8)}}
-RIVALS = ("dense", "narrow")  # trained as long: the network without pruning, and a thinner one
 SPARSITIES = (0.5, 0.75, 0.875)  # which 4:8, 2:8 and 1:8 have
-FINEST = "unstructured"  # whose references the others are compared with
 ROUNDS = 7  # in which networks take one timed step after the other
 TIMED_BATCH = 8
 TEST_BATCH = 500
@@ -144,7 +143,7 @@ class Regularity:
         again = {"epochs": retrain, "lr": self.training.lr / 2 if retrain_lr is None else retrain_lr, "warmup": 0.0}
         self.retraining = Settings(**{**asdict(self.training), **again})
         self.timed_width = width if timed_width is None else timed_width
-        self.weights = None if weights is None else _weights(weights, build(model, width=width, **self.shape), who)
+        self.weights = None if weights is None else weights_for(weights, build(model, width=width, **self.shape), who)
         with torch.device("meta"):
             build(model, width=self.timed_width, **self.shape)  # refuses a width
         self._batches(self.seeds[0])  # refuses a size
@@ -286,7 +285,7 @@ class Regularity:
             model, last = ended
             if last.get("diverged"):
                 raise Diverged(f"Regularity.run(): the network to prune: {last['diverged']}")
-            result = {**identity, **last, **self._costs(model), "file": _size(folder)}
+            result = {**identity, **last, **costs_of(model, self.train.shape), "file": _size(folder)}
             runner.write_json(folder / runner.RESULT, result)
             if "accuracy" in result:
                 self.say.say(f"the network to prune: {result['accuracy']:.2%} in {duration(result['seconds'])}")
@@ -331,7 +330,7 @@ class Regularity:
             plan = plan_of(model, required=False)
             dense = {} if plan is None else plan.dense
             refused = [name for name, why in dense.items() if plan and why.startswith(f"{plan.structure.name}: ")]
-            costs = {"sparsity": summary(model).sparsity, "file": _size(folder), **self._costs(model)}
+            costs = {"sparsity": summary(model).sparsity, "file": _size(folder), **costs_of(model, self.train.shape)}
             result |= {**costs, "refused": refused}
         folder.mkdir(exist_ok=True)
         runner.write_json(folder / runner.RESULT, result)
@@ -349,25 +348,6 @@ class Regularity:
         self._pruned(sparse, FINEST, sparsity, "random")
         torch.manual_seed(seed)
         return narrow(self.model, summary(sparse).parameters, **self.shape)
-
-    def _costs(self, model: nn.Module) -> dict[str, float]:
-        """Of all convolutions and linear layers: parameters, bytes as a stream, references, balance.
-
-        References are those of one image's forward pass, each layer's as often as it has output pixels.
-        """
-        model = copy.deepcopy(model).cpu()
-        inputs = inputs_of(model, (1, *self.train.shape))
-        pixels = {name: out.numel() // out.shape[1] for name, (_, out) in inputs.items()}
-        reports = report_model(model)
-        work = {name: report.kept * pixels[name] for name, report in reports.items()}
-        total = max(1, sum(work.values()))
-        return {
-            "parameters": summary(model).parameters,
-            "stream": sum(report.storage.model for report in reports.values()),
-            "references": sum(sum(report.references) * pixels[name] for name, report in reports.items()),
-            "fprop_balance": sum(report.fprop_balance * work[name] for name, report in reports.items()) / total,
-            "dgrad_balance": sum(report.dgrad_balance * work[name] for name, report in reports.items()) / total,
-        }
 
     # ------------------------------------------------------------ times
 
@@ -398,10 +378,9 @@ class Regularity:
     def _step(self, model: nn.Module, images: torch.Tensor) -> Callable[[], float]:
         form = torch.channels_last if self.training.channels_last else torch.contiguous_format
         model, images = model.to(self.device, memory_format=form), images.to(memory_format=form)  # type: ignore[call-overload]
-        amp = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.training.amp]
 
         def step() -> None:
-            with torch.autocast(self.device.type, amp, enabled=amp is not None):
+            with self.training.autocast(self.device):
                 y = model(images)
             y.float().square().mean().backward()
             model.zero_grad(set_to_none=True)
@@ -409,187 +388,10 @@ class Regularity:
         return partial(runner.timed, self.device, step)
 
 
-def line_name(structure: str, sparsity: float) -> str:
-    """Such as "2-D kernel 75%"."""
-    return f"{GRAINS.get(structure, structure)} {100 * sparsity:g}%"
-
-
 def _size(folder: Path) -> int:
     return (folder / MODEL).stat().st_size
-
-
-def _weights(path: str | os.PathLike[str], model: nn.Module, who: str) -> dict[str, torch.Tensor]:
-    """The state_dict of a file, which fits the network."""
-    found = read_weights(path)
-    try:
-        model.load_state_dict(found)
-    except RuntimeError as error:
-        what = " ".join(str(error).split())
-        what = what if len(what) <= 300 else f"{what[:297]}..."
-        raise ValueError(f"{who}: weights are those of another network: {what}") from error
-    return found
 
 
 def _checksum(weights: Mapping[str, torch.Tensor]) -> int:
     sums = [(name, zlib.crc32(t.reshape(-1).view(torch.uint8).numpy().tobytes())) for name, t in weights.items()]
     return zlib.crc32(repr(sorted(sums)).encode())
-
-
-# ---------------------------------------------------------------- what it came to
-
-
-def rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The lines of the table, from what results.json holds; None where nothing is known.
-
-    line, structure, asked        grain and sparsity, as asked for
-    accuracy, deviation           mean and sample deviation over seeds, as shares
-    seeds, diverged               trainings that came to an end; those whose loss did not stay finite
-    loss                          of accuracy, against the dense network that was trained as long
-    parameters, sparsity          weights that are kept; share dropped of the layers made sparse
-    refused                       layers whose shape this grain does not fit: they stay dense
-    storage                       8-bit weights and 4-bit relative indices, relative to the dense network: see `Stream`
-    file, file_ratio              bytes that `hrbp.save` wrote; relative to the dense network's
-    references, of_finest         memory references of one image's forward pass; relative to single weights there
-    fprop_balance, dgrad_balance  largest / mean work of 8 filters, of 8 input channels, weighed by work
-    time                          of forward + backward, measured, relative to the dense network
-    """
-    settings, trained = results["settings"], results["trained"]
-    lines: dict[str, list[dict[str, Any]]] = {}
-    for run in results["runs"]:
-        lines.setdefault(run["line"], []).append(run)
-    found = []
-    for structure in settings["structures"]:
-        for asked in settings["sparsities"]:
-            runs = lines.get(line_name(structure, asked), [])
-            if not runs:
-                continue
-            ended = [run for run in runs if run["accuracy"] is not None]
-            right = [run["accuracy"] for run in ended]
-            row: dict[str, Any] = {
-                "line": line_name(structure, asked), "structure": GRAINS.get(structure, structure), "asked": asked,
-                "accuracy": runner.mean(right), "deviation": runner.deviation(right),
-                "seeds": len(ended), "diverged": len(runs) - len(ended), "loss": None, "of_finest": None,
-            }  # fmt: skip
-            for key in ("parameters", "sparsity", "stream", "file", "references", "fprop_balance", "dgrad_balance"):
-                row[key] = runner.mean([run[key] for run in ended])
-            row["refused"] = " ".join(runs[0].get("refused", ()))
-            stream = row.pop("stream")
-            row["storage"] = stream / trained["stream"] if ended else None
-            row["file_ratio"] = row["file"] / trained["file"] if ended else None
-            times = results["times"].get(structure)
-            row["time"] = 1.0 if structure == "dense" else times[str(asked)] / times["dense"] if times else None
-            found.append(row)
-    known = {(row["structure"], row["asked"]): row for row in found if row["accuracy"] is not None}
-    for (_, asked), row in known.items():
-        if dense := known.get(("dense", asked)):
-            row["loss"] = dense["accuracy"] - row["accuracy"]
-        if finest := known.get((GRAINS[FINEST], asked)):
-            row["of_finest"] = row["references"] / finest["references"]
-    return found
-
-
-def table(results: Mapping[str, Any], *, max_time: float = 0.5, max_storage: float = 0.25) -> str:
-    """The table, what must be known to read it, and which structure a time and a storage leave: see `answers`."""
-    found = rows(results)
-    if not found:
-        return "no training is finished yet"
-    head = ["", "sparsity %", "accuracy %", "loss", "storage %", "file %", "references", "filters", "channels", "time"]
-    lines = [head]
-
-    def cell(value: float | None, form: str, scale: float = 1.0) -> str:
-        return "-" if value is None else f"{value * scale:{form}}"
-
-    for row in found:
-        spread = "" if row["deviation"] is None else f" +- {100 * row['deviation']:4.2f}"
-        lines.append([
-            row["structure"], _shown_sparsity(row),
-            "diverged" if row["accuracy"] is None else f"{100 * row['accuracy']:.2f}{spread}",
-            cell(row["loss"], ".2f", 100), cell(row["storage"], ".1f", 100), cell(row["file_ratio"], ".1f", 100),
-            cell(row["of_finest"], ".2f"), cell(row["fprop_balance"], ".2f"), cell(row["dgrad_balance"], ".2f"),
-            "-" if row["time"] is None else f"{row['time']:.2f}x",
-        ])  # fmt: skip
-    settings, trained = results["settings"], results["trained"]
-    whole = f", {100 * trained['accuracy']:.1f}% right before pruning" if trained.get("accuracy") is not None else ""
-    title = (
-        f"{settings['model']} x {settings['width']:g}, {settings['data']}{whole}; {settings['retraining']['epochs']}"
-        f" epochs after each pruning, {len(settings['seeds'])} seed{'s' if len(settings['seeds']) > 1 else ''};"
-        f" {len(results['runs'])} of {settings['trainings']} trainings are finished"
-    )
-    notes = [
-        "loss: points under the dense network that was trained as long",
-        "storage: 8-bit weights, 4-bit relative indices with fillers; file: what hrbp.save wrote; relative to dense",
-        "references: to memory in a forward pass, relative to single weights at that sparsity",
-        "filters, channels: largest / mean work of 8 filters in the output, of 8 input channels in the input gradient",
-        f"time: forward + backward of {settings['model']} x {settings['timed_width']:g} with such masks, relative to"
-        f" dense, measured in turns on {results['machine']}",
-    ]
-    if any(row["structure"] == "narrow" for row in found):
-        notes.append("narrow: a dense network of as many parameters as the sparse ones, from scratch, trained as long")
-    for name, layers in {row["structure"]: row["refused"] for row in found if row["refused"]}.items():
-        notes.append(f"{name}: dense where it does not fit: {layers}")
-    notes += [f"left out: {line}, as {reason}" for line, reason in results.get("left_out", {}).items()]
-    said = answers(found, max_time=max_time, max_storage=max_storage)
-    return "\n".join([title, "", columns(lines), "", *notes, "", *said])
-
-
-def _shown_sparsity(row: Mapping[str, Any]) -> str:
-    if row["structure"] in RIVALS:
-        return f"as {100 * row['asked']:g}"
-    return f"{100 * (row['asked'] if row['sparsity'] is None else row['sparsity']):.2f}"
-
-
-def answers(found: Sequence[Mapping[str, Any]], *, max_time: float, max_storage: float) -> list[str]:
-    """Which structure at which sparsity is the most accurate within a time, within a storage, and within both.
-
-    Args:
-        found: the rows.
-        max_time: of forward + backward, relative to dense.
-        max_storage: of the file, relative to the dense network's.
-
-    Returns:
-        Three sentences, and one on what the spread of the seeds leaves open.
-    """
-    for name, most in (("max_time", max_time), ("max_storage", max_storage)):
-        if not 0 < most < math.inf:
-            raise ValueError(f"answers(): {name} is {most}; it needs a number > 0")
-    known = [r for r in found if None not in (r["accuracy"], r["time"], r["file_ratio"])]
-    if not known:
-        return []
-    time_budget, file_budget = f"{max_time:g} of the dense time", f"{max_storage:g} of the dense file"
-    said = [
-        _answer(known, time_budget, {"time": max_time}),
-        _answer(known, file_budget, {"file_ratio": max_storage}),
-        _answer(known, f"{time_budget} and {file_budget}", {"time": max_time, "file_ratio": max_storage}),
-    ]
-    doubt = runner.doubt(known)
-    return [*said, f"{doubt[0].upper()}{doubt[1:]}."]
-
-
-def _answer(known: Sequence[Mapping[str, Any]], budget: str, limits: Mapping[str, float]) -> str:
-    fits = [row for row in known if all(row[key] <= limit for key, limit in limits.items())]
-    if not fits:
-        nearest = min(known, key=lambda row: max(row[key] / limit for key, limit in limits.items()))
-        return f"Within {budget} nothing fits; {_named(nearest)} comes nearest: {_told(nearest)}."
-    best = max(fits, key=lambda row: row["accuracy"])
-    said = f"Within {budget} {_named(best)} is the most accurate: {_told(best)}"
-    sparse = [row for row in fits if row["structure"] not in RIVALS]
-    if best["structure"] in RIVALS:
-        if not sparse:
-            return f"{said}; nothing sparse fits."
-        best = max(sparse, key=lambda row: row["accuracy"])
-        said += f"; of what is sparse {_named(best)}: {_told(best)}"
-    return f"{said}."
-
-
-def _named(row: Mapping[str, Any]) -> str:
-    if row["structure"] == "dense":
-        return "the dense network"
-    at = f"{100 * row['asked']:g}%"
-    return f"the narrow network as large as {at}" if row["structure"] == "narrow" else f"{row['structure']} at {at}"
-
-
-def _told(row: Mapping[str, Any]) -> str:
-    loss = "" if row["loss"] is None else f" ({100 * row['loss']:.1f} points less than dense)"
-    return (
-        f"{100 * row['accuracy']:.1f}%{loss} in {row['time']:.2f} of the time and {row['file_ratio']:.2f} of the file"
-    )

@@ -17,9 +17,10 @@ import torch
 from torch import nn
 
 from ..files import LOCK, whole_file
+from ..progress import Progress
 from ..training.checkpoint import LAST, PREVIOUS, differences
-from ..training.progress import Progress
-from ..training.trainer import Diverged, Trainer
+from ..training.result import Diverged
+from ..training.trainer import Trainer
 
 RESULTS, TABLE, RESULT = "results.json", "table.csv", "result.json"
 WARM_UP = 2  # rounds that are not counted

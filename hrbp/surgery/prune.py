@@ -11,11 +11,19 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
 
-from ..reports.mask_report import _ratio, grain
-from ..structures.registry import NM, STRUCTURES, Choice, Grains, Mixed, Structure
+from ..layers.masked import put_mask
+from ..layers.stored import block_module, has_blocks
+from ..structures.base import Choice, Structure
+from ..structures.grains import Grains
+from ..structures.mixed import Mixed
+from ..structures.n_m import NM
+from ..structures.recognise import grain, n_m_ratio
+from ..structures.registry import STRUCTURES
 from ..structures.registry import structure as make_structure
 from .candidates import unfit, users_of
-from .conversion import Sparsity, _block_module, _replace, dense_model, has_blocks, put_mask
+from .carry import replace_module
+from .planning import dense_model
+from .record import Sparsity
 
 
 def from_prune(
@@ -89,7 +97,7 @@ def from_prune(
     makes: list[Callable[[], None]] = []
     for name, (layer, plain, mask) in taken.items():
         if has_blocks(choices[name]):
-            made = _block_module(plain, choices[name].pattern(), backend)
+            made = block_module(plain, choices[name].pattern(), backend)
             makes.append(partial(_put_blocks, model, layer, made))
         else:
             makes.append(partial(_put_mask, layer, mask))
@@ -136,7 +144,7 @@ def _unprune(layer: Any) -> None:
 
 def _put_blocks(model: nn.Module, layer: nn.Module, made: nn.Module) -> None:
     _unprune(layer)
-    _replace(model, layer, made)
+    replace_module(model, layer, made)
 
 
 def _put_mask(layer: nn.Module, mask: Tensor) -> None:
@@ -170,7 +178,7 @@ def _chosen(
         raise TypeError(f"{who}: no option {', '.join(sorted(options))} without a structure")
     boxes = {layer: grain(mask) for layer, mask in masks.items()}
     rule = _grains([(box, tuple(masks[layer].shape)) for layer, box in boxes.items()])
-    ratios = {_ratio(mask) for mask in masks.values()}
+    ratios = {n_m_ratio(mask) for mask in masks.values()}
     if set(boxes.values()) == {(1, 1, 1, 1)} and len(ratios) == 1 and (ratio := ratios.pop()) is not None:
         rule = NM(ratio[1], ratio[0])
     choices = {layer: _as_choice(mask, rule) for layer, mask in masks.items()}

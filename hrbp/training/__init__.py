@@ -1,1 +1,14 @@
-"""How is a model trained, stopped and continued?"""
+"""How is a model trained, stopped and continued?
+
+`train` is one training in one call, `Trainer` the object behind it, `Settings` all that it can be told. A new setting
+is a field of `Settings` with its check; what a checkpoint has to hold of it goes into continuing.py.
+"""
+
+from .devices import ranks, the_device
+from .optimizer import training_bytes
+from .result import Diverged, Result
+from .run import train
+from .settings import Settings
+from .trainer import Trainer
+
+__all__ = ["Diverged", "Result", "Settings", "Trainer", "ranks", "the_device", "train", "training_bytes"]

@@ -1,0 +1,75 @@
+"""python -m hrbp: training sparse networks, and masks of trained weights. Every command has --help."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Sequence
+
+import torch
+
+from ..training.result import Diverged
+from . import parsing
+from .info import add_info
+from .regroup import add_regroup
+from .study import add_study
+from .train import add_train
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+
+DESCRIPTION = """\
+Sparse CNN training and its masks.
+
+  python -m hrbp train --sparsity 0.9 --out run        a sparse network, on images that need no download
+  python -m hrbp study                                 structures side by side: accuracy, memory, time
+  python -m hrbp regroup model.pt --sparsity 0.9       what HRBP and HRBP++ keep of trained weights, layer by layer
+  python -m hrbp info sparse.pt                        which masks a file's weights have, what they cost
+  python -m hrbp info resnet50                         the layers of a network that this library builds
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status."""
+    parser = parsing.Parser("python -m hrbp", description=DESCRIPTION, formatter_class=parsing.AS_WRITTEN)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for add in (add_train, add_study, add_regroup, add_info):
+        add(commands)
+    words = sys.argv[1:] if argv is None else argv
+    if not words:  # a person sees what there is, a script that something is missing
+        parser.print_help(sys.stderr)
+        return 2
+    args = parser.parse_args(words)
+    try:
+        status = args.run(args)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # whoever reads has seen enough, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Diverged as error:
+        return _said(error, 1)
+    except (ValueError, OSError, ImportError) as error:  # a user's mistake: what the library refuses says why
+        if isinstance(error, OSError) and error.filename is None and error.errno in FULL:  # files have names
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or it is tried again at the end
+            error = OSError(error.errno, error.strerror, "standard output")
+        return _said(error, 2)
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)):
+            raise
+        what = (str(error).splitlines() or ["no more is to be had"])[0]
+        return _said(f"out of memory: {what}; lower --batch-size, --width or --image-size, or raise --accumulate", 2)
+    except KeyboardInterrupt:
+        return _said("interrupted", 130)
+
+
+def _said(error: Exception | str, status: int) -> int:
+    """One line on stderr."""
+    print(f"python -m hrbp: {_one_line(error)}", file=sys.stderr)
+    return status
+
+
+def _one_line(error: Exception | str) -> str:
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split())

@@ -1,0 +1,245 @@
+"""Groups of filters that share input channels and taps: the value, and how large the groups of a layer are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blocksparse import BSRPattern
+
+from ..arguments import check_sparsity
+
+MAX_BLOCK_ROWS = 128  # rows of a block by default
+
+
+@dataclass(frozen=True, eq=False)
+class Grouping:
+    """Groups of filters that share input channels and taps.
+
+    Rows g*K/groups .. (g+1)*K/groups of `row_order` are the filters of group g.
+
+    Args:
+        shape: (K, C, R, S) of the filter bank.
+        row_order: int64 [K], a permutation of the filters.
+        channels: int64 [groups, k], each row ascending: the input channels that a group keeps.
+        taps: int64 [groups, p], each row ascending: the kernel offsets r*S + s that a group keeps.
+        granule: channels come in aligned runs of this many.
+
+    Raises:
+        ValueError: the tensors do not describe such groups; the message says which and why.
+    """
+
+    shape: tuple[int, int, int, int]
+    row_order: Tensor
+    channels: Tensor
+    taps: Tensor
+    granule: int = 1
+
+    def __post_init__(self) -> None:
+        k, c, r, s = self.shape
+        for name, dims in (("row_order", 1), ("channels", 2), ("taps", 2)):
+            t = getattr(self, name)
+            if t.dtype != torch.int64 or t.dim() != dims:
+                raise ValueError(f"Grouping(): {name} is {t.dtype} with {t.dim()} axes; it needs int64 with {dims}")
+        if self.row_order.numel() != k or not torch.equal(
+            self.row_order.sort().values, torch.arange(k, device=self.row_order.device)
+        ):
+            raise ValueError(f"Grouping(): row_order is no permutation of 0 .. {k - 1}")
+        if len(self.channels) != len(self.taps) or len(self.taps) == 0 or k % len(self.taps):
+            raise ValueError(
+                f"Grouping(): channels has {len(self.channels)} groups, taps {len(self.taps)}; "
+                f"both need the same number, a divisor of K = {k}"
+            )
+        for name, size in (("channels", c), ("taps", r * s)):
+            t = getattr(self, name)
+            if t.shape[1] == 0 or (t[:, 1:] <= t[:, :-1]).any() or t[:, 0].min() < 0 or t[:, -1].max() >= size:
+                raise ValueError(f"Grouping(): {name} needs rows that ascend, within 0 .. {size - 1}")
+        if self.granule < 1 or c % self.granule or self.channels.shape[1] % self.granule:
+            raise ValueError(f"Grouping(): granule is {self.granule}; it needs a divisor of C and of channels' width")
+        runs = self.channels.view(self.groups, -1, self.granule)
+        if (runs[..., :1] % self.granule != 0).any() or (runs[..., -1] - runs[..., 0] != self.granule - 1).any():
+            raise ValueError(f"Grouping(): channels are not in aligned runs of granule = {self.granule}")
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Grouping):
+            return NotImplemented
+        tensors = ((getattr(self, name), getattr(other, name)) for name in ("row_order", "channels", "taps"))
+        same = (self.shape, self.granule) == (other.shape, other.granule)
+        return same and all(a.shape == b.shape and bool((a == b.to(a.device)).all()) for a, b in tensors)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        (_, c, r, s), moved = self.shape, "" if self._in_order() else ", rows moved"
+        return (
+            f"Grouping({tuple(self.shape)}, {self.groups} groups of {self.rows}, channels {self.channels.shape[1]} of "
+            f"{c}, taps {self.taps.shape[1]} of {r * s}, density {self.density:.4f}{moved})"
+        )
+
+    @property
+    def groups(self) -> int:
+        return len(self.channels)
+
+    @property
+    def rows(self) -> int:
+        """Filters of a group."""
+        return self.shape[0] // self.groups
+
+    @property
+    def density(self) -> float:
+        """Kept weights / all weights."""
+        _, c, r, s = self.shape
+        return self.channels.shape[1] * self.taps.shape[1] / (c * r * s)
+
+    @property
+    def blocksize(self) -> tuple[int, int]:
+        """(bk, bc) of the BSR form: the rows of a group or, beyond 128, their largest divisor to 128; the granule."""
+        return max(d for d in range(1, min(self.rows, MAX_BLOCK_ROWS) + 1) if self.rows % d == 0), self.granule
+
+    def _in_order(self) -> bool:
+        return torch.equal(self.row_order, torch.arange(self.shape[0], device=self.row_order.device))
+
+    def mask(self) -> Tensor:
+        """bool [K, C, R, S], in filter order: the weights that are kept."""
+        _, c, r, s = self.shape
+        group = torch.zeros(self.groups, c, r * s, dtype=torch.bool, device=self.channels.device)
+        numbers = torch.arange(self.groups, device=group.device)[:, None, None]
+        group[numbers, self.channels[:, :, None], self.taps[:, None]] = True
+        mask = torch.empty(self.shape, dtype=torch.bool, device=group.device)
+        mask[self.row_order] = group.repeat_interleave(self.rows, 0).view(self.shape)
+        return mask
+
+    def pattern(self, blocksize: Sequence[int] | None = None) -> BSRPattern:
+        """The BSR index of these groups; no zero is stored.
+
+        Args:
+            blocksize: (bk, bc); bk divides the rows of a group, bc the granule. Default: `self.blocksize`.
+        """
+        bk, bc = self.blocksize if blocksize is None else blocksize
+        if bk < 1 or bc < 1 or self.rows % bk or self.granule % bc:
+            raise ValueError(
+                f"Grouping.pattern(): blocksize is {(bk, bc)}; bk needs to divide {self.rows}, the rows of a group, "
+                f"and bc {self.granule}, the granule, or blocks would hold weights that are not kept"
+            )
+        return BSRPattern.from_mask(self.mask(), (bk, bc), self.row_order)
+
+    def retained(self, score: Tensor) -> float:
+        """sum(score kept) / sum(score), in [0, 1]; 1 where the score is zero throughout."""
+        if tuple(score.shape) != tuple(self.shape):
+            raise ValueError(f"Grouping.retained(): score has shape {tuple(score.shape)}; it needs {self.shape}")
+        score = score.detach()
+        total = score.sum(dtype=torch.float64)
+        kept = score[self.mask().to(score.device)].sum(dtype=torch.float64)
+        return float(kept / total) if total > 0 else 1.0
+
+    @classmethod
+    def from_mask(cls, mask: Tensor, groups: int | None = None) -> Grouping:
+        """The groups of a mask that has this structure: the inverse of `mask`.
+
+        Args:
+            mask: bool [K, C, R, S].
+            groups: how many; default: as few as possible (filters with equal masks are one group where all such groups
+                are of one size).
+
+        Raises:
+            ValueError: filters with equal masks do not form groups of equal size, or a group does not keep
+                channels x taps, or not as many of them as the others.
+        """
+        if mask.dtype != torch.bool or mask.dim() != 4 or mask.numel() == 0:
+            raise ValueError(
+                f"Grouping.from_mask(): mask is {mask.dtype} {tuple(mask.shape)}; "
+                "it needs bool [K, C, R, S], none of them 0"
+            )
+        k, c, r, s = mask.shape
+        if groups is not None and (groups < 1 or k % groups):
+            raise ValueError(f"Grouping.from_mask(): groups is {groups}; it needs a divisor of K = {k}")
+        kinds, member, sizes = torch.unique(mask.reshape(k, -1), dim=0, return_inverse=True, return_counts=True)
+        rows = math.gcd(*sizes.tolist()) if groups is None else k // groups
+        if (sizes % rows).any():
+            raise ValueError(
+                f"Grouping.from_mask(): {sorted(set(sizes.tolist()))} filters have equal masks; "
+                f"groups of {rows} need multiples of that"
+            )
+        # Filters in the order of their groups, groups in the order of their first filter.
+        order = torch.argsort(member, stable=True).view(-1, rows)
+        order = order[order[:, 0].argsort()]
+        kept = kinds[member[order[:, 0]]].view(-1, c, r * s)
+        channels, taps = kept.any(2), kept.any(1)
+        if (kept != channels[:, :, None] & taps[:, None]).any():
+            raise ValueError("Grouping.from_mask(): a group does not keep channels x taps: its channels differ in taps")
+        lists = []
+        for name, chosen in (("channels", channels), ("taps", taps)):
+            counts = set(chosen.sum(1).tolist())
+            if len(counts) != 1 or counts == {0}:
+                raise ValueError(f"Grouping.from_mask(): groups keep {sorted(counts)} {name}; they need equally many")
+            lists.append(chosen.nonzero()[:, 1].view(len(chosen), -1))
+        shared = math.gcd(c, lists[0].shape[1])
+        granule = max(d for d in range(1, shared + 1) if shared % d == 0 and _in_runs(channels, d))
+        return cls((k, c, r, s), order.reshape(-1), lists[0], lists[1], granule)
+
+
+def _in_runs(chosen: Tensor, run: int) -> bool:
+    """Whether bool [groups, C] is made of aligned runs."""
+    runs = chosen.view(len(chosen), -1, run)
+    return bool((runs.all(2) == runs.any(2)).all())
+
+
+@dataclass(frozen=True)
+class GroupShape:
+    """How many groups, channels and taps a layer gets: the same for every group."""
+
+    groups: int
+    channels: int
+    taps: int
+
+
+def group_shape(
+    shape: Sequence[int],
+    sparsity: float,
+    *,
+    groups: int = 8,
+    tap_density: float = 1.0,
+    granule: int = 1,
+    row_granule: int = 1,
+    min_rows: int = 8,
+) -> GroupShape:
+    """What `regroup` makes of a layer, from its shape alone.
+
+    groups    the largest t <= groups with K % t = 0, K/t >= min_rows and K/t % row_granule = 0; else 1
+    taps      max(1, round(R*S * tap_density)); where more than that is kept of the layer, ceil(R*S * (1 - sparsity))
+    channels  granule * max(1, round(C * (1 - sparsity) / (tap_density * granule))), at most C; tap_density is that of
+              the taps where they were raised or the kernel is 1x1
+
+    Raises:
+        ValueError: a number out of its range, or a granule that does not divide.
+    """
+    who = "regroup()"
+    if len(shape) != 4 or min(shape) < 1:
+        raise ValueError(f"{who}: score has shape {tuple(shape)}; it needs [K, C, R, S], none of them 0")
+    k, c, r, s = shape
+    check_sparsity(sparsity, who)
+    value: Any = tap_density
+    if not isinstance(value, Real) or not 0 < tap_density <= 1:
+        raise ValueError(f"{who}: tap_density is {tap_density!r}; it needs a number in (0, 1]")
+    for name, value in (("groups", groups), ("granule", granule), ("row_granule", row_granule), ("min_rows", min_rows)):
+        if not isinstance(value, Integral) or value < 1:
+            raise ValueError(f"{who}: {name} is {value!r}; it needs a positive integer")
+    if c % granule:
+        raise ValueError(f"{who}: granule is {granule}; it needs a divisor of C = {c} (1 takes any C)")
+    if k % row_granule:
+        raise ValueError(f"{who}: row_granule is {row_granule}; it needs a divisor of K = {k} (1 takes any K)")
+    density = 1 - sparsity
+    taps = max(1, round(r * s * tap_density))
+    if density > tap_density:
+        taps = min(r * s, math.ceil(r * s * density - 1e-9))
+    if density > tap_density or r * s == 1:
+        tap_density = taps / (r * s)
+    channels = min(c, granule * max(1, round(c * density / (tap_density * granule))))
+    fits = [t for t in range(1, min(groups, k) + 1) if k % t == 0 and k // t >= min_rows and k // t % row_granule == 0]
+    return GroupShape(max(fits, default=1), channels, taps)

@@ -1,0 +1,179 @@
+"""What the pruning grain by grain came to, as rows, as a table and in answers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..columns import columns
+from . import runner
+from .variants import RIVALS
+
+GRAINS = {
+    "unstructured": "0-D weight", "vector": "1-D vector", "kernel": "2-D kernel", "filter": "3-D filter",
+    "channel": "channel", "1xn": "1x8", "n:m": "n:8", "block": "block 8x8", "hrbp": "hrbp", "hrbp++": "hrbp++",
+}  # fmt: skip
+FINEST = "unstructured"  # whose references the others are compared with
+
+
+def line_name(structure: str, sparsity: float) -> str:
+    """Such as "2-D kernel 75%"."""
+    return f"{GRAINS.get(structure, structure)} {100 * sparsity:g}%"
+
+
+def rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The lines of the table, from what results.json holds; None where nothing is known.
+
+    line, structure, asked        grain and sparsity, as asked for
+    accuracy, deviation           mean and sample deviation over seeds, as shares
+    seeds, diverged               trainings that came to an end; those whose loss did not stay finite
+    loss                          of accuracy, against the dense network that was trained as long
+    parameters, sparsity          weights that are kept; share dropped of the layers made sparse
+    refused                       layers whose shape this grain does not fit: they stay dense
+    storage                       8-bit weights and 4-bit relative indices, relative to the dense network: see `Stream`
+    file, file_ratio              bytes that `hrbp.save` wrote; relative to the dense network's
+    references, of_finest         memory references of one image's forward pass; relative to single weights there
+    fprop_balance, dgrad_balance  largest / mean work of 8 filters, of 8 input channels, weighed by work
+    time                          of forward + backward, measured, relative to the dense network
+    """
+    settings, trained = results["settings"], results["trained"]
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for run in results["runs"]:
+        lines.setdefault(run["line"], []).append(run)
+    found = []
+    for structure in settings["structures"]:
+        for asked in settings["sparsities"]:
+            runs = lines.get(line_name(structure, asked), [])
+            if not runs:
+                continue
+            ended = [run for run in runs if run["accuracy"] is not None]
+            right = [run["accuracy"] for run in ended]
+            row: dict[str, Any] = {
+                "line": line_name(structure, asked), "structure": GRAINS.get(structure, structure), "asked": asked,
+                "accuracy": runner.mean(right), "deviation": runner.deviation(right),
+                "seeds": len(ended), "diverged": len(runs) - len(ended), "loss": None, "of_finest": None,
+            }  # fmt: skip
+            for key in ("parameters", "sparsity", "stream", "file", "references", "fprop_balance", "dgrad_balance"):
+                row[key] = runner.mean([run[key] for run in ended])
+            row["refused"] = " ".join(runs[0].get("refused", ()))
+            stream = row.pop("stream")
+            row["storage"] = stream / trained["stream"] if ended else None
+            row["file_ratio"] = row["file"] / trained["file"] if ended else None
+            times = results["times"].get(structure)
+            row["time"] = 1.0 if structure == "dense" else times[str(asked)] / times["dense"] if times else None
+            found.append(row)
+    known = {(row["structure"], row["asked"]): row for row in found if row["accuracy"] is not None}
+    for (_, asked), row in known.items():
+        if dense := known.get(("dense", asked)):
+            row["loss"] = dense["accuracy"] - row["accuracy"]
+        if finest := known.get((GRAINS[FINEST], asked)):
+            row["of_finest"] = row["references"] / finest["references"]
+    return found
+
+
+def table(results: Mapping[str, Any], *, max_time: float = 0.5, max_storage: float = 0.25) -> str:
+    """The table, what must be known to read it, and which structure a time and a storage leave: see `answers`."""
+    found = rows(results)
+    if not found:
+        return "no training is finished yet"
+    head = ["", "sparsity %", "accuracy %", "loss", "storage %", "file %", "references", "filters", "channels", "time"]
+    lines = [head]
+
+    def cell(value: float | None, form: str, scale: float = 1.0) -> str:
+        return "-" if value is None else f"{value * scale:{form}}"
+
+    for row in found:
+        spread = "" if row["deviation"] is None else f" +- {100 * row['deviation']:4.2f}"
+        lines.append([
+            row["structure"], _shown_sparsity(row),
+            "diverged" if row["accuracy"] is None else f"{100 * row['accuracy']:.2f}{spread}",
+            cell(row["loss"], ".2f", 100), cell(row["storage"], ".1f", 100), cell(row["file_ratio"], ".1f", 100),
+            cell(row["of_finest"], ".2f"), cell(row["fprop_balance"], ".2f"), cell(row["dgrad_balance"], ".2f"),
+            "-" if row["time"] is None else f"{row['time']:.2f}x",
+        ])  # fmt: skip
+    settings, trained = results["settings"], results["trained"]
+    whole = f", {100 * trained['accuracy']:.1f}% right before pruning" if trained.get("accuracy") is not None else ""
+    title = (
+        f"{settings['model']} x {settings['width']:g}, {settings['data']}{whole}; {settings['retraining']['epochs']}"
+        f" epochs after each pruning, {len(settings['seeds'])} seed{'s' if len(settings['seeds']) > 1 else ''};"
+        f" {len(results['runs'])} of {settings['trainings']} trainings are finished"
+    )
+    notes = [
+        "loss: points under the dense network that was trained as long",
+        "storage: 8-bit weights, 4-bit relative indices with fillers; file: what hrbp.save wrote; relative to dense",
+        "references: to memory in a forward pass, relative to single weights at that sparsity",
+        "filters, channels: largest / mean work of 8 filters in the output, of 8 input channels in the input gradient",
+        f"time: forward + backward of {settings['model']} x {settings['timed_width']:g} with such masks, relative to"
+        f" dense, measured in turns on {results['machine']}",
+    ]
+    if any(row["structure"] == "narrow" for row in found):
+        notes.append("narrow: a dense network of as many parameters as the sparse ones, from scratch, trained as long")
+    for name, layers in {row["structure"]: row["refused"] for row in found if row["refused"]}.items():
+        notes.append(f"{name}: dense where it does not fit: {layers}")
+    notes += [f"left out: {line}, as {reason}" for line, reason in results.get("left_out", {}).items()]
+    said = answers(found, max_time=max_time, max_storage=max_storage)
+    return "\n".join([title, "", columns(lines), "", *notes, "", *said])
+
+
+def _shown_sparsity(row: Mapping[str, Any]) -> str:
+    if row["structure"] in RIVALS:
+        return f"as {100 * row['asked']:g}"
+    return f"{100 * (row['asked'] if row['sparsity'] is None else row['sparsity']):.2f}"
+
+
+def answers(found: Sequence[Mapping[str, Any]], *, max_time: float, max_storage: float) -> list[str]:
+    """Which structure at which sparsity is the most accurate within a time, within a storage, and within both.
+
+    Args:
+        found: the rows.
+        max_time: of forward + backward, relative to dense.
+        max_storage: of the file, relative to the dense network's.
+
+    Returns:
+        Three sentences, and one on what the spread of the seeds leaves open.
+    """
+    for name, most in (("max_time", max_time), ("max_storage", max_storage)):
+        if not 0 < most < math.inf:
+            raise ValueError(f"answers(): {name} is {most}; it needs a number > 0")
+    known = [r for r in found if None not in (r["accuracy"], r["time"], r["file_ratio"])]
+    if not known:
+        return []
+    time_budget, file_budget = f"{max_time:g} of the dense time", f"{max_storage:g} of the dense file"
+    said = [
+        _answer(known, time_budget, {"time": max_time}),
+        _answer(known, file_budget, {"file_ratio": max_storage}),
+        _answer(known, f"{time_budget} and {file_budget}", {"time": max_time, "file_ratio": max_storage}),
+    ]
+    doubt = runner.doubt(known)
+    return [*said, f"{doubt[0].upper()}{doubt[1:]}."]
+
+
+def _answer(known: Sequence[Mapping[str, Any]], budget: str, limits: Mapping[str, float]) -> str:
+    fits = [row for row in known if all(row[key] <= limit for key, limit in limits.items())]
+    if not fits:
+        nearest = min(known, key=lambda row: max(row[key] / limit for key, limit in limits.items()))
+        return f"Within {budget} nothing fits; {_named(nearest)} comes nearest: {_told(nearest)}."
+    best = max(fits, key=lambda row: row["accuracy"])
+    said = f"Within {budget} {_named(best)} is the most accurate: {_told(best)}"
+    sparse = [row for row in fits if row["structure"] not in RIVALS]
+    if best["structure"] in RIVALS:
+        if not sparse:
+            return f"{said}; nothing sparse fits."
+        best = max(sparse, key=lambda row: row["accuracy"])
+        said += f"; of what is sparse {_named(best)}: {_told(best)}"
+    return f"{said}."
+
+
+def _named(row: Mapping[str, Any]) -> str:
+    if row["structure"] == "dense":
+        return "the dense network"
+    at = f"{100 * row['asked']:g}%"
+    return f"the narrow network as large as {at}" if row["structure"] == "narrow" else f"{row['structure']} at {at}"
+
+
+def _told(row: Mapping[str, Any]) -> str:
+    loss = "" if row["loss"] is None else f" ({100 * row['loss']:.1f} points less than dense)"
+    return (
+        f"{100 * row['accuracy']:.1f}%{loss} in {row['time']:.2f} of the time and {row['file_ratio']:.2f} of the file"
+    )

@@ -1,0 +1,163 @@
+"""What a study came to, as rows, as a table and in sentences."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..columns import columns
+from ..layers.master import MASTER_METHODS
+from . import runner
+from .variants import PRESETS, PUBLISHED, Published, Variant
+
+
+def line_name(variant: Variant, sparsity: float) -> str:
+    return variant.name if variant.structure == "dense" else f"{variant.name} {100 * sparsity:g}%"
+
+
+def rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The lines of the table, from what results.json holds; None where nothing is known.
+
+    line, structure, asked        variant and sparsity, as asked for
+    accuracy, deviation           mean and sample deviation over seeds, as shares
+    seeds, diverged               trainings that came to an end; those whose loss did not stay finite
+    kept                          accuracy / that of the dense network
+    parameters                    weights that are not masked away
+    sparsity, model_sparsity      of the layers made sparse; of the whole network, relative to the dense one
+    memory                        bytes of weights, index, gradients and optimizer state
+    storage                       bytes of convolutions and linear layers in a file: values and their BSR index
+    step_seconds, step            of training, measured; relative to the dense network
+    published, published_speedup  accuracy in the HRBP paper, as a share; training there, faster than dense
+    """
+    settings = results["settings"]
+    published = _published(settings)
+    steps, found = results["steps"], []
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for run in sorted(results["runs"], key=lambda run: run["asked"]):
+        lines.setdefault(run["line"], []).append(run)
+    order = {Variant(**v).name: i for i, v in enumerate(settings["variants"])}
+    dense = runner.mean([r["accuracy"] for r in lines.get("dense", []) if r["accuracy"] is not None])
+    for line, runs in lines.items():
+        variant = Variant(**{key: runs[0][key] for key in Variant.__dataclass_fields__})
+        asked = runs[0]["asked"]
+        ended = [run for run in runs if run["accuracy"] is not None]
+        right = [run["accuracy"] for run in ended]
+        accuracy, parameters = runner.mean(right), round(statistics.mean(run["parameters"] for run in runs))
+        memory = runner.mean([run["memory"] for run in ended])
+        seconds = steps.get(line_name(variant.layout, asked))
+        paper, speedup = published.get(variant.name, {}).get(asked, (None, None))
+        found.append({
+            "line": line, "structure": variant.name, "asked": asked, "accuracy": accuracy,
+            "deviation": runner.deviation(right), "seeds": len(ended), "diverged": len(runs) - len(ended),
+            "kept": accuracy / dense if accuracy is not None and dense else None,
+            "parameters": parameters, "sparsity": statistics.mean(run["sparsity"] for run in runs),
+            "model_sparsity": 1 - parameters / settings["dense_parameters"],
+            "memory": None if memory is None else round(memory),
+            "storage": round(statistics.mean(run["storage"] for run in runs)),
+            "step_seconds": seconds, "step": seconds / steps["dense"] if seconds else None,
+            "published": None if paper is None else paper / 100, "published_speedup": speedup,
+        })  # fmt: skip
+    return sorted(found, key=lambda row: (row["asked"], order[row["structure"]]))
+
+
+def _published(settings: Mapping[str, Any]) -> Published:
+    """What the paper says of this study; nothing if it trains otherwise."""
+    paper = PRESETS["paper"]
+    same = {name: list(v) if isinstance(v, tuple) else v for name, v in paper.training.items()}
+    model = settings["model"]
+    if settings["width"] != paper.width.get(model, 1.0) or settings["batch_size"] != paper.batch_size:
+        return {}
+    if any(settings["training"][name] != value for name, value in same.items()):
+        return {}
+    return PUBLISHED.get((model, settings["data"]), {})
+
+
+def table(results: Mapping[str, Any]) -> str:
+    """The table, what it says in a sentence for each sparsity, and what must be known to read it."""
+    found = rows(results)
+    if not found:
+        return "no training is finished yet"
+    papers, seeds = any(row["published"] is not None for row in found), len(results["settings"]["seeds"])
+    head = ["", "sparsity %", "accuracy %", "seeds", "of dense %", "parameters", "whole net %", "training MB", "step",
+            "stored kB"]  # fmt: skip
+    lines = [head + ["paper %"] * papers]
+
+    def cell(value: float | None, form: str, scale: float = 1.0) -> str:
+        return "-" if value is None else f"{value * scale:{form}}"
+
+    for row in found:
+        spread = "" if row["deviation"] is None else f" +- {100 * row['deviation']:4.2f}"
+        line = [
+            row["structure"], _shown_sparsity(row),
+            "diverged" if row["accuracy"] is None else f"{100 * row['accuracy']:.2f}{spread}",
+            f"{row['seeds']}", cell(row["kept"], ".1f", 100), f"{row['parameters']:,}",
+            f"{100 * row['model_sparsity']:.2f}", cell(row["memory"], ".3f", 1e-6),
+            "-" if row["step"] is None else f"{row['step']:.2f}x", f"{row['storage'] / 1e3:.1f}",
+        ]  # fmt: skip
+        if papers:
+            faster = f" ({row['published_speedup']}x)" if row["published_speedup"] else ""
+            line.append(cell(row["published"], ".2f", 100) + faster)
+        lines.append(line)
+    settings = results["settings"]
+    title = (
+        f"{settings['model']} x {settings['width']:g}, {settings['data']}, {settings['training']['epochs']} epochs,"
+        f" {seeds} seed{'s' if seeds > 1 else ''}; {len(results['runs'])} of"
+        f" {settings['trainings']} trainings are finished"
+    )
+    return "\n".join([title, "", columns(lines), "", *_notes(results, found, papers), "", *sentences(found)])
+
+
+def _shown_sparsity(row: Mapping[str, Any]) -> str:
+    if row["asked"] == 0:
+        return "0"
+    return f"as {100 * row['asked']:g}" if row["structure"] == "narrow" else f"{100 * row['sparsity']:.2f}"
+
+
+def _notes(results: Mapping[str, Any], found: Sequence[Mapping[str, Any]], papers: bool) -> list[str]:
+    notes = []
+    if (dense := results["steps"].get("dense")) is not None:
+        notes.append(
+            f"step: time of a training step on {results['machine']} relative to dense ({1e3 * dense:.3g} ms for"
+            f" {results['settings']['batch_size']} images), measured in turns; under 1 is faster"
+        )
+        slow = dict.fromkeys(row["structure"] for row in found if row["step"] and row["step"] > 1.05)
+        if slow:
+            notes.append(f"slower than dense here: {', '.join(slow)}")
+    notes.append("training MB: weights, index, gradients and optimizer state; stored kB: layers in a file, with index")
+    if masked := dict.fromkeys(run["structure"] for run in results["runs"] if run.get("masked")):
+        notes.append(f"{', '.join(masked)}: a dense weight under a mask, with a dense layer's memory and time")
+    methods = {Variant(**v).name: v["method"] for v in results["settings"]["variants"]}
+    if trained := [
+        name for name in dict.fromkeys(row["structure"] for row in found) if methods[name] in MASTER_METHODS
+    ]:
+        notes.append(
+            f"{', '.join(trained)}: trains a dense weight, with a dense layer's memory; stored is what computes"
+        )
+    if any(row["structure"] == "narrow" for row in found):
+        notes.append("narrow: a dense network of as many parameters as the sparse ones")
+    notes += [f"left out: {line}, as {reason}" for line, reason in results.get("left_out", {}).items()]
+    if papers:
+        notes.append("paper: HRBP (CPAL 2024), Table 1; in brackets, training on an A100 against dense")
+    return notes
+
+
+def sentences(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What each structure keeps, best first: one sentence for each sparsity, computed from the rows."""
+    ended = [row for row in found if row["accuracy"] is not None]
+    dense = next((row for row in ended if row["structure"] == "dense"), None)
+    said = []
+    for asked in sorted({row["asked"] for row in ended} - {0.0}):
+        here = sorted((row for row in ended if row["asked"] == asked), key=lambda row: -row["accuracy"])
+        if dense is None:
+            start = f"At {100 * asked:g}% sparsity the accuracy is "
+            parts = [f"{100 * row['accuracy']:.1f}% with {row['structure']}" for row in here]
+        else:
+            start = f"At {100 * asked:g}% sparsity, of the dense network's {100 * dense['accuracy']:.1f}% accuracy, "
+            parts = [
+                f"{row['structure']} keeps {100 * row['kept']:.1f}% ({100 * row['accuracy']:.1f}%)" for row in here
+            ]
+            parts[1:] = [part.replace(" keeps", "", 1) for part in parts[1:]]
+        listed = parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+        said.append(f"{start}{listed}; {runner.doubt(here)}.")
+    return said

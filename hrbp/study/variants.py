@@ -1,0 +1,144 @@
+"""What is compared, by default and in the HRBP paper, and what that paper says of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any
+
+from ..layers.master import MASTER_METHODS
+from ..structures.grains import Grains
+from ..structures.groups import Groups
+from ..surgery.planning import method_refuses, structure_for
+
+RIVALS = ("dense", "narrow")  # trained beside the sparse networks: one without pruning, and a thinner one
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to train; with a sparsity it is a line of the table.
+
+    structure     "dense"; "narrow": dense and as thin as it takes to have as many parameters as the sparse networks;
+                  else as in `sparsify`
+    method        how the mask changes, as in `Evolver`
+    saliency      what chooses the first mask
+    distribution  of the layers' densities
+    options       of the structure
+    """
+
+    structure: str
+    method: str = "static"
+    saliency: str = "random"
+    distribution: str = "erk"
+    options: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """What differs from the ordinary, such as "hrbp++ rigl"."""
+        named = [f"{key}={Fraction(value).limit_denominator(99)}" for key, value in self.options.items()]
+        ways = [way for way in (self.saliency, self.method) if way not in ("random", "static")]
+        return " ".join([self.structure, *named, *ways])
+
+    @property
+    def layout(self) -> Variant:
+        """The same without changes of the mask, which a step takes as long as; with those that every step makes."""
+        method = self.method if self.method in MASTER_METHODS else "static"
+        return Variant(self.structure, method, self.saliency, self.distribution, self.options)
+
+    def refuses(self) -> str | None:
+        """Why these do not go together, or None."""
+        if self.structure in ("dense", "narrow"):
+            return None if self.method == "static" else "it has no mask"
+        rule = structure_for(self.method, self.structure, self.options)
+        if self.method == "hrbp" and not isinstance(rule, Groups):
+            return "it has no groups"
+        if self.method in MASTER_METHODS:
+            reason = method_refuses(self.method, rule)
+            return reason and f"{self.method!r} {reason}"
+        if self.method != "static" and not isinstance(rule, Grains | Groups):
+            return "its masks do not change"
+        return None
+
+
+QUICK = tuple(Variant(name) for name in ("dense", "narrow", "unstructured", "hrbp++", "hrbp", "channel"))
+
+TABLE_1 = (
+    Variant("dense"),
+    Variant("narrow"),
+    Variant("unstructured"),
+    Variant("channel"),
+    Variant("unstructured", saliency="snip", distribution="global"),
+    Variant("unstructured", saliency="grasp", distribution="global"),
+    Variant("unstructured", "set"),
+    Variant("unstructured", "rigl"),
+    Variant("elementwise"),
+    Variant("hrbp++"),
+    Variant("hrbp++", "hrbp"),
+)
+ABLATION = tuple(Variant("hrbp++", options={"tap_density": taps / 9}) for taps in (1, 3, 5, 7, 9))
+
+# Ma et al., HRBP (CPAL 2024), Table 1 and the ablation over s. Its HRBP has 4 of 9 taps: "hrbp++" here.
+# (model, data) -> variant -> sparsity -> accuracy in %, and the speed-up of training on an A100 where there is one.
+Published = dict[str, dict[float, tuple[float, float | None]]]
+
+
+def _table_1(dense: float, *pairs: tuple[float, float]) -> Published:
+    names = [variant.name for variant in TABLE_1[2:]]
+    sparse: Published = {name: {0.9: (a, None), 0.95: (b, None)} for name, (a, b) in zip(names, pairs, strict=True)}
+    return {"dense": {0.0: (dense, None)}, **sparse}
+
+
+PUBLISHED: dict[tuple[str, str], Published] = {
+    ("resnet32", "cifar10"): _table_1(
+        94.80, (92.81, 91.38), (90.27, 87.19), (92.59, 91.01), (92.38, 91.39), (92.30, 90.76), (92.84, 92.02),
+        (91.63, 90.77), (92.30, 90.84), (92.72, 91.25),
+    ),
+    ("resnet32", "cifar100"): _table_1(
+        74.64, (69.48, 67.03), (62.71, 56.33), (68.89, 65.22), (69.24, 66.50), (69.66, 67.41), (70.98, 68.50),
+        (66.97, 64.35), (69.22, 65.94), (69.51, 66.41),
+    ),
+    ("vgg19", "cifar10"): _table_1(
+        94.23, (92.91, 91.91), (90.84, 87.12), (93.63, 93.43), (93.30, 93.04), (92.46, 91.73), (93.15, 92.30),
+        (92.81, 91.86), (92.88, 91.66), (93.07, 91.79),
+    ),
+    ("vgg19", "cifar100"): _table_1(
+        74.16, (70.39, 68.63), (59.61, 49.31), (72.84, 71.83), (71.95, 71.23), (72.36, 69.81), (71.63, 69.13),
+        (70.52, 68.60), (70.25, 67.89), (70.49, 68.04),
+    ),
+}  # fmt: skip
+for _pair, _name, _speeds in (
+    (("resnet32", "cifar10"), "elementwise", (1.1, 1.2)), (("resnet32", "cifar10"), "hrbp++", (1.4, 1.6)),
+    (("vgg19", "cifar10"), "elementwise", (1.2, 1.2)), (("vgg19", "cifar10"), "hrbp++", (1.4, 1.9)),
+):  # fmt: skip
+    for _sparsity, _speed in zip((0.9, 0.95), _speeds, strict=True):
+        PUBLISHED[_pair][_name][_sparsity] = PUBLISHED[_pair][_name][_sparsity][0], _speed
+for _variant, _accuracies in zip(
+    ABLATION, ({0.9: 92.65, 0.95: 91.3}, {0.9: 92.2}, {0.9: 92.3}, {0.9: 92.3}, {0.9: 91.8, 0.95: 89.8}), strict=True
+):
+    PUBLISHED["resnet32", "cifar10"][_variant.name] = {s: (a, None) for s, a in _accuracies.items()}
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What a study does where nothing else is said."""
+
+    models: Sequence[str]
+    width: Mapping[str, float]
+    data: Sequence[str]
+    variants: Sequence[Variant]
+    sparsities: Sequence[float]
+    seeds: Sequence[int]
+    batch_size: int
+    training: Mapping[str, Any]
+
+
+PRESETS = {
+    "quick": Preset(
+        ("resnet8",), {}, ("shapes",), QUICK, (0.9, 0.95), (0, 1), 64, {"epochs": 6, "lr": 0.1, "warmup": 0.5}
+    ),
+    "paper": Preset(
+        ("resnet32", "vgg19"), {"resnet32": 2.0}, ("cifar10", "cifar100"), TABLE_1, (0.9, 0.95), (0, 1, 2), 128,
+        {"epochs": 160, "lr": 0.1, "schedule": "step", "milestones": (0.5, 0.75), "gamma": 0.1},
+    ),
+}  # fmt: skip

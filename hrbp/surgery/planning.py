@@ -1,0 +1,152 @@
+"""What `sparsify` is going to do to a model: which layers, which structure, how dense each, which weights stay."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..arguments import any_case, check_sparsity
+from ..density import DISTRIBUTIONS, densities
+from ..layers.master import FOLLOWING, MASTER_METHODS
+from ..layers.view import shape4
+from ..saliencies import SALIENCIES
+from ..saliencies import saliency as score_weights
+from ..structures.base import Choice, Structure, sparsity_of
+from ..structures.grains import Grains
+from ..structures.n_m import NM
+from ..structures.registry import STRUCTURES
+from ..structures.registry import structure as make_structure
+from ..wrappers import unwrapped
+from .candidates import Selector, candidates
+from .fresh import trained
+from .record import Sparsity, plan_of
+
+
+def dense_model(model: nn.Module, who: str) -> nn.Module:
+    """The model inside its wrappers; refused where it is sparse already, or may not be changed any more."""
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise ValueError(
+            f"{who}: the model is in DistributedDataParallel, which has set up its parameters; call {who} with the"
+            " model before it is wrapped"
+        )
+    if plan_of(model, required=False) is not None:
+        raise ValueError(f"{who}: the model is sparse already; call densify(model) first")
+    return unwrapped(model)
+
+
+def structure_for(method: str | None, name: str, options: Mapping[str, Any]) -> Structure:
+    """The structure of this name and options; 1xn is uniform for "subp" unless they say otherwise."""
+    soft = (any_case(method, MASTER_METHODS), any_case(name, STRUCTURES)) == ("subp", "1xn")
+    return make_structure(name, **({"uniform": True} if soft else {}) | dict(options))
+
+
+def method_refuses(method: str | None, rule: Structure) -> str | None:
+    """Why a training method with a dense master weight cannot have this structure, or None."""
+    if method in FOLLOWING and not isinstance(rule, NM | Grains):
+        return f"makes masks anew at every step; it needs n:m or grains (unstructured, kernel, ...), not {rule.name!r}"
+    if method == "subp" and not (isinstance(rule, Grains) and rule.name == "1xn" and rule.uniform):
+        return "trains uniform 1xn blocks; it needs structure '1xn' with uniform=True"
+    return None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is going to be done; the model is as it was.
+
+    layers   name -> the nn.Conv2d or nn.Linear that becomes sparse
+    choices  name -> what it keeps; None: its mask follows its weight, by the record's structure
+    record   what the model will remember of it
+    """
+
+    layers: dict[str, Any]
+    choices: dict[str, Choice | None]
+    record: Sparsity
+
+
+def planned(
+    model: nn.Module,
+    sparsity: float,
+    *,
+    structure: str,
+    method: str | None,
+    distribution: str | None,
+    saliency: str,
+    include: Iterable[Selector] | None,
+    exclude: Iterable[Selector] | None,
+    batch: Any,
+    loss: Callable[[Any, Any], Tensor] | None,
+    seed: int,
+    options: dict[str, Any],
+) -> Plan:
+    """What `sparsify` makes of these arguments, which are its own; it checks them all, and changes nothing.
+
+    Raises:
+        ValueError: no layer is left to make sparse, or an argument is out of range.
+    """
+    who = "sparsify()"
+    check_sparsity(sparsity, who)
+    method, saliency = any_case(method, MASTER_METHODS), any_case(saliency, ("auto", *SALIENCIES))
+    structure = any_case(structure, STRUCTURES)
+    distribution = any_case(distribution, DISTRIBUTIONS) or ("uniform" if method == "subp" else "erk")
+    if method not in (None, *MASTER_METHODS):
+        raise ValueError(f"{who}: method is {method!r}; it needs one of {', '.join(MASTER_METHODS)}, or None")
+    if saliency not in ("auto", *SALIENCIES):
+        raise ValueError(f"{who}: saliency is {saliency!r}; it needs one of auto, {', '.join(SALIENCIES)}")
+    structure_for(method, structure, options)  # or its error would come after a look at all weights
+    include = None if include is None else list(include)
+    if isinstance(batch, Iterator):
+        batch, seen = itertools.tee(batch)
+    else:
+        seen = batch
+    chosen, dense = candidates(model, include, exclude, seen, who)
+    why = ""
+    if saliency == "auto":
+        told = trained(model, chosen)
+        saliency, why = ("random", "the weights look freshly drawn") if told is None else ("magnitude", told)
+    if saliency == "random" and structure in ("hrbp", "hrbp++"):
+        options = {"row_granule": None, "balanced": True, **options}
+    shape_rule = structure_for(method, structure, options)
+    if reason := method_refuses(method, shape_rule):
+        raise ValueError(f"{who}: method {method!r} {reason}")
+    for name in list(chosen):
+        if reason := shape_rule.refuses(shape4(chosen[name])):
+            dense[name] = f"{shape_rule.name}: {reason}"
+            del chosen[name]
+    for selector in include or ():
+        if isinstance(selector, str) and (reason := dense.get(selector)) not in (None, "excluded"):
+            raise ValueError(f"{who}: include names {selector!r}, which has to stay dense: {reason}; leave it out")
+    if not chosen:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(dense.items())[-3:])
+        raise ValueError(
+            f"{who}: no layer to make sparse ({reasons or 'the model has no Conv2d or Linear'}); `include` names layers"
+            " that are to be sparse though they are first or last"
+        )
+
+    scores = score_weights(model, list(chosen), saliency, batch=batch, loss=loss, sparsity=sparsity, seed=seed)
+    asked = densities(
+        {name: tuple(layer.weight.shape) for name, layer in chosen.items()},
+        sparsity,
+        distribution,
+        scores={
+            name: shape_rule.ranked(score.view(shape4(chosen[name]))).view(score.shape)
+            for name, score in scores.items()
+        },
+        realise=None if method == "subp" else lambda name, at: shape_rule.density(shape4(chosen[name]), at),
+    )
+    target = {}
+    if method == "subp":  # the very number where it is one for all, as counts round it down
+        target = {name: sparsity if distribution == "uniform" else sparsity_of(at) for name, at in asked.items()}
+    choices: dict[str, Choice | None] = {}
+    for i, (name, layer) in enumerate(chosen.items()):
+        share = sparsity_of(asked[name])
+        if method in FOLLOWING:
+            shape_rule.choose(layer.weight.detach().view(shape4(layer)).abs(), share)  # refuses what it cannot keep
+            choices[name] = None
+        else:
+            choices[name] = shape_rule.choose(scores[name].view(shape4(layer)), 0.0 if target else share, seed + i)
+    record = Sparsity(shape_rule, distribution, asked, dense, method, target, saliency, why)
+    return Plan(chosen, choices, record)

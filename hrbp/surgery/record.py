@@ -1,0 +1,56 @@
+"""What a model remembers of how it was made sparse."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from ..structures.base import Structure
+from ..wrappers import unwrapped
+
+
+class Lineage:
+    """Which model a model is a deep copy of, and which copies it has: averages of its weights are found by that."""
+
+    def __init__(self, parent: Lineage | None = None) -> None:
+        self.parent = parent
+        self.copies: weakref.WeakSet[Lineage] = weakref.WeakSet()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Lineage:
+        child = Lineage(self)
+        self.copies.add(child)
+        return child
+
+    def __reduce__(self) -> Any:  # in a file nothing is a copy of anything
+        return Lineage, ()
+
+
+@dataclass(frozen=True)
+class Sparsity:
+    """How a model was made sparse.
+
+    asked: layer -> the density that its structure was asked for. dense: layer -> why it was left dense. method: that
+    layers keep a dense master weight for, or None. target: layer -> the sparsity to which "subp" will prune it.
+    saliency: what chose the first masks; saliency_why: what made "auto" take it, or empty.
+    """
+
+    structure: Structure
+    distribution: str
+    asked: dict[str, float]
+    dense: dict[str, str]
+    method: str | None = None
+    target: dict[str, float] = field(default_factory=dict)
+    saliency: str = ""
+    saliency_why: str = ""
+    lineage: Lineage = field(default_factory=Lineage, compare=False, repr=False)
+
+
+def plan_of(model: nn.Module, required: bool = True) -> Sparsity | None:
+    """What `sparsify` did to this model (or the model inside a DistributedDataParallel or compiled one)."""
+    plan = getattr(unwrapped(model), "_hrbp_sparsity", None)
+    if plan is None and required:
+        raise ValueError("the model is not sparse; call hrbp.sparsify(model, sparsity) first")
+    return plan

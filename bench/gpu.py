@@ -73,9 +73,11 @@ class Stage:
 
 def stages(out: Path, on_gpu: bool, quick: bool, scale: float = 1.0) -> list[Stage]:
     """All stages, in the order in which they are worth having."""
-    tests = ["tests/test_geometry.py"] if quick else ["-m", "", *device_tests()]  # the slow ones, too
+    tests = ["tests/test_geometry.py"] if quick else device_tests()  # the slow ones, too
     workers = ("-n", str(PARTS)) if not quick and importlib.util.find_spec("xdist") else ()
-    pytest = (*PYTHON, "-m", "pytest", *workers, "-p", "no:cacheprovider", f"--junitxml={out / 'tests.xml'}", *tests)
+    # addopts= : the project's own options ask for pytest-xdist, and leave the slow tests out.
+    options = ("-o", "addopts=", "-q", "--strict-markers", *workers, "-p", "no:cacheprovider")
+    pytest = (*PYTHON, "-m", "pytest", *options, f"--junitxml={out / 'tests.xml'}", *tests)
     interpreter = () if on_gpu else (("TRITON_INTERPRET", "1"),)
     small = ("--small",) if quick else ()
     parts = [f"{i}/{PARTS}" for i in range(PARTS)] if not quick else ["0/64"]

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import random
+import resource
+import signal
+import sys
 
 import processes
 
@@ -16,8 +20,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import numpy as np
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, register_random, settings
 
 from blocksparse.kernels import cupy_conv
 from emulator import Emulator
@@ -31,6 +36,66 @@ _common = {"deadline": None, "print_blob": True, "suppress_health_check": [Healt
 settings.register_profile("default", max_examples=100, **_common)
 settings.register_profile("deep", max_examples=2000, **_common)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+class TorchRandom:
+    """PyTorch's generator, for Hypothesis: each case starts it anew, so that a case that failed fails again."""
+
+    seed = torch.default_generator.manual_seed
+    getstate = torch.default_generator.get_state
+    setstate = torch.default_generator.set_state
+
+
+torch_random = TorchRandom()  # Hypothesis keeps a weak reference
+register_random(torch_random)
+SIGNALS = [
+    number for name in ("INT", "TERM", "ALRM", "XFSZ", "CHLD", "HUP", "PIPE", "USR1", "USR2", "QUIT", "ABRT")
+    if (number := getattr(signal, f"SIG{name}", None)) is not None
+]  # fmt: skip
+NOT_OURS = ("PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR")  # what pytest, and PyTorch's compiler, set themselves
+LIMITS = [getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")]
+
+
+def process_state() -> dict[str, object]:
+    """What all tests of a process share: settings of PyTorch, NumPy, the system and Python."""
+    return {
+        "threads": torch.get_num_threads(),
+        "default dtype": torch.get_default_dtype(),
+        "gradients": torch.is_grad_enabled(),
+        "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
+        "cuDNN": (torch.backends.cudnn.enabled, torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic),
+        "tf32": (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32),
+        "autocast": torch.is_autocast_enabled("cpu"),
+        "process group": torch.distributed.is_available() and torch.distributed.is_initialized(),
+        "NumPy's errors": np.geterr(),
+        "runtime": cupy_conv.runtime,
+        **{name: value for name, value in os.environ.items() if name not in NOT_OURS},
+        "directory": os.getcwd(),
+        "sys.path": list(sys.path),
+        "excepthook": sys.excepthook,
+        "switch interval": sys.getswitchinterval(),
+        "recursion limit": sys.getrecursionlimit(),
+        "signals": {number: signal.getsignal(number) for number in SIGNALS},
+        "alarm": signal.getitimer(signal.ITIMER_REAL),
+        "limits": {number: resource.getrlimit(number) for number in LIMITS},
+    }
+
+
+@pytest.fixture(autouse=True)
+def alone():
+    """No test sees what ran before it: its random numbers start anew, and what it sets it puts back."""
+    torch.default_generator.manual_seed(0)  # torch.manual_seed remembers each call for a GPU that may never be used
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed_all(0)
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()  # it counts what it has compiled, over all tests, and stops at a limit
+    before = process_state()
+    yield
+    after = process_state()
+    changed = sorted(str(name) for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+    assert not changed, f"the test has left behind: {', '.join(f'{n} = {after.get(n)}' for n in changed)}"
 
 
 @pytest.fixture

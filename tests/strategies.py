@@ -25,7 +25,7 @@ else:
 CUPY_BLOCKSIZES = [(8, 1), (16, 1), (32, 1), (40, 2), (8, 16)]
 
 # By what the number of random cases is divided: some of them in every run, all of them in the slow one.
-DRAWS = [pytest.param(3, id="some"), pytest.param(1, id="all", marks=pytest.mark.slow)]
+DRAWS = [pytest.param(8, id="some"), pytest.param(1, id="all", marks=pytest.mark.slow)]
 
 ANY_KERNEL = st.tuples(st.integers(1, 4), st.integers(1, 4))
 

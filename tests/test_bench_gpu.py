@@ -46,7 +46,8 @@ def one_thread():
 @no_gpu
 @pytest.mark.slow
 def test_every_stage_runs_and_makes_a_page(tmp_path):
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    # A machine with a GPU may have no pytest-xdist, which the project's own options of pytest need.
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTEST_ADDOPTS": "-p no:xdist"}
     command = [sys.executable, str(ROOT / "bench" / "gpu.py"), "--quick", "--out", str(tmp_path)]
     done = run_process(command, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr + (tmp_path / "log.txt").read_text()[-3000:]
@@ -85,6 +86,7 @@ def test_the_stages_of_a_gpu_fit_ten_minutes_and_name_real_options(tmp_path, mon
     assert sum(stage.seconds for stage in found.values()) <= 600
     assert not any(stage.missing for stage in found.values())
     assert {"tests/test_ops.py", "tests/test_products.py", "tests/test_tiles.py"} <= set(found["tests"].jobs[0].command)
+    assert "addopts=" in found["tests"].jobs[0].command  # not the project's: those leave the slow ones out
     for job in found["layers"].jobs:
         assert "--json" in job.command
     import arguments

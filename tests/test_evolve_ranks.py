@@ -178,13 +178,18 @@ def compiled(rank: int) -> None:
         torch.save(states[1], f"compiled-{method}-{rank}.pt")
 
 
-def worker(rank: int, task: str) -> None:
+TASKS = (differing, skipping, compiled)
+
+
+def worker(rank: int) -> None:
     limit = timedelta(seconds=LIMIT / 4)
-    dist.init_process_group("gloo", f"file://{Path(task).absolute()}", rank=rank, world_size=RANKS, timeout=limit)
+    dist.init_process_group("gloo", f"file://{Path('store').absolute()}", rank=rank, world_size=RANKS, timeout=limit)
     torch.set_num_threads(1)
     try:
-        globals()[task](rank)
-        dist.barrier()
+        for task in TASKS:
+            print(task.__name__, flush=True)
+            task(rank)
+            dist.barrier()
     finally:
         dist.destroy_process_group()
 
@@ -192,9 +197,11 @@ def worker(rank: int, task: str) -> None:
 # ---------------------------------------------------------------------- the tests
 
 
-def run(task: str, folder: Path) -> None:
-    """The task in a process a rank; what any of them wrote is shown if one fails."""
-    code = f"import test_evolve_ranks as t; t.worker({{rank}}, {task!r})"
+@pytest.fixture(scope="module")
+def written(tmp_path_factory) -> Path:
+    """The folder with what the tasks wrote, in a process a rank; what any of these said is shown if one fails."""
+    folder = tmp_path_factory.mktemp("ranks")
+    code = "import test_evolve_ranks as t; t.worker({rank})"
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     started = [
@@ -203,13 +210,12 @@ def run(task: str, folder: Path) -> None:
     ]
     ended = [rank.finish() for rank in started]
     assert [rank.returncode for rank in ended] == [0] * RANKS, "\n".join(rank.stdout + rank.stderr for rank in ended)
+    return folder
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory) -> dict[str, str]:
-    folder = tmp_path_factory.mktemp("ranks")
-    run("differing", folder)
-    first, second = (json.loads((folder / f"told-{rank}.json").read_text()) for rank in range(RANKS))
+def told(written) -> dict[str, str]:
+    first, second = (json.loads((written / f"told-{rank}.json").read_text()) for rank in range(RANKS))
     assert first == second  # a rank that raises alone leaves the others waiting
     return first
 
@@ -240,14 +246,12 @@ def test_what_differs_between_ranks_is_told_on_all_of_them(told, case, message):
     assert told[case].startswith(message)
 
 
-def test_ranks_that_skip_other_layers_grow_by_the_gradients_of_all(tmp_path):
-    run("skipping", tmp_path)
-    states = [torch.load(tmp_path / f"skipping-{rank}.pt", weights_only=True) for rank in range(RANKS)]
+def test_ranks_that_skip_other_layers_grow_by_the_gradients_of_all(written):
+    states = [torch.load(written / f"skipping-{rank}.pt", weights_only=True) for rank in range(RANKS)]
     assert all(torch.equal(t, states[1][name]) for name, t in states[0].items())
 
 
-def test_a_compiled_data_parallel_model_trains(tmp_path):
-    run("compiled", tmp_path)
+def test_a_compiled_data_parallel_model_trains(written):
     for method in ("rigl", "subp"):
-        states = [torch.load(tmp_path / f"compiled-{method}-{rank}.pt", weights_only=True) for rank in range(RANKS)]
+        states = [torch.load(written / f"compiled-{method}-{rank}.pt", weights_only=True) for rank in range(RANKS)]
         assert all(torch.equal(t, states[1][name]) for name, t in states[0].items())

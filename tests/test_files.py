@@ -35,8 +35,11 @@ FILES = Path(files.__file__)
 
 
 @pytest.fixture(autouse=True)
-def without_figures(monkeypatch):
+def quick(monkeypatch):
+    """Figures of trainings take longer than these trainings; times of these networks tell nothing."""
     monkeypatch.setattr("hrbp.training.log.draw_training", lambda *_: None)
+    monkeypatch.setattr("hrbp.study.study.ROUNDS", 1)
+    monkeypatch.setattr("hrbp.study.runner.WARM_UP", 0)
 
 
 # ---------------------------------------------------------------- one writer
@@ -221,7 +224,8 @@ def refusals(use, contents) -> int:
 
 
 @pytest.mark.parametrize("name", ["rigl", "sr-ste"])
-def test_forged_checkpoints_are_refused(tmp_path, name):
+@pytest.mark.parametrize("count", [8, pytest.param(50, marks=pytest.mark.slow)])
+def test_forged_checkpoints_are_refused(tmp_path, name, count):
     variant(name, tmp_path / "out").run()
     state = sealed.read(tmp_path / "out" / "last.pt", sealed.TRAINING)
     state["position"] = {"step": 13, "epoch": 2, "batch": 3}  # two steps are left
@@ -234,7 +238,7 @@ def test_forged_checkpoints_are_refused(tmp_path, name):
         variant(name, folder, resume=True).run()
 
     use(copy.deepcopy(state))
-    assert refusals(use, forged(state, 50)) > 50
+    assert refusals(use, forged(state, count)) > count
 
 
 def test_forged_models_are_refused(tmp_path):

@@ -26,7 +26,6 @@ torch.manual_seed(0)
 pattern = bs.BSRPattern.random((64, 64, 3, 3), (8, 8), 0.1)
 layout = pattern.shape, pattern.blocksize, pattern.nnzb
 values = torch.zeros(pattern.nnzb, 8, 8)
-stop = threading.Event()
 
 
 def planned():
@@ -34,47 +33,49 @@ def planned():
     return bs.explain(x, values, pattern, 1, 1).backend
 
 
-def look_up():
+def look_up(stop):
     while not stop.is_set():
         planned()
 
 
-def make():
+def make(stop):
     while not stop.is_set():
         plan._plan.cache_clear()
         planned()
 
 
-def remember():
+def remember(stop):
     while not stop.is_set():
         unpack_once(pattern.index.clone(), *layout)
 
 
 needed = planned()
-work = {"look_up": look_up, "make": make, "remember": remember}[sys.argv[1]]
 sys.setswitchinterval(1e-7)
-thread = threading.Thread(target=work, daemon=True)
-thread.start()
-for i in range(100):
-    time.sleep(0.001)
-    child = os.fork()
-    if child == 0:
-        signal.alarm(20)  # ends this process if it waits for ever
-        unpack_once(pattern.index, *layout)
-        os._exit(0 if planned() == needed else 9)
-    _, status = os.waitpid(child, 0)
-    if status:
-        print("child", i, "ended with", os.waitstatus_to_exitcode(status))
-        os._exit(1)
+for work in (look_up, make, remember):
+    stop = threading.Event()
+    thread = threading.Thread(target=work, args=(stop,), daemon=True)
+    thread.start()
+    for i in range(100):
+        time.sleep(0.001)
+        child = os.fork()
+        if child == 0:
+            signal.alarm(120)  # ends this process if it waits for ever
+            unpack_once(pattern.index, *layout)
+            os._exit(0 if planned() == needed else 9)
+        _, status = os.waitpid(child, 0)
+        if status:
+            print("child", i, "beside", work.__name__, "ended with", os.waitstatus_to_exitcode(status))
+            os._exit(1)
+    stop.set()
+    thread.join()
 os._exit(0)
 """
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
-@pytest.mark.parametrize("thread", ["look_up", "make", "remember"])
-def test_a_fork_beside_a_thread_that_is_planning(thread):
+def test_a_fork_beside_a_thread_that_is_planning():
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", FORKS, thread]
+    command = [sys.executable, "-c", FORKS]
     result = processes.run(command, env=env)
     assert result.returncode == 0, result.stdout + result.stderr
 

@@ -41,10 +41,12 @@ def tiny(out, variants=VARIANTS, **more):
 
 
 @pytest.fixture(autouse=True, scope="module")
-def without_figures_of_trainings():
-    """They take longer than these trainings."""
+def quick():
+    """Figures of trainings take longer than these trainings; times of these networks tell nothing."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("hrbp.training.log.draw_training", lambda *_: None)
+        patch.setattr("hrbp.study.study.ROUNDS", 1)
+        patch.setattr("hrbp.study.runner.WARM_UP", 0)
         yield
 
 

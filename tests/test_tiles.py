@@ -297,9 +297,15 @@ def test_values_past_2_to_31_elements():
         )
 
 
-@given(seed=st.integers(0, 2**32 - 1), splits=st.integers(1, 6), rows=st.sampled_from([(8, 8), (8, 32), (24, 40)]))
-@settings(max_examples=6)
-def test_splits_agree_with_one_program_per_tile(seed, splits, rows):
+@pytest.mark.parametrize("draws", [2, pytest.param(6, marks=pytest.mark.slow)])
+def test_splits_agree_with_one_program_per_tile(draws):
+    given_splits = given(
+        seed=st.integers(0, 2**32 - 1), splits=st.integers(1, 6), rows=st.sampled_from([(8, 8), (8, 32), (24, 40)])
+    )
+    settings(max_examples=draws)(given_splits(splits_agree))()
+
+
+def splits_agree(seed, splits, rows):
     """Any number of splits, more than there are pixels included, and the same bits twice."""
     generator = torch.Generator().manual_seed(seed)
     bk, bc = rows

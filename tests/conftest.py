@@ -49,7 +49,7 @@ class TorchRandom:
 torch_random = TorchRandom()  # Hypothesis keeps a weak reference
 register_random(torch_random)
 SIGNALS = [
-    number for name in ("INT", "TERM", "ALRM", "XFSZ", "CHLD", "HUP", "PIPE", "USR1", "USR2", "QUIT", "ABRT")
+    number for name in ("INT", "TERM", "ALRM", "XFSZ", "HUP", "PIPE", "USR1", "USR2", "QUIT", "ABRT")
     if (number := getattr(signal, f"SIG{name}", None)) is not None
 ]  # fmt: skip
 NOT_OURS = ("PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR")  # what pytest, and PyTorch's compiler, set themselves
@@ -72,7 +72,6 @@ def process_state() -> dict[str, object]:
         **{name: value for name, value in os.environ.items() if name not in NOT_OURS},
         "directory": os.getcwd(),
         "sys.path": list(sys.path),
-        "excepthook": sys.excepthook,
         "switch interval": sys.getswitchinterval(),
         "recursion limit": sys.getrecursionlimit(),
         "signals": {number: signal.getsignal(number) for number in SIGNALS},

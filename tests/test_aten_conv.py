@@ -18,9 +18,10 @@ from blocksparse.kernels import aten_conv
 ROOT = Path(__file__).parent.parent
 
 
-def test_only_padding_and_strided_pixels_against_the_reference():
+@pytest.mark.parametrize(("seed", "count"), [(0, 30), pytest.param(1, 120, marks=pytest.mark.slow)])
+def test_only_padding_and_strided_pixels_against_the_reference(seed, count):
     """In a process of its own: a crash is a failure, and its last line is the convolution that crashed."""
-    command = [sys.executable, str(ROOT / "tests" / "padding_sweep.py"), "0", "120"]
+    command = [sys.executable, str(ROOT / "tests" / "padding_sweep.py"), str(seed), str(count)]
     # Threads that do not spin while they wait: there may be more of them than cores.
     paths = os.pathsep.join(str(p) for p in (ROOT, ROOT / "tests"))
     env = os.environ | {"PYTHONPATH": paths, "OMP_WAIT_POLICY": "PASSIVE"}

@@ -115,7 +115,10 @@ BARRIERS = [
 
 
 @emulated
-@pytest.mark.parametrize(("kind", "at"), BARRIERS)
+@pytest.mark.parametrize(  # g++ compiles each
+    ("kind", "at"),
+    [pytest.param(*line, marks=[] if i % 4 == 0 else pytest.mark.slow) for i, line in enumerate(BARRIERS)],
+)
 def test_every_barrier_is_needed(kind, at, monkeypatch):
     """Without any one of their barriers and waits the kernels are wrong, and the emulator shows it."""
     text = cupy_conv.source(kind)
@@ -141,6 +144,7 @@ def test_every_barrier_is_needed(kind, at, monkeypatch):
 
 
 @emulated
+@pytest.mark.slow
 def test_the_sanitizers_find_nothing():
     """Every kind and number format, in bands and not; what the sanitizers do find is test_emulator's subject."""
     prelude = """
@@ -182,9 +186,13 @@ def variants(kind: str, dtype: torch.dtype) -> list[tuple[tuple[int, int], SlotT
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.float32, marks=pytest.mark.slow)], ids=str)
-def test_every_tile_is_right(kind, dtype, poisoned_memory):
-    for blocksize, tile in variants(kind, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "every"),
+    [(torch.float16, 4), *(pytest.param(t, 1, marks=pytest.mark.slow) for t in (torch.float16, torch.float32))],
+    ids=str,
+)
+def test_every_tile_is_right(kind, dtype, every, poisoned_memory):
+    for blocksize, tile in variants(kind, dtype)[::every]:
         work = Work((2 * blocksize[0], 64, 3, 3), blocksize, (9, 64, 7, 10), PLAIN, density=0.1, dtype=dtype)
         splits = {"splits": 3, "lists": 2} if kind == "wgrad" else {}
         limit = 1e-3 if dtype == torch.float16 else 2e-6

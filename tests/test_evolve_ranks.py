@@ -178,17 +178,14 @@ def compiled(rank: int) -> None:
         torch.save(states[1], f"compiled-{method}-{rank}.pt")
 
 
-TASKS = (differing, skipping, compiled)
-
-
-def worker(rank: int) -> None:
+def worker(rank: int, *tasks: str) -> None:
     limit = timedelta(seconds=LIMIT / 4)
     dist.init_process_group("gloo", f"file://{Path('store').absolute()}", rank=rank, world_size=RANKS, timeout=limit)
     torch.set_num_threads(1)
     try:
-        for task in TASKS:
-            print(task.__name__, flush=True)
-            task(rank)
+        for task in tasks:
+            print(task, flush=True)
+            globals()[task](rank)
             dist.barrier()
     finally:
         dist.destroy_process_group()
@@ -197,11 +194,9 @@ def worker(rank: int) -> None:
 # ---------------------------------------------------------------------- the tests
 
 
-@pytest.fixture(scope="module")
-def written(tmp_path_factory) -> Path:
-    """The folder with what the tasks wrote, in a process a rank; what any of these said is shown if one fails."""
-    folder = tmp_path_factory.mktemp("ranks")
-    code = "import test_evolve_ranks as t; t.worker({rank})"
+def run(folder: Path, *tasks: str) -> None:
+    """The tasks, in a process a rank; what any of them wrote is shown if one fails."""
+    code = f"import test_evolve_ranks as t; t.worker({{rank}}, *{tasks!r})"
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     started = [
@@ -210,6 +205,13 @@ def written(tmp_path_factory) -> Path:
     ]
     ended = [rank.finish() for rank in started]
     assert [rank.returncode for rank in ended] == [0] * RANKS, "\n".join(rank.stdout + rank.stderr for rank in ended)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory) -> Path:
+    """The folder of two tasks: one start of the ranks serves both."""
+    folder = tmp_path_factory.mktemp("ranks")
+    run(folder, "differing", "skipping")
     return folder
 
 
@@ -251,7 +253,9 @@ def test_ranks_that_skip_other_layers_grow_by_the_gradients_of_all(written):
     assert all(torch.equal(t, states[1][name]) for name, t in states[0].items())
 
 
-def test_a_compiled_data_parallel_model_trains(written):
+@pytest.mark.slow
+def test_a_compiled_data_parallel_model_trains(tmp_path):
+    run(tmp_path, "compiled")
     for method in ("rigl", "subp"):
-        states = [torch.load(written / f"compiled-{method}-{rank}.pt", weights_only=True) for rank in range(RANKS)]
+        states = [torch.load(tmp_path / f"compiled-{method}-{rank}.pt", weights_only=True) for rank in range(RANKS)]
         assert all(torch.equal(t, states[1][name]) for name, t in states[0].items())

@@ -255,7 +255,8 @@ def test_forged_models_are_refused(tmp_path):
     assert refusals(use, forged(content, 60)) > 60
 
 
-def test_forged_results_are_refused(tmp_path):
+@pytest.mark.parametrize("count", [4, pytest.param(15, marks=pytest.mark.slow)])
+def test_forged_results_are_refused(tmp_path, count):
     variants = [Variant("dense"), Variant("kernel")]
     tiny(tmp_path / "s", variants, seeds=(0,)).run()
     for file in [tmp_path / "s" / "results.json", *(tmp_path / "s").glob("kernel*/result.json")]:
@@ -265,7 +266,7 @@ def test_forged_results_are_refused(tmp_path):
             file.write_text(json.dumps(changed))
             tiny(tmp_path / "s", variants, seeds=(0,)).run()
 
-        assert refusals(use, forged(json.loads(whole), 15, plain=True)) > 5
+        assert refusals(use, forged(json.loads(whole), count, plain=True)) > count // 3
         for text in ("", "[", "[1]", "{" * 100_000, "NaN", '{"settings": 1}'):
             file.write_text(text)
             if file.name == "result.json":

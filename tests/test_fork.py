@@ -55,7 +55,7 @@ for work in (look_up, make, remember):
     stop = threading.Event()
     thread = threading.Thread(target=work, args=(stop,), daemon=True)
     thread.start()
-    for i in range(100):
+    for i in range(int(sys.argv[1])):
         time.sleep(0.001)
         child = os.fork()
         if child == 0:
@@ -73,9 +73,10 @@ os._exit(0)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
-def test_a_fork_beside_a_thread_that_is_planning():
+@pytest.mark.parametrize("forks", [30, pytest.param(100, marks=pytest.mark.slow)])
+def test_a_fork_beside_a_thread_that_is_planning(forks):
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", FORKS]
+    command = [sys.executable, "-c", FORKS, str(forks)]
     result = processes.run(command, env=env)
     assert result.returncode == 0, result.stdout + result.stderr
 

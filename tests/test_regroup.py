@@ -293,13 +293,19 @@ def test_blocks_of_many_rows_are_cut():
     assert g.pattern().nnzb == 3
 
 
-@pytest.mark.parametrize(("backend", "device"), RUNNERS)
+PRODUCTS = [
+    ((16, 16, 3, 3), {"groups": 2, "granule": 8, "tap_density": 4 / 9}),
+    ((32, 16, 1, 1), {"groups": 4, "granule": 8, "balanced": True}),
+    ((16, 32, 2, 3), {"groups": 2, "granule": 16, "row_granule": 4, "method": "paper"}),
+]
+
+
 @pytest.mark.parametrize(
-    ("shape", "options"),
+    ("backend", "device", "shape", "options"),
     [
-        ((16, 16, 3, 3), {"groups": 2, "granule": 8, "tap_density": 4 / 9}),
-        ((32, 16, 1, 1), {"groups": 4, "granule": 8, "balanced": True}),
-        ((16, 32, 2, 3), {"groups": 2, "granule": 16, "row_granule": 4, "method": "paper"}),
+        pytest.param(*runner, *layer, marks=pytest.mark.slow if runner == ("cupy", "cpu") and i else [])
+        for runner in RUNNERS
+        for i, layer in enumerate(PRODUCTS)
     ],
 )
 def test_all_three_products_through_the_pattern(backend, device, shape, options):

@@ -720,7 +720,7 @@ for world in (1, 2):
 
 @pytest.mark.parametrize(
     "names",
-    [("rigl", "subp", "norm"), pytest.param(("set", "parts", "gmp", "sr-ste"), marks=pytest.mark.slow)],
+    [("rigl", "norm"), pytest.param(("set", "parts", "gmp", "sr-ste", "subp"), marks=pytest.mark.slow)],
     ids=", ".join,
 )
 def test_two_ranks_are_one_with_the_same_batch(names, tmp_path):

@@ -1,0 +1,107 @@
+"""The native CPU backend under a memory checker, and with planted mistakes, each of which must be seen."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import processes
+
+ROOT = Path(__file__).parent.parent
+SOURCE = ROOT / "blocksparse" / "kernels" / "cpu.cpp"
+
+# Every product of layers that take every way through the source, on three threads, against float64.
+PRODUCTS = """
+import sys
+import torch
+import blocksparse as bs
+from blocksparse.kernels import cpu_build
+from pathlib import Path
+
+source, optimise, *more = sys.argv[1:]
+cpu_build.SOURCE = Path(source)
+cpu_build.FLAGS = (*(optimise if flag == "-O2" else flag for flag in cpu_build.FLAGS), *more)
+torch.set_num_threads(3)
+torch.manual_seed(0)
+wrong = []
+LAYERS = ((16, 16, 3, 3), (8, 8)), ((16, 16, 3, 3), (8, 1)), ((16, 16, 3, 3), (1, 1)), ((12, 6, 1, 1), (4, 2))
+for shape, blocksize in LAYERS:
+    pattern = bs.BSRPattern.random(shape, blocksize, 0.4)
+    values = torch.randn(pattern.nnzb, *blocksize)
+    for n, size, conv in (
+        (3, 13, (1, shape[2] // 2, 1)), (5, 21, (2, shape[2] // 2, 1)), (2, 9, (1, shape[2] - 1, 2)), (7, 5, (1, 0, 1)),
+    ):
+        for layout in torch.contiguous_format, torch.channels_last:
+            x = torch.randn(n, shape[1], size, size + 1).contiguous(memory_format=layout)
+            y = bs.conv2d(x, values, pattern, None, *conv, backend="cpu")
+            dy = torch.randn_like(y)
+            found = [
+                y,
+                bs.conv2d_dgrad(dy, values, pattern, x.shape, *conv, backend="cpu"),
+                bs.conv2d_wgrad(x, dy, pattern, *conv, backend="cpu"),
+            ]
+            needed = [
+                bs.reference.fprop(x.double(), values.double(), pattern, None, *conv),
+                bs.reference.dgrad(dy.double(), values.double(), pattern, x.shape, *conv),
+                bs.reference.wgrad(x.double(), dy.double(), pattern, *conv),
+            ]
+            for kind, a, b in zip(("fprop", "dgrad", "wgrad"), found, needed):
+                if not torch.allclose(a.double(), b, rtol=1e-4, atol=1e-4 * float(b.abs().max() + 1e-9)):
+                    wrong.append((kind, shape, blocksize, n, size, conv, str(layout)))
+print(len(wrong), *wrong[:3], sep="\\n")
+"""
+
+MUTANTS = {
+    "pitch-off-by-one": (
+        "pitch = std::max(horizontal.length, (g.w - 1 + g.padding[1]) / g.stride[1] + 1);",
+        "pitch = std::max(horizontal.length, (g.w - 1 + g.padding[1]) / g.stride[1] + 1) - 1;",
+    ),
+    "missing-tail": ("exact ? run / L : (run + L - 1) / L", "run / L"),
+    "missing-last-vector-in-place": ("if (exact && run % L) body(run - L, 1);", ""),
+    "threads-share-planes": ("scratch.at<A>(own_at) + thread * size", "scratch.at<A>(own_at)"),
+    "chunks-share-a-sum": ("A* const sum = sums + chunk * weights;", "A* const sum = sums;"),
+}
+
+
+def products(source: Path, cache: Path, *flags: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(cache), "OMP_NUM_THREADS": "3", **environment}
+    return processes.run([sys.executable, "-c", PRODUCTS, str(source), *flags], env=env)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_planted_mistake_is_seen(name, tmp_path):
+    before, after = MUTANTS[name]
+    text = SOURCE.read_text()
+    assert before in text
+    mutant = tmp_path / "cpu.cpp"
+    mutant.write_text(text.replace(before, after))
+    result = products(mutant, tmp_path, "-O1")
+    assert result.returncode != 0 or result.stdout.split()[0] != "0"
+
+
+@pytest.mark.slow
+def test_no_read_or_write_outside_of_a_tensor(tmp_path):
+    compiler = shutil.which(os.environ.get("CXX", "")) or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no g++")
+    runtime = processes.run([compiler, "-print-file-name=libasan.so"]).stdout.strip()
+    if not Path(runtime).is_absolute():
+        pytest.skip("g++ without its address sanitizer")
+    options = {"LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0", "CXX": compiler}
+    result = products(SOURCE, tmp_path, "-O1", "-fsanitize=address", "-fno-omit-frame-pointer", **options)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.split()[0] == "0", result.stdout
+    # It looks: one row of an image too many is read.
+    text = SOURCE.read_text()
+    inside = "if (h < 0 || h >= height) {"
+    assert inside in text
+    mutant = tmp_path / "cpu.cpp"
+    mutant.write_text(text.replace(inside, "if (h < 0 || h > height) {"))
+    result = products(mutant, tmp_path, "-O1", "-fsanitize=address", "-fno-omit-frame-pointer", **options)
+    assert "AddressSanitizer" in result.stderr

@@ -45,6 +45,7 @@ columns
   roof%     the time that this machine needs at least, as a share of p50: the larger of useful FLOPs / matmul
             ceiling and bytes / copy ceiling, both measured at the start of the run; bytes are x, y, values and
             index once each (a CPU without fast fp16 or bf16 is held to its fp32 matmul)
+  peak%     useful FLOP/s as a share of what this machine's multiply-adds reach alone, measured at the start
   x dense   p50 of PyTorch's dense convolution / sparse p50: above 1, sparse is faster. Dense is the faster of
             contiguous and channels_last for each kind, its total the sum of those (sparse keeps one layout);
             with cuDNN's benchmark mode; gradients are timed alone (convolution_backward)

@@ -222,6 +222,7 @@ class LayerBench:
             plan=str(plan),
             useful_flops=flops * len(kinds),
             roofline_ms=1e3 * sum(self.ceilings.seconds(flops, n) for n in nbytes),
+            peak_ms=None if (peak := self.ceilings.peak_flops) is None else 1e3 * flops * len(kinds) / peak,
         )
 
     def _rival(self, case: Case, entries: list[Entry], role: str, kind: str) -> Result:

@@ -16,7 +16,7 @@ from timing import Ceilings
 
 WIDTH = 132
 _LEFT = "{:<9}{:>6}  {:<7} {:<14}{:<6}"
-_NUMBERS = "{:>9}{:>9}{:>9}{:>9}{:>7}{:>9}{:>9}{:>9}{:>10}{:>10}"
+_NUMBERS = "{:>9}{:>9}{:>9}{:>9}{:>6}{:>6}{:>9}{:>9}{:>7}{:>9}{:>9}"
 _TITLES = {"dense": "x dense", "grouped": "x group", "torch_bsr": "x bsr", "narrow": "x narrow"}
 
 
@@ -26,12 +26,13 @@ def head_lines(machine: dict[str, Any], dtype: str, batch: int, ceilings: Ceilin
     threads = "" if on_gpu else f", {machine['threads']} threads"
     matmul = f"{ceilings.matmul_flops / 1e12:.0f} T" if on_gpu else f"{ceilings.matmul_flops / 1e9:.1f} G"
     copy = f"{ceilings.copy_bytes / 1e9:.1f} GB/s"
+    peak = "" if ceilings.peak_flops is None else f", multiply-adds alone {ceilings.peak_flops / 1e9:.1f} GFLOP/s"
     load, cores = machine["load_at_start"] or 0.0, machine["cores"]
     busy = f"other programs are busy here (load {load:.1f} on {cores} cores): times and ratios will suffer"
     return [
         *([f"WARNING: {busy}"] if load > cores / 2 and not on_gpu else []),
         f"{machine['device']}{threads}; torch {machine['torch']}; {dtype}, batch {batch}",
-        f"ceilings measured now: copy {copy} (read + written), {dtype} matmul {matmul}FLOP/s",
+        f"ceilings measured now: copy {copy} (read + written), {dtype} matmul {matmul}FLOP/s{peak}",
         "",
         table_head(on_gpu),
     ]
@@ -41,7 +42,7 @@ def table_head(on_gpu: bool) -> str:
     left = _LEFT.format("blocks", "kept%", "backend", "layout", "kind")
     unit = "TFLOP/s" if on_gpu else "GFLOP/s"
     return left + _NUMBERS.format(
-        "ms p20", "p50", "p80", unit, "roof%", *(_TITLES[rival] for rival in RIVALS), "extra MB"
+        "ms p20", "p50", "p80", unit, "roof%", "peak%", *(_TITLES[rival] for rival in RIVALS), "extra MB"
     )
 
 
@@ -72,13 +73,13 @@ def _row_lines(row: Row, on_gpu: bool) -> list[str]:
         return _words(row.kind, row)
     extra = "n/a" if row.sparse.extra_bytes is None else f"{row.sparse.extra_bytes / 1e6:.1f}"
     ratios = [_ratio(row, rival) for rival in RIVALS]
-    percent = "n/a" if row.roofline_share is None else f"{100 * row.roofline_share:.0f}"
     numbers = _NUMBERS.format(
         _ms(times.p20),
         _ms(times.p50),
         _ms(times.p80),
         _rate(row.flops_per_second, on_gpu),
-        percent,
+        _percent(row.roofline_share),
+        _percent(row.peak_share),
         *ratios,
         extra,
     )
@@ -116,6 +117,10 @@ def _rate(flops_per_second: float | None, on_gpu: bool) -> str:
     return "n/a" if flops_per_second is None else f"{flops_per_second / (1e12 if on_gpu else 1e9):.1f}"
 
 
+def _percent(share: float | None) -> str:
+    return "n/a" if share is None else f"{100 * share:.0f}"
+
+
 def _kept(density: float | None) -> str:
     return "" if density is None else f"{100 * density:.1f}"
 
@@ -134,9 +139,9 @@ def total_lines(sums: Sequence[Total], on_gpu: bool) -> list[str]:
             lines.append(f"{left} no total: {_missing(total)}")
             continue
         rate = None if total.useful_flops is None else 1e3 * total.useful_flops / total.ms
-        percent = "n/a" if total.roofline_ms is None else f"{100 * total.roofline_ms / total.ms:.0f}"
+        shares = (_percent(None if t is None else t / total.ms) for t in (total.roofline_ms, total.peak_ms))
         ratios = ("n/a" if (s := total.speedup(r)) is None else f"{s:.2f}" for r in RIVALS)
-        numbers = _NUMBERS.format("", _ms(total.ms), "", _rate(rate, on_gpu), percent, *ratios, "")
+        numbers = _NUMBERS.format("", _ms(total.ms), "", _rate(rate, on_gpu), *shares, *ratios, "")
         missing = f"  [{_missing(total)}]" if total.layers < total.layers_asked else ""
         lines.append((left + numbers).rstrip() + missing)
     return lines

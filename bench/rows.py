@@ -78,6 +78,7 @@ class Row:
     plan: str | None = None
     useful_flops: int | None = None  # of this kind, on the stored blocks alone
     roofline_ms: float | None = None
+    peak_ms: float | None = None
 
     @property
     def p50(self) -> float | None:
@@ -91,6 +92,10 @@ class Row:
     def roofline_share(self) -> float | None:
         return None if self.p50 is None or self.roofline_ms is None else self.roofline_ms / self.p50
 
+    @property
+    def peak_share(self) -> float | None:
+        return None if self.p50 is None or self.peak_ms is None else self.peak_ms / self.p50
+
     def speedup(self, rival: str) -> float | None:
         """p50 of the rival / p50 of the sparse layer; None unless both passed their check and ran."""
         other = self.rivals.get(rival, Result(ABSENT)).p50
@@ -100,6 +105,7 @@ class Row:
         return asdict(self) | {
             "flops_per_second": self.flops_per_second,
             "percent_of_roofline": None if self.roofline_share is None else 100 * self.roofline_share,
+            "percent_of_peak": None if self.peak_share is None else 100 * self.peak_share,
             "speedup": {rival: self.speedup(rival) for rival in RIVALS},
         }
 
@@ -139,6 +145,7 @@ class Total:
     failed: int
     ms: float | None
     roofline_ms: float | None
+    peak_ms: float | None
     useful_flops: float | None
     density: float | None  # of the weights, over all convolutions
     rival_ms: dict[str, float | None]
@@ -185,6 +192,7 @@ def _total(rows: list[Row]) -> Total:
         failed=sum(row.sparse.status in (FAIL, ERROR) for row in rows),
         ms=weighted([row.p50 for row in ran]),
         roofline_ms=weighted([row.roofline_ms for row in ran]),
+        peak_ms=weighted([row.peak_ms for row in ran]),
         useful_flops=weighted([row.useful_flops for row in ran]),
         density=None if kept is None else kept / weights,
         rival_ms={rival: weighted([row.rivals[rival].p50 for row in ran]) for rival in RIVALS},

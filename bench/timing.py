@@ -15,6 +15,8 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from blocksparse.kernels import cpu
+
 Call = Callable[[], object]
 Key = TypeVar("Key", bound=Hashable)
 
@@ -261,10 +263,15 @@ def make_memory(device: torch.device) -> CudaMemory | CpuMemory:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Measured on this machine: bytes per second of a copy (read + written), FLOP/s of a square matmul."""
+    """Measured on this machine: bytes per second of a copy (read + written), FLOP/s of a square matmul.
+
+    peak_flops: of fused multiply-adds that wait for no memory, on a CPU with a C++ compiler; in the precision that the
+    native backend computes in, float32 for 16-bit numbers.
+    """
 
     copy_bytes: float
     matmul_flops: float
+    peak_flops: float | None = None
 
     def seconds(self, flops: float, nbytes: float) -> float:
         """The roofline: no program of so many FLOPs that must move so many bytes ends sooner."""
@@ -284,7 +291,7 @@ def measure_ceilings(clock: Clock, device: torch.device, dtype: torch.dtype) -> 
     else:  # where a CPU has no fast matmul in this dtype, computing in fp32 is what it can do
         known = {d: _matmul_flops(clock, device, d, 128, 1) for d in (dtype, torch.float32)}
         matmul = _matmul_flops(clock, device, max(known, key=lambda d: known[d]), 1280, laps)
-    return Ceilings(2 * nbytes / copy, matmul)
+    return Ceilings(2 * nbytes / copy, matmul, None if on_gpu else cpu.peak_flops(dtype))
 
 
 def _matmul_flops(clock: Clock, device: torch.device, dtype: torch.dtype, size: int, laps: int) -> float:

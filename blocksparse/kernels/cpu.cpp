@@ -20,6 +20,7 @@
 // Vectors are GCC's and Clang's; their length and the size of a tile follow from the target.
 
 #include <algorithm>
+#include <chrono>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -51,9 +52,9 @@
 
 // Keeps a vector in a register, where a compiler would read it from memory again for every product.
 #if defined(__x86_64__)
-#define HOLD(v) __asm__("" : "+v"(v))
+#define HOLD(v) __asm__ volatile("" : "+v"(v))
 #elif defined(__aarch64__)
-#define HOLD(v) __asm__("" : "+w"(v))
+#define HOLD(v) __asm__ volatile("" : "+w"(v))
 #else
 #define HOLD(v)
 #endif
@@ -1223,6 +1224,29 @@ template <class Body> int guarded(Body body) {
 #ifndef NUMBER
 #define NUMBER float
 #endif
+
+// Fused multiplications and additions a second, twice counted, of so many threads that do nothing else.
+extern "C" double bsr_peak_flops(int64_t threads) {
+    using A = wide<NUMBER>;
+    constexpr int64_t N = 12, STEPS = 1 << 20;  // products under way at once: more than a core starts before one ends
+    double best = 0;
+    for (int round = 0; round < 5; round++) {
+        const auto begin = std::chrono::steady_clock::now();
+#pragma omp parallel num_threads(threads)
+        {
+            vec<A> sum[N], a = vec<A>{} + A(1e-9), b = vec<A>{} + A(0.5);
+            UNROLL for (int64_t j = 0; j < N; j++) sum[j] = vec<A>{} + A(j);
+            for (int64_t i = 0; i < STEPS; i++)
+                UNROLL for (int64_t j = 0; j < N; j++) {
+                    sum[j] = sum[j] * b + a;
+                    HOLD(sum[j]);
+                }
+        }
+        const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - begin;
+        best = std::max(best, 2.0 * N * STEPS * LANES<A> * threads / seconds.count());
+    }
+    return best;
+}
 
 extern "C" int bsr_fprop(const Conv* g, const NUMBER* x, const NUMBER* values, const NUMBER* bias,
                          const NUMBER* residual, int64_t relu, const Index* index, NUMBER* y) {

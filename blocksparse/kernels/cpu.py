@@ -48,6 +48,15 @@ def absent() -> str | None:
     return found if isinstance(found, str) else None
 
 
+def peak_flops(dtype: torch.dtype) -> float | None:
+    """FLOP/s of fused multiply-adds on PyTorch's number of threads, measured now; None where the backend is absent."""
+    lib = library(NUMBERS[dtype])
+    if isinstance(lib, str):
+        return None
+    lib.bsr_peak_flops.restype = ctypes.c_double
+    return lib.bsr_peak_flops(int64(torch.get_num_threads()))
+
+
 def refusal(device_type: str) -> str | None:
     """Why it cannot take tensors like these, or None."""
     return None if device_type == "cpu" else f"x is on {device_type}; it needs tensors on the CPU"

@@ -92,7 +92,7 @@ def fit(rows: list[dict[str, Any]], kind: str, side: int) -> cost.Terms:
 
 def judge(rows: list[dict[str, Any]], constants: dict[str, tuple[cost.Terms, cost.Terms]], threads: int) -> None:
     """Print how much longer the chosen product takes than the faster one, and than dense."""
-    print(f"{'':<8}{'blocks':>8}{'mean':>8}{'worst':>8}{'> 5% over dense':>18}   over the faster one, and over dense")
+    print(f"{'# kind':<8}{'blocks':>8}{'mean':>8}{'worst':>8}{'> 5% over dense':>18}   over the faster one")
     for kind in cost.KINDS:
         ratios, over, blocks = [], [], 0
         for row in rows:
@@ -103,7 +103,7 @@ def judge(rows: list[dict[str, Any]], constants: dict[str, tuple[cost.Terms, cos
             ratios.append(took / min(row["seconds"][f"{b} {kind}"] for b in ("cpu", "torch")))
             over.append(took / row["seconds"][f"torch {kind}"])
         late = sum(r > 1.05 for r in over)
-        print(f"{kind:<8}{blocks:>8}{statistics.mean(ratios):>8.3f}{max(ratios):>8.2f}{late:>10} of {len(rows)}")
+        print(f"# {kind:<6}{blocks:>8}{statistics.mean(ratios):>8.3f}{max(ratios):>8.2f}{late:>10} of {len(rows)}")
 
 
 def main() -> None:
@@ -134,16 +134,21 @@ def main() -> None:
         if args.json:
             with open(args.json, "w") as file:
                 json.dump({"dtype": args.dtype, "threads": args.threads, "rows": rows}, file)
-    if args.check:
-        constants = cost.CPU[DTYPES[args.dtype]]
-    else:
-        constants = {kind: (fit(rows, kind, 0), fit(rows, kind, 1)) for kind in cost.KINDS}
-        for kind, sides in constants.items():
-            print(f'"{kind}": (')
-            for side in sides:
-                print(f"    Terms({', '.join(f'{value:.3g}' for value in side)}),")
-            print("),")
-    judge(rows, constants, args.threads)
+    for last in (False, True):
+        some = [row for row in rows if row["channels_last"] == last]
+        if args.check:
+            constants = cost.CPU[DTYPES[args.dtype], last]
+        else:
+            constants = {kind: (fit(some, kind, 0), fit(some, kind, 1)) for kind in cost.KINDS}
+            print(f"(torch.{args.dtype}, {last}): {{")
+            for kind, sides in constants.items():
+                print(f'    "{kind}": (')
+                for side in sides:
+                    print(f"        Terms({', '.join(f'{value:.3g}' for value in side)}),")
+                print("    ),")
+            print("},")
+        print(f"# {len(some)} layers, {'channels_last' if last else 'contiguous'}")
+        judge(some, constants, args.threads)
 
 
 if __name__ == "__main__":

@@ -48,6 +48,7 @@ def test_any_number_of_threads_gives_the_same_bits(case):
         pytest.param((64, 64, 3, 3), 56, ((1, 1), (1, 1), (1, 1)), id="3x3"),
         pytest.param((64, 32, 3, 3), 57, ((2, 2), (1, 1), (1, 1)), id="strided"),
         pytest.param((64, 128, 1, 1), 28, ((1, 1), (0, 0), (1, 1)), id="1x1"),
+        pytest.param((64, 128, 1, 1), 13, ((1, 1), (0, 0), (1, 1)), id="1x1-odd"),
         pytest.param((64, 64, 3, 3), 14, ((1, 1), (2, 2), (2, 2)), id="dilated"),
     ],
 )

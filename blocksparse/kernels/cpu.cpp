@@ -724,13 +724,22 @@ void gather_row(const A* x, const int32_t* items, const A* w, int64_t n, int64_t
 }
 template <class A>
 void scatter_row(A* dx, const int32_t* items, const A* w, int64_t n, int64_t bk, const A* dy, int64_t channel,
-                 int64_t run) {
-    over_run<A>(run, most(some_filters(bk)), false, [&](int64_t l, int64_t v) {
+                 int64_t run, bool exact) {
+    constexpr int64_t L = LANES<A>;
+    over_run<A>(exact ? run / L * L : run, most(some_filters(bk)), false, [&](int64_t l, int64_t v) {
         for (int64_t f = 0, count; f < bk; f += count) {
             count = some_filters(bk - f);
             TILE(scatter_of, A, count, v)(dx + l, items, w + f, n, bk, dy + f * channel + l, channel);
         }
     });
+    if (!exact || run % L == 0) return;
+    for (int64_t f = 0, count; f < bk; f += count) {  // the last vector again, with zeros where it has been added
+        count = some_filters(bk - f);
+        A last[MOST_FILTERS * L];
+        for (int64_t i = 0; i < count; i++)
+            for (int64_t j = 0; j < L; j++) last[i * L + j] = j < L - run % L ? A(0) : dy[(f + i) * channel + run - L + j];
+        TILE(scatter_of, A, count, 1)(dx + run - L, items, w + f, n, bk, last, L);
+    }
 }
 template <class A>
 void dot_row(const A* x, const int32_t* items, int64_t n, const A* dy, int64_t channel, int64_t bk, A* dv, int64_t run,
@@ -982,8 +991,9 @@ int dgrad(const Conv& g, const T* dy, const T* values, const Index& index, T* dx
     const int64_t top = g.padding[0] / g.stride[0], bottom = (g.h - 1 + g.padding[0]) / g.stride[0] + 1;
     const int64_t left = g.padding[1] / g.stride[1], right = (g.w - 1 + g.padding[1]) / g.stride[1] + 1;
     const bool scatter = g.bc < 4 && g.bk >= 4;
-    const bool in_place = pointwise(g) && rows_in_place<T>(g.y_strides, g.p, g.q) && !scatter;
-    const bool direct = in_place && rows_in_place<T>(g.x_strides, g.h, g.w);
+    const bool alike = pointwise(g) && rows_in_place<T>(g.y_strides, g.p, g.q);
+    const bool direct = alike && rows_in_place<T>(g.x_strides, g.h, g.w) && !(scatter && index.order);
+    const bool in_place = scatter ? direct : alike;
     Layout lay(g, sizeof(A), L, bottom - top, in_place);
     const Axis &vertical = lay.vertical, &horizontal = lay.horizontal;
     const Axis whole_rows(g.p, g.p, 1, 1, 0, 1), whole_columns(g.q, g.q, 1, 1, 0, 1);
@@ -992,7 +1002,7 @@ int dgrad(const Conv& g, const T* dy, const T* values, const Index& index, T* dx
     const int64_t dy_plane = in_place ? g.y_strides[1] : lay.plane_of(lay.rows + reach, L);
     const int64_t dx_rows = std::min(lay.rows + reach, g.p) + reach;  // of a scatter
     lay.plane = lay.plane_of(dx_rows, L);
-    lay.channel = lay.plane * lay.phases;
+    lay.channel = in_place ? g.x_strides[1] : lay.plane * lay.phases;
     if (!fits(g.k, dy_plane) || !fits(g.c, lay.channel)) return 2;
     const int64_t part_channels = (blocks + parts - 1) / parts * g.bc;
     const bool across = transposed(g.x_strides, part_channels, lay.pitch);
@@ -1080,6 +1090,18 @@ int dgrad(const Conv& g, const T* dy, const T* values, const Index& index, T* dx
             if (scatter) {
                 const int64_t first = std::max<int64_t>(0, top + u.row - reach);
                 const int64_t dy_rows = std::min(g.p, top + u.row + u.rows) - first;
+                if (direct) {
+                    A* const out = (A*)dx + u.image * g.x_strides[0] + c0 * g.x_strides[1] + u.row * g.w;
+                    const A* const rows_of_dy = (const A*)dy + u.image * g.y_strides[0] + u.row * g.q;
+                    for (int64_t c = 0; c < channels; c++)
+                        std::memset(out + c * lay.channel, 0, sizeof(A) * u.rows * g.w);
+                    for (int64_t b = 0; b < rows; b++) {
+                        const int64_t at = starts[part * rows + b];
+                        scatter_row(out, items + at, weights + at * g.bk, starts[part * rows + b + 1] - at, g.bk,
+                                    rows_of_dy + b * g.bk * dy_plane, dy_plane, u.rows * g.w, true);
+                    }
+                    continue;
+                }
                 std::memset(results, 0, sizeof(A) * channels * lay.channel);
                 if (dy_rows > 0) {
                     fill<T, A>(dy, g.y_strides, g.p, whole_rows, whole_columns, first, dy_rows, u, lay, dy_plane, 0, 0,
@@ -1088,7 +1110,7 @@ int dgrad(const Conv& g, const T* dy, const T* values, const Index& index, T* dx
                     for (int64_t b = 0; b < rows; b++) {
                         const int64_t at = starts[part * rows + b];
                         scatter_row(results, items + at, weights + at * g.bk, starts[part * rows + b + 1] - at, g.bk,
-                                    planes + b * g.bk * dy_plane, dy_plane, run);
+                                    planes + b * g.bk * dy_plane, dy_plane, run, false);
                     }
                 }
                 // Row i of the planes is row first + i: where the unit's rows begin.

@@ -161,6 +161,21 @@ def _wgrad_fake(
     return x.new_empty(tuple(values_shape))
 
 
+def _gradients(
+    x: Tensor, dy: Tensor, values: Tensor, index: Tensor,
+    weight_shape: tuple[int, int, int, int], stride: tuple[int, int], padding: tuple[int, int],
+    dilation: tuple[int, int], channels_last: bool, backend: str | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """dgrad and wgrad, which have one plan and read the same dy."""
+    plan = _dgrad_plan(
+        _key(dy), _key(values), _key(index), x.shape,
+        weight_shape, stride, padding, dilation, backend, setting_of(dy),
+    )  # fmt: skip
+    tables = unpack_once(index, weight_shape, plan.blocksize, plan.nnzb, "conv2d_dgrad()")
+    x = x.contiguous(memory_format=format_of(channels_last))
+    return plan.gradients(x, dy, values.contiguous(), tables, channels_last)
+
+
 _library.impl("fprop", lambda *args: _fprop(*_hashable(args)), "CompositeExplicitAutograd")
 _library.impl("dgrad", lambda *args: _dgrad(*_hashable(args)), "CompositeExplicitAutograd")
 _library.impl("wgrad", lambda *args: _wgrad(*_hashable(args)), "CompositeExplicitAutograd")
@@ -203,6 +218,10 @@ def _backward(ctx: Any, dy: Tensor | None) -> tuple[Any, ...]:
         x, values, index = ctx.saved_tensors
         if _has_storage(dy):  # once for both products
             dy = dy.contiguous(memory_format=format_of(ctx.channels_last))
+        if ctx.needs_input_grad[0] and ctx.needs_input_grad[1] and not torch.is_grad_enabled() and _plain(dy, x, index):
+            facts = {"channels_last": ctx.channels_last, "backend": ctx.backend}
+            dx, dv = _gradients(x, dy, values, index, *ctx.ints, **facts)
+            return dx, dv, None, dy.sum((0, 2, 3)) if ctx.needs_input_grad[3] else None, *[None] * 7
         if ctx.needs_input_grad[0]:
             dx = dgrad(dy, values, index, ctx.x_shape, *ctx.ints, ctx.channels_last, ctx.backend)
         if ctx.needs_input_grad[1]:

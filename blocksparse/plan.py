@@ -153,6 +153,14 @@ class ConvPlan:
             return _plain(run.backend).wgrad(x, dy, tables, self.geometry, shape)
         return _tiled(run.backend).wgrad(x, dy, tables, self.geometry, shape, run.tile, precision=self.precision)
 
+    def gradients(
+        self, x: Tensor, dy: Tensor, values: Tensor, tables: IndexTables, channels_last: bool
+    ) -> tuple[Tensor, Tensor]:
+        """(dx, dvalues)."""
+        if self.products["dgrad"].backend == self.products["wgrad"].backend == "cpu":
+            return _plain("cpu").gradients(x, dy, values, tables, self.geometry, channels_last)
+        return self.dgrad(dy, values, tables, channels_last), self.wgrad(x, dy, tables)
+
     def __str__(self) -> str:
         g = self.geometry
         density = self.nnzb * self.blocksize[0] * self.blocksize[1] / (g.k * g.c * g.taps)

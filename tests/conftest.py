@@ -52,7 +52,7 @@ SIGNALS = [
     number for name in ("INT", "TERM", "ALRM", "XFSZ", "HUP", "PIPE", "USR1", "USR2", "QUIT", "ABRT")
     if (number := getattr(signal, f"SIG{name}", None)) is not None
 ]  # fmt: skip
-NOT_OURS = ("PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR")  # what pytest, and PyTorch's compiler, set themselves
+NOT_OURS = ("PYTEST_CURRENT_TEST", "TORCHINDUCTOR", "_TORCHINDUCTOR")  # what pytest, and PyTorch's compiler, set
 LIMITS = [getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")]
 
 
@@ -69,9 +69,9 @@ def process_state() -> dict[str, object]:
         "process group": torch.distributed.is_available() and torch.distributed.is_initialized(),
         "NumPy's errors": np.geterr(),
         "runtime": cupy_conv.runtime,
-        **{name: value for name, value in os.environ.items() if name not in NOT_OURS},
+        **{name: value for name, value in os.environ.items() if not name.startswith(NOT_OURS)},
         "directory": os.getcwd(),
-        "sys.path": list(sys.path),
+        "sys.path": [path for path in sys.path if "site-packages" not in path],  # setuptools adds its own
         "switch interval": sys.getswitchinterval(),
         "recursion limit": sys.getrecursionlimit(),
         "signals": {number: signal.getsignal(number) for number in SIGNALS},

@@ -53,6 +53,13 @@ for shape, blocksize in LAYERS:
             for kind, a, b in zip(("fprop", "dgrad", "wgrad"), found, needed):
                 if not torch.allclose(a.double(), b, rtol=1e-4, atol=1e-4 * float(b.abs().max() + 1e-9)):
                     wrong.append((kind, shape, blocksize, n, size, conv, str(layout)))
+pattern = bs.BSRPattern.random((32, 32, 3, 3), (8, 8), 0.4)
+values, x = torch.randn(pattern.nnzb, 8, 8), torch.randn(64, 32, 20, 20)
+for i in range(40):  # many tasks for several threads
+    y = bs.conv2d(x, values, pattern, None, 1, 1, backend="cpu")
+    needed = y if i == 0 else needed
+    if not torch.equal(y, needed):
+        wrong.append(("fprop", "not the same bits"))
 print(len(wrong), *wrong[:3], sep="\\n")
 """
 

@@ -1281,3 +1281,9 @@ extern "C" int bsr_dgrad(const Conv* g, const NUMBER* dy, const NUMBER* values, 
 extern "C" int bsr_wgrad(const Conv* g, const NUMBER* x, const NUMBER* dy, const Index* index, NUMBER* dvalues) {
     return guarded([&] { return wgrad<NUMBER>(*g, x, dy, *index, dvalues); });
 }
+// Both gradients: dx has the strides of x.
+extern "C" int bsr_gradients(const Conv* g, const NUMBER* x, const NUMBER* dy, const NUMBER* values, const Index* index,
+                             NUMBER* dx, NUMBER* dvalues) {
+    const int failed = bsr_dgrad(g, dy, values, index, dx);
+    return failed ? failed : bsr_wgrad(g, x, dy, index, dvalues);
+}

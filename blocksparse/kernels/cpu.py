@@ -76,9 +76,9 @@ def _conv(
 
 def _call(
     name: str, g: ConvGeometry, blocksize: tuple[int, int], x: Tensor, y: Tensor, tables: IndexTables,
-    *args: Tensor | int64 | None,
+    inputs: tuple[Tensor | int64 | None, ...], *results: Tensor,
 ) -> None:  # fmt: skip
-    """Run a product; `args` in the order of the C function, the last one the result, the index before it."""
+    """Run a product; inputs, the index and results are the arguments of the C function, in this order."""
     lib = library(NUMBERS[x.dtype])
     if isinstance(lib, str):
         raise RuntimeError(f"backend 'cpu' is not available: {lib}")
@@ -87,14 +87,19 @@ def _call(
         tables.indptr.data_ptr(), tables.indices.data_ptr(), tables.t_indptr.data_ptr(), tables.t_indices.data_ptr(),
         tables.t_perm.data_ptr(), None if tables.row_order is None else tables.row_order.data_ptr(),
     )  # fmt: skip
-    *inputs, result = (ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else a for a in args)
-    failed = getattr(lib, f"bsr_{name}")(ctypes.byref(conv), *inputs, ctypes.byref(index), result)
+    failed = getattr(lib, f"bsr_{name}")(
+        ctypes.byref(conv), *map(_pointer, inputs), ctypes.byref(index), *map(_pointer, results)
+    )
     if failed == 1:
         raise MemoryError(f"{name} of {g} on backend 'cpu': no memory for the planes of an image")
     if failed:
         raise ValueError(
             f"{name} of {g} on backend 'cpu': the planes of one row of an image pass 2**31 values; use backend='torch'"
         )
+
+
+def _pointer(arg: Tensor | int64 | None) -> ctypes.c_void_p | int64 | None:
+    return ctypes.c_void_p(arg.data_ptr()) if isinstance(arg, Tensor) else arg
 
 
 def fprop(
@@ -108,7 +113,7 @@ def fprop(
     y = empty(geometry.y_shape, x, is_channels_last(x))
     if y.numel():
         _, bk, bc = values.shape
-        _call("fprop", geometry, (bk, bc), x, y, tables, x, values, bias, residual, int64(relu), y)
+        _call("fprop", geometry, (bk, bc), x, y, tables, (x, values, bias, residual, int64(relu)), y)
     return y
 
 
@@ -117,7 +122,7 @@ def dgrad(dy: Tensor, values: Tensor, tables: IndexTables, geometry: ConvGeometr
     dx = empty(geometry.x_shape, dy, channels_last)
     if dx.numel():
         _, bk, bc = values.shape
-        _call("dgrad", geometry, (bk, bc), dx, dy, tables, dy, values, dx)
+        _call("dgrad", geometry, (bk, bc), dx, dy, tables, (dy, values), dx)
     return dx
 
 
@@ -129,5 +134,19 @@ def wgrad(
         return x.new_zeros(values_shape)
     dvalues = x.new_empty(values_shape)
     _, bk, bc = values_shape
-    _call("wgrad", geometry, (bk, bc), x, dy, tables, x, dy, dvalues)
+    _call("wgrad", geometry, (bk, bc), x, dy, tables, (x, dy), dvalues)
     return dvalues
+
+
+def gradients(
+    x: Tensor, dy: Tensor, values: Tensor, tables: IndexTables, geometry: ConvGeometry, channels_last: bool
+) -> tuple[Tensor, Tensor]:
+    """(dx, dvalues) in one call, whose cost a small layer feels."""
+    dx = empty(geometry.x_shape, dy, channels_last)
+    if not (x.numel() and dy.numel()) or dx.stride() != x.stride():
+        dx = dgrad(dy, values, tables, geometry, channels_last)
+        return dx, wgrad(x, dy, tables, geometry, (values.shape[0], values.shape[1], values.shape[2]))
+    dvalues = torch.empty_like(values)
+    _, bk, bc = values.shape
+    _call("gradients", geometry, (bk, bc), x, dy, tables, (x, dy, values), dx, dvalues)
+    return dx, dvalues

@@ -226,6 +226,6 @@ def test_lineages():
 def test_models_that_are_no_copies_are_refused():
     net = sparse("set")
     optimizer = torch.optim.SGD(net.parameters(), 0.1)
-    for other in (Net(), sparse("single"), nn.Sequential(sparse("set"))):
+    for other in (Net(), sparse("subp"), nn.Sequential(sparse("set"))):
         with pytest.raises(ValueError, match=r"ema\[0\] has no sparse layer 'conv' as the model has; it needs copies"):
             evolver_of("set", net, optimizer, ema=[other])

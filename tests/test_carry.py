@@ -59,8 +59,6 @@ def test_hooks_run_on_and_their_handles_remove_them(kind):
     net = model()
     logs = {at: Log(net[at]) for at in (1, 4)}
     classes = {1: ("BSRConv2d", "Conv2d"), 4: ("BSRLinear", "Linear")}
-    if kind == "mask":
-        classes = {1: ("MaskedConv2d", "Conv2d"), 4: ("MaskedLinear", "Linear")}
     hrbp.sparsify(net, 0.5, **STRUCTURES[kind])
     for at, log in logs.items():
         assert log.kinds(net) == {(k, classes[at][0]) for k in KINDS}

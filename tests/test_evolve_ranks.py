@@ -100,7 +100,7 @@ def differing(rank: int) -> None:
     one = evolver(net)
     with torch.no_grad():
         torch.manual_seed(rank)
-        net.blocks[1].weight.mul_(torch.rand(net.blocks[1].weight.shape))
+        net.blocks[1].values.mul_(torch.rand(net.blocks[1].values.shape))
     before = masks(net)
     answers["diverged"] = told(one.step)
     answers["unchanged"] = str(all(torch.equal(mask, before[name]) for name, mask in masks(net).items()))

@@ -60,7 +60,7 @@ ROOMS: dict[str, list[str]] = {
         "grouping", "selection", "base", "regrouping", "elementwise", "grains", "groups", "mixed", "n_m", "recognise",
         "registry",
     ],
-    "layers": ["dense_conv", "semi_structured", "stored", "gradients", "masked", "master", "view"],
+    "layers": ["dense_conv", "semi_structured", "stored", "gradients", "master", "view"],
     "surgery": ["carry", "dataflow", "fresh", "record", "candidates", "planning", "conversion", "prune"],
     "formats": ["packed", "sealed", "model", "weights"],
     "methods": [
@@ -71,7 +71,8 @@ ROOMS: dict[str, list[str]] = {
         "dgrad", "score", "stream", "mask_report", "model_report", "model_summary", "network_costs", "picture",
     ],
     "training": [
-        "checkpoint", "devices", "log", "result", "settings", "signals", "optimizer", "continuing", "trainer", "run",
+        "checkpoint", "devices", "log", "older", "result", "settings", "signals", "optimizer", "continuing", "trainer",
+        "run",
     ],
     "study": ["runner", "variants", "regularity_table", "study_table", "regularity", "study"],
     "cli": ["parsing", "info", "regroup", "study", "train", "main"],

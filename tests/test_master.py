@@ -71,12 +71,12 @@ def assert_same(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 @settings(max_examples=60)
 @given(
-    st.integers(0, 2**32 - 1), st.sampled_from([(8, 1), (4, 2), (2, 4), (16, 1)]), st.sampled_from([0, 0.2, 0.6, 1]),
+    st.integers(0, 2**32 - 1), st.sampled_from([(8, 1), (4, 2), (2, 4), (1, 1)]), st.sampled_from([0, 0.2, 0.6, 1]),
     st.tuples(st.integers(1, 3), st.integers(1, 3)), st.tuples(st.integers(1, 2), st.integers(1, 3)),
     st.tuples(st.integers(0, 2), st.integers(0, 2)), st.tuples(st.integers(1, 2), st.integers(1, 2)),
     st.booleans(), st.booleans(), st.booleans(),
 )  # fmt: skip
-def test_blocks_and_masks_compute_what_the_dense_layer_does(
+def test_blocks_compute_what_the_dense_layer_does(
     seed, blocksize, share, kernel, stride, padding, dilation, bias, shuffled, channels_last
 ):
     generator = torch.Generator().manual_seed(seed)
@@ -88,26 +88,25 @@ def test_blocks_and_masks_compute_what_the_dense_layer_does(
         x = x.contiguous(memory_format=torch.channels_last)
     dy = draw(generator, *dense(x).shape)
     expected = reference(dense, choice, x, dy)
-    for blocks in (True, False):
-        layer = copy.deepcopy(dense)
-        put_master(layer, choice, blocks=blocks)
-        assert torch.equal(layer.live(), choice.mask)
-        assert_same(products(layer, x, dy), expected)
-        assert torch.equal(layer.weight, dense.weight)
+    layer = copy.deepcopy(dense)
+    put_master(layer, choice)
+    assert torch.equal(layer.live(), choice.mask)
+    assert_same(products(layer, x, dy), expected)
+    assert torch.equal(layer.weight, dense.weight)
 
 
 @pytest.mark.parametrize("shape", [(5, 12), (2, 3, 12), (12,)])
-@pytest.mark.parametrize("blocks", [True, False])
-def test_linear_layers(shape, blocks):
+@pytest.mark.parametrize("blocksize", [(8, 1), (1, 1)])
+def test_linear_layers(shape, blocksize):
     generator = torch.Generator().manual_seed(3)
     dense = nn.Linear(12, 16).double()
-    choice = block_choice((16, 12, 1, 1), (8, 1), 0.4, generator)
+    choice = block_choice((16, 12, 1, 1), blocksize, 0.4, generator)
     x, dy = draw(generator, *shape), draw(generator, *shape[:-1], 16)
     layer, mask = copy.deepcopy(dense), choice.mask.clone()
-    put_master(layer, choice, blocks=blocks)
+    put_master(layer, choice)
     assert type(layer) is MasterLinear
     assert_same(products(layer, x, dy), reference(dense, choice, x, dy))
-    layer.set_choice(Choice(~mask, (8, 1)))
+    layer.set_choice(Choice(~mask, blocksize))
     assert torch.equal(choice.mask, mask)
 
 
@@ -119,7 +118,7 @@ def test_padding_by_name(padding):
     x = draw(generator, 2, 12, 7, 7)
     dy = draw(generator, *dense(x).shape)
     layer = copy.deepcopy(dense)
-    put_master(layer, choice, blocks=True)
+    put_master(layer, choice)
     assert_same(products(layer, x, dy), reference(dense, choice, x, dy))
 
 
@@ -145,16 +144,22 @@ def test_a_mask_that_follows_the_weight(name, sparsity):
     assert "mask" not in layer.state_dict()
 
 
-def made(blocks: bool, seed: int = 0, share: float = 0.4) -> MasterConv2d:
+def made(blocksize=(8, 1), seed: int = 0, share: float = 0.4) -> MasterConv2d:
     generator = torch.Generator().manual_seed(seed)
     layer = conv(generator=torch.Generator().manual_seed(0), padding=1)
-    put_master(layer, block_choice((16, 12, 3, 3), (8, 1), share, generator), blocks=blocks)
+    put_master(layer, block_choice((16, 12, 3, 3), blocksize, share, generator))
     return layer
 
 
-@pytest.mark.parametrize("blocks", [True, False])
-def test_autocast_computes_in_half_precision_and_hands_whole_gradients_back(blocks):
-    layer = made(blocks).float()
+def following() -> MasterConv2d:
+    layer = conv(generator=torch.Generator().manual_seed(0), padding=1)
+    put_master(layer, rule=structure("unstructured"), sparsity=0.6)
+    return layer
+
+
+@pytest.mark.parametrize("make", [made, following])
+def test_autocast_computes_in_half_precision_and_hands_whole_gradients_back(make):
+    layer = make().float()
     x, dy = torch.randn(2, 12, 6, 6, requires_grad=True), torch.randn(2, 16, 6, 6)
     plain = copy.deepcopy(layer)
     take_master_off(plain)
@@ -162,7 +167,7 @@ def test_autocast_computes_in_half_precision_and_hands_whole_gradients_back(bloc
         y = layer(x)
         expected = plain(x)
     assert y.dtype == torch.bfloat16
-    if blocks:
+    if make is made:
         assert y.grad_fn.saved_tensors[0].dtype == torch.bfloat16  # as a dense layer does
     ours = torch.autograd.grad(y, [x, layer.weight, layer.bias], dy.bfloat16())
     theirs = torch.autograd.grad(expected, [x, plain.weight, plain.bias], dy.bfloat16())
@@ -171,9 +176,8 @@ def test_autocast_computes_in_half_precision_and_hands_whole_gradients_back(bloc
         assert (a - b).norm() < 0.02 * b.norm()
 
 
-@pytest.mark.parametrize("blocks", [True, False])
-def test_compiled_without_breaks_and_without_recompiling_for_an_equally_large_choice(blocks):
-    layer, counter = made(blocks), CompileCounter()
+def test_compiled_without_breaks_and_without_recompiling_for_an_equally_large_choice():
+    layer, counter = made(), CompileCounter()
     choices = [block_choice((16, 12, 3, 3), (8, 1), 0.4, torch.Generator().manual_seed(seed)) for seed in range(40)]
     first = int(layer.live().sum())
     compiled = torch.compile(layer, fullgraph=True, backend=counter)
@@ -208,7 +212,7 @@ def test_compiled_with_a_mask_that_follows_the_weight(name, sparsity):
 
 
 def test_differentiable_once():
-    layer = made(True)
+    layer = made()
     x = draw(torch.Generator().manual_seed(1), 1, 12, 5, 5).requires_grad_()
     y = layer(x).square().sum()
     (grad,) = torch.autograd.grad(y, layer.weight, create_graph=True)
@@ -220,7 +224,7 @@ def test_differentiable_once():
 
 
 def test_a_layer_used_twice_and_a_frozen_one():
-    layer, generator = made(True), torch.Generator().manual_seed(2)
+    layer, generator = made(), torch.Generator().manual_seed(2)
     xs = [draw(generator, 1, 12, 5, 5) for _ in range(2)]
     sum(layer(x).square().sum() for x in xs).backward()
     both = layer.weight.grad.clone()
@@ -235,7 +239,7 @@ def test_a_layer_used_twice_and_a_frozen_one():
 
 
 def test_a_new_choice_writes_in_place_where_it_is_as_large():
-    layer = made(True)
+    layer = made()
     optimizer = torch.optim.SGD(layer.parameters(), 0.1, momentum=0.9)
     x = draw(torch.Generator().manual_seed(1), 2, 12, 5, 5)
     layer(x).square().mean().backward()
@@ -274,16 +278,16 @@ def test_a_new_choice_writes_in_place_where_it_is_as_large():
         follows.set_choice(fewer)
 
 
-@pytest.mark.parametrize("blocks", [True, False])
-def test_states_load_into_layers_with_another_mask(blocks):
-    source, target = made(blocks, seed=1), made(blocks, seed=2, share=0.7)
+@pytest.mark.parametrize("blocksize", [(8, 1), (1, 1)])
+def test_states_load_into_layers_with_another_mask(blocksize):
+    source, target = made(blocksize, seed=1), made(blocksize, seed=2, share=0.7)
     x = draw(torch.Generator().manual_seed(1), 2, 12, 5, 5)
     twin = copy.deepcopy(target)
     twin.load_state_dict(source.state_dict())
     assert torch.equal(twin(x), source(x))
     assert not torch.equal(target(x), source(x))
     untouched = source(x)
-    twin.set_choice(Choice(~twin.live(), (8, 1)))
+    twin.set_choice(Choice(~twin.live(), blocksize))
     assert torch.equal(source(x), untouched)
     assert not torch.equal(twin(x), untouched)
     assert torch.equal(twin.to(torch.float32).to(torch.float64)(x), twin(x))
@@ -291,18 +295,18 @@ def test_states_load_into_layers_with_another_mask(blocks):
 
 def test_a_row_order_travels_with_the_state():
     shape, generator = (16, 12, 3, 3), torch.Generator().manual_seed(6)
-    source, target = made(True), made(True)
+    source, target = made(), made()
     source.set_choice(block_choice(shape, (8, 1), 0.4, generator, shuffled=True))
     target.load_state_dict(source.state_dict())
     x = draw(generator, 2, 12, 5, 5)
     assert torch.equal(target(x), source(x))
     assert target.pattern == source.pattern
-    target.load_state_dict(made(True).state_dict() | {"weight": source.weight})
+    target.load_state_dict(made().state_dict() | {"weight": source.weight})
     assert target.row_order is None
 
 
 def test_damaged_states_are_refused():
-    layer = made(True)
+    layer = made()
     good = layer.state_dict()
     one_cell = good["mask"].clone()
     one_cell[0, 0, 0, 0] ^= True
@@ -318,7 +322,7 @@ def test_damaged_states_are_refused():
         (torch.arange(8), r"row_order has shape \(8,\); it needs \(16,\)"),
         (list(range(16)), r"row_order is a list; it needs a torch\.Tensor"),
     ]:
-        for damaged in (layer, made(False)):
+        for damaged in (layer, made((1, 1))):
             with pytest.raises(RuntimeError, match=message):
                 damaged.load_state_dict({**good, "row_order": order})
             assert damaged.row_order is None
@@ -327,7 +331,7 @@ def test_damaged_states_are_refused():
 
 
 def test_moves_keep_the_index_whole():
-    layer = made(True)
+    layer = made()
     x = draw(torch.Generator().manual_seed(1), 2, 12, 5, 5)
     expected, state = layer(x), layer.state_dict()
     hollow = copy.deepcopy(layer).to("meta")
@@ -343,7 +347,7 @@ def test_moves_keep_the_index_whole():
 
 def test_shared_memory_holds_the_index_too():
     """Another process that has the layer's memory computes with the same blocks, whatever this one chooses."""
-    layer = made(True)
+    layer = made()
     nn.Sequential(layer).share_memory()
     assert layer.index.is_shared()
     index, before = layer.index, copy.deepcopy(layer.state_dict())
@@ -365,22 +369,22 @@ def test_shared_memory_holds_the_index_too():
     assert torch.equal(index, kept)
 
 
-@pytest.mark.parametrize("blocks", [True, False])
-def test_a_choice_or_state_of_inference_mode_leaves_a_layer_that_trains(blocks):
-    layer, generator = made(blocks), torch.Generator().manual_seed(5)
-    shape, blocksize = layer.weight_shape, layer.blocksize or (4, 1)
+@pytest.mark.parametrize("blocksize", [(8, 1), (1, 1)])
+def test_a_choice_or_state_of_inference_mode_leaves_a_layer_that_trains(blocksize):
+    layer, generator = made(blocksize), torch.Generator().manual_seed(5)
+    shape = layer.weight_shape
     with torch.inference_mode():
         for share in (0.4, 0.8):
             layer.set_choice(block_choice(shape, blocksize, share, generator, shuffled=True))
             layer(torch.randn(2, shape[1], 6, 6, dtype=layer.weight.dtype))
-        source = made(blocks, share=0.2)
+        source = made(blocksize, share=0.2)
         layer.load_state_dict(source.state_dict())
     layer(torch.randn(2, shape[1], 6, 6, dtype=layer.weight.dtype)).sum().backward()
     assert layer.weight.grad is not None
 
 
 def test_averaged_copies_follow():
-    layer = made(True)
+    layer = made()
     average = AveragedModel(layer)
     fewer = block_choice((16, 12, 3, 3), (8, 1), 0.1, torch.Generator().manual_seed(7))
     for model in (layer, average.module):
@@ -414,7 +418,7 @@ METHODS = [
     ("sr-ste", "n:m", 0.75, {"m": 8}),
     ("sr-ste", "unstructured", 0.8, {}),
     ("subp", "1xn", 0.6, {"n": 16}),
-    ("subp", "1xn", 0.6, {"n": 1}),  # single weights are not stored: masked
+    ("subp", "1xn", 0.6, {"n": 1}),
 ]
 
 
@@ -442,7 +446,7 @@ def test_a_model_keeps_its_weights_and_computes_with_a_part(case, x):
     layers = sparse_layers(net)
     assert {"one", "hidden"} <= layers.keys()
     assert all(layer.master for layer in layers.values())
-    assert all(layer.runs_blocks == (case[1] == "1xn" and case[3]["n"] == 16) for layer in layers.values())
+    assert all(layer.runs_blocks == (case[1] == "1xn") for layer in layers.values())
     with torch.no_grad():
         for name, layer in layers.items():
             dense.get_submodule(name).weight.mul_(layer.mask().view(dense.get_submodule(name).weight.shape))
@@ -461,7 +465,7 @@ def test_release_and_densify_compute_the_same(case, x):
     assert not any(layer.master for layer in sparse_layers(released).values())
     for name, layer in sparse_layers(net).items():
         assert torch.equal(sparse_layers(released)[name].mask(), layer.mask())
-        assert sparse_layers(released)[name].blocks == layer.runs_blocks
+        assert sparse_layers(released)[name].blocks
     torch.testing.assert_close(released(x), expected)
     plain = hrbp.densify(copy.deepcopy(net))
     assert not sparse_layers(plain)

@@ -132,7 +132,7 @@ def test_the_summary_tells_the_bytes_of_small_blocks(n):
             assert row.structure == f"1xn ({n}, 1)"
             held = [module.values, module.index] + ([] if module.bias is None else [module.bias])
             assert row.bytes == sum(t.numel() * t.element_size() for t in held)
-    assert ("blocks of fewer than 8 weights" in str(told)) == (n < 8)
+    assert ("the index takes 16 bytes a block, more than its weights" in str(told)) == (4 * n < 16)
 
 
 def test_rearranged_models_are_saved_densified_and_loaded(tmp_path):

@@ -77,15 +77,15 @@ def blocks(first, dtype=torch.float64):
     return module.values, give, dense, lambda new, optimizer: module.set_pattern(new, optimizer), module
 
 
-def masked():
-    """The same of a MaskedConv2d."""
+def single():
+    """A layer of single weights in a model, and how to give it a gradient and another mask by score."""
     model = nn.Sequential(nn.Conv2d(SHAPE[1], SHAPE[0], 3, dtype=torch.float64))
     hrbp.sparsify(model, 0.6, structure="unstructured", include=["0"])
     layer = sparse_layers(model)["0"]
     structure = plan_of(model).structure
 
     def give(grad):
-        layer.parameter.grad = grad * layer.mask()
+        layer.parameter.grad = layer.module.pattern.values_from_dense(grad)
 
     def change(new, optimizer):
         generator = torch.Generator().manual_seed(new[1])
@@ -135,12 +135,12 @@ def test_blocks_that_stay_train_on_as_if_alone(name, changes):
 
 @pytest.mark.parametrize("sparsities", [(0.6, 0.6), (0.3, 0.7)], ids=["same", "other"])
 @pytest.mark.parametrize("name", ELEMENTWISE)
-def test_masked_weights_that_stay_train_on_as_if_alone(name, sparsities):
+def test_single_weights_that_stay_train_on_as_if_alone(name, sparsities):
     kind, options = ELEMENTWISE[name]
-    layer, give, change = masked()
-    weight = layer.parameter
-    optimizer = kind([weight], lr=0.05, **options)
-    alone = nn.Parameter(weight.detach().clone())
+    layer, give, change = single()
+    values = layer.parameter
+    optimizer = kind([values], lr=0.05, **options)
+    alone = nn.Parameter(layer.weight())
     reference = kind([alone], lr=0.05, **options)
     stayed, here = layer.mask(), layer.mask()
     for step in range(9):
@@ -149,7 +149,7 @@ def test_masked_weights_that_stay_train_on_as_if_alone(name, sparsities):
         alone.grad = grad
         optimizer.step()
         reference.step()
-        assert not weight.detach()[~layer.mask()].any()
+        assert values.shape == (int(layer.mask().sum()), 1, 1)
         if step in (2, 5):
             change((sparsities[step > 2], step), optimizer)
             now = layer.mask()
@@ -158,22 +158,22 @@ def test_masked_weights_that_stay_train_on_as_if_alone(name, sparsities):
             assert stayed.any()
             fresh = fresh_state(kind, options)
             for n, at_start in fresh.items():
-                grown = optimizer.state[weight][n][came]
+                grown = layer.module.pattern.to_dense(optimizer.state[values][n])[came]
                 torch.testing.assert_close(grown, torch.full_like(grown, at_start), atol=1e-7, rtol=0)
-        torch.testing.assert_close(weight.detach()[stayed], alone.detach()[stayed], rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(layer.weight()[stayed], alone.detach()[stayed], rtol=1e-10, atol=1e-12)
 
 
 def test_what_is_not_a_number_does_not_outlive_its_weight():
-    layer, give, change = masked()
+    layer, give, change = single()
     optimizer = torch.optim.SGD([layer.parameter], lr=0.05, momentum=0.9)
-    give(torch.full(SHAPE, torch.inf, dtype=torch.float64).masked_fill(~layer.mask(), 0))
+    give(torch.full(SHAPE, torch.inf, dtype=torch.float64))
     optimizer.step()
     before = layer.mask()
     change((0.6, 1), optimizer)
-    gone = before & ~layer.mask()
-    assert gone.any()
+    came = layer.mask() & ~before
+    assert came.any()
     for t in (layer.parameter.detach(), layer.parameter.grad, optimizer.state[layer.parameter]["momentum_buffer"]):
-        assert not t[gone].any()
+        assert not layer.module.pattern.to_dense(t)[came].any()
 
 
 # ---------------------------------------------------------------- Adafactor: a number a row and column of a block
@@ -238,27 +238,6 @@ def test_adafactor_when_blocks_are_cut_anew(sizes):
     optimizer.step()
     assert torch.isfinite(values).all()
     assert module.pattern == new
-
-
-def test_adafactor_under_a_mask():
-    """Factors of a dense weight lie where they lay; those of rows and columns that died start afresh."""
-    layer, give, _ = masked()
-    weight = layer.parameter
-    optimizer = torch.optim.Adafactor([weight], lr=0.05)
-    give(torch.randn(SHAPE, dtype=torch.float64))
-    optimizer.step()
-    before = copy.deepcopy(optimizer.state[weight])
-    was = layer.mask()
-    now = was.clone()
-    now[0] = ~was[0]  # in filter 0 nothing stays
-    now[1, :, 1] = ~was[1, :, 1]
-    layer.set(hrbp.structures.Choice(now, None, None), optimizer)
-    for n, axis in (("row_var", 3), ("col_var", 2)):
-        stays = (was & now).any(axis, keepdim=True)
-        state = optimizer.state[weight][n]
-        assert state[stays].equal(before[n][stays])
-        assert not state[~stays].any()
-        assert (~stays).any()
 
 
 @pytest.mark.parametrize("structure", ["hrbp", "unstructured", "block"])
@@ -369,13 +348,13 @@ def test_one_block_is_not_taken_for_one_number():
     assert optimizer.state[values]["step"].tolist() == [1.0]
 
 
-def test_masked_layers_refuse_before_anything_changes():
-    layer, give, change = masked()
+def test_layers_refuse_before_anything_changes():
+    layer, give, change = single()
     optimizer = Preconditioned([layer.parameter], lambda p: {"left": torch.eye(p.shape[0])})
     give(torch.randn(SHAPE, dtype=torch.float64))
     optimizer.step()
     before = copy.deepcopy(layer.module.state_dict())
-    with pytest.raises(ValueError, match=r"0: SparseLayer\.set\(\): Preconditioned keeps 'left'"):
+    with pytest.raises(ValueError, match=r"BSRConv2d\.set_pattern\(\): Preconditioned keeps 'left'"):
         change((0.6, 1), optimizer)
     assert equal(before, layer.module.state_dict())
 
@@ -405,32 +384,6 @@ def test_sparse_adam_and_muon_refuse_blocks_themselves():
     change(pattern(0.5), optimizer)
     with pytest.raises(ValueError, match="Muon only supports 2D parameters"):
         torch.optim.Muon([values])
-
-
-def test_muon_under_a_mask():
-    """Its steps are not element-wise: they move weights that the mask leaves out, which must never come to count."""
-    net = nn.Sequential(nn.Linear(12, 8, bias=False))
-    hrbp.sparsify(net, 0.5, structure="unstructured", include=["0"])
-    layer = sparse_layers(net)["0"]
-    optimizer = torch.optim.Muon([layer.parameter], lr=0.1)
-    x = torch.randn(4, 12)
-    choose = plan_of(net).structure.choose
-    for seed in range(3):
-        net(x).square().mean().backward()
-        optimizer.step()
-        before = layer.mask()
-        momentum = optimizer.state[layer.parameter]["momentum_buffer"].clone()
-        layer.set(choose(torch.rand(layer.shape), 0.5, seed), optimizer)
-        stays = (before & layer.mask()).view(momentum.shape)
-        assert torch.equal(optimizer.state[layer.parameter]["momentum_buffer"], momentum * stays)
-        assert not layer.parameter[~stays].any()
-        net(x).square().mean().backward()
-        optimizer.step()
-    y, mask = net(x), layer.mask().view(8, 12)
-    assert layer.parameter[~mask].any()
-    hrbp.densify(net)
-    assert not net[0].weight[~mask].any()
-    torch.testing.assert_close(net(x), y)
 
 
 class Around(torch.optim.Optimizer):
@@ -464,7 +417,7 @@ def test_the_evolver_refuses_layers_that_share_a_parameter(structure, method, wi
     net = nn.Sequential(*[nn.Conv2d(8, 8, 3) for _ in range(5)])
     options = {"blocksize": (4, 4)} if structure == "block" else {}
     hrbp.sparsify(net, 0.5, structure=structure, method="sr-ste" if method == "sr-ste" else None, **options)
-    name = "values" if structure == "block" else "weight"
+    name = "weight" if method == "sr-ste" else "values"
     if with_dense:
         net[0].register_parameter("other", getattr(net[2], name))
     else:

@@ -11,7 +11,6 @@ from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 import blocksparse as bs
 import hrbp
-from hrbp.layers.masked import MaskedConv2d, MaskedLinear
 from hrbp.layers.view import sparse_layers
 from hrbp.surgery.record import plan_of
 
@@ -68,16 +67,16 @@ def pruned(net: Net, how: str) -> Net:
     return net
 
 
-HOW = {  # structure of the plan, and whether layers are stored as blocks
-    "single weights": ("unstructured", False),
-    "vector": ("vector", False),
-    "kernel": ("kernel", False),
-    "2:4": ("2:4", False),
-    "filters": ("filter", True),
-    "channels": ("channel", True),
-    "1xn": ("1xn", True),
-    "block": ("block", True),
-    "mixed": ("mixed", None),
+HOW = {  # structure of the plan, and the blocks that layers are stored in; None: all of an axis
+    "single weights": ("unstructured", (1, 1)),
+    "vector": ("vector", (1, 1)),
+    "kernel": ("kernel", (1, 1)),
+    "2:4": ("2:4", (1, 1)),
+    "filters": ("filter", (1, None)),
+    "channels": ("channel", (None, 1)),
+    "1xn": ("1xn", (2, 1)),
+    "block": ("block", (2, 4)),
+    "mixed": ("mixed", (1, 1)),  # every other layer: of filters
 }
 
 
@@ -93,7 +92,7 @@ def test_masks_are_taken_over(net, x, how, tmp_path):
     weights = {name: net.get_submodule(name).weight.detach().clone() for name in TAKEN}
     assert hrbp.from_prune(net) is net
     assert not prune.is_pruned(net)
-    name, blocks = HOW[how]
+    name, blocksize = HOW[how]
     plan = plan_of(net)
     assert (plan.structure.name, plan.method, plan.saliency) == (name, None, "torch.nn.utils.prune")
     assert plan.dense == {"split": "not pruned"}
@@ -103,17 +102,15 @@ def test_masks_are_taken_over(net, x, how, tmp_path):
         mask = masks[layer_name]
         assert torch.equal(layer.mask(), mask.view(layer.shape))
         assert torch.equal(layer.weight(), weights[layer_name].view(layer.shape))
-        stored = bool(i % 2) if blocks is None else blocks
-        assert type(layer.module) in ((bs.BSRConv2d, bs.BSRLinear) if stored else (MaskedConv2d, MaskedLinear))
-        if stored:
-            assert layer.parameter.numel() == int(mask.sum())
+        assert type(layer.module) in (bs.BSRConv2d, bs.BSRLinear)
+        bk, bc = (1, None) if how == "mixed" and i % 2 else blocksize
+        assert layer.module.pattern.blocksize == (bk or layer.shape[0], bc or layer.shape[1])
+        assert layer.parameter.numel() == int(mask.sum())
         assert plan.asked[layer_name] == pytest.approx(float(mask.float().mean()))
     assert [n.rpartition(".")[0] for n, _ in net.named_parameters()] == [
         n.rpartition(".")[0] for n, _ in fresh.named_parameters()
     ]
     assert torch.allclose(net(x), expected, rtol=1e-5, atol=1e-6)
-    if how == "single weights":
-        assert torch.equal(net(x), expected)
 
     hrbp.save(net, tmp_path / "net.pt")
     loaded = hrbp.load(tmp_path / "net.pt", fresh)
@@ -163,7 +160,7 @@ def test_mixed_masks_stay_unless_their_structure_is_named(net, x):
         hrbp.Evolver(net, optimizer, "rigl", total_steps=10)
     hrbp.from_prune(named, structure="Unstructured")
     assert plan_of(named).structure.name == "unstructured"
-    assert all(not layer.blocks for layer in sparse_layers(named).values())
+    assert {layer.module.pattern.blocksize for layer in sparse_layers(named).values()} == {(1, 1)}
     hrbp.Evolver(named, torch.optim.SGD(named.parameters(), 0.1), "rigl", total_steps=10, every=1)
 
 
@@ -204,9 +201,9 @@ def test_iterative_pruning_and_hooks_of_others(net, x):
     net.eval()
     expected = net(x)
     hrbp.from_prune(net)
-    assert torch.equal(net(x), expected)
-    assert seen == [nn.Conv2d, MaskedConv2d]
-    assert not net.wide.weight.requires_grad
+    assert torch.allclose(net(x), expected, rtol=1e-5, atol=1e-6)
+    assert seen == [nn.Conv2d, bs.BSRConv2d]
+    assert not net.wide.values.requires_grad
     assert not net.wide.training
     handle.remove()
     net(x)

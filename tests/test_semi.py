@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.sparse import SparseSemiStructuredTensorCUSPARSELT, SparseSemiStructuredTensorCUTLASS
 from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
 
+import blocksparse as bs
 import hrbp
 from hrbp.layers import semi_structured as semi
 from hrbp.layers.view import sparse_layers
@@ -168,8 +169,15 @@ def test_why_layers_stay(device, monkeypatch):
     assert semi.refuses(conv, weight[:24]) == "24x64 is no multiple of 16x16"
     monkeypatch.setattr(semi.SparseSemiStructuredTensor, "_FORCE_CUTLASS", True)
     assert semi.refuses(conv, weight[:16]) == "16x64 is no multiple of 32x64"
-    blocks = hrbp.sparsify(Net(), 0.5, structure="hrbp", include=["wide"])
-    assert hrbp.to_semi_structured(blocks)["wide"] == "stored as blocks"
+    pattern = bs.BSRPattern.from_mask(weight != 0, (1, 1))
+    stored = bs.BSRConv2d(pattern, dtype=torch.float16)
+    assert semi.refuses(stored, stored.pattern.to_dense(stored.values)) is None
+    padded = bs.BSRConv2d(pattern, padding=1, dtype=torch.float16)
+    assert semi.refuses(padded, weight) == "padding (1, 1)"
+    stored.relu = True
+    assert semi.refuses(stored, weight) == "its negative results become zero, which no plain layer does"
+    root = "it is the model itself: put it into an nn.Sequential"
+    assert hrbp.to_semi_structured(padded) == {"": root}
     attention = nn.MultiheadAttention(16, 2)
     why = "a NonDynamicallyQuantizableLinear, whose forward may differ"
     assert hrbp.to_semi_structured(attention) == {"out_proj": why}

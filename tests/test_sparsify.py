@@ -10,7 +10,6 @@ from torch import nn
 
 import blocksparse as bs
 import hrbp
-from hrbp.layers.masked import MaskedConv2d, MaskedLinear
 from hrbp.layers.view import sparse_layers
 from hrbp.surgery.record import plan_of
 
@@ -105,34 +104,38 @@ def test_gradients_are_those_of_the_masked_dense_layer(net, x, structure):
         assert ours.abs().sum() > 0
 
 
-def test_block_structures_store_blocks_and_nothing_else(net):
+@pytest.mark.parametrize(
+    ("structure", "options", "blocksize"),
+    [
+        ("unstructured", {}, (1, 1)),
+        ("vector", {}, (1, 1)),
+        ("kernel", {}, (1, 1)),
+        ("n:m", {"m": 4}, (1, 1)),
+        ("1xn", {"n": 1}, (1, 1)),
+        ("1xn", {"n": 4}, (4, 1)),
+        ("elementwise", {"groups": 4, "min_rows": 8}, (8, 1)),
+        ("block", {"blocksize": (1, 4)}, (1, 4)),
+        ("filter", {}, (1, None)),
+        ("channel", {}, (None, 1)),
+        ("hrbp", {"groups": 4, "min_rows": 8, "granule": 2}, (8, 2)),
+    ],
+)
+def test_every_structure_stores_its_own_blocks_and_nothing_else(net, structure, options, blocksize):
     dense = sum(p.numel() for p in net.parameters())
-    hrbp.sparsify(net, 0.9, structure="hrbp", saliency="magnitude")
+    hrbp.sparsify(net, 0.5, structure=structure, saliency="magnitude", **options)
     layers = sparse_layers(net)
-    assert all(isinstance(layer.module, bs.BSRConv2d | bs.BSRLinear) for layer in layers.values())
+    assert {type(layer.module) for layer in layers.values()} == {bs.BSRConv2d, bs.BSRLinear}
+    for layer in layers.values():
+        rows = layer.shape[0] // 4 if structure in ("elementwise", "hrbp") else blocksize[0]
+        expected = rows or layer.shape[0], blocksize[1] or layer.shape[1]
+        assert layer.module.pattern.blocksize == expected
+        assert layer.parameter.numel() == int(layer.mask().sum())
     dropped = sum(int((~layer.mask()).sum()) for layer in layers.values())
     assert dropped > 0
     assert sum(p.numel() for p in net.parameters()) == dense - dropped
-
-
-@pytest.mark.parametrize("structure", ["unstructured", "vector", "kernel", "n:m"])
-def test_single_weights_are_masked_and_the_summary_says_so(net, structure):
-    hrbp.sparsify(net, 0.5, structure=structure, **OPTIONS.get(structure, {}))
-    assert {type(layer.module) for layer in sparse_layers(net).values()} == {MaskedConv2d, MaskedLinear}
     text = str(hrbp.summary(net))
-    assert "masked: a dense weight under a mask" in text
-    assert f"{plan_of(net).structure.name}, masked" in text
-
-
-def test_a_masked_weight_stays_zero_under_training(net, x):
-    hrbp.sparsify(net.train(), 0.8, structure="unstructured")
-    optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9, weight_decay=0.1)
-    for _ in range(3):
-        net(x).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    for layer in sparse_layers(net).values():
-        assert not layer.parameter[~layer.mask().view(layer.parameter.shape)].any()
+    assert "mask" not in text.replace("masks first chosen", "")
+    assert ("the index takes 16 bytes a block, more than its weights" in text) == (blocksize == (1, 1))
 
 
 def test_what_stays_dense_and_why(net):

@@ -204,7 +204,7 @@ def check(choice, seed, index_bits=4):
 @given(small_masks, st.booleans(), st.integers(0, 99), st.sampled_from([1, 2, 4]))
 def test_any_mask_is_written_and_run(mask, moved, seed, index_bits):
     order = torch.randperm(len(mask), generator=torch.Generator().manual_seed(seed))
-    check(Choice(mask, (1, 1), order) if moved else Choice(mask, None), seed, index_bits)
+    check(Choice(mask, (1, 1), order if moved else None), seed, index_bits)
 
 
 @pytest.mark.parametrize(("name", "options", "sparsity", "_"), STRUCTURES, ids=lambda v: str(v))

@@ -13,8 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from blocksparse import BSRPattern
-from hrbp.structures.base import Choice
 from hrbp.structures.registry import STRUCTURES, choose, make_mask, structure
 from hrbp.structures.regrouping import regroup
 
@@ -398,7 +396,11 @@ def test_unknown_names_and_options_list_what_there_is():
         )
 
 
-def test_a_choice_without_blocks_has_no_pattern():
-    mask = torch.ones(2, 2, 1, 1, dtype=torch.bool)
-    assert Choice(mask, (2, 2)).pattern() == BSRPattern.full((2, 2, 1, 1), (2, 2))
-    assert "use its mask, or BSRPattern.from_mask()" in refused(Choice(mask, None).pattern, ValueError)
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_every_choice_has_blocks_that_store_it_and_no_zero(name):
+    score = torch.rand(16, 8, 3, 3, generator=torch.Generator().manual_seed(0))
+    options = {"n:m": {"m": 4}, "block": {"blocksize": (4, 2)}, "1xn": {"n": 4}}.get(name, {})
+    choice = choose(score, 0.5, name, **options)
+    assert torch.equal(choice.pattern().to_mask(), choice.mask)
+    if name not in ("elementwise", "hrbp", "hrbp++"):  # whose blocks are as high as their groups
+        assert structure(name, **options).blocksize(score.shape) == choice.blocksize

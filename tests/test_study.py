@@ -202,8 +202,8 @@ def test_parameters_and_memory_are_those_of_what_is_stored(whole):
         assert row["model_sparsity"] == pytest.approx(1 - row["parameters"] / dense["parameters"])
         assert abs(narrow["parameters"] - row["parameters"]) < 0.02 * row["parameters"]
         assert row["storage"] < 0.4 * dense["storage"]
-    assert groups["memory"] < 0.3 * dense["memory"] < dense["memory"] < unstructured["memory"]
-    assert "unstructured: a dense weight under a mask" in table(whole[1])
+    assert groups["memory"] < 0.3 * dense["memory"] < unstructured["memory"] < dense["memory"]
+    assert "under a mask" not in table(whole[1])
 
 
 def draw(path, results):
@@ -366,9 +366,9 @@ def test_masks_that_follow_dense_weights(tmp_path):
     dense, static, srste, ste = rows(results)
     for row in (static, srste, ste):
         assert row["sparsity"] == pytest.approx(0.5, abs=0.01)
-        assert row["memory"] >= dense["memory"]
+        assert row["memory"] >= dense["memory"]  # half of the weights need as much index, in memory
         assert row["storage"] < dense["storage"] + 4 * dense["parameters"]
-    assert load(tmp_path / "s" / "2-4-sr-ste-50-seed-0" / "model.pt").state_dict()["layer1.0.conv1.mask"].any()
+    assert load(tmp_path / "s" / "2-4-sr-ste-50-seed-0" / "model.pt").layer1[0].conv1.pattern.blocksize == (1, 1)
     assert "2:4 sr-ste, unstructured ste: trains a dense weight, with a dense layer's memory" in table(results)
     with pytest.raises(ValueError, match="'hrbp ste' cannot be trained: 'ste' makes masks anew at every step"):
         tiny(tmp_path / "none", [Variant("hrbp", "ste")])

@@ -37,8 +37,8 @@ X = (2, 3, 12, 12)
 @pytest.mark.parametrize(
     ("options", "backend"),
     [
-        ({"structure": "unstructured"}, "masked"),
-        ({"structure": "2:4"}, "masked"),
+        ({"structure": "unstructured", "backend": "cpu"}, "cpu"),
+        ({"structure": "2:4", "backend": "torch"}, "torch"),
         ({"structure": "unstructured", "method": "sr-ste"}, "masked"),
         ({"structure": "1xn", "n": 4, "backend": "cpu"}, "cpu"),
         ({"structure": "1xn", "n": 4, "backend": "torch"}, "torch"),

@@ -25,7 +25,7 @@ from blocksparse import BSRConv2d, BSRLinear, BSRPattern
 from hrbp.__main__ import main
 from hrbp.files import whole_file
 from hrbp.formats import sealed
-from hrbp.formats.packed import pack_masked
+from hrbp.formats.packed import pack
 from hrbp.formats.weights import SAFETENSORS_DTYPES, layers, read_weights, sparse_layer, sparse_names, write_groupings
 from hrbp.structures.grouping import Grouping
 from hrbp.structures.regrouping import regroup
@@ -411,7 +411,7 @@ def test_a_weight_beside_its_mask_is_left_to_the_mask():
     assert list(found) == ["0"]
     assert torch.equal(found["0"], pruned[0].weight_mask)
     masked = nn.Sequential(nn.Linear(6, 4))
-    masked[0].register_buffer("mask", torch.rand(4, 6) < 0.5)  # as hrbp.sparsify does
+    masked[0].register_buffer("mask", torch.rand(4, 6) < 0.5)  # as files of single weights have it
     assert list(layers(masked.state_dict())) == ["0"]
     assert torch.equal(layers(masked.state_dict())["0"], masked[0].mask)
     alone = {"weight": torch.ones(2, 2), "mask": torch.eye(2), "unmask": torch.ones(2, 3)}
@@ -478,14 +478,16 @@ def test_a_file_is_whole_or_the_old_one(tmp_path):
 
 
 def packed():
-    """A saved model's content with one masked layer of 2 x 5 weights, three of them kept."""
+    """A saved model's content with one layer of 2 x 5 single weights, three of them kept."""
     mask = torch.tensor([[1, 0, 0, 0, 1], [0, 0, 1, 0, 0]], dtype=torch.bool)
     weight = torch.arange(1.0, 11).view(2, 5)
-    state = {"a.weight": weight, "a.mask": mask, "b": torch.ones(2)}
-    return mask, weight * mask, {"state_dict": state, "masked": {"a": pack_masked(state, "a")}}
+    pattern = BSRPattern.from_mask(mask[:, :, None, None], (1, 1))
+    values = pattern.values_from_dense(weight[:, :, None, None])
+    state = {"a.values": values, "a.indptr": pattern.indptr, "a.indices": pattern.indices, "b": torch.ones(2)}
+    return mask, weight * mask, {"state_dict": pack(state, {"a": (pattern, [2, 5])}), "masked": {"a": [2, 5]}}
 
 
-def test_masked_layers_are_bits_and_what_is_kept(tmp_path):
+def test_layers_of_single_weights_are_bits_and_what_is_kept(tmp_path):
     mask, weight, content = packed()
     assert content["state_dict"]["a.weight"].tolist() == [1, 5, 8]
     assert content["state_dict"]["a.mask"].tolist() == [0b10001001, 0]

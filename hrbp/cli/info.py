@@ -13,7 +13,7 @@ from ..columns import columns
 from ..formats.weights import layers, read_weights, sparse_layer, sparse_names
 from ..models import NETWORKS, build, parameter_count
 from ..reports.mask_report import MaskReport, report_mask
-from ..reports.model_report import kept_of, table, under_a_mask
+from ..reports.model_report import kept_of, table
 from ..structures.recognise import stored_blocks
 from . import parsing
 
@@ -82,8 +82,7 @@ def run_info(args: argparse.Namespace) -> int:
             mask = weight if weight.dtype == torch.bool else kept_of(weight)
             if mask.all() and (zeros := int((weight == 0).sum())):
                 chance[name] = zeros
-            report = report_mask(mask, dtype=kind.dtype if kind.is_floating_point() else torch.float32)
-            reports[name] = under_a_mask(report) if masked else report
+            reports[name] = report_mask(mask, dtype=kind.dtype if kind.is_floating_point() else torch.float32)
         elif name in shapes:
             pattern = sparse_layer(tensors, name, shapes[name])
             values = tensors[f"{name}.values" if name else "values"]

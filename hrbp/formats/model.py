@@ -10,31 +10,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from blocksparse import BSRConv2d, BSRLinear, BSRPattern
+from blocksparse import BSRLinear, BSRPattern
 
 from .. import models
 from ..files import whole_file
-from ..layers.masked import MASKED, put_mask
 from ..layers.master import FOLLOWING, put_master
 from ..layers.semi_structured import is_converted
-from ..layers.stored import has_blocks
+from ..layers.stored import PLAIN, block_module, pattern_of_mask, take_masks, was_masked
 from ..layers.view import sparse_layers
 from ..structures.base import Choice, sparsity_of
 from ..structures.grains import Grains
 from ..structures.registry import CLASSES
 from ..surgery.carry import replace_module
 from ..surgery.conversion import densify
-from ..surgery.record import Sparsity, plan_of
+from ..surgery.record import Sparsity, plan_of, remember
 from ..wrappers import copied, unwrapped
-from .packed import PACKED, pack_masked, unpack_masked
+from .packed import PACKED, pack, packs, unpack_masked
 from .sealed import MODEL, read, sealed_bytes
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write a model, sparse or dense, to be loaded by `load`: the stored blocks, their pattern, and what it is made of.
 
-    Masked layers are written as the weights that they keep and a bit for each that they might. Dense master weights are
-    written whole; `release` the model first where only what takes part is wanted.
+    Single weights are written with a bit for each weight of the layer where that is less than their index. Dense master
+    weights are written whole; `release` the model first where only what takes part is wanted.
 
     The file appears whole or not at all; torch.load(path, weights_only=True) reads it, too.
 
@@ -45,14 +44,16 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     model = unwrapped(model)
     if converted := [name for name, module in model.named_modules() if is_converted(module)]:
         raise ValueError(f"save(): {converted[0]} is on sparse tensor cores; save before to_semi_structured()")
-    state = dict(model.state_dict())
-    masked = [name for name, layer in sparse_layers(model).items() if not (layer.blocks or layer.master)]
-    shapes = {name: pack_masked(state, name) for name in masked}
+    packed = {}
+    for name, layer in sparse_layers(model).items():
+        if layer.blocks and packs(pattern := layer.module.pattern):
+            linear = isinstance(layer.module, BSRLinear)
+            packed[name] = pattern, list(layer.shape[: 2 if linear else 4])
     content = {
         "network": getattr(model, "_hrbp_network", None),
         "plan": plain_plan(model),
-        "state_dict": state,
-        PACKED: shapes,
+        "state_dict": pack(model.state_dict(), packed),
+        PACKED: {name: shape for name, (_, shape) in packed.items()},
     }
     with whole_file(path) as file:
         file.write(sealed_bytes(MODEL, content))
@@ -88,12 +89,13 @@ def load(
         plan = _plan(content["plan"])
         state = unpack_masked(content["state_dict"], content.get(PACKED, {}))
         _make_sparse(model, state, plan)
+        take_masks(state, "", model)
         model.load_state_dict(state)
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         kind = "" if isinstance(error, RuntimeError | ValueError) else f"{type(error).__name__} "
         raise ValueError(f"{who}: {path} does not fit the model: {kind}{error}") from error
     if plan is not None:
-        model._hrbp_sparsity = plan  # type: ignore[assignment]
+        remember(model, plan)
     return model.to(device).eval()
 
 
@@ -118,6 +120,7 @@ def _plan(plain: dict[str, Any] | None) -> Sparsity | None:
     if plain is None:
         return None
     rule = dict(plain["structure"])
+    rule.pop("stored", None)  # of older files: whether grains were stored, which all are
     structure = CLASSES[rule.pop("kind")](**rule)
     # What older files do not have.
     later = plain.get("method"), plain.get("target", {}), plain.get("saliency", ""), plain.get("saliency_why", "")
@@ -129,28 +132,29 @@ def _make_sparse(model: nn.Module, state: Mapping[str, Tensor], plan: Sparsity |
     method = None if plan is None else plan.method
     if plan is not None and method in FOLLOWING:
         for name, density in plan.asked.items():
-            if type(dense := model.get_submodule(name)) in MASKED:
+            if type(dense := model.get_submodule(name)) in PLAIN:
                 put_master(dense, rule=plan.structure, sparsity=sparsity_of(density))
     for key in state:
         name, _, part = key.rpartition(".")
         if part not in ("indptr", "mask"):
             continue
         layer: Any = model.get_submodule(name)
-        if type(layer) not in MASKED:  # sparse already, or a buffer of the same name
+        if type(layer) not in PLAIN:  # sparse already, or a buffer of the same name
             continue
         if part == "mask" and plan is not None and method is not None:
             _put_master(layer, plan, state[key], state.get(f"{name}.row_order"))
             continue
-        if part == "mask":
-            put_mask(layer, state[key].clone())
-            continue
-        values, indices, order = (state.get(f"{name}.{part}") for part in ("values", "indices", "row_order"))
-        if values is None or values.dim() != 3 or indices is None:
-            raise ValueError(f"{name} has no values [nnzb, bk, bc] or no indices")
         shape = (*layer.weight.shape, 1, 1)[:4]
-        pattern = BSRPattern(shape, values.shape[1:], state[key], indices, order)
-        made = BSRConv2d if isinstance(layer, nn.Conv2d) else BSRLinear
-        replace_module(model, layer, made.from_dense(layer, pattern))
+        if part == "mask":  # of single weights that were packed, see packed.py
+            if not was_masked(state, f"{name}.", shape):
+                raise ValueError(f"{name} has a mask, and no weight of the same shape")
+            pattern = pattern_of_mask(state[key])
+        else:
+            values, indices, order = (state.get(f"{name}.{part}") for part in ("values", "indices", "row_order"))
+            if values is None or values.dim() != 3 or indices is None:
+                raise ValueError(f"{name} has no values [nnzb, bk, bc] or no indices")
+            pattern = BSRPattern(shape, values.shape[1:], state[key], indices, order)
+        replace_module(model, layer, block_module(layer, pattern, None))
 
 
 def _put_master(layer: Any, plan: Sparsity, mask: Tensor, row_order: Tensor | None) -> None:
@@ -158,4 +162,4 @@ def _put_master(layer: Any, plan: Sparsity, mask: Tensor, row_order: Tensor | No
     assert isinstance(plan.structure, Grains)
     shape = (*mask.shape, 1, 1)[:4]
     choice = Choice(mask.view(shape), plan.structure.blocksize(shape), row_order)
-    put_master(layer, choice, blocks=has_blocks(choice))
+    put_master(layer, choice)

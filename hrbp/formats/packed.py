@@ -1,4 +1,8 @@
-"""Masked layers in a file: the weights that are kept, and a bit for each that might be."""
+"""Layers of single weights in a file: the weights that are kept, and a bit for each that might be.
+
+Blocks of (1, 1) have an int32 of index each, 32 bits, where a bit for every weight of the layer tells the same. Before
+single weights were stored as blocks, masked layers were written so, too: both are one format.
+"""
 
 from __future__ import annotations
 
@@ -10,19 +14,56 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from blocksparse import BSRPattern
+
 PACKED = "masked"  # beside such a state_dict: the shapes of layers that are packed as kept weights and bits
 
 
-def pack_masked(state: dict[str, Tensor], name: str) -> list[int]:
-    """Replace a layer's weight by what its mask keeps, in order, and its mask by bits; returns the weight's shape."""
-    mask, weight = state[f"{name}.mask"].bool(), state[f"{name}.weight"]
-    state[f"{name}.weight"] = weight[mask]
-    state[f"{name}.mask"] = torch.from_numpy(np.packbits(mask.cpu().numpy().ravel()))
-    return list(weight.shape)
+def packs(pattern: BSRPattern) -> bool:
+    """Whether a layer is written as kept weights and bits: single weights in order, of which indices take more."""
+    single = pattern.blocksize == (1, 1) and pattern.row_order is None
+    return single and _bit_bytes(pattern) < _table_bytes(pattern)
+
+
+def file_index_bytes(pattern: BSRPattern) -> int:
+    """Bytes that tell in a file which weights are stored."""
+    return _bit_bytes(pattern) if packs(pattern) else _table_bytes(pattern)
+
+
+def _bit_bytes(pattern: BSRPattern) -> int:
+    return -(-math.prod(pattern.shape) // 8)
+
+
+def _table_bytes(pattern: BSRPattern) -> int:
+    """Of indptr, indices and row_order, int32."""
+    k, moved = pattern.shape[0], pattern.row_order is not None
+    return 4 * (k // pattern.blocksize[0] + 1 + pattern.nnzb + k * moved)
+
+
+def pack(state: Mapping[str, Tensor], layers: Mapping[str, tuple[BSRPattern, list[int]]]) -> dict[str, Tensor]:
+    """A state_dict with some layers packed, names in their order.
+
+    Args:
+        state: of the model.
+        layers: name -> (pattern, shape [K, C, R, S] or [K, C] of the weight), of those that `packs` says.
+    """
+    packed: dict[str, Tensor] = {}
+    for key, t in state.items():
+        name, _, part = key.rpartition(".")
+        if name in layers and part == "values":
+            pattern = layers[name][0]
+            mask = pattern.to_mask()
+            packed[f"{name}.weight"] = pattern.to_dense(t.detach())[mask]  # in the order of [K, C, R, S]
+            packed[f"{name}.mask"] = torch.from_numpy(np.packbits(mask.cpu().numpy().ravel()))
+        elif name not in layers or part not in ("indptr", "indices"):
+            packed[key] = t
+    return packed
 
 
 def unpack_masked(state: Mapping[str, Tensor], shapes: Any) -> dict[str, Tensor]:
     """The tensors with packed layers whole again: NAME.weight, zero outside the mask, and NAME.mask bool, of `shapes`.
+
+    A layer of single weights loads these as it loads its blocks, see layers/stored.py.
 
     Raises:
         ValueError: the file does not hold such layers.

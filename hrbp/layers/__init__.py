@@ -4,8 +4,7 @@ Stored blocks (blocksparse.BSRConv2d, BSRLinear), a dense weight under a mask, o
 takes part. Another kind of layer is a file here and a case of `SparseLayer` in view.py, which the rest goes by.
 """
 
-from .masked import MaskedConv2d, MaskedLinear
 from .master import MasterConv2d, MasterLinear
 from .view import SparseLayer, sparse_layers
 
-__all__ = ["MaskedConv2d", "MaskedLinear", "MasterConv2d", "MasterLinear", "SparseLayer", "sparse_layers"]
+__all__ = ["MasterConv2d", "MasterLinear", "SparseLayer", "sparse_layers"]

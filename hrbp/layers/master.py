@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from blocksparse import BSRPattern, conv2d, linear
 
 from ..structures.base import Choice, Structure
+from ..structures.grains import Grains
 from .dense_conv import masked_conv, symmetric_padding
 from .gradients import _StraightThrough, _StraightThroughForward, with_dense_gradient
 
@@ -24,10 +25,11 @@ from .gradients import _StraightThrough, _StraightThroughForward, with_dense_gra
 class _Master(nn.Module):
     """What the two layers share: which part of the weight takes part, and how.
 
-    rule       the mask follows the weight: at any time it is what this structure keeps of |weight| at `sparsity`; None:
-               it is the buffer `mask`, until `set_choice` changes it
-    blocksize  (bk, bc): forward and input gradient run on stored blocks, gathered from the weight at each forward;
-               None: on a masked copy of the weight
+    rule       the mask follows the weight: at any time it is what this structure keeps of |weight| at `sparsity`, and
+               the layer computes with a masked copy of the weight; None: it is the buffer `mask`, until `set_choice`
+               changes it
+    blocksize  (bk, bc) of a layer without a rule: forward and input gradient run on stored blocks, gathered from the
+               weight at each forward
     """
 
     weight: nn.Parameter
@@ -52,6 +54,16 @@ class _Master(nn.Module):
             return self.rule.mask(self.weight.detach().view(self.weight_shape).abs(), self.sparsity)
         assert self.mask is not None
         return self.mask.view(self.weight_shape).clone()
+
+    def choice(self) -> Choice:
+        """What takes part now, in the structure's own blocks."""
+        order, blocksize = self.row_order, self.blocksize
+        if self.rule is not None:
+            blocksize = self.rule.blocksize(self.weight_shape)
+            if isinstance(self.rule, Grains):
+                order = self.rule.order(self.weight.detach().view(self.weight_shape).abs())
+        assert blocksize is not None
+        return Choice(self.live(), blocksize, order)
 
     @property
     def pattern(self) -> BSRPattern:
@@ -81,23 +93,23 @@ class _Master(nn.Module):
             raise ValueError(f"{who}: the mask follows the weight ({self.rule.name}); it needs a layer with a mask")
         if tuple(choice.mask.shape) != self.weight_shape:
             raise ValueError(f"{who}: the mask has shape {tuple(choice.mask.shape)}; it needs {self.weight_shape}")
-        if self.blocksize is not None and choice.blocksize != self.blocksize:
+        if choice.blocksize != self.blocksize:
             raise ValueError(f"{who}: the choice has blocksize {choice.blocksize}; it needs {self.blocksize}")
         device = self.weight.device
         with self._ordinary_tensors():
-            pattern = None if self.blocksize is None else choice.pattern().to(device)
-            if pattern is not None and (obstacle := self._obstacle(pattern)):
+            pattern = choice.pattern().to(device)
+            if obstacle := self._obstacle(pattern):
                 raise ValueError(f"{who}: {obstacle}")
             assert self.mask is not None
             self.mask.copy_(choice.mask.view(self.mask.shape))
             self._set_row_order(choice.row_order)
-            return True if pattern is None else self._adopt(pattern)
+            return self._adopt(pattern)
 
     def extra_repr(self) -> str:
         text = super().extra_repr()  # type: ignore[safe-super]
         if self.rule is not None:
             return f"{text}, mask={self.rule.name!r} of |weight|, sparsity={self.sparsity:.4g}"
-        return text + ("" if self.blocksize is None else f", blocksize={self.blocksize}, nnzb={self.nnzb}")
+        return f"{text}, blocksize={self.blocksize}, nnzb={self.nnzb}"
 
     # ------------------------------------------------------------------ computing
 
@@ -116,7 +128,7 @@ class _Master(nn.Module):
         return pattern, pattern.values_from_dense(self.weight.detach().view(self.weight_shape))
 
     def _masked(self) -> Tensor:
-        mask = self.live().view(self.weight.shape) if self.rule is not None else self.mask
+        mask = self.live().view(self.weight.shape)
         straight = _StraightThrough if torch.compiler.is_compiling() else _StraightThroughForward
         return straight.apply(self.weight, mask)
 
@@ -190,7 +202,7 @@ class _Master(nn.Module):
                     assign = local_metadata.get("assign_to_params_buffers", False)
                     if assign and self.index is not None and _is_shared(self.index):
                         self.index = self.index.clone()  # the shared one stays with the shared mask
-                    if pattern is not None and (obstacle := self._obstacle(pattern)):
+                    if obstacle := self._obstacle(pattern):
                         raise ValueError(obstacle)
                     self._set_row_order(order)
             except (TypeError, ValueError) as error:
@@ -206,8 +218,8 @@ class _Master(nn.Module):
                 if self._index().device != device:  # load_state_dict(assign=True)
                     self.index = self._index().to(device)
 
-    def _pattern_of(self, mask: Any, order: Any) -> BSRPattern | None:
-        """The blocks of a saved mask; None: of a layer that has none."""
+    def _pattern_of(self, mask: Any, order: Any) -> BSRPattern:
+        """The blocks of a saved mask."""
         for name, saved in (("mask", mask), ("row_order", order)):
             if saved is not None and not isinstance(saved, Tensor):
                 raise TypeError(f"{name} is a {type(saved).__name__}; it needs a torch.Tensor")
@@ -217,9 +229,7 @@ class _Master(nn.Module):
             )
         if order is not None and order.shape != self.weight.shape[:1]:
             raise ValueError(f"row_order has shape {tuple(order.shape)}; it needs {tuple(self.weight.shape[:1])}")
-        if self.blocksize is None:
-            return None
-        pattern = BSRPattern.from_mask(mask.view(self.weight_shape), self.blocksize, order)
+        pattern = BSRPattern.from_mask(mask.view(self.weight_shape), self._blocksize(), order)
         if not torch.equal(pattern.to_mask().view(mask.shape), mask):
             raise ValueError(f"mask is not made of blocks {self.blocksize}")
         return pattern
@@ -231,12 +241,12 @@ class MasterConv2d(_Master, nn.Conv2d):  # type: ignore[misc]
     y = conv2d(x, E * weight, bias); dL/dweight is that of a dense layer: the gradient with respect to E * weight, not
     masked (Bengio et al., Estimating or Propagating Gradients Through Stochastic Neurons, 2013).
 
-    A plain layer becomes one by `put_master`. With a blocksize, y and dL/dx are computed on the stored blocks alone and
+    A plain layer becomes one by `put_master`. Without a rule, y and dL/dx are computed on the stored blocks alone and
     the layer is differentiable once.
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.blocksize is None:
+        if self.rule is not None:
             return masked_conv(self, input, self._masked())
         pattern, values = self._stored()
         conv = self.stride, symmetric_padding(self), self.dilation
@@ -248,7 +258,7 @@ class MasterLinear(_Master, nn.Linear):  # type: ignore[misc]
     """nn.Linear that trains a dense weight and computes with the part E that is in its mask; see MasterConv2d."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.blocksize is None:
+        if self.rule is not None:
             return nn.functional.linear(input, self._masked(), self.bias)
         pattern, values = self._stored()
         return with_dense_gradient(
@@ -261,20 +271,19 @@ MASTER = {nn.Conv2d: MasterConv2d, nn.Linear: MasterLinear}
 
 def put_master(
     layer: Any, choice: Choice | None = None, *, rule: Structure | None = None, sparsity: float = 0.0,
-    blocks: bool = False, backend: str | None = None,
+    backend: str | None = None,
 ) -> None:  # fmt: skip
     """Make a plain nn.Conv2d or nn.Linear one that computes with a part of its weight, in place.
 
     Args:
         layer: its weight stays the same Parameter, with the same content.
-        choice: the part that takes part, until the layer's `set_choice`.
-        rule, sparsity: instead of a choice: what this structure keeps of |weight|, anew at every forward.
-        blocks: run on the choice's blocks rather than under a mask.
+        choice: the part that takes part, in blocks, until the layer's `set_choice`.
+        rule, sparsity: instead of a choice: what this structure keeps of |weight|, anew at every forward, under a mask.
         backend: of the blocks, as in blocksparse.conv2d.
     """
     device = layer.weight.device
     with torch.inference_mode(False):  # what a forward in training may use
-        pattern = choice.pattern().to(device) if choice is not None and blocks else None
+        pattern = None if choice is None else choice.pattern().to(device)
         mask = None if choice is None else choice.mask.view(layer.weight.shape).to(device, copy=True)
         order = None if choice is None or choice.row_order is None else choice.row_order.to(device, torch.int64)
     layer.__class__ = MASTER[type(layer)]

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.sparse import SparseSemiStructuredTensor, to_sparse_semi_structured
 
+from blocksparse import BSRConv2d
+
 DTYPES = (torch.float16, torch.bfloat16)
 
 
@@ -21,19 +23,19 @@ class SemiConv2d(nn.Conv2d):
 
 
 def refuses(layer: nn.Module, weight: Tensor) -> str | None:
-    """Why a layer cannot run on sparse tensor cores with this weight [K, C, R, S], or None if it can.
+    """Why a layer, plain or of stored blocks, cannot run on sparse tensor cores with this weight [K, C, R, S], or None.
 
     What the layer is comes first, where it is last: on a CPU this tells what a GPU would refuse.
     """
-    if not isinstance(layer, nn.Conv2d | nn.Linear):
-        return "stored as blocks"
     k, c, r, s = weight.shape
     if (r, s) != (1, 1):
         return f"a {r}x{s} kernel: matrix products alone, linear layers and 1x1 convolutions"
     if isinstance(layer, nn.Conv2d) and layer.groups != 1:
         return "grouped"
-    if isinstance(layer, nn.Conv2d) and (layer.padding not in ((0, 0), "valid", "same")):
+    if isinstance(layer, nn.Conv2d | BSRConv2d) and (layer.padding not in ((0, 0), "valid", "same")):
         return f"padding {layer.padding}"
+    if isinstance(layer, BSRConv2d) and layer.relu:
+        return "its negative results become zero, which no plain layer does"
     if c % 4 or bool(((weight != 0).view(k, c // 4, 4).sum(2) > 2).any()):
         return "not 2:4"
     if weight.dtype not in DTYPES:

@@ -1,24 +1,51 @@
-"""When a layer holds stored blocks and nothing else, and which module does."""
+"""Which module holds the stored blocks of a layer, and what it makes of a state in which such a layer has a mask."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from blocksparse import BSRConv2d, BSRLinear, BSRPattern
 
-from ..structures.base import Choice
-
-LEAST_BLOCK = 2  # weights of a block: for single ones the index (16 bytes a block) is four times what they take
+PLAIN = (nn.Conv2d, nn.Linear)  # the types of layers that a module of stored blocks may take the place of
 
 
-def has_blocks(choice: Choice) -> bool:
-    """Whether a choice is stored as blocks, rather than as a mask over a dense weight."""
-    return choice.blocksize is not None and math.prod(choice.blocksize) >= LEAST_BLOCK
+def block_module(layer: nn.Conv2d | nn.Linear, pattern: BSRPattern, backend: str | None) -> BSRConv2d | BSRLinear:
+    """A module with the blocks of a plain layer; random generators stay as they are."""
+    device = layer.weight.device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):  # a module draws weights when it is made
+        if isinstance(layer, nn.Conv2d):
+            return BSRConv2d.from_dense(layer, pattern, backend=backend)
+        return BSRLinear.from_dense(layer, pattern, backend=backend)
 
 
-def block_module(layer: nn.Conv2d | nn.Linear, pattern: BSRPattern, backend: str | None) -> nn.Module:
-    if isinstance(layer, nn.Conv2d):
-        return BSRConv2d.from_dense(layer, pattern, backend=backend)
-    return BSRLinear.from_dense(layer, pattern, backend=backend)
+def was_masked(state: Mapping[str, Any], prefix: str, shape: tuple[int, ...]) -> bool:
+    """Whether a state_dict has this layer as a dense weight [K, C, R, S] or [K, C] and a mask of single weights.
+
+    So `hrbp.save` packs single weights, and so layers of single weights, n:m, vectors and kernels were saved before
+    they were stored as blocks of (1, 1).
+    """
+    weight, mask = state.get(f"{prefix}weight"), state.get(f"{prefix}mask")
+    if not isinstance(weight, Tensor) or not isinstance(mask, Tensor) or f"{prefix}row_order" in state:
+        return False
+    return (*weight.shape, 1, 1)[:4] == shape and mask.dtype == torch.bool and mask.shape == weight.shape
+
+
+def pattern_of_mask(mask: Tensor) -> BSRPattern:
+    """Of bool [K, C, R, S] or [K, C]: single weights."""
+    return BSRPattern.from_mask(mask.view((*mask.shape, 1, 1)[:4]), (1, 1))
+
+
+def take_masks(state: dict[str, Any], prefix: str, model: nn.Module) -> None:
+    """Before a model loads a state_dict: layers of single weights that have a mask there become what they store."""
+    for name, module in model.named_modules():
+        if not isinstance(module, BSRConv2d | BSRLinear) or tuple(module.values.shape[1:]) != (1, 1):
+            continue
+        own = f"{prefix}{name}." if name else prefix
+        if was_masked(state, own, module.weight_shape):
+            weight, pattern = state.pop(f"{own}weight"), pattern_of_mask(state.pop(f"{own}mask"))
+            state[f"{own}values"] = pattern.values_from_dense(weight.detach().view(module.weight_shape))
+            state[f"{own}indptr"], state[f"{own}indices"] = pattern.indptr, pattern.indices

@@ -11,10 +11,9 @@ from blocksparse import BSRConv2d, BSRLinear, optimizer_tensors
 
 from ..structures.base import Choice
 from ..wrappers import unwrapped
-from .masked import MaskedConv2d, MaskedLinear
 from .master import MasterConv2d, MasterLinear
 
-SPARSE = (BSRConv2d, BSRLinear, MaskedConv2d, MaskedLinear, MasterConv2d, MasterLinear)
+SPARSE = (BSRConv2d, BSRLinear, MasterConv2d, MasterLinear)
 
 
 def shape4(layer: Any) -> tuple[int, int, int, int]:
@@ -41,7 +40,7 @@ class SparseLayer:
 
     @property
     def parameter(self) -> nn.Parameter:
-        """What the optimizer updates: the stored blocks, or the dense weight, masked or master."""
+        """What the optimizer updates: the stored blocks, or the dense master weight."""
         return self.module.values if self.blocks else self.module.weight
 
     @property
@@ -50,11 +49,7 @@ class SparseLayer:
 
     def mask(self) -> Tensor:
         """bool [K, C, R, S], a copy."""
-        if self.blocks:
-            return self.module.pattern.to_mask()
-        if self.master:
-            return self.module.live()
-        return self.module.mask.view(self.shape).clone()
+        return self.module.pattern.to_mask() if self.blocks else self.module.live()
 
     def weight(self) -> Tensor:
         """[K, C, R, S], zeros outside the mask, a copy."""
@@ -90,26 +85,12 @@ class SparseLayer:
         """Keep what the choice keeps; weights and optimizer state that stay are carried, new ones start afresh.
 
         New weights are zero, and their optimizer state is what the optimizer starts with. A master weight and its
-        optimizer state stay as they are. Returns True when all tensors kept their memory.
+        optimizer state stay as they are. Returns True when all tensors kept their memory: as many blocks as before.
 
         Raises:
             ValueError: the choice does not fit, or the optimizer's state cannot follow; nothing has changed then.
         """
-        if self.blocks:
-            return self.module.set_pattern(choice.pattern(), optimizer)
-        if self.master:
-            return self.module.set_choice(choice)
-        parameter = self.parameter
-        stays = (self.mask() & choice.mask.to(parameter.device)).view(parameter.shape)
-        state = [] if optimizer is None else optimizer_tensors(optimizer, parameter, f"{self.name}: SparseLayer.set()")
-        for t in (parameter.detach(), parameter.grad):
-            if t is not None:
-                t.masked_fill_(~stays, 0)
-        for part in state:  # a number for several weights lasts as long as one of them
-            kept = stays.any(part.reduced, keepdim=True) if part.reduced else stays
-            part.tensor.masked_fill_(~kept, part.fresh)
-        self.module.mask.copy_(choice.mask.view(parameter.shape))
-        return True
+        return self.module.set_pattern(choice.pattern(), optimizer) if self.blocks else self.module.set_choice(choice)
 
 
 def sparse_layers(model: nn.Module) -> dict[str, SparseLayer]:

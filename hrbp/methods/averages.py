@@ -16,7 +16,6 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from ..layers.view import SparseLayer, sparse_layers
-from ..structures.base import Choice
 from ..surgery.record import Lineage, plan_of
 from ..wrappers import unwrapped
 
@@ -87,8 +86,5 @@ def _lay_out(average: SparseLayer, source: SparseLayer) -> None:
         index = source.module.index.to(average.module.index.device)
         if average.module.index.shape != index.shape or not torch.equal(average.module.index, index):
             average.module.set_pattern(source.module.pattern)
-    elif not (source.master and source.module.rule is not None):  # those masks follow the weights, of an average, too
-        mask = source.mask().to(average.parameter.device)
-        if not torch.equal(average.mask(), mask):
-            blocksize = source.module.blocksize if source.runs_blocks else None
-            average.set(Choice(mask, blocksize, source.row_order()))
+    elif source.module.rule is None and not torch.equal(average.mask(), source.mask().to(average.parameter.device)):
+        average.set(source.module.choice())  # masks of a rule follow the weights, of an average, too

@@ -22,7 +22,7 @@ def dgrad_fill(choice: Choice) -> float:
     """
     mask = choice.mask
     k, c, r, s = mask.shape
-    bk, bc = choice.blocksize or (1, 1)
+    bk, bc = choice.blocksize
     if choice.grouping is None and bk > 1 and bc > 1:
         order = torch.arange(k, device=mask.device) if choice.row_order is None else choice.row_order.long()
         block_row = (torch.argsort(order) // bk).view(k, 1, 1, 1)

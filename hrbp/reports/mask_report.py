@@ -9,8 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from blocksparse import BSRPattern
-
+from ..formats.packed import file_index_bytes
 from ..structures.base import Choice
 from ..structures.recognise import describe, grain, n_m_ratio, recognise
 from .dgrad import dgrad_fill, dgrad_ratio
@@ -27,9 +26,9 @@ class Storage(NamedTuple):
     model: float  # records of value_bits for a weight and index_bits for an index, with fillers: see `Stream`
     model_dense: float  # all weights of value_bits, no index
     dense: int  # all weights in the dtype
-    values: int  # stored blocks in the dtype; of a masked layer what it keeps
-    memory_index: int  # of the tables in memory; of a masked layer its mask and its zeros
-    file_index: int  # of indptr, indices and row_order, which `hrbp.save` writes; of a masked layer a bit a weight
+    values: int  # stored blocks in the dtype
+    memory_index: int  # of the tables in memory
+    file_index: int  # as `hrbp.save` writes it: indptr, indices and row_order, or for single weights a bit a weight
 
 
 @dataclass(frozen=True)
@@ -84,8 +83,8 @@ def report_mask(
 
     Storage is counted twice. The model of Mao et al. is a stream of records, each with an index and the weights of one
     grain; references are those of a machine that reads it, for one output pixel of all filters: see `Stream`. The bytes
-    of this library are those of the BSR form: values in `dtype`, int32 tables. A mask whose structure has no BSR form
-    is counted in blocks of its grain, single weights in (1, 1); a dense one as a plain tensor, without an index.
+    of this library are those of the BSR form: values in `dtype`, int32 tables, of single weights in blocks of (1, 1). A
+    mask that keeps everything is counted as a plain tensor, without an index.
 
     Efficacy compares with groups of random rows of the same shape, the mean of 5 draws, each with its best channels and
     taps.
@@ -103,18 +102,18 @@ def report_mask(
     Source: Mao et al., Exploring the Regularity of Sparse Structure in Convolutional Neural Networks (2017), for the
     storage and for references that coarse grains merge.
     """
+    dense = isinstance(mask, Tensor) and bool(mask.all())
     choice = recognise(mask) if isinstance(mask, Tensor) else mask
     mask, (k, c, r, s) = choice.mask, choice.mask.shape
     box = grain(mask if choice.row_order is None else mask[choice.row_order.long()])
     kept, cells = int(mask.sum()), mask.numel()
-    dense = kept == cells and choice.blocksize is None
-    pattern = None if dense else BSRPattern.from_mask(mask, choice.blocksize or box[:2], choice.row_order)
+    pattern = None if dense else choice.pattern()
     stored = cells if pattern is None else pattern.nnzb * math.prod(pattern.blocksize)
     index = pattern.index.numel() if pattern else 0
-    file_index = pattern.indptr.numel() + pattern.nnzb if pattern else 0
-    moved = k if pattern is not None and pattern.row_order is not None else 0
-    read = _dense_stream(choice) if dense else stream(choice, box, None if moved else _run(choice, box), index_bits)
-    in_rows = mask if pattern is None or pattern.row_order is None else mask[pattern.row_order.long()]
+    order = None if pattern is None else pattern.row_order
+    run = _run(choice, box) if order is None else None
+    read = _dense_stream(choice) if dense else stream(choice, box, run, index_bits)
+    in_rows = mask if order is None else mask[order.long()]
     item, words = dtype.itemsize, describe(choice)
     ratio = n_m_ratio(mask)
     return MaskReport(
@@ -130,7 +129,7 @@ def report_mask(
             dense=cells * item,
             values=stored * item,
             memory_index=index * INDEX_BYTES,
-            file_index=(file_index + moved) * INDEX_BYTES,
+            file_index=0 if pattern is None else file_index_bytes(pattern),
         ),
         references=read.references(),
         row_balance=_balance(mask.sum((1, 2, 3))),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +11,6 @@ from torch import Tensor, nn
 from blocksparse import BSRConv2d, BSRLinear
 
 from ..columns import columns
-from ..layers.masked import MaskedConv2d, MaskedLinear
 from ..layers.master import MasterConv2d, MasterLinear
 from ..structures.base import Choice
 from ..structures.recognise import stored_blocks
@@ -32,9 +30,9 @@ def report_model(
     """`report_mask` of every layer, by name.
 
     Args:
-        model: a module, whose BSRConv2d and BSRLinear keep their stored blocks, whose masked layers their mask and
-            whose other Conv2d and Linear what is not zero in their weight (see `kept_of`); those with a dense master
-            weight are told of as `release` would leave them; or layer name -> mask (bool), weight (likewise) or Choice.
+        model: a module, whose BSRConv2d and BSRLinear keep their stored blocks and whose other Conv2d and Linear what
+            is not zero in their weight (see `kept_of`); those with a dense master weight are told of as `release` would
+            leave them; or layer name -> mask (bool), weight (likewise) or Choice.
         scores: layer name -> score, for some layers or all.
         dtype: of the stored values; default: that of each weight, float32 for masks.
         seed: of the random groups that efficacy compares with.
@@ -51,19 +49,7 @@ def report_model(
         if isinstance(layer, Tensor) and layer.dtype != torch.bool:
             layer, own = kept_of(layer), layer.dtype
         reports[name] = report_mask(layer, scores.get(name), dtype=dtype or own or torch.float32, seed=seed)
-    for name, module in model.named_modules() if isinstance(model, nn.Module) else ():
-        master = isinstance(module, MasterConv2d | MasterLinear) and module.blocksize is None
-        if isinstance(module, MaskedConv2d | MaskedLinear) or master:
-            reports[name] = under_a_mask(reports[name])
     return reports
-
-
-def under_a_mask(report: MaskReport) -> MaskReport:
-    """The same, stored as a mask over a dense weight, in the file as what it keeps and a bit a weight."""
-    cells, dense = math.prod(report.shape), report.storage.dense
-    values = report.kept * (dense // cells)
-    index = {"memory_index": dense - values + cells, "file_index": -(-cells // 8)}
-    return replace(report, storage=report.storage._replace(values=values, **index))
 
 
 def _layers_of(model: nn.Module) -> dict[str, tuple[Tensor | Choice, torch.dtype | None]]:
@@ -73,11 +59,9 @@ def _layers_of(model: nn.Module) -> dict[str, tuple[Tensor | Choice, torch.dtype
         if isinstance(module, BSRConv2d | BSRLinear):
             found[name] = stored_blocks(module.pattern), module.values.dtype
         elif isinstance(module, MasterConv2d | MasterLinear):
-            own = module.live() if module.blocksize is None else stored_blocks(module.pattern)
-            found[name] = own, module.weight.dtype
+            found[name] = stored_blocks(module.choice().pattern()), module.weight.dtype
         elif isinstance(module, nn.Conv2d | nn.Linear):
-            mask = getattr(module, "mask", None)
-            found[name] = (module.weight.detach() if mask is None else mask, module.weight.dtype)
+            found[name] = module.weight.detach(), module.weight.dtype
     return found
 
 

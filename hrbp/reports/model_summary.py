@@ -25,7 +25,7 @@ from ..surgery.conversion import densify, semi_refuses
 from ..surgery.record import Sparsity, plan_of
 from ..wrappers import copied, unwrapped
 
-SLOW_BLOCK = 8  # weights: smaller blocks save memory, not time
+INDEX_BYTES = 16  # of a stored block, in memory
 
 
 @dataclass
@@ -34,7 +34,7 @@ class Row:
 
     flops      of the weights that are kept, in the forward pass
     run_flops  that are run: those of the stored blocks; all of them under a mask, or where the dense product is taken
-    backend    of the forward product; "masked": a dense product of the weight under its mask
+    backend    of the forward product; "masked": a dense product of a master weight under its mask
     seconds    of forward + backward of a sparse layer and of its dense twin, where they were measured
     """
 
@@ -177,13 +177,11 @@ def summary(model: nn.Module, x: Tensor | Sequence[int] | None = None, *, measur
     total = everything - masked_away
     notes = []
     if any(not layer.runs_blocks for layer in sparse.values()):
+        notes.append("masked: computed as a dense weight under a mask, in the time of a dense layer at any density")
+    if any(_block_bytes(layer) < INDEX_BYTES for layer in sparse.values() if layer.runs_blocks):
         notes.append(
-            "masked: a dense weight under a mask, with the memory and the time of a dense layer at any density"
-        )
-    if any(math.prod(layer.module.pattern.blocksize) < SLOW_BLOCK for layer in sparse.values() if layer.runs_blocks):
-        notes.append(
-            f"blocks of fewer than {SLOW_BLOCK} weights: beside an index of 16 bytes each they save memory at high"
-            " sparsity only, and no time"
+            f"small blocks: the index takes {INDEX_BYTES} bytes a block, more than its weights; MB count both, and"
+            " gradients and optimizer state need none"
         )
     if any(layer.master for layer in sparse.values()):
         assert plan is not None
@@ -207,6 +205,12 @@ def summary(model: nn.Module, x: Tensor | Sequence[int] | None = None, *, measur
     if plan is not None and isinstance(plan.structure, NM) and plan.structure.m == 4:
         notes.append(_semi_note({name: semi_refuses(layer.module, layer) for name, layer in sparse.items()}))
     return Summary(rows, 1 - kept / cells if cells else 0.0, 1 - total / max(1, dense_total), total, dense_total, notes)
+
+
+def _block_bytes(layer: SparseLayer) -> int:
+    """Of the weights of a stored block."""
+    blocksize = layer.parameter.shape[1:] if layer.blocks else layer.module.blocksize
+    return math.prod(blocksize) * layer.parameter.element_size()
 
 
 def _semi_note(told: dict[str, str | None]) -> str:
@@ -246,15 +250,11 @@ def _sparse_row(layer: SparseLayer, plan: Sparsity | None) -> Row:
         size += sum(t.numel() * t.element_size() for t in module.buffers(recurse=False))  # mask, row order, index
         named += f" {module.blocksize}, master" if layer.runs_blocks else ", masked, master"
         return Row(layer.name, layer.shape, named, stored / cells, stored + bias, dense, size, dense * item)
-    if layer.blocks:
-        bk, bc = kept.shape[1:]
-        count = kept.numel() + bias
-        size = count * item + module.index.numel() * module.index.element_size()
-        density = kept.numel() / cells
-        return Row(layer.name, layer.shape, f"{named} ({bk}, {bc})", density, count, dense, size, dense * item)
-    stored = int(layer.mask().sum())
-    size = dense * item + cells  # the mask is a byte a weight
-    return Row(layer.name, layer.shape, f"{named}, masked", stored / cells, stored + bias, dense, size, dense * item)
+    bk, bc = kept.shape[1:]
+    count = kept.numel() + bias
+    size = count * item + module.index.numel() * module.index.element_size()
+    density = kept.numel() / cells
+    return Row(layer.name, layer.shape, f"{named} ({bk}, {bc})", density, count, dense, size, dense * item)
 
 
 def inputs_of(model: nn.Module, x: Tensor | Sequence[int]) -> dict[str, tuple[Tensor, Tensor]]:

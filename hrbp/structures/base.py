@@ -18,23 +18,18 @@ class Choice:
     """What a structure keeps of one layer.
 
     mask       bool [K, C, R, S], in filter order
-    blocksize  (bk, bc) that stores the mask and no zero; None: the structure has no such form
+    blocksize  (bk, bc) that stores the mask and no zero; single weights in (1, 1)
     row_order  which filter each row of the BSR matrix is; None: filter i
     grouping   the groups of "hrbp" and "hrbp++"
     """
 
     mask: Tensor
-    blocksize: tuple[int, int] | None
+    blocksize: tuple[int, int]
     row_order: Tensor | None = None
     grouping: Grouping | None = None
 
     def pattern(self) -> BSRPattern:
-        """The mask as a BSR index without a stored zero; refused where the structure has no such form."""
-        if self.blocksize is None:
-            raise ValueError(
-                "Choice.pattern(): this structure keeps single weights, which no block of more than one weight holds "
-                "without zeros; use its mask, or BSRPattern.from_mask() with a blocksize of your own"
-            )
+        """The mask as a BSR index without a stored zero."""
         return BSRPattern.from_mask(self.mask, self.blocksize, self.row_order)
 
 
@@ -54,6 +49,10 @@ class Structure(ABC):
     @abstractmethod
     def density(self, shape: Sequence[int], density: float) -> float:
         """The share of a layer [K, C, R, S] that is kept when `density` is asked for: whole grains, at least one."""
+
+    def blocksize(self, shape: Sequence[int]) -> tuple[int, int]:
+        """(bk, bc) that stores any mask of this structure in a layer [K, C, R, S], and no zero."""
+        return 1, 1
 
     def ranked(self, score: Tensor, order: Tensor | None = None) -> Tensor:
         """What a ranking over layers compares, for every weight: its own score, or that of its grain."""

@@ -18,15 +18,13 @@ from .selection import check_score, top
 class Grains(Structure):
     """Boxes (k, c, r, s) of the filter bank, kept or dropped whole; None stands for a whole axis.
 
-    uniform: equally many in every k filters. stored: the box is a BSR block, for all taps or for one. rearrange:
-    filters are sorted by falling score first, so that those of a box are alike. `order`, int [K], is that of the
-    filters; None: as they are, or what a score says where there is one.
+    uniform: equally many in every k filters. rearrange: filters are sorted by falling score first, so that those of a
+    box are alike. `order`, int [K], is that of the filters; None: as they are, or what a score says where there is one.
     """
 
     name: str
     box: tuple[int | None, int | None, int | None, int | None]
     uniform: bool = False
-    stored: bool = True
     rearrange: bool = False
 
     def sizes(self, shape: Sequence[int]) -> tuple[int, int, int, int]:
@@ -87,9 +85,8 @@ class Grains(Structure):
         """The choice of these grains."""
         return Choice(self.expand(kept, shape, order), self.blocksize(shape), order)
 
-    def blocksize(self, shape: Sequence[int]) -> tuple[int, int] | None:
-        """(bk, bc) that stores grains of a layer of this shape, if they have a BSR form."""
-        return self.sizes(shape)[:2] if self.stored else None
+    def blocksize(self, shape: Sequence[int]) -> tuple[int, int]:
+        return self.sizes(shape)[:2]
 
     def density(self, shape: Sequence[int], density: float) -> float:
         self._check(shape)

@@ -45,7 +45,7 @@ class NM(Structure):
     def choose(self, score: Tensor, sparsity: float, seed: int = 0) -> Choice:
         cells = check_score(score, sparsity, f"make_mask({self.name!r})")
         self._check(score.shape)
-        return Choice(self.mask(cells, sparsity), None)
+        return Choice(self.mask(cells, sparsity), self.blocksize(score.shape))
 
     def mask(self, score: Tensor, sparsity: float) -> Tensor:
         k, c, r, s = score.shape

@@ -35,7 +35,7 @@ def recognise(mask: Tensor) -> Choice:
         raise ValueError(f"report_mask(): mask has shape {tuple(mask.shape)}; it needs [K, C, R, S] or [K, C]")
     mask = mask[:, :, None, None] if mask.dim() == 2 else mask
     if mask.all() or not mask.any():
-        return Choice(mask, None)
+        return Choice(mask, (mask.shape[0], mask.shape[1]))
     order, rows = _equal_filters(mask)
     if rows > 1:
         try:
@@ -50,7 +50,7 @@ def recognise(mask: Tensor) -> Choice:
         return Choice(mask, box[:2])
     if rows > 1:
         return Choice(mask, (rows, 1), order)
-    return Choice(mask, None)
+    return Choice(mask, (1, 1))
 
 
 def _equal_filters(mask: Tensor) -> tuple[Tensor, int]:
@@ -89,7 +89,7 @@ def describe(choice: Choice) -> str:
     if (g := choice.grouping) is not None:
         taps = "" if r * s == 1 else f", {g.taps.shape[1]} of {r * s} taps"
         return f"{_times(g.groups, 'group')} of {g.rows}: {g.channels.shape[1]} of {c} channels{taps}"
-    if choice.row_order is not None and choice.blocksize is not None:
+    if choice.row_order is not None:
         return f"element-wise groups of {choice.blocksize[0]}"
     bk, bc, br, bs = grain(mask)
     names = {(1, c, r, s): "filters", (k, 1, r, s): "channels", (1, 1, r, s): "kernels", (1, 1, 1, s): "vectors"}

@@ -38,9 +38,9 @@ from .mixed import Mixed
 from .n_m import NM, make_n_m
 
 STRUCTURES: dict[str, Callable[..., Structure]] = {
-    "unstructured": lambda: Grains("unstructured", (1, 1, 1, 1), stored=False),
+    "unstructured": lambda: Grains("unstructured", (1, 1, 1, 1)),
     "n:m": make_n_m,
-    "vector": lambda: Grains("vector", (1, 1, 1, None), stored=False),
+    "vector": lambda: Grains("vector", (1, 1, 1, None)),
     "kernel": lambda: Grains("kernel", (1, 1, None, None)),
     "filter": lambda: Grains("filter", (1, None, None, None)),
     "channel": lambda: Grains("channel", (None, 1, None, None)),

@@ -17,7 +17,7 @@ from blocksparse import BSRConv2d, BSRLinear
 HOOKS = tuple(name for name, value in vars(nn.Module()).items() if "hooks" in name and isinstance(value, dict))
 STATE_HOOKS = tuple(name for name in HOOKS if "state_dict" in name)
 OWN = ("weight", "bias", "values", "index", "mask")  # what the layers themselves hold
-CONFIGURATION = ("weight_shape", "backend", "relu", "stride", "padding", "dilation")  # of BSRConv2d and BSRLinear
+CONFIGURATION = ("weight_shape", "backend", "stride", "padding", "dilation", "relu")  # of BSRConv2d and BSRLinear
 
 
 def refuses(layer: nn.Module) -> str | None:

@@ -1,8 +1,8 @@
 """A dense model becomes a sparse one, and back.
 
-Layers whose structure has a BSR form hold their stored blocks and nothing else (blocksparse.BSRConv2d, BSRLinear);
-single weights (unstructured, n:m, ...) stay dense tensors under a mask, which saves nothing but shows what they reach.
-Training methods that let dropped weights learn, to bring them back (`method`), keep a dense weight (layers/master.py).
+Sparse layers hold their stored blocks and nothing else (blocksparse.BSRConv2d, BSRLinear), single weights as blocks of
+(1, 1). Training methods that let dropped weights learn, to bring them back (`method`), keep a dense weight
+(layers/master.py).
 """
 
 from __future__ import annotations
@@ -17,16 +17,15 @@ from torch import Tensor, nn
 from blocksparse import BSRConv2d, BSRLinear
 
 from ..layers import semi_structured
-from ..layers.masked import MASKED, MaskedConv2d, MaskedLinear, put_mask, take_mask_off
 from ..layers.master import MasterConv2d, MasterLinear, put_master, take_master_off
-from ..layers.stored import block_module, has_blocks
+from ..layers.stored import PLAIN, block_module
 from ..layers.view import SparseLayer, shape4, sparse_layers
 from ..structures.base import sparsity_of
 from ..wrappers import unwrapped
 from .candidates import Selector
 from .carry import carry, replace_module
 from .planning import Plan, dense_model, planned
-from .record import plan_of
+from .record import forget, plan_of, remember
 
 
 def sparsify(
@@ -99,7 +98,7 @@ def sparsify(
     steps = [_step(model, plan, name, backend) for name in plan.layers]
     for step in steps:  # nothing can fail from here on
         step()
-    model._hrbp_sparsity = plan.record  # type: ignore[assignment]
+    remember(model, plan.record)
     return whole
 
 
@@ -109,10 +108,8 @@ def _step(model: nn.Module, plan: Plan, name: str, backend: str | None) -> Calla
     if choice is None:
         return partial(put_master, layer, rule=record.structure, sparsity=sparsity_of(record.asked[name]))
     if record.method is not None:
-        return partial(put_master, layer, choice, blocks=has_blocks(choice), backend=backend)
-    if has_blocks(choice):
-        return partial(replace_module, model, layer, block_module(layer, choice.pattern(), backend))
-    return partial(put_mask, layer, choice.mask)
+        return partial(put_master, layer, choice, backend=backend)
+    return partial(replace_module, model, layer, block_module(layer, choice.pattern(), backend))
 
 
 def densify(model: nn.Module) -> nn.Module:
@@ -127,36 +124,29 @@ def densify(model: nn.Module) -> nn.Module:
                 carry(module, dense, replaces=False)
                 return dense
             replace_module(model, module, module.to_dense())
-        elif isinstance(module, MaskedConv2d | MaskedLinear):
-            take_mask_off(module)
         elif isinstance(module, MasterConv2d | MasterLinear):
             take_master_off(module)
         elif semi_structured.is_converted(module):
             semi_structured.revert(module)
-    if plan_of(model, required=False) is not None:
-        del unwrapped(model)._hrbp_sparsity
+    forget(unwrapped(model))
     return model
 
 
 def release(model: nn.Module) -> nn.Module:
     """Give up the dense master weights of `sparsify(method=...)`, in place: what takes no part is dropped.
 
-    Layers then hold what they compute with, as `sparsify` without a method leaves them: stored blocks, or a mask. Other
-    layers stay as they are. Returns the model, which computes the same; an optimizer has to be made anew.
+    Layers then hold the blocks that they compute with, as `sparsify` without a method leaves them. Other layers stay as
+    they are. Returns the model, which computes the same; an optimizer has to be made anew.
     """
     plan = plan_of(model, required=False)
     for layer in sparse_layers(model).values():
         if layer.master:
             module = layer.module
-            mask, pattern = layer.mask(), None if module.blocksize is None else module.pattern
-            backend = module.backend
+            pattern, backend = module.choice().pattern(), module.backend
             take_master_off(module)
-            if pattern is None:
-                put_mask(module, mask)
-            else:
-                replace_module(unwrapped(model), module, block_module(module, pattern, backend))
+            replace_module(unwrapped(model), module, block_module(module, pattern, backend))
     if plan is not None:
-        unwrapped(model)._hrbp_sparsity = replace(plan, method=None, target={})  # type: ignore[assignment]
+        remember(unwrapped(model), replace(plan, method=None, target={}))
     return model
 
 
@@ -182,19 +172,22 @@ def to_semi_structured(model: nn.Module) -> dict[str, str | None]:
             layer = sparse.get(name)
             told[name] = semi_refuses(module, layer)
             if told[name] is None:
-                weight = module.weight.detach().view(shape4(module)) if layer is None else layer.weight()
-                if isinstance(module, MaskedConv2d | MaskedLinear):
-                    take_mask_off(module)
+                plain, weight = module, module.weight.detach() if layer is None else layer.weight()
+                if isinstance(module, BSRConv2d | BSRLinear):
+                    plain = module.to_dense()
+                    replace_module(model, module, plain)
                 elif isinstance(module, MasterConv2d | MasterLinear):
                     take_master_off(module)
-                semi_structured.convert(module, weight)
+                semi_structured.convert(plain, weight)
     return told
 
 
 def semi_refuses(module: Any, layer: SparseLayer | None) -> str | None:
     """Why `to_semi_structured` leaves a layer as it is, or None."""
-    if layer is None and type(module) not in MASKED:
+    if layer is None and type(module) not in PLAIN:
         return f"a {type(module).__name__}, whose forward may differ"
+    if isinstance(module, BSRConv2d | BSRLinear) and (layer is None or not layer.name):
+        return "it is the model itself: put it into an nn.Sequential"
     return semi_structured.refuses(
         module, module.weight.detach().view(shape4(module)) if layer is None else layer.weight()
     )

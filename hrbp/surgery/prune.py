@@ -11,8 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
 
-from ..layers.masked import put_mask
-from ..layers.stored import block_module, has_blocks
+from ..layers.stored import block_module
 from ..structures.base import Choice, Structure
 from ..structures.grains import Grains
 from ..structures.mixed import Mixed
@@ -23,7 +22,7 @@ from ..structures.registry import structure as make_structure
 from .candidates import unfit, users_of
 from .carry import replace_module
 from .planning import dense_model
-from .record import Sparsity
+from .record import Sparsity, remember
 
 
 def from_prune(
@@ -35,10 +34,10 @@ def from_prune(
         hrbp.from_prune(model)
 
     A layer keeps the weights that its mask keeps, and loses weight_orig, weight_mask and the hook that multiplies them.
-    Masks made of blocks are stored as these (BSRConv2d, BSRLinear), others stay masks over a dense weight; the model is
-    then one that `sparsify` might have made. What cannot be taken over stays as torch.nn.utils.prune left it: pruned
-    biases and the weights beside them, other kinds of layers, all that `sparsify` would leave dense (grouped, shared
-    weights, ...). `summary` says which layers, and why. The first and the last layers are taken like any others.
+    It stores them as blocks (BSRConv2d, BSRLinear), single weights as (1, 1); the model is then one that `sparsify`
+    might have made. What cannot be taken over stays as torch.nn.utils.prune left it: pruned biases and the weights
+    beside them, other kinds of layers, all that `sparsify` would leave dense (grouped, shared weights, ...). `summary`
+    says which layers, and why. The first and the last layers are taken like any others.
 
     Call it before the optimizer is made: parameters are replaced.
 
@@ -95,17 +94,13 @@ def from_prune(
     masks = {name: mask for name, (_, _, mask) in taken.items()}
     rule, choices = _chosen(masks, structure, options, who)
     makes: list[Callable[[], None]] = []
-    for name, (layer, plain, mask) in taken.items():
-        if has_blocks(choices[name]):
-            made = block_module(plain, choices[name].pattern(), backend)
-            makes.append(partial(_put_blocks, model, layer, made))
-        else:
-            makes.append(partial(_put_mask, layer, mask))
+    for name, (layer, plain, _) in taken.items():
+        made = block_module(plain, choices[name].pattern(), backend)
+        makes.append(partial(_put_blocks, model, layer, made))
     asked = {name: float(mask.double().mean()) for name, mask in masks.items()}
     for make in makes:  # nothing can fail from here on
         make()
-    plan = Sparsity(rule, "global", asked, left, saliency="torch.nn.utils.prune")
-    model._hrbp_sparsity = plan  # type: ignore[assignment]
+    remember(model, Sparsity(rule, "global", asked, left, saliency="torch.nn.utils.prune"))
     return whole
 
 
@@ -147,11 +142,6 @@ def _put_blocks(model: nn.Module, layer: nn.Module, made: nn.Module) -> None:
     replace_module(model, layer, made)
 
 
-def _put_mask(layer: nn.Module, mask: Tensor) -> None:
-    _unprune(layer)
-    put_mask(layer, mask)
-
-
 # ---------------------------------------------------------------------- which structure masks have
 
 
@@ -183,7 +173,7 @@ def _chosen(
         rule = NM(ratio[1], ratio[0])
     choices = {layer: _as_choice(mask, rule) for layer, mask in masks.items()}
     own = {layer: _as_choice(masks[layer], _grains([(box, tuple(masks[layer].shape))])) for layer, box in boxes.items()}
-    if any(has_blocks(choice) and not has_blocks(choices[layer]) for layer, choice in own.items()):
+    if any(choice.blocksize != (1, 1) == choices[layer].blocksize for layer, choice in own.items()):
         return Mixed(), own
     return rule, choices
 
@@ -202,7 +192,7 @@ def _has(mask: Tensor, rule: NM | Grains) -> bool:
 
 
 def _as_choice(mask: Tensor, rule: Structure) -> Choice:
-    return Choice(mask, rule.blocksize(mask.shape) if isinstance(rule, Grains) else None)
+    return Choice(mask, rule.blocksize(mask.shape))
 
 
 def _grains(boxes: Collection[tuple[tuple[int, ...], tuple[int, ...]]]) -> Grains:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from ..layers.stored import take_masks
 from ..structures.base import Structure
 from ..wrappers import unwrapped
 
@@ -46,6 +47,25 @@ class Sparsity:
     saliency: str = ""
     saliency_why: str = ""
     lineage: Lineage = field(default_factory=Lineage, compare=False, repr=False)
+
+
+def remember(model: nn.Module, plan: Sparsity) -> None:
+    """Let a model know how it was made sparse; from now on it also loads states in which single weights are masked."""
+    forget(model)
+    model._hrbp_sparsity = plan  # type: ignore[assignment]
+    model.register_load_state_dict_pre_hook(_before_loading)
+
+
+def forget(model: nn.Module) -> None:
+    """The end of `remember`."""
+    model.__dict__.pop("_hrbp_sparsity", None)
+    hooks = model._load_state_dict_pre_hooks
+    for key in [key for key, hook in hooks.items() if getattr(hook, "hook", None) is _before_loading]:
+        del hooks[key]
+
+
+def _before_loading(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    take_masks(state, prefix, model)
 
 
 def plan_of(model: nn.Module, required: bool = True) -> Sparsity | None:

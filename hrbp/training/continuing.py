@@ -24,6 +24,7 @@ from ..methods.evolver import Evolver
 from ..progress import Progress
 from ..reports.model_summary import summary
 from . import checkpoint, log
+from .older import config_as_now, optimizer_as_now
 from .optimizer import check_optimizer
 from .settings import Settings
 
@@ -60,8 +61,13 @@ class Continued:
 
     def _config(self, more: Mapping[str, Any]) -> dict[str, Any]:
         """All that decides what this training computes, as plain values."""
-        sparse = {id(layer.parameter): layer.shape for layer in sparse_layers(self.model).values()}
-        shapes = [(name, sparse.get(id(p), tuple(p.shape))) for name, p in self.model.named_parameters()]
+        sparse = {id(layer.parameter): layer for layer in sparse_layers(self.model).values()}
+        shapes = []
+        for name, p in self.model.named_parameters():
+            layer = sparse.get(id(p))
+            if layer is not None and layer.blocks and tuple(p.shape[1:]) == (1, 1):
+                name = f"{name.removesuffix('values')}weight"  # as when single weights were masked, see older.py
+            shapes.append((name, tuple(p.shape) if layer is None else layer.shape))
         data = {
             name: {
                 "name": batches.images.name, "images": len(batches.images), "shape": batches.images.shape,
@@ -96,7 +102,7 @@ class Continued:
 
         def refuses(state: Any) -> str | None:
             try:
-                there = json.loads(json.dumps(state.get("config")))
+                there = config_as_now(json.loads(json.dumps(state.get("config"))))
             except (TypeError, ValueError):
                 return "its configuration has more than plain values"
             found = checkpoint.differences(there, self.config)
@@ -193,7 +199,8 @@ class Continued:
             raise ValueError(wrong)
         self.model.load_state_dict(state["model"])
         groups = [dict(group) for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(state["optimizer"])
+        saved = optimizer_as_now(state["optimizer"], state["model"], self.model, self.optimizer)
+        self.optimizer.load_state_dict(dict(saved))
         check_optimizer(self.optimizer, groups, self.settings.optimizer)
         self.scaler.load_state_dict(state["scaler"])
         if self.ema is not None:

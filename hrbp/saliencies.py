@@ -14,7 +14,10 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 from torch.nn.parameter import is_lazy
 
+from blocksparse import BSRConv2d, BSRLinear
+
 from .arguments import any_case, check_sparsity
+from .wrappers import copied
 
 SALIENCIES = ("random", "magnitude", "snip", "grasp", "synflow", "magnitude+gradient")
 
@@ -58,7 +61,8 @@ def saliency(
 
     Args:
         model: any module.
-        names: modules of `model` with a `weight` (Conv2d, Linear), as in named_modules().
+        names: modules of `model` with a `weight` (Conv2d, Linear), or with stored blocks, as in named_modules(). Of
+            these the weights that are stored count, and all others are 0; they are scored on a dense copy of the model.
         method: one of the above.
         batch: (inputs, targets), or an iterable of such pairs (needed where inputs is a tuple or list), for all but
             "random" and "magnitude". Tensors are moved to the weights' device, floating-point ones to their dtype.
@@ -83,6 +87,7 @@ def saliency(
     if method not in SALIENCIES:
         raise ValueError(f"{who}: method is {method!r}; it needs one of {', '.join(map(repr, SALIENCIES))}")
     check_sparsity(sparsity, who)
+    model, masks = _plain(model)
     weights = _weights(model, names, who)
     if method == "random":
         generator = torch.Generator().manual_seed(seed)
@@ -93,7 +98,7 @@ def saliency(
     elif batch is None:
         raise ValueError(f"{who}: method {method!r} needs batch, (inputs, targets) or an iterable of such pairs")
     else:
-        stand_in = _StandIn(model, weights, seed)
+        stand_in = _StandIn(model, weights, {name: masks[name] for name in weights if name in masks}, seed)
         with stand_in.quiet():
             if method == "synflow":
                 unique = _synflow(stand_in, batch, sparsity)
@@ -106,6 +111,26 @@ def saliency(
         if not bool(score.isfinite().all()):
             raise ValueError(f"{who}: the score of {name!r} holds NaN or infinity; look at its weights and gradients")
     return dict(zip(weights, scores, strict=True))
+
+
+def _plain(model: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:
+    """A model whose layers of stored blocks are dense, and name -> their mask; itself where it has none."""
+    if not any(isinstance(module, BSRConv2d | BSRLinear) for module in model.modules()):
+        return model, {}
+    model, masks = copied(model), {}
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    made: dict[nn.Module, Any] = {}  # one for each, also of those with several names
+    with torch.random.fork_rng(devices):  # a layer draws weights when it is made
+        for name, module in list(model.named_modules(remove_duplicate=False)):
+            if isinstance(module, BSRConv2d | BSRLinear):
+                dense = made[module] = made[module] if module in made else module.to_dense()
+                masks[name] = module.pattern.to_mask().view(dense.weight.shape)
+                parent, _, own = name.rpartition(".")
+                if name:
+                    setattr(model.get_submodule(parent), own, dense)
+                else:
+                    model = dense
+    return model, masks
 
 
 def _weights(model: nn.Module, names: Sequence[str], who: str) -> dict[str, nn.Parameter]:
@@ -145,7 +170,7 @@ class _StandIn:
         leaves: the scored weights by that name, each once, ready for autograd.
     """
 
-    def __init__(self, model: nn.Module, weights: dict[str, nn.Parameter], seed: int) -> None:
+    def __init__(self, model: nn.Module, weights: dict[str, nn.Parameter], masks: dict[str, Tensor], seed: int) -> None:
         self.model, self.seed = model, seed
         self.state: dict[str, Tensor] = {}
         key_of = {}
@@ -155,6 +180,7 @@ class _StandIn:
         for key, buffer in model.named_buffers():
             self.state[key] = buffer.detach().clone().to(_wide(buffer.dtype))
         self.keys = {name: key_of[id(weight)] for name, weight in weights.items()}
+        self.masks = {self.keys[name]: mask for name, mask in masks.items()}
         first = next(iter(weights.values()))
         self.device, self.dtype = first.device, _wide(first.dtype)
         self.cuda = sorted({t.device.index for t in self.state.values() if t.device.type == "cuda"})
@@ -193,7 +219,8 @@ class _StandIn:
         return data.to(self.device, self.dtype if data.is_floating_point() else data.dtype)
 
     def __call__(self, inputs: Any) -> Any:
-        return functional_call(self.model, self.state, (inputs,))
+        kept = {key: self.state[key] * mask for key, mask in self.masks.items()}
+        return functional_call(self.model, self.state | kept, (inputs,))
 
     def check_reached(self, reached: set[str]) -> None:
         """ValueError unless all scored weights are among those that autograd found on the way to the outputs."""

@@ -55,7 +55,7 @@ ALLOWED = {
 
 # The rooms of hrbp and the files in each, in order: a file imports files before it, never a room as a whole.
 ROOMS: dict[str, list[str]] = {
-    "": ["arguments", "columns", "density", "files", "models", "progress", "saliencies", "wrappers"],
+    "": ["arguments", "columns", "density", "files", "models", "progress", "wrappers", "saliencies"],
     "structures": [
         "grouping", "selection", "base", "regrouping", "elementwise", "grains", "groups", "mixed", "n_m", "recognise",
         "registry",

@@ -306,6 +306,47 @@ def test_memory_is_what_is_stored():
         assert (report.values, report.memory_index) == (8 * kept, 4 * module.index.numel())
 
 
+@pytest.mark.parametrize("method", ["magnitude", "snip", "grasp", "synflow", "magnitude+gradient", "random"])
+@pytest.mark.parametrize("structure", ["unstructured", "hrbp"])
+def test_stored_weights_are_scored_as_masked_ones(structure, method):
+    """By the definitions, on a dense model whose weights are multiplied by the masks."""
+    net = dense()
+    hrbp.sparsify(net, 0.6, structure=structure, **({"groups": 2, "min_rows": 2} if structure == "hrbp" else {}))
+    names, before = list(sparse_layers(net)), copy.deepcopy(net.state_dict())
+    torch.manual_seed(4)
+    expected_draw = torch.rand(1)
+    torch.manual_seed(4)
+    found = hrbp.saliency(net, names, method, batch=batch(0))
+    assert torch.equal(torch.rand(1), expected_draw)
+    assert all(torch.equal(t, before[name]) for name, t in net.state_dict().items())
+    assert {name: tuple(t.shape) for name, t in found.items()} == {
+        name: tuple(dense().get_submodule(name).weight.shape) for name in names
+    }
+    masks = {name: layer.mask().view(found[name].shape) for name, layer in sparse_layers(net).items()}
+    if method == "random":
+        drawn = hrbp.saliency(dense(), names, "random")
+        assert all(torch.equal(found[name], drawn[name]) for name in names)
+        return
+    twin = hrbp.densify(copy.deepcopy(net))
+    weights = {name: twin.get_submodule(name).weight for name in names}
+    if method in ("grasp", "synflow"):  # a dropped weight is worth as much as any other dropped one
+        for name in names:
+            rest = found[name][~masks[name]]
+            assert torch.equal(rest, rest[:1].expand_as(rest))
+            assert found[name][masks[name]].unique().numel() > 5
+        if method == "grasp":
+            return
+        x = hrbp.saliency(twin, names, "synflow", batch=batch(0))
+        assert all(torch.allclose(found[name], x[name], rtol=1e-9) for name in names)
+        return
+    loss = F.cross_entropy(twin(batch(0)[0]), batch(0)[1])
+    grads = dict(zip(names, torch.autograd.grad(loss, list(weights.values())), strict=True))
+    for name in names:
+        w, g = weights[name].detach().abs(), (grads[name] * masks[name]).abs()
+        expected = {"magnitude": w, "snip": w * g, "magnitude+gradient": w / w.mean() + g / g.mean()}[method]
+        torch.testing.assert_close(found[name], expected, rtol=1e-8, atol=1e-12)
+
+
 @pytest.mark.parametrize("method", ["set", "gmp"])
 def test_averages_follow_single_weights(method):
     net = sparse("unstructured", 0.3)

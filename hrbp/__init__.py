@@ -18,6 +18,7 @@ from .structures.grouping import Grouping
 from .structures.registry import STRUCTURES, choose, make_mask
 from .structures.regrouping import regroup
 from .surgery.conversion import densify, release, sparsify, to_semi_structured
+from .surgery.fusion import fuse
 from .surgery.prune import from_prune
 from .training.run import train
 from .training.settings import Settings
@@ -35,6 +36,7 @@ __all__ = [
     "densify",
     "densities",
     "from_prune",
+    "fuse",
     "load",
     "make_mask",
     "models",

@@ -60,8 +60,11 @@ ROOMS: dict[str, list[str]] = {
         "grouping", "selection", "base", "regrouping", "elementwise", "grains", "groups", "mixed", "n_m", "recognise",
         "registry",
     ],
-    "layers": ["dense_conv", "semi_structured", "stored", "gradients", "master", "view"],
-    "surgery": ["carry", "dataflow", "fresh", "record", "candidates", "planning", "conversion", "prune"],
+    "layers": ["dense_conv", "semi_structured", "stored", "gradients", "master", "view", "fused"],
+    "surgery": [
+        "carry", "dataflow", "fresh", "record", "candidates", "planning", "conversion", "prune", "folding", "symbols",
+        "fusion",
+    ],
     "formats": ["packed", "sealed", "model", "weights"],
     "methods": [
         "agreement", "averages", "decay", "dense_grad", "drift", "exchange", "subp", "options", "evolver",

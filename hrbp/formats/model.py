@@ -14,6 +14,7 @@ from blocksparse import BSRLinear, BSRPattern
 
 from .. import models
 from ..files import whole_file
+from ..layers.fused import FusedModel
 from ..layers.master import FOLLOWING, put_master
 from ..layers.semi_structured import is_converted
 from ..layers.stored import PLAIN, block_module, pattern_of_mask, take_masks, was_masked
@@ -42,6 +43,10 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         path: of the file.
     """
     model = unwrapped(model)
+    if isinstance(model, FusedModel):
+        raise ValueError(
+            "save(): the model is fused; save it before fuse(), and fuse what load() returns (or torch.save)"
+        )
     if converted := [name for name, module in model.named_modules() if is_converted(module)]:
         raise ValueError(f"save(): {converted[0]} is on sparse tensor cores; save before to_semi_structured()")
     packed = {}

@@ -4,7 +4,8 @@ Stored blocks (blocksparse.BSRConv2d, BSRLinear), a dense weight under a mask, o
 takes part. Another kind of layer is a file here and a case of `SparseLayer` in view.py, which the rest goes by.
 """
 
+from .fused import FusedConv2d, FusedModel
 from .master import MasterConv2d, MasterLinear
 from .view import SparseLayer, sparse_layers
 
-__all__ = ["MasterConv2d", "MasterLinear", "SparseLayer", "sparse_layers"]
+__all__ = ["FusedConv2d", "FusedModel", "MasterConv2d", "MasterLinear", "SparseLayer", "sparse_layers"]

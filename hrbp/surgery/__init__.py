@@ -1,11 +1,12 @@
 """How does a dense model become a sparse one, and a sparse one dense again?
 
 candidates.py says which layers may become sparse, planning.py what becomes of each, conversion.py does it. Another way
-in or out of a sparse model is a file here with one function on a model, as prune.py is.
+in or out of a sparse model is a file here with one function on a model, as prune.py and fusion.py are.
 """
 
 from .conversion import densify, release, sparsify, to_semi_structured
+from .fusion import fuse
 from .prune import from_prune
 from .record import Sparsity, plan_of
 
-__all__ = ["Sparsity", "densify", "from_prune", "plan_of", "release", "sparsify", "to_semi_structured"]
+__all__ = ["Sparsity", "densify", "from_prune", "fuse", "plan_of", "release", "sparsify", "to_semi_structured"]

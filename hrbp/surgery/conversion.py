@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from blocksparse import BSRConv2d, BSRLinear
 
 from ..layers import semi_structured
+from ..layers.fused import FusedConv2d
 from ..layers.master import MasterConv2d, MasterLinear, put_master, take_master_off
 from ..layers.stored import PLAIN, block_module
 from ..layers.view import SparseLayer, shape4, sparse_layers
@@ -115,8 +116,15 @@ def _step(model: nn.Module, plan: Plan, name: str, backend: str | None) -> Calla
 def densify(model: nn.Module) -> nn.Module:
     """Turn every sparse layer into a plain nn.Conv2d or nn.Linear that computes the same, in place; returns the model.
 
-    Works on any model with BSR layers, also ones not made by `sparsify`.
+    Works on any model with BSR layers, also ones not made by `sparsify`. ValueError, with the model untouched, where
+    one of them adds a residual or has a ReLU (`fuse`): plain layers do not.
     """
+    for name, module in model.named_modules():
+        if isinstance(module, FusedConv2d) or (isinstance(module, BSRConv2d) and module.relu):
+            raise ValueError(
+                f"densify(): {name or 'the model'} computes a ReLU or a sum, too, which an nn.Conv2d does not; densify"
+                " the model as it was before fuse()"
+            )
     for module in list(model.modules()):
         if isinstance(module, BSRConv2d | BSRLinear):
             if module is model:

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.fx import Graph, Node, Proxy
+from torch.fx import Graph, GraphModule, Node, Proxy
 from torch.fx.proxy import GraphAppendingTracer
 from torch.overrides import TorchFunctionMode
 
@@ -144,7 +144,8 @@ def _stand_in(module: nn.Module) -> nn.Module:
             made[id(old)] = _Uncompiled()
             made[id(old)]._orig_mod = copied(old._orig_mod)
         if id(old) not in made:
-            new = made[id(old)] = old.__new__(type(old))
+            graph = isinstance(old, GraphModule)  # its __new__ makes another class, without the forward
+            new = made[id(old)] = object.__new__(type(old)) if graph else old.__new__(type(old))
             for name, value in vars(old).items():
                 if name in _HOOKS:
                     kept: Any = OrderedDict()

@@ -1,0 +1,303 @@
+"""python bench/infer.py: images a second of a whole network, sparse against dense. --help explains all of it."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib.util
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import hrbp
+import machine
+import report
+from patterns import parse_blocksize
+from rows import ABSENT, ERROR, FAIL, OK, Times
+from timing import Rounds, interleave, make_step_clock
+
+DESCRIPTION = """\
+Times inference with a whole network: a sparse one, as it is and fused (hrbp.fuse: BatchNorms folded, ReLUs and residual
+sums in the convolutions), against a dense one of the same sizes, in every way that PyTorch offers, in one interleaved
+run. The output of every way is first compared with that of the plain network of the same weights.
+
+  python bench/infer.py                                            # ResNet-50, 90% sparse, one image
+  python bench/infer.py --threads 1 --batch 8 --structure block --blocksize 8x8
+  python bench/infer.py --network mobilenetv1 --json infer.json
+"""
+
+EPILOG = """\
+ways
+  eager     the network as it is, in eval mode, without gradients
+  folded    dense, BatchNorms folded into the convolutions (hrbp.fuse)
+  fused     sparse, what hrbp.fuse makes of it
+  compiled  the same through torch.compile (inductor)
+  onnx      dense and folded, in ONNX Runtime: pip install 'blocksparse-conv[bench]'
+
+columns
+  ms        20th, 50th and 80th percentile of a batch
+  images/s  batch / p50
+  x dense   p50 of PyTorch's fastest dense way / p50 of this one: above 1, this way is faster
+
+words in place of numbers
+  FAIL      the output differs from the plain network's by more than rounding; no time is given
+  error     the way could not be made or run
+  n/a       what it needs is not installed, or it does not run on this device
+
+Weights are drawn at random and statistics of the norms too: time does not depend on them, and the comparison of outputs
+sees all of them. Caches are cold: a buffer larger than the last-level cache is read before every repetition, untimed.
+Exit status: 0; 1 if a way failed or nothing was timed; 2 for wrong options; 130 if interrupted.
+"""
+
+FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+IMAGE_SIZES = {"resnet18": 224, "resnet50": 224, "mobilenetv1": 224, "mobilenetv2": 224}  # others: 32
+ALLOWED = 1e-3  # relative error of the output in fp32: rounding is far below, wrong far above
+DENSE, SPARSE = "dense", "sparse"
+MODES = {DENSE: ("eager", "folded", "compiled"), SPARSE: ("eager", "fused", "compiled")}
+
+
+@dataclass
+class Row:
+    """A network and a way to run it, with its times or why there are none."""
+
+    network: str
+    weights: str  # dense or sparse
+    mode: str
+    layout: str
+    status: str = OK
+    reason: str = ""
+    times: Times | None = None
+    images_per_second: float | None = None
+    speedup: float | None = None  # over PyTorch's fastest dense way
+
+    @property
+    def p50(self) -> float | None:
+        return self.times.p50 if self.times else None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs everything; returns the exit status."""
+    args = parse_arguments(argv)
+    begin = time.perf_counter()
+    threads = torch.get_num_threads()
+    rows: list[Row] = []
+    try:
+        if args.threads:
+            torch.set_num_threads(args.threads)
+        if args.device.type == "cuda":
+            machine.set_up_gpu(args.device, tf32=True)
+        facts = machine.describe(args.device)
+        print(f"{facts['device']}, {facts['threads']} threads; torch {facts['torch']}; fp32", flush=True)
+        fusion = measure(args, rows, begin + args.seconds)
+    except KeyboardInterrupt:
+        print("\ninterrupted", flush=True)
+        return 130
+    finally:
+        torch.set_num_threads(threads)
+    print("\n".join(lines(rows, args)), flush=True)
+    print(f"sparse, {fusion}")
+    if args.json:
+        options = {name: str(value) if name in ("device", "json") else value for name, value in vars(args).items()}
+        content = {"kind": "infer", "complete": True, "seconds": time.perf_counter() - begin, "options": options}
+        report.write_json(args.json, content | {"machine": facts, "rows": [asdict(row) for row in rows]})
+    return 1 if any(row.status in (FAIL, ERROR) for row in rows) or not any(row.times for row in rows) else 0
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "bench/infer.py", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--network", choices=tuple(hrbp.models.NETWORKS), default="resnet50", help="default: resnet50")
+    add("--image-size", type=int, help="default: 224 for ImageNet's networks, 32 for CIFAR's")
+    add("--batch", type=int, default=1, help="images; default: 1")
+    add("--sparsity", type=float, default=0.9, help="of the layers made sparse; default: 0.9")
+    add("--structure", choices=tuple(hrbp.STRUCTURES), default="hrbp", help="of the stored weights; default: hrbp")
+    add("--blocksize", metavar="BKxBC", help="of --structure block: 32x32 (its default), 8x8, 4x4 ...")
+    add("--distribution", choices=("erk", "uniform"), default="uniform", help="how densities differ between layers")
+    add("--threads", type=int, help="of PyTorch and ONNX Runtime; default: PyTorch's own number")
+    add("--no-compile", action="store_true", help="leave torch.compile out: a first look without a minute of compiling")
+    add("--device", type=machine.device, help="default: cuda if there is one")
+    add(
+        "--seconds",
+        type=machine.seconds,
+        default=180.0,
+        help="spread repetitions over about so long, compiling included (default 180), but 3 of each at least",
+    )
+    add("--quick", action="store_true", help="3 repetitions of each: a first look")
+    add("--json", type=Path, metavar="FILE", help="write every row and the machine to FILE")
+    args = parser.parse_args(argv)
+    args.device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    args.image_size = args.image_size or IMAGE_SIZES.get(args.network, 32)
+    for name in ("batch", "image_size", "threads"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} {value}: it needs a positive number")
+    if not 0 < args.sparsity < 1:
+        parser.error(f"--sparsity {args.sparsity}: it needs a number between 0 and 1")
+    args.structure_options = {}
+    if args.blocksize is not None:
+        if args.structure != "block":
+            parser.error(f"--blocksize {args.blocksize}: of --structure block alone, not of {args.structure}")
+        try:
+            block = parse_blocksize(args.blocksize)
+        except ValueError as error:
+            parser.error(str(error))
+        if block.bk is None:
+            parser.error(f"--blocksize {args.blocksize}: it needs BKxBC, such as 8x8")
+        args.structure_options = {"blocksize": (block.bk, block.bc)}
+    return args
+
+
+# ---------------------------------------------------------------- one network
+
+
+def measure(args: argparse.Namespace, rows: list[Row], deadline: float) -> Any:
+    """Fills `rows`, one a way; what was fused in the sparse network."""
+    torch.manual_seed(0)
+    dense = settled(hrbp.models.build(args.network, classes=1000, image_size=args.image_size)).to(args.device)
+    sparse = copy.deepcopy(dense)
+    hrbp.sparsify(
+        sparse,
+        args.sparsity,
+        structure=args.structure,
+        distribution=args.distribution,
+        saliency="random",
+        **args.structure_options,
+    )
+    x = torch.randn(args.batch, 3, args.image_size, args.image_size, device=args.device)
+    plain = {DENSE: dense, SPARSE: hrbp.densify(copy.deepcopy(sparse))}
+    models = {(DENSE, "eager"): dense, (SPARSE, "eager"): sparse}
+    models[DENSE, "folded"] = models[DENSE, "compiled"] = hrbp.fuse(dense)
+    fused = models[SPARSE, "fused"] = models[SPARSE, "compiled"] = hrbp.fuse(sparse)
+    calls: dict[int, Callable[[], Any]] = {}
+    with torch.inference_mode():
+        needed = {weights: model(x) for weights, model in plain.items()}
+        for weights, modes in MODES.items():
+            for mode in modes:
+                for layout in FORMATS:
+                    if mode != "compiled" or not args.no_compile:
+                        make = call_of(models[weights, mode], x, layout, mode == "compiled")
+                        _add(rows, calls, Row(args.network, weights, mode, layout), make, needed[weights])
+        row = Row(args.network, DENSE, "onnx", "contiguous")
+        if why := onnx_absent(args.device):
+            row.status, row.reason = ABSENT, why
+            rows.append(row)
+        else:
+            _add(rows, calls, row, lambda: onnx_call(models[DENSE, "folded"], x), needed[DENSE])
+        rounds = Rounds(3, 3 if args.quick else 500)
+        for at, laps in interleave(calls, make_step_clock(args.device), rounds, deadline).items():
+            rows[at].times = Times.of(laps)
+    compare(rows, args.batch)
+    return fused.fusion
+
+
+def _add(
+    rows: list[Row],
+    calls: dict[int, Callable[[], Any]],
+    row: Row,
+    make: Callable[[], Callable[[], Any]],
+    needed: Tensor,
+) -> None:
+    rows.append(row)
+    print(f"{row.weights} {row.mode} {row.layout}", file=sys.stderr, flush=True)
+    try:
+        call = make()
+        call()
+        got = torch.as_tensor(call(), device=needed.device)
+    except Exception as error:  # one way that cannot run ends nothing
+        row.status, row.reason = ERROR, f"{type(error).__name__}: {error}"
+        return
+    off = float((got - needed).norm() / needed.norm())
+    if not off <= ALLOWED:  # NaN too
+        row.status, row.reason = FAIL, f"the output is off by {off:.3g} (allowed {ALLOWED})"
+        return
+    calls[len(rows) - 1] = call
+
+
+def settled(model: nn.Module) -> nn.Module:
+    """The network in eval mode, with statistics that change what it computes."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            assert module.running_mean is not None
+            assert module.running_var is not None
+            module.running_mean.uniform_(-0.1, 0.1)
+            module.running_var.uniform_(0.8, 1.25)
+    return model.eval()
+
+
+def call_of(model: nn.Module, x: Tensor, layout: str, compiled: bool) -> Callable[[], Callable[[], Tensor]]:
+    """What makes a call without arguments that returns the output."""
+
+    def make() -> Callable[[], Tensor]:
+        kept = copy.deepcopy(model).to(memory_format=FORMATS[layout])  # type: ignore[call-overload]
+        run = torch.compile(kept) if compiled else kept
+        image = x.contiguous(memory_format=FORMATS[layout])
+        return lambda: run(image)
+
+    return make
+
+
+def onnx_absent(device: torch.device) -> str | None:
+    """Why ONNX Runtime is not timed, or None."""
+    if device.type != "cpu":
+        return "timed on a CPU alone"
+    lacking = [name for name in ("onnxruntime", "onnx") if importlib.util.find_spec(name) is None]
+    return f"no {' and '.join(lacking)}: pip install 'blocksparse-conv[bench]'" if lacking else None
+
+
+def onnx_call(model: nn.Module, x: Tensor) -> Callable[[], Any]:
+    """A call of the network in ONNX Runtime, on as many threads as PyTorch has."""
+    import onnxruntime
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "model.onnx"
+        torch.onnx.export(model, (x,), file, dynamo=False, input_names=["x"])
+        content = file.read_bytes()
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    image = x.numpy()
+    return lambda: session.run(None, {"x": image})[0]
+
+
+# ---------------------------------------------------------------- the table
+
+
+def compare(rows: list[Row], batch: int) -> None:
+    """Images a second, and speed-ups over PyTorch's fastest dense way."""
+    dense = [row.p50 for row in rows if row.weights == DENSE and row.mode != "onnx" and row.p50 is not None]
+    for row in rows:
+        if row.p50 is not None:
+            row.images_per_second = 1e3 * batch / row.p50
+            row.speedup = min(dense) / row.p50 if dense else None
+
+
+def lines(rows: list[Row], args: argparse.Namespace) -> list[str]:
+    """The table."""
+    blocks = f" {args.blocksize}" if args.blocksize else ""
+    out = [
+        "",
+        f"{args.network}: batch {args.batch}, {args.image_size}x{args.image_size}, sparse:"
+        f" {100 * args.sparsity:g}% {args.structure}{blocks} ({args.distribution})",
+        "weights mode      format           ms p20      p50      p80  images/s   x dense",
+    ]
+    for row in rows:
+        left = f"{row.weights:<8}{row.mode:<10}{row.layout:<14}"
+        if row.times is None:
+            out.append(f"{left} {row.status}: {' '.join(row.reason.split())}"[:200])
+            continue
+        ratio = "n/a" if row.speedup is None else f"{row.speedup:.2f}"
+        ms = "".join(f"{t:>9.2f}" for t in (row.times.p20, row.times.p50, row.times.p80))
+        out.append(f"{left}{ms}{row.images_per_second:>10.2f}{ratio:>10}")
+    return out
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -24,6 +24,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <new>
 #include <type_traits>
 #include <utility>
@@ -525,19 +526,34 @@ void finish_row(T* y, const T* residual, bool relu, int64_t step, int64_t count)
             if (relu) v = v < 0 ? vec<A>{} : v;
             store(y + j, v);
         }
+    const A least = relu ? A(0) : -std::numeric_limits<A>::infinity();  // NaN stays
     for (; j < count; j++) {
         A v = widen(y[j * step]);
         if (residual) v = widen(narrow<T>(v + widen(residual[j * step])));
-        y[j * step] = narrow<T>(relu && v < 0 ? A(0) : v);
+        y[j * step] = narrow<T>(v < least ? least : v);
     }
 }
 template <class T>
 void finish(T* y, const Epilogue<T>& last, const int64_t* strides, const Unit& u, int64_t width, int64_t first,
             int64_t channels, const int32_t* order) {
     if (last.nothing()) return;
-    const bool across = strides[1] == 1 && order == nullptr;
+    if (strides[1] == 1 && order != nullptr) {  // filters lie together, in another order
+        for (int64_t m = 0; m < u.images; m++)
+            for (int64_t i = 0; i < u.rows * width; i++) {
+                const int64_t at = (u.image + m) * strides[0] + (u.row + i / width) * strides[2] + i % width * strides[3];
+                for (int64_t j = 0; j < channels; j++) {
+                    const int64_t c = at + order[first + j];
+                    finish_row(y + c, last.residual ? last.residual + c : nullptr, last.relu, 1, 1);
+                }
+            }
+        return;
+    }
+    const bool across = strides[1] == 1;
+    const bool joined = !across && strides[2] == width * strides[3];  // rows follow each other
+    const int64_t rows = joined ? 1 : u.rows;
+    if (joined) width *= u.rows;
     for (int64_t m = 0; m < u.images; m++)
-        for (int64_t i = 0; i < u.rows; i++)
+        for (int64_t i = 0; i < rows; i++)
             for (int64_t j = 0; j < (across ? width : channels); j++) {
                 const int64_t c = across ? first : order ? order[first + j] : first + j;
                 const int64_t at = (u.image + m) * strides[0] + c * strides[1] + (u.row + i) * strides[2] +

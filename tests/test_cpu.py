@@ -131,3 +131,29 @@ def test_the_default_without_a_compiler_is_pytorch(monkeypatch):
         plan._plan.cache_clear()
     assert found.backend == "torch"
     assert "backend 'cpu' is not available: no C++ compiler was found" in str(found)
+
+
+@pytest.mark.parametrize("blocksize", [(64, 1), (8, 8), (1, 1)], ids=str)
+def test_long_sums_round_no_worse_than_pytorch(blocksize):
+    """Hundreds of products in a row: added up one by one they would be off by five times as much."""
+    pattern = bs.BSRPattern.random((256, 512, 3, 3), blocksize, 0.2, torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(1)
+    x, dy = (torch.randn(2, c, 7, 7, generator=generator) for c in (512, 256))
+    values = torch.randn(pattern.nnzb, *blocksize, generator=generator)
+    double = values.double(), pattern
+    for exact, call in (
+        (
+            bs.reference.fprop(x.double(), *double, None, 1, 1),
+            lambda b: bs.conv2d(x, values, pattern, None, 1, 1, backend=b),
+        ),
+        (
+            bs.reference.dgrad(dy.double(), *double, x.shape, 1, 1),
+            lambda b: bs.conv2d_dgrad(dy, values, pattern, x.shape, 1, 1, backend=b),
+        ),
+        (
+            bs.reference.wgrad(x.double(), dy.double(), pattern, 1, 1),
+            lambda b: bs.conv2d_wgrad(x, dy, pattern, 1, 1, backend=b),
+        ),
+    ):
+        ours, own = (float((call(backend) - exact).square().mean().sqrt()) for backend in ("cpu", "torch"))
+        assert ours <= 1.5 * own

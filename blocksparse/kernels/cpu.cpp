@@ -565,6 +565,9 @@ void finish(T* y, const Epilogue<T>& last, const int64_t* strides, const Unit& u
 
 // ---------------------------------------------------------------------- tiles of registers
 
+// Items whose products are added up by themselves: sums of sums round less than one long sum.
+constexpr int64_t PARTIAL = 64;
+
 // out[f][l] = start[f] + sum over items of w[item][f] * x[item + l], for F filters and V vectors of pixels.
 template <class A, int F, int V>
 void gather_tile(const A* x, const int32_t* items, const A* w, int64_t n, int64_t bk, const A* start, A* out,
@@ -574,6 +577,14 @@ void gather_tile(const A* x, const int32_t* items, const A* w, int64_t n, int64_
     UNROLL for (int f = 0; f < F; f++)
         UNROLL for (int v = 0; v < V; v++) sum[f][v] = vec<A>{} + start[f];
     for (int64_t i = 0; i < n; i++, w += bk) {
+        if (i % PARTIAL == 0 && i > 0) {
+            UNROLL for (int f = 0; f < F; f++)
+                UNROLL for (int v = 0; v < V; v++) {
+                    A* const to = out + f * channel + v * L;
+                    store(to, i == PARTIAL ? sum[f][v] : load(to) + sum[f][v]);
+                    sum[f][v] = vec<A>{};
+                }
+        }
         const A* const p = x + items[i];
         if constexpr (F > 4) {
             vec<A> pixels[V];
@@ -589,7 +600,10 @@ void gather_tile(const A* x, const int32_t* items, const A* w, int64_t n, int64_
         }
     }
     UNROLL for (int f = 0; f < F; f++)
-        UNROLL for (int v = 0; v < V; v++) store(out + f * channel + v * L, sum[f][v]);
+        UNROLL for (int v = 0; v < V; v++) {
+            A* const to = out + f * channel + v * L;
+            store(to, n > PARTIAL ? load(to) + sum[f][v] : sum[f][v]);
+        }
 }
 
 // dx[item + l] += sum over f of w[item][f] * dy[f][l].
@@ -602,10 +616,10 @@ void scatter_tile(A* dx, const int32_t* items, const A* w, int64_t n, int64_t bk
     for (int64_t i = 0; i < n; i++, w += bk) {
         A* const p = dx + items[i];
         vec<A> sum[V];
-        UNROLL for (int v = 0; v < V; v++) sum[v] = load(p + v * L);
-        UNROLL for (int f = 0; f < F; f++)
+        UNROLL for (int v = 0; v < V; v++) sum[v] = pixels[0][v] * w[0];
+        UNROLL for (int f = 1; f < F; f++)
             UNROLL for (int v = 0; v < V; v++) sum[v] += pixels[f][v] * w[f];
-        UNROLL for (int v = 0; v < V; v++) store(p + v * L, sum[v]);
+        UNROLL for (int v = 0; v < V; v++) store(p + v * L, load(p + v * L) + sum[v]);
     }
 }
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -75,7 +74,7 @@ MUTANTS = {
 }
 
 
-def products(source: Path, cache: Path, *flags: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def products(source: Path, cache: Path, *flags: str, **environment: str):
     env = {**os.environ, "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(cache), "OMP_NUM_THREADS": "3", **environment}
     return processes.run([sys.executable, "-c", PRODUCTS, str(source), *flags], env=env)
 

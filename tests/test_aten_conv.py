@@ -80,3 +80,17 @@ def test_results_are_in_the_format_that_was_asked_for(layout, dtype):
         assert dx.is_contiguous(memory_format=layout)
         assert (tuple(y.shape), tuple(dx.shape)) == (g.y_shape, g.x_shape)
         assert aten_conv.wgrad(x, dy, g).shape == weight.shape
+
+
+@pytest.mark.parametrize("kernel", [(1, 5), (3, 3), (4, 5)], ids=str)
+@pytest.mark.parametrize("width", [1, 4])
+def test_one_channel_strided_in_channels_last(kernel, width, poisoned_memory):
+    """PyTorch reads outside such an x: whatever lies there, the result is the reference's."""
+    g = bs.ConvGeometry.of((2, 1, 5, width), (6, 1, *kernel), (1, 3), (2, 2))
+    x = torch.randn(g.x_shape).as_strided(g.x_shape, (5 * width, 1, width, 1))  # the strides of channels_last
+    weight = torch.randn(g.weight_shape)
+    exact = torch.nn.functional.conv2d(x.double(), weight.double(), None, (1, 3), 2)
+    for _ in range(20):
+        junk = [torch.full((size,), 1e12) for size in range(50, 2000, 150)]
+        del junk
+        torch.testing.assert_close(aten_conv.fprop(x, weight, None, g).double(), exact, rtol=1e-4, atol=1e-4)

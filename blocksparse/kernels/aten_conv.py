@@ -8,6 +8,7 @@ tens of thousands of random geometries against float64 found these mistakes (PyT
 - wgrad of a strided 1x1 convolution without padding corrupts the heap in channels_last (few channels, several threads,
   a batch that they do not divide), and in bfloat16 reads beyond x. It is a convolution of stride 1 over the pixels
   that it reads, and runs as one: it reads less, too.
+- fprop of one channel, strided along its rows, reads outside x in channels_last (float32): one channel is contiguous.
 - float64 gradients refuse some channels_last tensors: these are computed contiguous.
 """
 
@@ -40,7 +41,7 @@ def pixels_read(x: Tensor, g: ConvGeometry) -> Tensor:
 def works_in(channels_last: bool, dtype: torch.dtype, g: ConvGeometry) -> bool:
     """Whether to convolve in channels_last. A strided 1x1 convolution with padding stays contiguous for safety."""
     g = dense_steps(g)
-    return channels_last and dtype != torch.float64 and (g.taps > 1 or g.stride == (1, 1))
+    return channels_last and dtype != torch.float64 and g.c > 1 and (g.taps > 1 or g.stride == (1, 1))
 
 
 def _laid_out(t: Tensor, channels_last: bool) -> Tensor:

@@ -22,6 +22,7 @@ import torch
 
 import blocksparse as bs
 from blocksparse.kernels import cost
+from blocksparse.kernels.tiles import KINDS
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BLOCKS = ((32, 32), (16, 16), (8, 8), (4, 4), (2, 2), (1, 1), (1, 1), (8, 1), (4, 1), (1, 8), (0, 1), (1, 0))
@@ -93,10 +94,12 @@ def fit(rows: list[dict[str, Any]], kind: str, side: int) -> cost.Terms:
 def judge(rows: list[dict[str, Any]], constants: dict[str, tuple[cost.Terms, cost.Terms]], threads: int) -> None:
     """Print how much longer the chosen product takes than the faster one, and than dense."""
     print(f"{'# kind':<8}{'blocks':>8}{'mean':>8}{'worst':>8}{'> 5% over dense':>18}   over the faster one")
-    for kind in cost.KINDS:
+    for kind in KINDS:
         ratios, over, blocks = [], [], 0
         for row in rows:
-            stored, dense = (cost._times(t, c, threads) for t, c in zip(terms(row, kind), constants[kind], strict=True))
+            stored, dense = (
+                cost.seconds(t, c, threads) for t, c in zip(terms(row, kind), constants[kind], strict=True)
+            )
             chosen = "cpu" if cost.MARGIN * stored < dense else "torch"
             blocks += chosen == "cpu"
             took = row["seconds"][f"{chosen} {kind}"]
@@ -139,7 +142,7 @@ def main() -> None:
         if args.check:
             constants = cost.CPU[DTYPES[args.dtype], last]
         else:
-            constants = {kind: (fit(some, kind, 0), fit(some, kind, 1)) for kind in cost.KINDS}
+            constants = {kind: (fit(some, kind, 0), fit(some, kind, 1)) for kind in KINDS}
             print(f"(torch.{args.dtype}, {last}): {{")
             for kind, sides in constants.items():
                 print(f'    "{kind}": (')

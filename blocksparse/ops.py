@@ -218,14 +218,15 @@ def _backward(ctx: Any, dy: Tensor | None) -> tuple[Any, ...]:
         x, values, index = ctx.saved_tensors
         if _has_storage(dy):  # once for both products
             dy = dy.contiguous(memory_format=format_of(ctx.channels_last))
-        if ctx.needs_input_grad[0] and ctx.needs_input_grad[1] and not torch.is_grad_enabled() and _plain(dy, x, index):
-            facts = {"channels_last": ctx.channels_last, "backend": ctx.backend}
-            dx, dv = _gradients(x, dy, values, index, *ctx.ints, **facts)
-            return dx, dv, None, dy.sum((0, 2, 3)) if ctx.needs_input_grad[3] else None, *[None] * 7
-        if ctx.needs_input_grad[0]:
-            dx = dgrad(dy, values, index, ctx.x_shape, *ctx.ints, ctx.channels_last, ctx.backend)
-        if ctx.needs_input_grad[1]:
-            dv = wgrad(x, dy, index, ctx.values_shape, *ctx.ints, ctx.backend)
+        wants_x, wants_values = ctx.needs_input_grad[:2]
+        into = *ctx.ints, ctx.channels_last, ctx.backend
+        if wants_x and wants_values and not torch.is_grad_enabled() and _plain(dy, x, index):
+            dx, dv = _gradients(x, dy, values, index, *into)
+        else:
+            if wants_x:
+                dx = dgrad(dy, values, index, ctx.x_shape, *into)
+            if wants_values:
+                dv = wgrad(x, dy, index, ctx.values_shape, *ctx.ints, ctx.backend)
         if ctx.needs_input_grad[3]:
             db = dy.sum((0, 2, 3))
     return dx, dv, None, db, *[None] * 7  # what is left over is dropped

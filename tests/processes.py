@@ -75,8 +75,7 @@ class Process:
     def kill(self) -> None:
         """End it and all that it started, at once; nothing where it has ended."""
         if self._process.poll() is None:
-            self._signal(signal.SIGKILL)
-            self._process.wait()
+            self._kill(self._tree())
 
     def output(self) -> list[str]:
         """What it has written so far: stdout, stderr."""
@@ -86,28 +85,44 @@ class Process:
             texts.append(file.read())
         return texts
 
-    def _signal(self, number: signal.Signals) -> None:
-        """To it and to every process below it; those may have sessions of their own."""
+    def _tree(self) -> list[int]:
+        """It and every process below it; those may have sessions of their own."""
         pids = [self._process.pid]
         for pid in pids:
             with contextlib.suppress(OSError):  # it has just ended, or this is not Linux
                 for file in Path(f"/proc/{pid}/task").glob("*/children"):
                     pids += map(int, file.read_text().split())
-        for pid in pids[1:]:
+        return pids
+
+    def _kill(self, pids: list[int]) -> None:
+        for pid in pids:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, number)
-        os.killpg(self._process.pid, number)
+                os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
 
     def _hung(self) -> None:
-        self._signal(signal.SIGABRT)  # faulthandler prints the stacks
-        for _ in range(50):
-            if self._process.poll() is None:
-                time.sleep(0.1)
-        self.kill()
+        pids = self._tree()
+        for pid in pids:  # faulthandler prints the stacks; of one process after the other, into one file
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGABRT)
+            for _ in range(50):
+                if not ended(pid):
+                    time.sleep(0.1)
+        self._kill(pids)
         raise AssertionError(
             f"{shlex.join(self.command)[:1000]}: still running after {self.limit:g} s; its output so far:\n"
             + "".join(self.output())
         )
+
+
+def ended(pid: int) -> bool:
+    """Whether this process has ended; its parent may not have taken note."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
 
 
 def run(

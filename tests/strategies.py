@@ -132,7 +132,8 @@ def cases(draw: st.DrawFn, backend: str = "torch", dtypes: tuple[torch.dtype, ..
     padding = draw(st.tuples(st.integers(0, 3), st.integers(0, 3)) | st.just((r // 2, s // 2)))
     # The smallest input with at least one output pixel, and some more.
     least = [max(1, d * (k - 1) + 1 - 2 * p) for d, k, p in zip(dilation, (r, s), padding, strict=True)]
-    h, w = (draw(st.integers(low, low + 7)) for low in least)
+    wide = backend == "cpu" and draw(st.booleans())  # rows of several vectors
+    h, w = (draw(st.integers(low, low + more)) for low, more in zip(least, (7, 60 if wide else 7), strict=True))
     n = draw(st.sampled_from([1, 1, 2, 3, 0, 9] if backend == "cupy" else [1, 1, 2, 3, 0]))  # 9: not one slot of 8
     return Case(
         pattern,

@@ -75,7 +75,7 @@ def test_results_are_in_the_format_that_was_asked_for(layout, dtype):
         x, dy = (torch.randn(s, dtype=dtype).contiguous(memory_format=layout) for s in (g.x_shape, g.y_shape))
         weight = torch.randn(g.weight_shape, dtype=dtype)
         y = aten_conv.fprop(x, weight, None, g)
-        dx = aten_conv.dgrad(dy, weight, g, 1, layout == torch.channels_last)
+        dx = aten_conv.dgrad(dy, weight, g, layout == torch.channels_last)
         assert y.is_contiguous(memory_format=layout)
         assert dx.is_contiguous(memory_format=layout)
         assert (tuple(y.shape), tuple(dx.shape)) == (g.y_shape, g.x_shape)

@@ -33,7 +33,7 @@ def results(case: Case, threads: int) -> list[torch.Tensor]:
         torch.set_num_threads(before)
 
 
-@given(cases("torch", (torch.float32, torch.float64, torch.bfloat16)))
+@given(cases("cpu", (torch.float32, torch.float64, torch.bfloat16)))
 @settings(max_examples=60)
 def test_any_number_of_threads_gives_the_same_bits(case):
     first, *others = ([t.contiguous() for t in results(case, threads)] for threads in (1, 2, 5))
@@ -50,6 +50,8 @@ def test_any_number_of_threads_gives_the_same_bits(case):
         pytest.param((64, 128, 1, 1), 28, ((1, 1), (0, 0), (1, 1)), id="1x1"),
         pytest.param((64, 128, 1, 1), 13, ((1, 1), (0, 0), (1, 1)), id="1x1-odd"),
         pytest.param((64, 64, 3, 3), 14, ((1, 1), (2, 2), (2, 2)), id="dilated"),
+        pytest.param((64, 32, 2, 2), 49, ((2, 1), (0, 0), (1, 1)), id="a-row-that-nothing-reads"),
+        pytest.param((64, 32, 2, 2), 97, ((4, 4), (0, 0), (1, 1)), id="patches"),
     ],
 )
 def test_units_of_rows_and_images(shape, size, conv, blocksize):

@@ -34,6 +34,7 @@ for shape, blocksize in LAYERS:
     values = torch.randn(pattern.nnzb, *blocksize)
     for n, size, conv in (
         (3, 13, (1, shape[2] // 2, 1)), (5, 21, (2, shape[2] // 2, 1)), (2, 9, (1, shape[2] - 1, 2)), (7, 5, (1, 0, 1)),
+        (5, 20, ((3, 1), 0, 1)),
     ):
         for layout in torch.contiguous_format, torch.channels_last:
             x = torch.randn(n, shape[1], size, size + 1).contiguous(memory_format=layout)
@@ -68,6 +69,10 @@ MUTANTS = {
         "pitch = std::max(horizontal.length, (g.w - 1 + g.padding[1]) / g.stride[1] + 1) - 1;",
     ),
     "missing-tail": ("exact ? run / L : (run + L - 1) / L", "run / L"),
+    "no-room-for-rows-that-nothing-reads": (
+        "std::max(std::min(lay.rows + reach, g.p), lay.rows) + reach",
+        "std::min(lay.rows + reach, g.p) + reach",
+    ),
     "missing-last-vector-in-place": ("if (exact && run % L) body(run - L, 1);", ""),
     "threads-share-planes": ("scratch.at<A>(own_at) + thread * size", "scratch.at<A>(own_at)"),
     "chunks-share-a-sum": ("A* const sum = sums + chunk * weights;", "A* const sum = sums;"),
@@ -100,7 +105,8 @@ def test_no_read_or_write_outside_of_a_tensor(tmp_path):
     if not Path(runtime).is_absolute():
         pytest.skip("g++ without its address sanitizer")
     options = {"LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0", "CXX": compiler}
-    result = products(SOURCE, tmp_path, "-O1", "-fsanitize=address", "-fno-omit-frame-pointer", **options)
+    flags = "-O1", "-fsanitize=address", "-fno-omit-frame-pointer", "-DPOISON"
+    result = products(SOURCE, tmp_path, *flags, **options)
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.split()[0] == "0", result.stdout
     # It looks: one row of an image too many is read.
@@ -109,5 +115,5 @@ def test_no_read_or_write_outside_of_a_tensor(tmp_path):
     assert inside in text
     mutant = tmp_path / "cpu.cpp"
     mutant.write_text(text.replace(inside, "if (h < 0 || h > height) {"))
-    result = products(mutant, tmp_path, "-O1", "-fsanitize=address", "-fno-omit-frame-pointer", **options)
+    result = products(mutant, tmp_path, *flags, **options)
     assert "AddressSanitizer" in result.stderr

@@ -34,14 +34,10 @@ def test_output_of_any_length_blocks_nobody():
         assert process.finish().stdout == "x" * 10**6 + "\n"
 
 
-def ended(pid: int) -> bool:
-    """Within a while: its parent, now init, has to take note."""
+def ends(pid: int) -> bool:
+    """Within a while."""
     for _ in range(100):
-        try:
-            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-        except FileNotFoundError:
-            return True
-        if state == "Z":
+        if processes.ended(pid):
             return True
         time.sleep(0.1)
     return False
@@ -62,7 +58,7 @@ def test_what_hangs_is_ended_and_shows_its_output_and_where_it_was():
     with pytest.raises(AssertionError, match=r"still running after 10 s; its output so far:\nchild \d+\n") as error:
         python(HANGS, limit=10)  # that it is under way by then
     assert "in waits_in_vain" in str(error.value)
-    assert ended(int(str(error.value).split("so far:\nchild ")[1].split()[0]))
+    assert ends(int(str(error.value).split("so far:\nchild ")[1].split()[0]))
 
 
 def test_one_that_is_watched_is_ended_too():
@@ -82,7 +78,7 @@ def test_leaving_it_ends_it():
             assert process.running()
             time.sleep(0.05)
         pid = int(process.output()[0].split()[1])
-    assert ended(pid)
+    assert ends(pid)
 
 
 def test_waiting_for_workers_ends():

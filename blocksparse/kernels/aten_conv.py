@@ -52,8 +52,8 @@ def _laid_out(t: Tensor, channels_last: bool) -> Tensor:
     return t.flatten().view(t.shape)
 
 
-def _args(g: ConvGeometry, groups: int) -> tuple[object, ...]:
-    return list(g.stride), list(g.padding), list(g.dilation), False, [0, 0], groups
+def _args(g: ConvGeometry) -> tuple[object, ...]:
+    return list(g.stride), list(g.padding), list(g.dilation), False, [0, 0], 1
 
 
 def bias_alone(shape: tuple[int, ...], like: Tensor, bias: Tensor | None, channels_last: bool) -> Tensor:
@@ -62,12 +62,12 @@ def bias_alone(shape: tuple[int, ...], like: Tensor, bias: Tensor | None, channe
     return y.zero_() if bias is None else y.copy_(bias.view(-1, 1, 1))
 
 
-def fprop(x: Tensor, weight: Tensor, bias: Tensor | None, g: ConvGeometry, groups: int = 1) -> Tensor:
+def fprop(x: Tensor, weight: Tensor, bias: Tensor | None, g: ConvGeometry) -> Tensor:
     """y [N, K, P, Q] in x's memory format.
 
     Args:
         x: [N, C, H, W]; K and C are those of these tensors, and g tells the rest.
-        weight: [K, C/groups, R, S].
+        weight: [K, C, R, S].
         bias: [K] or None.
     """
     last = is_channels_last(x)
@@ -75,18 +75,18 @@ def fprop(x: Tensor, weight: Tensor, bias: Tensor | None, g: ConvGeometry, group
         return bias_alone((x.shape[0], weight.shape[0], g.p, g.q), x, bias, last)
     inner = works_in(last, x.dtype, g)
     x, weight = _laid_out(pixels_read(x, g), inner), _laid_out(weight, inner)
-    return aten.convolution(x, weight, bias, *_args(dense_steps(g), groups)).contiguous(memory_format=format_of(last))
+    return aten.convolution(x, weight, bias, *_args(dense_steps(g))).contiguous(memory_format=format_of(last))
 
 
-def dgrad(dy: Tensor, weight: Tensor, g: ConvGeometry, groups: int, channels_last: bool) -> Tensor:
-    """dx [N, C, H, W], channels_last or contiguous; dy [N, K, P, Q], weight [K, C/groups, R, S]."""
-    shape = (dy.shape[0], weight.shape[1] * groups, g.h, g.w)
+def dgrad(dy: Tensor, weight: Tensor, g: ConvGeometry, channels_last: bool) -> Tensor:
+    """dx [N, C, H, W], channels_last or contiguous; dy [N, K, P, Q], weight [K, C, R, S]."""
+    shape = (dy.shape[0], weight.shape[1], g.h, g.w)
     if g.only_padding:
         return empty(shape, dy, channels_last).zero_()
     steps, last = dense_steps(g), works_in(channels_last, dy.dtype, g)
     dy, weight = _laid_out(dy, last), _laid_out(weight, last)
     like = empty((*shape[:2], steps.h, steps.w), dy, last)  # only its shape is read
-    dx, _, _ = aten.convolution_backward(dy, like, weight, None, *_args(steps, groups), [True, False, False])
+    dx, _, _ = aten.convolution_backward(dy, like, weight, None, *_args(steps), [True, False, False])
     if steps is g:
         return dx.contiguous(memory_format=format_of(channels_last))
     whole = empty(shape, dy, channels_last).zero_()
@@ -94,14 +94,14 @@ def dgrad(dy: Tensor, weight: Tensor, g: ConvGeometry, groups: int, channels_las
     return whole
 
 
-def wgrad(x: Tensor, dy: Tensor, g: ConvGeometry, groups: int = 1) -> Tensor:
-    """dweight [K, C/groups, R, S], in x's memory format or contiguous; x [N, C, H, W], dy [N, K, P, Q]."""
-    shape = (dy.shape[1], x.shape[1] // groups, g.r, g.s)
+def wgrad(x: Tensor, dy: Tensor, g: ConvGeometry) -> Tensor:
+    """dweight [K, C, R, S], in x's memory format or contiguous; x [N, C, H, W], dy [N, K, P, Q]."""
+    shape = (dy.shape[1], x.shape[1], g.r, g.s)
     last = works_in(is_channels_last(x), x.dtype, g)
     if g.only_padding:
         return empty(shape, x, last).zero_()
     x, dy = _laid_out(pixels_read(x, g), last), _laid_out(dy, last)
     like = empty(shape, x, last)  # only its shape is read
-    args = (*_args(dense_steps(g), groups), [False, True, False])
+    args = (*_args(dense_steps(g)), [False, True, False])
     _, dweight, _ = aten.convolution_backward(dy, x, like, None, *args)
     return dweight

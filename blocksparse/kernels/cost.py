@@ -21,7 +21,6 @@ from ..geometry import ConvGeometry
 
 GPU_DENSITY = 0.5  # from which on a GPU runs the dense product
 MARGIN = 1.1  # the dense product runs where blocks are not estimated to be faster by this much
-KINDS = ("fprop", "dgrad", "wgrad")
 
 
 class Setting(NamedTuple):
@@ -78,7 +77,7 @@ def dense_terms(g: ConvGeometry, blocksize: tuple[int, int], nnzb: int) -> Terms
     return Terms(1.0, bank, nnzb * blocksize[0] * blocksize[1], values, 0.0, spatial, 0.0, 0.0, pointwise)
 
 
-def _times(terms: Terms, constants: Terms, threads: int) -> float:
+def seconds(terms: Terms, constants: Terms, threads: int) -> float:
     """Seconds; everything but the call and a dense product's filter bank is shared out."""
     each = [count * ns for count, ns in zip(terms, constants, strict=True)]
     alone = each[0] + (each[1] + each[2] if terms.stored else 0.0)
@@ -98,8 +97,8 @@ def on_cpu(
     stored, dense = CPU[dtype, setting.channels_last][kind]
     half = dtype in (torch.float16, torch.bfloat16)
     return (
-        MARGIN * _times(stored_terms(kind, g, blocksize, nnzb, setting.channels_last, half), stored, setting.threads),
-        _times(dense_terms(g, blocksize, nnzb), dense, setting.threads),
+        MARGIN * seconds(stored_terms(kind, g, blocksize, nnzb, setting.channels_last, half), stored, setting.threads),
+        seconds(dense_terms(g, blocksize, nnzb), dense, setting.threads),
     )
 
 

@@ -281,6 +281,9 @@ class Scratch {
             if (!own) memory.data = data, memory.bytes = used;
         }
         data = own ? data : (char*)memory.data;
+#ifdef POISON  // what is read before it is written shows
+        std::memset(data, 0xff, used);
+#endif
         memory.lent = memory.lent || !own;
     }
     template <class E> E* at(size_t offset) const { return (E*)(data + offset); }
@@ -1030,7 +1033,8 @@ int dgrad(const Conv& g, const T* dy, const T* values, const Index& index, T* dx
     const int64_t reach = vertical.reach, blocks = g.c / g.bc, rows = g.k / g.bk, taps = g.r * g.s;
     const int64_t parts = parts_of(lay.units, g.threads, blocks);
     const int64_t dy_plane = in_place ? g.y_strides[1] : lay.plane_of(lay.rows + reach, L);
-    const int64_t dx_rows = std::min(lay.rows + reach, g.p) + reach;  // of a scatter
+    // Of a scatter: those that dy reaches, and those of dx beyond them, which nothing reads.
+    const int64_t dx_rows = std::max(std::min(lay.rows + reach, g.p), lay.rows) + reach;
     lay.plane = lay.plane_of(dx_rows, L);
     lay.channel = in_place ? g.x_strides[1] : lay.plane * lay.phases;
     if (!fits(g.k, dy_plane) || !fits(g.c, lay.channel)) return 2;

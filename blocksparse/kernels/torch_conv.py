@@ -60,7 +60,7 @@ def dgrad(dy: Tensor, values: Tensor, tables: IndexTables, geometry: ConvGeometr
     if dy.numel() == 0:
         return empty(geometry.x_shape, dy, channels_last).zero_()
     bank = _bank(_compute(values), tables, geometry, aten_conv.works_in(channels_last, dy.dtype, geometry))
-    return aten_conv.dgrad(_compute(dy), bank, geometry, 1, channels_last).to(dy.dtype)
+    return aten_conv.dgrad(_compute(dy), bank, geometry, channels_last).to(dy.dtype)
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from blocksparse import BSRConv2d, conv2d
+from blocksparse import BSRConv2d, ConvGeometry, conv2d
 
 
 class FusedConv2d(BSRConv2d):
@@ -38,17 +38,10 @@ class FusedConv2d(BSRConv2d):
 
     def _fits(self, x: Tensor, residual: Any) -> bool:
         """Whether a residual is a tensor of the shape and dtype of the convolution's result."""
-        if not isinstance(residual, Tensor) or x.dim() != 4 or residual.dim() != 4:
+        if not isinstance(residual, Tensor) or x.dim() != 4:
             return False
-        k, _, r, s = self.weight_shape
-        (n, _, h, w), (nr, kr, p, q) = x.shape, residual.shape
-        if nr != n or kr != k:
-            return False
-        (up, left), (down, right), (apart_h, apart_w) = self.padding, self.stride, self.dilation
-        if (
-            p != (h + 2 * up - apart_h * (r - 1) - 1) // down + 1
-            or q != (w + 2 * left - apart_w * (s - 1) - 1) // right + 1
-        ):
+        conv = self.stride, self.padding, self.dilation
+        if tuple(residual.shape) != ConvGeometry.of(x.shape, self.weight_shape, *conv, "conv2d()").y_shape:
             return False
         device = x.device.type
         dtype = x.dtype

@@ -60,7 +60,7 @@ ROOMS: dict[str, list[str]] = {
         "grouping", "selection", "base", "regrouping", "elementwise", "grains", "groups", "mixed", "n_m", "recognise",
         "registry",
     ],
-    "layers": ["dense_conv", "semi_structured", "stored", "gradients", "master", "view", "fused"],
+    "layers": ["twin", "dense_conv", "semi_structured", "stored", "gradients", "master", "view", "fused"],
     "surgery": [
         "carry", "dataflow", "fresh", "record", "candidates", "planning", "conversion", "prune", "folding", "symbols",
         "fusion",

@@ -106,6 +106,7 @@ def test_remembered_views_follow_new_memory():
 
 
 def test_remembered_views_die_with_the_tensor():
+    gc.collect()  # those of tensors that other tests have left
     pattern = BSRPattern.random((8, 12, 3, 3), (4, 3), 0.3)
     packed = pattern.index.clone()
     storage, alive = StorageWeakRef(packed.untyped_storage()), len(index._views)

@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.optim.swa_utils import AveragedModel
 
 import hrbp
-from hrbp.layers.master import MasterConv2d, MasterLinear, put_master, take_master_off
+from hrbp.layers.master import MasterConv2d, MasterLinear, with_master
 from hrbp.layers.view import sparse_layers
 from hrbp.structures.base import Choice
 from hrbp.structures.registry import structure
@@ -88,8 +88,7 @@ def test_blocks_compute_what_the_dense_layer_does(
         x = x.contiguous(memory_format=torch.channels_last)
     dy = draw(generator, *dense(x).shape)
     expected = reference(dense, choice, x, dy)
-    layer = copy.deepcopy(dense)
-    put_master(layer, choice)
+    layer = with_master(copy.deepcopy(dense), choice)
     assert torch.equal(layer.live(), choice.mask)
     assert_same(products(layer, x, dy), expected)
     assert torch.equal(layer.weight, dense.weight)
@@ -103,7 +102,7 @@ def test_linear_layers(shape, blocksize):
     choice = block_choice((16, 12, 1, 1), blocksize, 0.4, generator)
     x, dy = draw(generator, *shape), draw(generator, *shape[:-1], 16)
     layer, mask = copy.deepcopy(dense), choice.mask.clone()
-    put_master(layer, choice)
+    layer = with_master(layer, choice)
     assert type(layer) is MasterLinear
     assert_same(products(layer, x, dy), reference(dense, choice, x, dy))
     layer.set_choice(Choice(~mask, blocksize))
@@ -117,8 +116,7 @@ def test_padding_by_name(padding):
     choice = block_choice((16, 12, 3, 3), (8, 1), 0.4, generator)
     x = draw(generator, 2, 12, 7, 7)
     dy = draw(generator, *dense(x).shape)
-    layer = copy.deepcopy(dense)
-    put_master(layer, choice)
+    layer = with_master(copy.deepcopy(dense), choice)
     assert_same(products(layer, x, dy), reference(dense, choice, x, dy))
 
 
@@ -126,15 +124,14 @@ def test_padding_by_name(padding):
 def test_a_mask_that_follows_the_weight(name, sparsity):
     generator = torch.Generator().manual_seed(5)
     layer, rule = conv(generator=generator, padding=1), structure(name)
-    put_master(layer, rule=rule, sparsity=sparsity)
+    layer = with_master(layer, rule=rule, sparsity=sparsity)
     x, dy = draw(generator, 2, 12, 5, 5), draw(generator, 2, 16, 5, 5)
     masks = []
     for _ in range(3):
         choice = rule.choose(layer.weight.detach().abs(), sparsity)
         masks.append(layer.live())
         assert torch.equal(masks[-1], choice.mask)
-        plain = copy.deepcopy(layer)
-        take_master_off(plain)
+        plain = layer.to_dense()
         assert type(plain) is nn.Conv2d
         assert torch.equal(plain.weight, layer.weight * choice.mask)
         assert_same(products(layer, x, dy), products(plain, x, dy))
@@ -147,22 +144,19 @@ def test_a_mask_that_follows_the_weight(name, sparsity):
 def made(blocksize=(8, 1), seed: int = 0, share: float = 0.4) -> MasterConv2d:
     generator = torch.Generator().manual_seed(seed)
     layer = conv(generator=torch.Generator().manual_seed(0), padding=1)
-    put_master(layer, block_choice((16, 12, 3, 3), blocksize, share, generator))
-    return layer
+    return with_master(layer, block_choice((16, 12, 3, 3), blocksize, share, generator))
 
 
 def following() -> MasterConv2d:
     layer = conv(generator=torch.Generator().manual_seed(0), padding=1)
-    put_master(layer, rule=structure("unstructured"), sparsity=0.6)
-    return layer
+    return with_master(layer, rule=structure("unstructured"), sparsity=0.6)
 
 
 @pytest.mark.parametrize("make", [made, following])
 def test_autocast_computes_in_half_precision_and_hands_whole_gradients_back(make):
     layer = make().float()
     x, dy = torch.randn(2, 12, 6, 6, requires_grad=True), torch.randn(2, 16, 6, 6)
-    plain = copy.deepcopy(layer)
-    take_master_off(plain)
+    plain = layer.to_dense()
     with torch.autocast("cpu", torch.bfloat16):
         y = layer(x)
         expected = plain(x)
@@ -198,7 +192,7 @@ def test_compiled_without_breaks_and_without_recompiling_for_an_equally_large_ch
 @pytest.mark.parametrize(("name", "sparsity"), [("2:4", 0.5), ("8:32", 0.75), ("unstructured", 0.7)])
 def test_compiled_with_a_mask_that_follows_the_weight(name, sparsity):
     layer, counter = conv(c=32, padding=1), CompileCounter()
-    put_master(layer, rule=structure(name), sparsity=sparsity)
+    layer = with_master(layer, rule=structure(name), sparsity=sparsity)
     compiled = torch.compile(layer, fullgraph=True, backend=counter)
     generator = torch.Generator().manual_seed(2)
     x, dy = draw(generator, 2, 32, 5, 5), draw(generator, 2, 16, 5, 5)
@@ -260,8 +254,7 @@ def test_a_new_choice_writes_in_place_where_it_is_as_large():
     after = layer.weight, layer.weight.grad, optimizer.state[layer.weight]["momentum_buffer"]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     dy = torch.ones(2, 16, 5, 5, dtype=torch.float64)
-    plain = copy.deepcopy(layer)
-    take_master_off(plain)
+    plain = layer.to_dense()
     assert_same(products(layer, x, dy), products(plain, x, dy))
 
     kept = copy.deepcopy(layer.state_dict())
@@ -273,7 +266,7 @@ def test_a_new_choice_writes_in_place_where_it_is_as_large():
             layer.set_choice(choice)
     assert all(torch.equal(t, kept[name]) for name, t in layer.state_dict().items())
     follows = conv()
-    put_master(follows, rule=structure("2:4"), sparsity=0.5)
+    follows = with_master(follows, rule=structure("2:4"), sparsity=0.5)
     with pytest.raises(ValueError, match="the mask follows the weight"):
         follows.set_choice(fewer)
 

@@ -15,7 +15,7 @@ from blocksparse import BSRLinear, BSRPattern
 from .. import models
 from ..files import whole_file
 from ..layers.fused import FusedModel
-from ..layers.master import FOLLOWING, put_master
+from ..layers.master import FOLLOWING, with_master
 from ..layers.semi_structured import is_converted
 from ..layers.stored import PLAIN, block_module, pattern_of_mask, take_masks, was_masked
 from ..layers.view import sparse_layers
@@ -138,7 +138,8 @@ def _make_sparse(model: nn.Module, state: Mapping[str, Tensor], plan: Sparsity |
     if plan is not None and method in FOLLOWING:
         for name, density in plan.asked.items():
             if type(dense := model.get_submodule(name)) in PLAIN:
-                put_master(dense, rule=plan.structure, sparsity=sparsity_of(density))
+                made = with_master(dense, rule=plan.structure, sparsity=sparsity_of(density))
+                replace_module(model, dense, made)
     for key in state:
         name, _, part = key.rpartition(".")
         if part not in ("indptr", "mask"):
@@ -147,7 +148,8 @@ def _make_sparse(model: nn.Module, state: Mapping[str, Tensor], plan: Sparsity |
         if type(layer) not in PLAIN:  # sparse already, or a buffer of the same name
             continue
         if part == "mask" and plan is not None and method is not None:
-            _put_master(layer, plan, state[key], state.get(f"{name}.row_order"))
+            choice = _choice(plan, state[key], state.get(f"{name}.row_order"))
+            replace_module(model, layer, with_master(layer, choice))
             continue
         shape = (*layer.weight.shape, 1, 1)[:4]
         if part == "mask":  # of single weights that were packed, see packed.py
@@ -162,9 +164,8 @@ def _make_sparse(model: nn.Module, state: Mapping[str, Tensor], plan: Sparsity |
         replace_module(model, layer, block_module(layer, pattern, None))
 
 
-def _put_master(layer: Any, plan: Sparsity, mask: Tensor, row_order: Tensor | None) -> None:
-    """As `sparsify` with a method made this layer, which has a mask of its own."""
+def _choice(plan: Sparsity, mask: Tensor, row_order: Tensor | None) -> Choice:
+    """As `sparsify` with a method made it, of a layer that has a mask of its own."""
     assert isinstance(plan.structure, Grains)
     shape = (*mask.shape, 1, 1)[:4]
-    choice = Choice(mask.view(shape), plan.structure.blocksize(shape), row_order)
-    put_master(layer, choice)
+    return Choice(mask.view(shape), plan.structure.blocksize(shape), row_order)

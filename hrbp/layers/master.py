@@ -20,6 +20,9 @@ from ..structures.base import Choice, Structure
 from ..structures.grains import Grains
 from .dense_conv import masked_conv, symmetric_padding
 from .gradients import _StraightThrough, _StraightThroughForward, with_dense_gradient
+from .twin import twin
+
+CONFIGURATION = ("rule", "sparsity", "backend", "blocksize", "nnzb")  # attributes of a layer with a master weight
 
 
 class _Master(nn.Module):
@@ -104,6 +107,19 @@ class _Master(nn.Module):
             self.mask.copy_(choice.mask.view(self.mask.shape))
             self._set_row_order(choice.row_order)
             return self._adopt(pattern)
+
+    def to_dense(self) -> Any:
+        """A plain nn.Conv2d or nn.Linear that computes the same: its weight is new, zero where none takes part."""
+        plain: Any = twin(self, PLAIN_OF[type(self)])
+        for name in ("mask", "row_order", "index"):
+            del plain._buffers[name]
+        for name in CONFIGURATION:
+            delattr(plain, name)
+        plain._non_persistent_buffers_set.discard("index")
+        with self._ordinary_tensors():
+            weight = self.weight.detach() * self.live().view(self.weight.shape)
+            plain.weight = nn.Parameter(weight, self.weight.requires_grad)
+        return plain
 
     def extra_repr(self) -> str:
         text = super().extra_repr()  # type: ignore[safe-super]
@@ -241,7 +257,7 @@ class MasterConv2d(_Master, nn.Conv2d):  # type: ignore[misc]
     y = conv2d(x, E * weight, bias); dL/dweight is that of a dense layer: the gradient with respect to E * weight, not
     masked (Bengio et al., Estimating or Propagating Gradients Through Stochastic Neurons, 2013).
 
-    A plain layer becomes one by `put_master`. Without a rule, y and dL/dx are computed on the stored blocks alone and
+    `with_master` makes one of a plain layer. Without a rule, y and dL/dx are computed on the stored blocks alone and
     the layer is differentiable once.
     """
 
@@ -266,43 +282,34 @@ class MasterLinear(_Master, nn.Linear):  # type: ignore[misc]
         )
 
 
-MASTER = {nn.Conv2d: MasterConv2d, nn.Linear: MasterLinear}
+MASTER: dict[type[nn.Module], type[_Master]] = {nn.Conv2d: MasterConv2d, nn.Linear: MasterLinear}
+PLAIN_OF = {master: plain for plain, master in MASTER.items()}
 
 
-def put_master(
-    layer: Any, choice: Choice | None = None, *, rule: Structure | None = None, sparsity: float = 0.0,
+def with_master(
+    layer: nn.Module, choice: Choice | None = None, *, rule: Structure | None = None, sparsity: float = 0.0,
     backend: str | None = None,
-) -> None:  # fmt: skip
-    """Make a plain nn.Conv2d or nn.Linear one that computes with a part of its weight, in place.
+) -> Any:  # fmt: skip
+    """A MasterConv2d or MasterLinear with the weight of a plain layer, the same Parameter.
 
     Args:
-        layer: its weight stays the same Parameter, with the same content.
-        choice: the part that takes part, in blocks, until the layer's `set_choice`.
+        layer: nn.Conv2d or nn.Linear.
+        choice: the part that takes part, in blocks, until the new layer's `set_choice`.
         rule, sparsity: instead of a choice: what this structure keeps of |weight|, anew at every forward, under a mask.
         backend: of the blocks, as in blocksparse.conv2d.
     """
-    device = layer.weight.device
+    made: Any = twin(layer, MASTER[type(layer)])
+    device = made.weight.device
     with torch.inference_mode(False):  # what a forward in training may use
         pattern = None if choice is None else choice.pattern().to(device)
-        mask = None if choice is None else choice.mask.view(layer.weight.shape).to(device, copy=True)
+        mask = None if choice is None else choice.mask.view(made.weight.shape).to(device, copy=True)
         order = None if choice is None or choice.row_order is None else choice.row_order.to(device, torch.int64)
-    layer.__class__ = MASTER[type(layer)]
-    layer.rule, layer.sparsity, layer.backend = rule, sparsity, backend
-    layer.blocksize, layer.nnzb = (None, 0) if pattern is None else (pattern.blocksize, pattern.nnzb)
-    layer.register_buffer("mask", mask)
-    layer.register_buffer("row_order", order)
-    layer.register_buffer("index", None if pattern is None else pattern.index, persistent=False)
-
-
-def take_master_off(layer: Any) -> None:
-    """Make a layer a plain one that computes the same, in place: weights that took no part are zero."""
-    with torch.no_grad():
-        layer.weight.mul_(layer.live().view(layer.weight.shape))
-    for name in ("mask", "row_order", "index"):
-        del layer._buffers[name]
-    for name in ("rule", "sparsity", "backend", "blocksize", "nnzb"):
-        delattr(layer, name)
-    layer.__class__ = nn.Conv2d if isinstance(layer, nn.Conv2d) else nn.Linear
+    made.rule, made.sparsity, made.backend = rule, sparsity, backend
+    made.blocksize, made.nnzb = (None, 0) if pattern is None else (pattern.blocksize, pattern.nnzb)
+    made.register_buffer("mask", mask)
+    made.register_buffer("row_order", order)
+    made.register_buffer("index", None if pattern is None else pattern.index, persistent=False)
+    return made
 
 
 def _is_shared(t: Tensor) -> bool:

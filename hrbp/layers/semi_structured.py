@@ -10,6 +10,8 @@ from torch.sparse import SparseSemiStructuredTensor, to_sparse_semi_structured
 
 from blocksparse import BSRConv2d
 
+from .twin import twin
+
 DTYPES = (torch.float16, torch.bfloat16)
 
 
@@ -65,26 +67,26 @@ def _device_refuses(device: torch.device) -> str | None:
     return None
 
 
-def convert(layer: Any, weight: Tensor) -> None:
-    """Make a plain layer that is not refused run on sparse tensor cores with this weight, in place."""
-    k, c = weight.shape[:2]
-    layer.weight = nn.Parameter(to_sparse_semi_structured(weight.detach().reshape(k, c)), requires_grad=False)
-    if isinstance(layer, nn.Conv2d):
-        layer.__class__ = SemiConv2d
+def converted(layer: nn.Conv2d | nn.Linear) -> Any:
+    """A plain layer that is not refused as one that runs on sparse tensor cores."""
+    made: Any = twin(layer, SemiConv2d if isinstance(layer, nn.Conv2d) else nn.Linear)
+    weight = to_sparse_semi_structured(layer.weight.detach().flatten(1))
+    made.weight = nn.Parameter(weight, requires_grad=False)
+    return made
 
 
 def is_converted(layer: Any) -> bool:
-    """Whether `convert` made it."""
+    """Whether `converted` made it."""
     return isinstance(getattr(layer, "weight", None), SparseSemiStructuredTensor)
 
 
-def revert(layer: Any) -> None:
-    """Make a converted layer a plain one that computes the same, in place."""
+def plain_layer(layer: Any) -> Any:
+    """A plain layer that computes what a converted one does."""
     weight = layer.weight.detach().to_dense()
-    if isinstance(layer, nn.Conv2d):
-        layer.__class__ = nn.Conv2d
-        weight = weight[:, :, None, None]
-    layer.weight = nn.Parameter(weight)
+    convolves = isinstance(layer, nn.Conv2d)
+    plain: Any = twin(layer, nn.Conv2d if convolves else nn.Linear)
+    plain.weight = nn.Parameter(weight[:, :, None, None] if convolves else weight)
+    return plain
 
 
 def stored_bytes(weight: Any) -> int:

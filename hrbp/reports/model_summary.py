@@ -203,7 +203,7 @@ def summary(model: nn.Module, x: Tensor | Sequence[int] | None = None, *, measur
     if others:
         notes.append(f"left as they were: {', '.join(others)}")
     if plan is not None and isinstance(plan.structure, NM) and plan.structure.m == 4:
-        notes.append(_semi_note({name: semi_refuses(layer.module, layer) for name, layer in sparse.items()}))
+        notes.append(_semi_note({name: semi_refuses(model, layer.module, layer) for name, layer in sparse.items()}))
     return Summary(rows, 1 - kept / cells if cells else 0.0, 1 - total / max(1, dense_total), total, dense_total, notes)
 
 

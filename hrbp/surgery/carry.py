@@ -13,11 +13,15 @@ from torch.nn.modules.module import _WrappedHook
 
 from blocksparse import BSRConv2d, BSRLinear
 
+from ..layers import master
+from ..layers.stored import PLAIN
+
 # Of every module: dicts of hooks by the number of their handle, which keeps a weak reference to the dict itself.
 HOOKS = tuple(name for name, value in vars(nn.Module()).items() if "hooks" in name and isinstance(value, dict))
 STATE_HOOKS = tuple(name for name in HOOKS if "state_dict" in name)
-OWN = ("weight", "bias", "values", "index", "mask")  # what the layers themselves hold
-CONFIGURATION = ("weight_shape", "backend", "stride", "padding", "dilation", "relu")  # of BSRConv2d and BSRLinear
+OWN = ("weight", "bias", "values", "index", "mask", "row_order")  # what the layers themselves hold
+# Attributes of layers of stored blocks and of those with a master weight.
+CONFIGURATION = ("weight_shape", "backend", "stride", "padding", "dilation", "relu", *master.CONFIGURATION)
 
 
 def refuses(layer: nn.Module) -> str | None:
@@ -30,7 +34,7 @@ def refuses(layer: nn.Module) -> str | None:
     if weight is not None and (weight._backward_hooks or weight._post_accumulate_grad_hooks):
         return "a hook is on its weight"
     own = {*layer._parameters, *layer._buffers, *layer._modules} - {"weight", "bias"}
-    if clash := sorted(own & {*OWN, "indptr", "indices", "row_order"}):
+    if clash := sorted(own & {*OWN, "indptr", "indices"}):
         return f"it holds {clash[0]!r} already"
     return None
 
@@ -54,11 +58,13 @@ def carry(old: Any, new: Any, *, replaces: bool = True) -> None:
         hooks.update(vars(new)[name])
         new.__dict__[name] = hooks
     new.__dict__["_is_full_backward_hook"] = old._is_full_backward_hook
-    sparse = isinstance(old, BSRConv2d | BSRLinear)
+    stored, stores = (isinstance(module, BSRConv2d | BSRLinear) for module in (old, new))
     brought = old.__dict__.get("_hrbp_brought", ())
     for name, value in vars(old).items():
-        internal = sparse and (name in CONFIGURATION or (name.startswith("_") and name not in brought))
-        internal = internal or (name == "forward" and _ours(value))
+        internal = stored and name.startswith("_") and name not in brought
+        internal = (
+            internal or (type(old) not in PLAIN and name in CONFIGURATION) or (name == "forward" and _ours(value))
+        )
         if name not in vars(new) and not internal and name not in (*DENSE, "_hrbp_brought", "_compiled_call_impl"):
             new.__dict__[name] = value
     for kind in ("_parameters", "_buffers", "_modules"):
@@ -66,12 +72,11 @@ def carry(old: Any, new: Any, *, replaces: bool = True) -> None:
     new._non_persistent_buffers_set |= old._non_persistent_buffers_set - set(OWN)
     if old.bias is not None and replaces:
         new._parameters["bias"] = old.bias
-    weight, made = (m.values if isinstance(m, BSRConv2d | BSRLinear) else m.weight for m in (old, new))
+    weight, made = (module.values if has else module.weight for module, has in ((old, stored), (new, stores)))
     made.__dict__.update(weight.__dict__)
-    if sparse:
-        if old.__dict__.get("_hrbp_channels_last", False):
-            made.data = made.data.to(memory_format=torch.channels_last)
-    else:
+    if stored and old.__dict__.get("_hrbp_channels_last", False):
+        made.data = made.data.to(memory_format=torch.channels_last)
+    if stores:
         new._hrbp_brought = {name for name in vars(new) if name.startswith("_") and name in vars(old)}
         new._hrbp_channels_last = _channels_last(weight)
 

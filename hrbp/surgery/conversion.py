@@ -18,7 +18,7 @@ from blocksparse import BSRConv2d, BSRLinear
 
 from ..layers import semi_structured
 from ..layers.fused import FusedConv2d
-from ..layers.master import MasterConv2d, MasterLinear, put_master, take_master_off
+from ..layers.master import MasterConv2d, MasterLinear, with_master
 from ..layers.stored import PLAIN, block_module
 from ..layers.view import SparseLayer, shape4, sparse_layers
 from ..structures.base import sparsity_of
@@ -107,10 +107,12 @@ def _step(model: nn.Module, plan: Plan, name: str, backend: str | None) -> Calla
     """The change of one layer, made ready: what can fail in it has been done."""
     layer, choice, record = plan.layers[name], plan.choices[name], plan.record
     if choice is None:
-        return partial(put_master, layer, rule=record.structure, sparsity=sparsity_of(record.asked[name]))
-    if record.method is not None:
-        return partial(put_master, layer, choice, backend=backend)
-    return partial(replace_module, model, layer, block_module(layer, choice.pattern(), backend))
+        made = with_master(layer, rule=record.structure, sparsity=sparsity_of(record.asked[name]))
+    elif record.method is not None:
+        made = with_master(layer, choice, backend=backend)
+    else:
+        made = block_module(layer, choice.pattern(), backend)
+    return partial(replace_module, model, layer, made)
 
 
 def densify(model: nn.Module) -> nn.Module:
@@ -133,9 +135,9 @@ def densify(model: nn.Module) -> nn.Module:
                 return dense
             replace_module(model, module, module.to_dense())
         elif isinstance(module, MasterConv2d | MasterLinear):
-            take_master_off(module)
+            replace_module(model, module, module.to_dense())
         elif semi_structured.is_converted(module):
-            semi_structured.revert(module)
+            replace_module(model, module, semi_structured.plain_layer(module))
     forget(unwrapped(model))
     return model
 
@@ -150,9 +152,8 @@ def release(model: nn.Module) -> nn.Module:
     for layer in sparse_layers(model).values():
         if layer.master:
             module = layer.module
-            pattern, backend = module.choice().pattern(), module.backend
-            take_master_off(module)
-            replace_module(unwrapped(model), module, block_module(module, pattern, backend))
+            made = block_module(module.to_dense(), module.choice().pattern(), module.backend)
+            replace_module(unwrapped(model), module, made)
     if plan is not None:
         remember(unwrapped(model), replace(plan, method=None, target={}))
     return model
@@ -178,23 +179,21 @@ def to_semi_structured(model: nn.Module) -> dict[str, str | None]:
             module
         ):
             layer = sparse.get(name)
-            told[name] = semi_refuses(module, layer)
+            told[name] = semi_refuses(model, module, layer)
             if told[name] is None:
-                plain, weight = module, module.weight.detach() if layer is None else layer.weight()
-                if isinstance(module, BSRConv2d | BSRLinear):
-                    plain = module.to_dense()
+                plain: Any = module
+                if layer is not None:
+                    plain = layer.module.to_dense()
                     replace_module(model, module, plain)
-                elif isinstance(module, MasterConv2d | MasterLinear):
-                    take_master_off(module)
-                semi_structured.convert(plain, weight)
+                replace_module(model, plain, semi_structured.converted(plain))
     return told
 
 
-def semi_refuses(module: Any, layer: SparseLayer | None) -> str | None:
+def semi_refuses(model: nn.Module, module: Any, layer: SparseLayer | None) -> str | None:
     """Why `to_semi_structured` leaves a layer as it is, or None."""
     if layer is None and type(module) not in PLAIN:
         return f"a {type(module).__name__}, whose forward may differ"
-    if isinstance(module, BSRConv2d | BSRLinear) and (layer is None or not layer.name):
+    if module is model:
         return "it is the model itself: put it into an nn.Sequential"
     return semi_structured.refuses(
         module, module.weight.detach().view(shape4(module)) if layer is None else layer.weight()

@@ -241,7 +241,7 @@ def test_updates_keep_sizes_and_carry_what_stays(seed, case, method, kind, drop)
     memory = {name: layer.parameter.data_ptr() for name, layer in layers.items()}
 
     def spread(layer: SparseLayer, t: Tensor) -> Tensor:
-        return layer.module.pattern.to_dense(t) if layer.blocks else t.view(layer.shape)
+        return layer.module.pattern.to_dense(t) if not layer.master else t.view(layer.shape)
 
     def everything(layer: SparseLayer) -> dict[str, Tensor]:
         state = optimizer.state[layer.parameter]

@@ -439,7 +439,7 @@ def test_a_model_keeps_its_weights_and_computes_with_a_part(case, x):
     layers = sparse_layers(net)
     assert {"one", "hidden"} <= layers.keys()
     assert all(layer.master for layer in layers.values())
-    assert all(layer.runs_blocks == (case[1] == "1xn") for layer in layers.values())
+    assert all((layer.blocksize is not None) == (case[1] == "1xn") for layer in layers.values())
     with torch.no_grad():
         for name, layer in layers.items():
             dense.get_submodule(name).weight.mul_(layer.mask().view(dense.get_submodule(name).weight.shape))
@@ -458,7 +458,7 @@ def test_release_and_densify_compute_the_same(case, x):
     assert not any(layer.master for layer in sparse_layers(released).values())
     for name, layer in sparse_layers(net).items():
         assert torch.equal(sparse_layers(released)[name].mask(), layer.mask())
-        assert sparse_layers(released)[name].blocks
+        assert not sparse_layers(released)[name].master
     torch.testing.assert_close(released(x), expected)
     plain = hrbp.densify(copy.deepcopy(net))
     assert not sparse_layers(plain)
@@ -477,7 +477,7 @@ def test_files_hold_the_whole_weight(case, x, tmp_path):
     assert again.state_dict().keys() == net.state_dict().keys()
     assert all(torch.equal(t, net.state_dict()[name]) for name, t in again.state_dict().items())
     for name, layer in sparse_layers(again).items():
-        assert (layer.master, layer.runs_blocks) == (True, sparse_layers(net)[name].runs_blocks)
+        assert (layer.master, layer.blocksize) == (True, sparse_layers(net)[name].blocksize)
         assert torch.equal(layer.mask(), sparse_layers(net)[name].mask())
 
 
@@ -492,7 +492,7 @@ def test_the_summary_counts_the_dense_weight(case, x):
         kept = int(layer.mask().sum())
         assert rows[name].parameters == kept + bias
         stored = 0 if case[0] != "subp" else cells  # a mask: a byte a weight
-        if layer.runs_blocks:
+        if layer.blocksize:
             stored += 4 * module.pattern.index.numel()
             assert rows[name].flops * cells == rows[name].dense_flops * kept
             assert rows[name].seconds > 0
@@ -587,7 +587,7 @@ def test_an_activation_in_place_may_follow_layers_that_run_blocks():
             torch.nn.Conv2d(8, 16, 3), act, torch.nn.Flatten(2), torch.nn.Linear(16, 16), act, torch.nn.Linear(16, 8)
         ).double()
         hrbp.sparsify(net, 0.5, structure="1xn", n=4, method="subp", include=["0", "3", "5"])
-        assert all(layer.runs_blocks for layer in sparse_layers(net).values())
+        assert all(layer.blocksize for layer in sparse_layers(net).values())
         net(torch.linspace(-1, 1, 2 * 8 * 36, dtype=torch.float64).view(2, 8, 6, 6)).square().sum().backward()
         found.append([p.grad for p in net.parameters()])
     assert all(torch.equal(a, b) and bool((a != 0).any()) for a, b in zip(*found, strict=True))

@@ -202,7 +202,7 @@ def test_weights_follow_the_equations_over_updates(decay, rearrange, n):
     evolver = Evolver(net, optimizer, "subp", total_steps=40, every=4, decay=decay, pace="linear")
     hand = ByHand(net, LAMBDA if decay is None else decay)
     layers = sparse_layers(net)
-    assert all(layer.runs_blocks for layer in layers.values())
+    assert all(layer.blocksize for layer in layers.values())
     sizes = []
     for step in range(40):
         masks = {f"{name}.weight": layer.mask().view(layer.parameter.shape) for name, layer in layers.items()}

@@ -99,7 +99,7 @@ def test_gradients_are_those_of_the_masked_dense_layer(net, x, structure):
         mask = layer.mask()
         dense = dict(twin.named_modules())[name].weight.grad.view(layer.shape) * mask
         grad = layer.parameter.grad
-        ours = layer.module.pattern.to_dense(grad) if layer.blocks else grad.view(layer.shape)
+        ours = layer.module.pattern.to_dense(grad) if not layer.master else grad.view(layer.shape)
         assert torch.allclose(ours, dense, rtol=1e-9, atol=1e-12)
         assert ours.abs().sum() > 0
 

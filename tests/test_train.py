@@ -184,7 +184,7 @@ class Twin:
         moments = ("momentum_buffer",) if self.settings.optimizer == "sgd" else ("exp_avg", "exp_avg_sq")
         for name, p in self.parameters.items():
             layer = layers.get(name.removesuffix(".weight"))  # the sparse layers here have no bias
-            if layer is None or not layer.blocks:
+            if layer is None or layer.master:
                 ours, spread = dense[name], lambda t: t
             else:
                 ours, spread = layer.parameter, layer.module.pattern.to_dense

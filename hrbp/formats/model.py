@@ -51,7 +51,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         raise ValueError(f"save(): {converted[0]} is on sparse tensor cores; save before to_semi_structured()")
     packed = {}
     for name, layer in sparse_layers(model).items():
-        if layer.blocks and packs(pattern := layer.module.pattern):
+        if not layer.master and packs(pattern := layer.module.pattern):
             linear = isinstance(layer.module, BSRLinear)
             packed[name] = pattern, list(layer.shape[: 2 if linear else 4])
     content = {

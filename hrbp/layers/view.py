@@ -7,13 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from blocksparse import BSRConv2d, BSRLinear, optimizer_tensors
+from blocksparse import BSRConv2d, BSRLinear, BSRPattern, optimizer_tensors
 
 from ..structures.base import Choice
 from ..wrappers import unwrapped
 from .master import MasterConv2d, MasterLinear
-
-SPARSE = (BSRConv2d, BSRLinear, MasterConv2d, MasterLinear)
 
 
 def shape4(layer: Any) -> tuple[int, int, int, int]:
@@ -25,41 +23,53 @@ def shape4(layer: Any) -> tuple[int, int, int, int]:
 class SparseLayer:
     """One sparse layer, whichever way it is stored: its mask, its weights, and a new choice of them.
 
-    blocks: it holds stored blocks and nothing else. master: it holds a dense weight and computes with a part of it.
+    Attributes:
+        name, module: as in the model's named_modules().
+        master: whether it holds a dense weight and computes with a part of it; else it holds stored blocks alone.
     """
+
+    master: bool
 
     def __init__(self, name: str, module: Any) -> None:
         self.name, self.module = name, module
-        self.blocks = isinstance(module, BSRConv2d | BSRLinear)
-        self.master = isinstance(module, MasterConv2d | MasterLinear)
 
     @property
-    def runs_blocks(self) -> bool:
-        """Whether it computes on stored blocks, rather than on a dense weight under a mask."""
-        return self.blocks or (self.master and self.module.blocksize is not None)
+    def shape(self) -> tuple[int, int, int, int]:
+        return self.module.weight_shape
 
     @property
     def parameter(self) -> nn.Parameter:
         """What the optimizer updates: the stored blocks, or the dense master weight."""
-        return self.module.values if self.blocks else self.module.weight
+        raise NotImplementedError
 
     @property
-    def shape(self) -> tuple[int, int, int, int]:
-        return self.module.weight_shape if self.blocks else shape4(self.module)
+    def blocksize(self) -> tuple[int, int] | None:
+        """(bk, bc) of the stored blocks that it computes on; None: on a dense weight under a mask."""
+        raise NotImplementedError
 
     def mask(self) -> Tensor:
         """bool [K, C, R, S], a copy."""
-        return self.module.pattern.to_mask() if self.blocks else self.module.live()
+        raise NotImplementedError
 
     def weight(self) -> Tensor:
         """[K, C, R, S], zeros outside the mask, a copy."""
-        if self.blocks:
-            return self.module.pattern.to_dense(self.module.values.detach())
-        return self.module.weight.detach().view(self.shape) * self.mask()
+        raise NotImplementedError
+
+    def pattern(self) -> BSRPattern:
+        """What it keeps, in the structure's own blocks; a copy."""
+        raise NotImplementedError
+
+    def kept(self) -> int:
+        """How many weights take part."""
+        raise NotImplementedError
+
+    def bytes(self) -> int:
+        """Of the weights that it holds and of what tells their places; without the bias."""
+        raise NotImplementedError
 
     def row_order(self) -> Tensor | None:
         """int [K], the filter that each row of the stored blocks is; None: row i is filter i."""
-        return self.module.pattern.row_order if self.runs_blocks else None
+        return None if self.blocksize is None else self.module.pattern.row_order
 
     def check(self, model: nn.Module, optimizer: torch.optim.Optimizer, who: str) -> None:
         """Refuse what `set` could not keep right: shared parameters, and optimizers whose state cannot move along.
@@ -78,8 +88,6 @@ class SparseLayer:
                     f"{who}: {self.name} and {name} share a parameter, of which each would have another mask; give one"
                     " of them a copy, or leave both dense: sparsify(exclude=...)"
                 )
-        if not self.master:
-            optimizer_tensors(optimizer, self.parameter, f"{who}: {self.name}")
 
     def set(self, choice: Choice, optimizer: torch.optim.Optimizer | None = None) -> bool:
         """Keep what the choice keeps; weights and optimizer state that stay are carried, new ones start afresh.
@@ -90,13 +98,97 @@ class SparseLayer:
         Raises:
             ValueError: the choice does not fit, or the optimizer's state cannot follow; nothing has changed then.
         """
-        return self.module.set_pattern(choice.pattern(), optimizer) if self.blocks else self.module.set_choice(choice)
+        raise NotImplementedError
+
+
+class StoredLayer(SparseLayer):
+    """Stored blocks and nothing else: blocksparse.BSRConv2d, BSRLinear."""
+
+    master = False
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        return self.module.values
+
+    @property
+    def blocksize(self) -> tuple[int, int]:
+        bk, bc = self.parameter.shape[1:]
+        return bk, bc
+
+    def mask(self) -> Tensor:
+        return self.module.pattern.to_mask()
+
+    def weight(self) -> Tensor:
+        return self.module.pattern.to_dense(self.module.values.detach())
+
+    def pattern(self) -> BSRPattern:
+        return self.module.pattern
+
+    def kept(self) -> int:
+        return self.parameter.numel()
+
+    def bytes(self) -> int:
+        return _bytes(self.parameter) + _bytes(self.module.index)
+
+    def check(self, model: nn.Module, optimizer: torch.optim.Optimizer, who: str) -> None:
+        super().check(model, optimizer, who)
+        optimizer_tensors(optimizer, self.parameter, f"{who}: {self.name}")
+
+    def set(self, choice: Choice, optimizer: torch.optim.Optimizer | None = None) -> bool:
+        return self.module.set_pattern(choice.pattern(), optimizer)
+
+
+class MasterLayer(SparseLayer):
+    """A dense weight of which a part takes part: MasterConv2d, MasterLinear."""
+
+    master = True
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        return self.module.weight
+
+    @property
+    def blocksize(self) -> tuple[int, int] | None:
+        return self.module.blocksize
+
+    def mask(self) -> Tensor:
+        return self.module.live()
+
+    def weight(self) -> Tensor:
+        return self.module.weight.detach().view(self.shape) * self.mask()
+
+    def pattern(self) -> BSRPattern:
+        return self.module.choice().pattern()
+
+    def kept(self) -> int:
+        return int(self.mask().sum())
+
+    def bytes(self) -> int:
+        return _bytes(self.parameter) + sum(map(_bytes, self.module.buffers(recurse=False)))
+
+    def set(self, choice: Choice, optimizer: torch.optim.Optimizer | None = None) -> bool:
+        return self.module.set_choice(choice)
+
+
+def _bytes(t: Tensor) -> int:
+    return t.numel() * t.element_size()
+
+
+KINDS: dict[type[nn.Module], type[SparseLayer]] = {
+    BSRConv2d: StoredLayer,
+    BSRLinear: StoredLayer,
+    MasterConv2d: MasterLayer,
+    MasterLinear: MasterLayer,
+}
+
+
+def as_sparse(module: nn.Module, name: str = "") -> SparseLayer | None:
+    """The view of a sparse layer, None of any other module."""
+    kind = next((view for kind, view in KINDS.items() if isinstance(module, kind)), None)
+    return None if kind is None else kind(name, module)
 
 
 def sparse_layers(model: nn.Module) -> dict[str, SparseLayer]:
     """name -> sparse layer, in the model's order."""
-    return {
-        name: SparseLayer(name, module)
-        for name, module in unwrapped(model).named_modules()
-        if isinstance(module, SPARSE)
-    }
+    views = (as_sparse(module, name) for name, module in unwrapped(model).named_modules())
+    return {layer.name: layer for layer in views if layer is not None}

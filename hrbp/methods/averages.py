@@ -25,7 +25,7 @@ def check(averages: Sequence[nn.Module], layers: Mapping[str, SparseLayer], who:
     for i, average in enumerate(averages):
         theirs = sparse_layers(average)
         for name, layer in layers.items():
-            if name not in theirs or theirs[name].shape != layer.shape or theirs[name].blocks != layer.blocks:
+            if name not in theirs or theirs[name].shape != layer.shape or theirs[name].master != layer.master:
                 raise ValueError(
                     f"{who}: ema[{i}] has no sparse layer {name!r} as the model has; it needs copies of the model,"
                     " made after sparsify()"
@@ -57,7 +57,7 @@ def update_parameters(self: AveragedModel, model: nn.Module) -> None:
         _lay_out(average, source)
     type(self).update_parameters(self, model)
     for average, source in pairs:
-        if average.runs_blocks:  # use_buffers=True averages integers, which rounds them
+        if average.blocksize is not None:  # use_buffers=True averages integers, which rounds them
             average.module.index.copy_(source.module.index)
 
 
@@ -82,7 +82,7 @@ def _pairs(average: nn.Module, model: nn.Module) -> list[tuple[SparseLayer, Spar
 
 def _lay_out(average: SparseLayer, source: SparseLayer) -> None:
     """Let the average keep what its source keeps."""
-    if source.blocks:
+    if not source.master:
         index = source.module.index.to(average.module.index.device)
         if average.module.index.shape != index.shape or not torch.equal(average.module.index, index):
             average.module.set_pattern(source.module.pattern)

@@ -403,7 +403,7 @@ class Evolver:
 
 
 def _kept(layer: SparseLayer) -> int:
-    return layer.parameter.numel() if layer.blocks else int(layer.mask().sum())
+    return layer.kept()
 
 
 def _score(layer: SparseLayer) -> Tensor:

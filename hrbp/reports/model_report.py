@@ -8,10 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from blocksparse import BSRConv2d, BSRLinear
-
 from ..columns import columns
-from ..layers.master import MasterConv2d, MasterLinear
+from ..layers.view import as_sparse
 from ..structures.base import Choice
 from ..structures.recognise import stored_blocks
 from .mask_report import MaskReport, Storage, report_mask
@@ -56,10 +54,8 @@ def _layers_of(model: nn.Module) -> dict[str, tuple[Tensor | Choice, torch.dtype
     """Mask or weight of each layer, and the dtype of its stored values."""
     found: dict[str, tuple[Tensor | Choice, torch.dtype | None]] = {}
     for name, module in model.named_modules():
-        if isinstance(module, BSRConv2d | BSRLinear):
-            found[name] = stored_blocks(module.pattern), module.values.dtype
-        elif isinstance(module, MasterConv2d | MasterLinear):
-            found[name] = stored_blocks(module.choice().pattern()), module.weight.dtype
+        if (layer := as_sparse(module)) is not None:
+            found[name] = stored_blocks(layer.pattern()), layer.parameter.dtype
         elif isinstance(module, nn.Conv2d | nn.Linear):
             found[name] = module.weight.detach(), module.weight.dtype
     return found

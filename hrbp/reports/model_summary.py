@@ -155,7 +155,7 @@ def summary(model: nn.Module, x: Tensor | Sequence[int] | None = None, *, measur
                 row.run_flops = row.flops
             if layer is not None:
                 row.backend = "masked"
-                if layer.runs_blocks:
+                if layer.blocksize is not None:
                     row.backend = _backend_of(layer.module, at)
                     row.run_flops = row.dense_flops if row.backend == "torch" else row.flops
                 if measure:
@@ -166,19 +166,15 @@ def summary(model: nn.Module, x: Tensor | Sequence[int] | None = None, *, measur
         rows.append(row)
     shown = {row.name for row in rows}
     everything = sum(p.numel() for p in model.parameters())
-    masked_away = sum(
-        layer.parameter.numel() - int(layer.mask().sum()) for layer in sparse.values() if not layer.blocks
-    )
+    masked_away = sum(layer.parameter.numel() - layer.kept() for layer in sparse.values())
     converted: list[Any] = [module for module in model.modules() if semi_structured.is_converted(module)]
     masked_away += sum(module.weight.numel() // 2 for module in converted)
-    dense_total = everything + sum(
-        math.prod(layer.shape) - layer.parameter.numel() for layer in sparse.values() if layer.blocks
-    )
+    dense_total = everything + sum(math.prod(layer.shape) - layer.parameter.numel() for layer in sparse.values())
     total = everything - masked_away
     notes = []
-    if any(not layer.runs_blocks for layer in sparse.values()):
+    if any(layer.blocksize is None for layer in sparse.values()):
         notes.append("masked: computed as a dense weight under a mask, in the time of a dense layer at any density")
-    if any(_block_bytes(layer) < INDEX_BYTES for layer in sparse.values() if layer.runs_blocks):
+    if any(_block_bytes(layer) < INDEX_BYTES for layer in sparse.values() if layer.blocksize is not None):
         notes.append(
             f"small blocks: the index takes {INDEX_BYTES} bytes a block, more than its weights; MB count both, and"
             " gradients and optimizer state need none"
@@ -209,8 +205,8 @@ def summary(model: nn.Module, x: Tensor | Sequence[int] | None = None, *, measur
 
 def _block_bytes(layer: SparseLayer) -> int:
     """Of the weights of a stored block."""
-    blocksize = layer.parameter.shape[1:] if layer.blocks else layer.module.blocksize
-    return math.prod(blocksize) * layer.parameter.element_size()
+    assert layer.blocksize is not None
+    return math.prod(layer.blocksize) * layer.parameter.element_size()
 
 
 def _semi_note(told: dict[str, str | None]) -> str:
@@ -239,22 +235,15 @@ def _dense_row(name: str, module: Any, plan: Sparsity | None) -> Row:
 
 
 def _sparse_row(layer: SparseLayer, plan: Sparsity | None) -> Row:
-    module, kept = layer.module, layer.parameter
-    bias = 0 if module.bias is None else module.bias.numel()
-    item = kept.element_size()
-    cells = math.prod(layer.shape)
-    dense = cells + bias
+    bias = 0 if layer.module.bias is None else layer.module.bias.numel()
+    item, cells, kept = layer.parameter.element_size(), math.prod(layer.shape), layer.kept()
     named = plan.structure.name if plan is not None and layer.name in plan.asked else "blocks"
-    if layer.master:
-        stored, size = int(layer.mask().sum()), dense * item
-        size += sum(t.numel() * t.element_size() for t in module.buffers(recurse=False))  # mask, row order, index
-        named += f" {module.blocksize}, master" if layer.runs_blocks else ", masked, master"
-        return Row(layer.name, layer.shape, named, stored / cells, stored + bias, dense, size, dense * item)
-    bk, bc = kept.shape[1:]
-    count = kept.numel() + bias
-    size = count * item + module.index.numel() * module.index.element_size()
-    density = kept.numel() / cells
-    return Row(layer.name, layer.shape, f"{named} ({bk}, {bc})", density, count, dense, size, dense * item)
+    named += ", masked" if layer.blocksize is None else f" {layer.blocksize}"
+    named += ", master" if layer.master else ""
+    dense = cells + bias
+    return Row(
+        layer.name, layer.shape, named, kept / cells, kept + bias, dense, layer.bytes() + bias * item, dense * item
+    )
 
 
 def inputs_of(model: nn.Module, x: Tensor | Sequence[int]) -> dict[str, tuple[Tensor, Tensor]]:

@@ -267,7 +267,7 @@ class Study:
         finished = {
             **identity, **last, "sparsity": held.sparsity, "parameters": held.parameters,
             "storage": sum(s.values + s.file_index for s in stored),
-            "masked": any(not layer.runs_blocks for layer in sparse_layers(made).values()),
+            "masked": any(layer.blocksize is None for layer in sparse_layers(made).values()),
         }  # fmt: skip
         runner.write_json(folder / runner.RESULT, finished)
         return finished

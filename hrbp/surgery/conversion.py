@@ -18,9 +18,9 @@ from blocksparse import BSRConv2d, BSRLinear
 
 from ..layers import semi_structured
 from ..layers.fused import FusedConv2d
-from ..layers.master import MasterConv2d, MasterLinear, with_master
+from ..layers.master import with_master
 from ..layers.stored import PLAIN, block_module
-from ..layers.view import SparseLayer, shape4, sparse_layers
+from ..layers.view import SparseLayer, as_sparse, shape4, sparse_layers
 from ..structures.base import sparsity_of
 from ..wrappers import unwrapped
 from .candidates import Selector
@@ -128,16 +128,16 @@ def densify(model: nn.Module) -> nn.Module:
                 " the model as it was before fuse()"
             )
     for module in list(model.modules()):
-        if isinstance(module, BSRConv2d | BSRLinear):
-            if module is model:
-                dense = module.to_dense()
-                carry(module, dense, replaces=False)
-                return dense
-            replace_module(model, module, module.to_dense())
-        elif isinstance(module, MasterConv2d | MasterLinear):
-            replace_module(model, module, module.to_dense())
+        if (layer := as_sparse(module)) is not None:
+            dense = layer.module.to_dense()
         elif semi_structured.is_converted(module):
-            replace_module(model, module, semi_structured.plain_layer(module))
+            dense = semi_structured.plain_layer(module)
+        else:
+            continue
+        if module is model:
+            carry(module, dense, replaces=False)
+            return dense
+        replace_module(model, module, dense)
     forget(unwrapped(model))
     return model
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Node, Proxy, Tracer
 
-from ..layers.view import SPARSE
+from ..layers.view import KINDS
 from .carry import HOOKS, STATE_HOOKS
 from .dataflow import _stand_in, quiet
 from .folding import expect_vectors
@@ -115,7 +115,7 @@ class _Follower(Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return (
             module_qualified_name in self.whole
-            or isinstance(m, (*SPARSE, torch.jit.ScriptModule))
+            or isinstance(m, (*KINDS, torch.jit.ScriptModule))
             or super().is_leaf_module(m, module_qualified_name)
         )
 

@@ -65,7 +65,7 @@ class Continued:
         shapes = []
         for name, p in self.model.named_parameters():
             layer = sparse.get(id(p))
-            if layer is not None and layer.blocks and tuple(p.shape[1:]) == (1, 1):
+            if layer is not None and not layer.master and layer.blocksize == (1, 1):
                 name = f"{name.removesuffix('values')}weight"  # as when single weights were masked, see older.py
             shapes.append((name, tuple(p.shape) if layer is None else layer.shape))
         data = {

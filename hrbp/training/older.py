@@ -38,7 +38,7 @@ def optimizer_as_now(
     entries = dict(saved["state"])
     for name, layer in sparse_layers(model).items():
         mine = number.get(id(layer.parameter))
-        if mine not in entries or not layer.blocks or not was_masked(state, f"{name}.", layer.shape):
+        if mine not in entries or layer.master or not was_masked(state, f"{name}.", layer.shape):
             continue
         mask = state[f"{name}.mask"]
         pattern = pattern_of_mask(mask)

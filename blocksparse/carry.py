@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,8 @@ from .pattern import BSRPattern
 # ---------------------------------------------------------------- the state of an optimizer
 
 
-class OptimizerTensor(NamedTuple):
+@dataclass(frozen=True)
+class OptimizerTensor:
     """One tensor that an optimizer keeps for the elements of a parameter: `state[name]`.
 
     state    the optimizer's dictionary for this parameter

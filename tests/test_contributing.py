@@ -1,0 +1,33 @@
+"""CONTRIBUTING.md shows what is there: its code stands in the examples that other tests run, its links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+TEXT = (ROOT / "CONTRIBUTING.md").read_text()
+
+
+def test_links_lead_to_files():
+    links = re.findall(r"\]\(([^)#]+)\)", TEXT)
+    assert len(links) >= 3
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_code_stands_in_an_example():
+    examples = [path.read_text() for path in (ROOT / "tests" / "examples_of_extension").rglob("*.py")]
+    blocks = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+    assert blocks
+    for block in blocks:
+        assert any(block in example for example in examples)
+
+
+def test_rooms_exist():
+    tree = TEXT.split("```\nblocksparse/ ")[1].split("```")[0]
+    for line in tree.splitlines()[1:]:
+        inner = line.startswith("  ")
+        for name in line.split("  ")[1 if inner else 0].split():
+            home = ROOT / ("hrbp" if tree.index(line) > tree.index("\nhrbp/") else "blocksparse") if inner else ROOT
+            name = name.strip(",")
+            assert (home / name).is_dir() or (home / f"{name}.py").is_file(), name

@@ -55,7 +55,7 @@ ALLOWED = {
 
 # The rooms of hrbp and the files in each, in order: a file imports files before it, never a room as a whole.
 ROOMS: dict[str, list[str]] = {
-    "": ["arguments", "columns", "density", "files", "models", "progress", "wrappers", "saliencies"],
+    "": ["arguments", "columns", "density", "files", "models", "progress", "registry", "wrappers", "saliencies"],
     "structures": [
         "grouping", "selection", "base", "regrouping", "elementwise", "grains", "groups", "mixed", "n_m", "recognise",
         "registry",
@@ -67,7 +67,7 @@ ROOMS: dict[str, list[str]] = {
     ],
     "formats": ["packed", "sealed", "model", "weights"],
     "methods": [
-        "agreement", "averages", "decay", "dense_grad", "drift", "exchange", "subp", "options", "evolver",
+        "agreement", "averages", "decay", "dense_grad", "drift", "subp", "options", "evolver",
     ],
     "data": ["sets", "batches", "cifar", "folders", "generated", "loading"],
     "reports": [

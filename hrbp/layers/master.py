@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from blocksparse import BSRPattern, conv2d, linear
 
 from ..structures.base import Choice, Structure
-from ..structures.grains import Grains
 from .dense_conv import masked_conv, symmetric_padding
 from .gradients import _StraightThrough, _StraightThroughForward, with_dense_gradient
 from .twin import twin
@@ -63,8 +62,7 @@ class _Master(nn.Module):
         order, blocksize = self.row_order, self.blocksize
         if self.rule is not None:
             blocksize = self.rule.blocksize(self.weight_shape)
-            if isinstance(self.rule, Grains):
-                order = self.rule.order(self.weight.detach().view(self.weight_shape).abs())
+            order = self.rule.order(self.weight.detach().view(self.weight_shape).abs())
         assert blocksize is not None
         return Choice(self.live(), blocksize, order)
 

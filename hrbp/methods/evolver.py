@@ -22,15 +22,12 @@ from ..density import densities
 from ..layers.master import FOLLOWING, MASTER_METHODS
 from ..layers.view import SparseLayer, sparse_layers
 from ..structures.base import Choice, sparsity_of
-from ..structures.grains import Grains
-from ..structures.groups import Groups
 from ..surgery.record import plan_of
 from . import averages
 from .agreement import checksum, facts, ranks, require_same
 from .decay import Decay
 from .dense_grad import DenseGradients
 from .drift import Drift, Update
-from .exchange import exchange, pruned_groups
 from .options import ARRIVING, DECAYING, DEFAULTS, METHODS, arrival, checked_options, method_named
 from .subp import pruned_share
 
@@ -137,9 +134,9 @@ class Evolver:
             raise ValueError(
                 f"{who}: method is {method!r} and the model was made by sparsify() {made}; they need the same"
             )
-        if method not in ("static", *FOLLOWING) and not isinstance(plan.structure, Grains | Groups):
+        if method not in ("static", *FOLLOWING) and not plan.structure.can("exchange"):
             raise ValueError(f"{who}: masks of structure {plan.structure.name!r} do not change; use method='static'")
-        if method == "hrbp" and not isinstance(plan.structure, Groups):
+        if method == "hrbp" and not plan.structure.can("recount"):
             raise ValueError(
                 f"{who}: method 'hrbp' updates groups; the structure is {plan.structure.name!r}; use 'rigl'"
             )
@@ -342,7 +339,8 @@ class Evolver:
                 growth = torch.rand(layer.shape, generator=generator).to(weight.device)
             else:
                 growth = grads[name]
-            choices[name] = exchange(self.plan.structure, layer, weight, growth, self._share(), self.method == "hrbp")
+            change = self.plan.structure.recount if self.method == "hrbp" else self.plan.structure.exchange
+            choices[name] = change(layer.mask(), layer.row_order(), weight, growth, self._share())
         return choices
 
     def _seed_of(self, layer: int) -> int:
@@ -351,8 +349,7 @@ class Evolver:
 
     def _softly_pruned(self) -> dict[str, Choice]:
         rule = self.plan.structure
-        assert isinstance(rule, Grains)
-        assert rule.box[0] is not None
+        assert rule.uniform_rows is not None
         # An epoch of the paper is what lies between two updates.
         now, epochs = self.steps / self.every, self.total_steps / self.every
         begin, end = self._soft.begin * epochs, self.until * epochs
@@ -365,8 +362,8 @@ class Evolver:
                 sparsity if self.steps >= self._arrives else pruned_share(now, begin, end, sparsity, self._soft.pace)
             )
             weight = layer.parameter.detach().view(layer.shape)
-            kept = self._soft.kept(weight, rule.box[0], sparsity, pruned, self._seed_of(i), order)
-            choices[name] = rule.choice(kept[:, :, None, None], layer.shape, order)
+            kept = self._soft.kept(weight, rule.uniform_rows, sparsity, pruned, self._seed_of(i), order)
+            choices[name] = rule.of_rows(kept, layer.shape, order)
         return choices
 
     def _asked(self, sparsity: float) -> dict[str, float]:
@@ -394,11 +391,7 @@ class Evolver:
         asked = self._asked(self._sparsity_now()) if live else {}
         for name, layer in live.items():
             sparsity, score = sparsity_of(asked[name]), _score(layer)
-            if isinstance(rule, Groups):
-                choices[name] = pruned_groups(rule, layer, score, sparsity, regroup_rows=self.steps <= self.every)
-            else:
-                assert isinstance(rule, Grains)
-                choices[name] = rule.choose(score, sparsity, order=self._order(layer))
+            choices[name] = rule.shrink(layer.mask(), layer.row_order(), score, sparsity, self.steps <= self.every)
         return choices
 
 

@@ -1,7 +1,7 @@
 """Which shapes may a mask take, and what does each keep of a score?
 
-A family of structures is a file here with a `Structure` (base.py) and what makes one of its options; registry.py gives
-it its name. `Grouping` is the value that HRBP and HRBP++ end in, `regroup` the search for it.
+A family of structures is a file here with a `Structure` and a function `named` that makes one of its options (base.py);
+registry.py finds it. `Grouping` is the value that HRBP and HRBP++ end in, `regroup` the search for it.
 """
 
 from .base import Choice, Structure

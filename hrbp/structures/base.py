@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from torch import Tensor
 
 from blocksparse import BSRPattern
 
 from .grouping import Grouping
+
+Make = TypeVar("Make", bound="Callable[..., Structure]")
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +37,13 @@ class Choice:
 
 
 class Structure(ABC):
-    """One kind of mask. `choose` selects by score; `density` says what it makes of a wish, from the shape alone."""
+    """One kind of mask. `choose` selects by score; `density` says what it makes of a wish, from the shape alone.
+
+    A subclass is a frozen dataclass of plain values, in a file of this folder, with a function `named` that makes it:
+    files of models hold the name of the class and its fields. `choose` and `density` are all that it needs. What else
+    it defines says what may be done with its masks: `mask` that they may follow a weight ("ste", "sr-ste"), `exchange`
+    and `shrink` that they may change in training ("set", "rigl"; "gmp"), `has` that they may be taken over.
+    """
 
     name: str
 
@@ -43,7 +52,10 @@ class Structure(ABC):
         """What is kept of a layer with this score [K, C, R, S] >= 0 when a share `sparsity` of it is dropped."""
 
     def mask(self, score: Tensor, sparsity: float) -> Tensor:
-        """The mask of `choose`, for a score that is known to be finite and >= 0: it is not looked at on the host."""
+        """The mask of `choose`, for a score that is known to be finite and >= 0: it is not looked at on the host.
+
+        Define it where that is cheap enough for every forward of a layer whose mask follows its weight.
+        """
         return self.choose(score, sparsity).mask
 
     @abstractmethod
@@ -54,6 +66,10 @@ class Structure(ABC):
         """(bk, bc) that stores any mask of this structure in a layer [K, C, R, S], and no zero."""
         return 1, 1
 
+    def order(self, score: Tensor) -> Tensor | None:
+        """int [K]: which filter each row of the mask of this score is; None: row i is filter i."""
+        return None
+
     def ranked(self, score: Tensor, order: Tensor | None = None) -> Tensor:
         """What a ranking over layers compares, for every weight: its own score, or that of its grain."""
         return score
@@ -62,11 +78,90 @@ class Structure(ABC):
         """Why a layer [K, C, R, S] cannot have this structure, or None."""
         return None
 
+    def can(self, ability: str) -> bool:
+        """Whether it defines one of the methods that only some structures have.
+
+        Args:
+            ability: "mask", "exchange", "shrink", "recount" or "has".
+        """
+        return getattr(type(self), ability) is not getattr(Structure, ability)
+
+    # ------------------------------------------------------------------ how masks change in training
+
+    def exchange(self, mask: Tensor, order: Tensor | None, weight: Tensor, growth: Tensor, share: float) -> Choice:
+        """The choice when `share` of the units of a mask go, those of least weight, and as many come, of most growth.
+
+        It keeps exactly as many weights as before, in as many blocks.
+
+        Args:
+            mask: bool [K, C, R, S].
+            order: int [K], the filter that each row of it is; None: row i is filter i.
+            weight, growth: [K, C, R, S], >= 0.
+            share: of the units kept, in [0, 1].
+        """
+        raise self._unable("exchanges nothing")
+
+    def recount(self, mask: Tensor, order: Tensor | None, weight: Tensor, growth: Tensor, share: float) -> Choice:
+        """As `exchange`, by HRBP's own rule: single weights are exchanged, then each group counts what it keeps."""
+        raise self._unable("has no groups")
+
+    def shrink(
+        self, mask: Tensor, order: Tensor | None, score: Tensor, sparsity: float, reorder: bool = False
+    ) -> Choice:
+        """The choice when a mask is pruned to a higher sparsity.
+
+        Args:
+            mask, order: see `exchange`.
+            score: [K, C, R, S], >= 0.
+            sparsity: of the new mask.
+            reorder: filters may be put into another order; otherwise they keep theirs.
+        """
+        raise self._unable("shrinks nothing")
+
+    @property
+    def uniform_rows(self) -> int | None:
+        """n where every n filters keep equally many channels, all taps: what SUBP trains; else None."""
+        return None
+
+    def of_rows(self, kept: Tensor, shape: Sequence[int], order: Tensor | None) -> Choice:
+        """The choice that keeps these channels, bool [K/n, C], of every n filters; see `uniform_rows`."""
+        raise self._unable("has no uniform rows")
+
+    def has(self, mask: Tensor) -> bool:
+        """Whether a mask [K, C, R, S] is one that this structure might have made, at some sparsity."""
+        raise self._unable("regroups filters")
+
+    def _unable(self, what: str) -> TypeError:
+        return TypeError(f"structure {self.name!r} {what}")
+
     def _check(self, shape: Sequence[int]) -> None:
         if reason := self.refuses(shape):
             raise ValueError(
                 f"make_mask({self.name!r}): layer {tuple(shape)}: {reason}; choose one that does, or keep it dense"
             )
+
+
+def named(name: str, place: int = 1000) -> Callable[[Make], Make]:
+    """Offer what a function makes as the structure of this name; its arguments, by keyword, are the options.
+
+        @named("stripes")
+        def make_stripes(*, width: int = 2) -> Structure:
+            \"\"\"stripes of `width` input channels\"\"\"
+            return Stripes(width)
+
+    The docstring is what lists and help texts say of it. Annotations are checked: int, float, bool, `int | None`, ...;
+    `Annotated[float, "a number in (0, 1]"]` says what an option needs. Whatever else is wrong the structure refuses.
+
+    Args:
+        name: in small letters.
+        place: where lists have it, lowest first; those of one place by name.
+    """
+
+    def mark(make: Make) -> Make:
+        make.structure = name, place  # type: ignore[attr-defined]
+        return make
+
+    return mark
 
 
 def sparsity_of(density: float) -> float:

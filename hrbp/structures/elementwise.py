@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .base import Choice, Structure, sparsity_of
+from .base import Choice, Structure, named, sparsity_of
 from .grouping import group_shape
 from .regrouping import regroup
 from .selection import check_score
@@ -41,5 +41,10 @@ class Elementwise(Structure):
         return size.channels / cells
 
 
+@named("elementwise", 80)
 def make_elementwise(*, groups: int = 8, min_rows: int = 8, method: str = "assign") -> Structure:
+    """groups of similar filters that keep the same cells of C x R x S
+
+    Dense blocks in the output, not in the input gradient; the baseline of the HRBP paper.
+    """
     return Elementwise(groups, min_rows, method)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral
@@ -10,8 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Choice, Structure
-from .selection import check_score, top
+from .base import Choice, Structure, named
+from .selection import check_score, swapped, top
+
+# The boxes (k, c, r, s) that have a name; None stands for a whole axis.
+BOXES: dict[str, tuple[int | None, int | None, int | None, int | None]] = {
+    "unstructured": (1, 1, 1, 1),
+    "vector": (1, 1, 1, None),
+    "kernel": (1, 1, None, None),
+    "filter": (1, None, None, None),
+    "channel": (None, 1, None, None),
+}
 
 
 @dataclass(frozen=True)
@@ -81,6 +91,32 @@ class Grains(Structure):
         flat = sums.flatten(1) if self.uniform else sums.view(1, -1)
         return top(flat, self.count(score.shape, 1 - sparsity)).view(sums.shape)
 
+    def exchange(self, mask: Tensor, order: Tensor | None, weight: Tensor, growth: Tensor, share: float) -> Choice:
+        kept, worth, wish = (self.sums(t, order) for t in (mask.float(), weight, growth))
+        shape = kept.shape
+        kept, worth, wish = (t.flatten(1) if self.uniform else t.view(1, -1) for t in (kept > 0, worth, wish))
+        return self.choice(swapped(kept, worth, wish, share).view(shape), mask.shape, order)
+
+    def shrink(
+        self, mask: Tensor, order: Tensor | None, score: Tensor, sparsity: float, reorder: bool = False
+    ) -> Choice:
+        return self.choose(score, sparsity, order=None if reorder else order)
+
+    @property
+    def uniform_rows(self) -> int | None:
+        return self.box[0] if self.uniform and self.box[1:] == (1, None, None) else None
+
+    def of_rows(self, kept: Tensor, shape: Sequence[int], order: Tensor | None) -> Choice:
+        return self.choice(kept[:, :, None, None], shape, order)
+
+    def has(self, mask: Tensor) -> bool:
+        if self.refuses(mask.shape) is not None:
+            return False
+        kept = self.sums(mask.double())
+        whole = (kept == 0) | (kept == math.prod(self.sizes(mask.shape)))
+        rows = (kept > 0).flatten(1).sum(1)
+        return bool(whole.all()) and not (self.uniform and bool((rows != rows[0]).any()))
+
     def choice(self, kept: Tensor, shape: Sequence[int], order: Tensor | None = None) -> Choice:
         """The choice of these grains."""
         return Choice(self.expand(kept, shape, order), self.blocksize(shape), order)
@@ -95,14 +131,52 @@ class Grains(Structure):
         return self.count(shape, density) * rows * k * c * r * s / (shape[0] * shape[1] * shape[2] * shape[3])
 
 
-def make_one_by_n(*, n: int = 16, uniform: bool = False, rearrange: bool = False) -> Structure:
-    return Grains("1xn", (n, 1, None, None), uniform, rearrange=rearrange)
+@named("unstructured", 0)
+def make_unstructured() -> Structure:
+    """single weights"""
+    return Grains("unstructured", BOXES["unstructured"])
 
 
+@named("vector", 20)
+def make_vector() -> Structure:
+    """a row of a kernel"""
+    return Grains("vector", BOXES["vector"])
+
+
+@named("kernel", 30)
+def make_kernel() -> Structure:
+    """one filter and one input channel"""
+    return Grains("kernel", BOXES["kernel"])
+
+
+@named("filter", 40)
+def make_filter() -> Structure:
+    """one filter"""
+    return Grains("filter", BOXES["filter"])
+
+
+@named("channel", 50)
+def make_channel() -> Structure:
+    """one input channel of all filters"""
+    return Grains("channel", BOXES["channel"])
+
+
+@named("block", 60)
 def make_block(*, blocksize: tuple[int, int] = (32, 32)) -> Structure:
+    """bk filters x bc input channels at one tap"""
     sizes: Any = blocksize
     pair = isinstance(sizes, tuple | list) and len(sizes) == 2
     if not pair or not all(isinstance(size, Integral) and not isinstance(size, bool) for size in sizes):
         raise ValueError(f"structure('block'): blocksize is {blocksize!r}; it needs a pair (bk, bc) of integers")
     bk, bc = blocksize
     return Grains("block", (bk, bc, 1, 1))
+
+
+@named("1xn", 70)
+def make_one_by_n(*, n: int = 16, uniform: bool = False, rearrange: bool = False) -> Structure:
+    """n filters and one input channel, all taps
+
+    (Lin et al., 1xN Pattern, 2022.) With `rearrange` filters are sorted by their scores first; with `uniform` equally
+    many in every n filters (SUBP: Xiang et al., NeurIPS 2023).
+    """
+    return Grains("1xn", (n, 1, None, None), uniform, rearrange=rearrange)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from .base import Choice, Structure, sparsity_of
+from .base import Choice, Structure, named, sparsity_of
 from .grouping import Grouping, GroupShape, group_shape
-from .regrouping import regroup
+from .regrouping import keep_by_counts, regroup
+from .selection import balanced, staying, swapped, top
 
 
 @dataclass(frozen=True)
@@ -78,17 +80,85 @@ class Groups(Structure):
         size = self.size(shape, sparsity_of(density))
         return size.channels * size.taps / (shape[1] * shape[2] * shape[3])
 
+    # ------------------------------------------------------------------ how masks change in training
+
+    def exchange(self, mask: Tensor, order: Tensor | None, weight: Tensor, growth: Tensor, share: float) -> Choice:
+        """Every group exchanges runs of channels, and keeps its taps."""
+        grouping = self.grouping(mask, order)
+        _, c, r, s = grouping.shape
+        taps = torch.zeros(grouping.groups, r * s, device=weight.device)
+        taps.scatter_(1, grouping.taps, 1.0)
+        kept = torch.zeros(grouping.groups, c, dtype=torch.bool, device=weight.device)
+        kept.scatter_(1, grouping.channels, True)
+
+        def runs(t: Tensor) -> Tensor:
+            return t.view(grouping.groups, -1, grouping.granule).sum(2)
+
+        worth, wish = (
+            runs(torch.einsum("grcp,gp->gc", _in_groups(grouping, t.float()), taps)) for t in (weight, growth)
+        )
+        was = runs(kept.float()) > 0
+        if self.balanced:
+            # Those that stay are worth more than any that may come, which keeps them: the old choice was fair, too.
+            stay, _ = staying(was, worth, share)
+            wish = wish / wish.max().clamp_min(1e-30)
+            value = torch.where(stay, 2.0 + grouping.groups * was.shape[1], wish.double())
+            chosen = balanced(value[None], int(was[0].sum()))[0]
+        else:
+            chosen = swapped(was, worth, wish, share)
+        starts = chosen.nonzero()[:, 1].view(grouping.groups, -1, 1) * grouping.granule
+        channels = (starts + torch.arange(grouping.granule, device=starts.device)).flatten(1)
+        return grouping_choice(Grouping(grouping.shape, grouping.row_order, channels, grouping.taps, grouping.granule))
+
+    def recount(self, mask: Tensor, order: Tensor | None, weight: Tensor, growth: Tensor, share: float) -> Choice:
+        """Every filter exchanges single weights, then each group counts (Ma et al., 2024, section 4.2)."""
+        grouping = self.grouping(mask, order)
+        kept, worth, wish = (
+            _in_groups(grouping, t).flatten(2).flatten(0, 1) for t in (grouping.mask(), weight, growth.float())
+        )
+        cells = swapped(kept, worth, wish, share).view(grouping.groups, grouping.rows, grouping.shape[1], -1)
+        k, p = grouping.channels.shape[1], grouping.taps.shape[1]
+        chosen = [keep_by_counts(group, k, p, grouping.granule) for group in cells]
+        channels, taps = (torch.stack(lists) for lists in zip(*chosen, strict=True))
+        return grouping_choice(Grouping(grouping.shape, grouping.row_order, channels, taps, grouping.granule))
+
+    def shrink(
+        self, mask: Tensor, order: Tensor | None, score: Tensor, sparsity: float, reorder: bool = False
+    ) -> Choice:
+        """Fewer channels and taps; with `reorder` rows are divided into groups anew, which moves everything."""
+        if reorder:
+            return self.choose(score, sparsity)
+        size = self.size(mask.shape, sparsity)
+        grouping = self.grouping(mask, order)
+        sums = _in_groups(grouping, score).sum(1)
+        taps = top(sums.sum(1), size.taps)
+        for _ in range(2):
+            runs = (sums * taps[:, None]).sum(2).view(grouping.groups, -1, self.granule).sum(2)
+            count = size.channels // self.granule
+            chosen = balanced(runs[None], count)[0] if self.balanced else top(runs, count)
+            channels = chosen.repeat_interleave(self.granule, 1)
+            taps = top((sums * channels[..., None]).sum(1), size.taps)
+        kept_channels, kept_taps = (t.nonzero()[:, 1].view(grouping.groups, -1) for t in (channels, taps))
+        return grouping_choice(Grouping(grouping.shape, grouping.row_order, kept_channels, kept_taps, self.granule))
+
+
+def _in_groups(grouping: Grouping, cells: Tensor) -> Tensor:
+    """[K, C, R, S] as [groups, rows, C, R*S]."""
+    return cells.flatten(2)[grouping.row_order].view(grouping.groups, grouping.rows, cells.shape[1], -1)
+
 
 def grouping_choice(grouping: Grouping) -> Choice:
     """The choice that keeps what a grouping keeps."""
     return Choice(grouping.mask(), grouping.blocksize, grouping.row_order, grouping)
 
 
-def make_groups(name: str, tap_density: float) -> Callable[..., Structure]:
+def _maker(name: str, tap_density: float, place: int, what: str) -> Callable[..., Structure]:
+    """The function that makes one of the two."""
+
     def make(
         *,
         groups: int = 8,
-        tap_density: float = tap_density,
+        tap_density: Annotated[float, "a number in (0, 1]"] = tap_density,
         granule: int = 1,
         row_granule: int | None = 1,
         min_rows: int = 8,
@@ -97,4 +167,11 @@ def make_groups(name: str, tap_density: float) -> Callable[..., Structure]:
     ) -> Structure:
         return Groups(name, tap_density, groups, granule, row_granule, min_rows, balanced, method)
 
-    return make
+    make.__doc__ = what
+    return named(name, place)(make)
+
+
+make_hrbp = _maker("hrbp", 1.0, 90, "groups of filters that keep the same channels, all taps")
+make_hrbp_plus_plus = _maker(
+    "hrbp++", 4 / 9, 100, "groups of filters that keep the same channels and the same taps, 4/9 of them"
+)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .base import Choice, Structure
+from .base import Choice, Structure, named
 from .selection import check_score, top, top_of_few
 
 FEW = 16  # items of which each pair is compared sooner than they are sorted
@@ -54,6 +54,12 @@ class NM(Structure):
             return top_of_few(runs, n, 2).view(score.shape)
         return top(runs.transpose(2, 3), n).transpose(2, 3).reshape(score.shape)
 
+    def has(self, mask: Tensor) -> bool:
+        if self.refuses(mask.shape) is not None:
+            return False
+        kept = mask.view(len(mask), -1, self.m, *mask.shape[2:]).sum(2)
+        return bool((kept == (kept.flatten()[0] if self.n is None else self.n)).all())
+
     def density(self, shape: Sequence[int], density: float) -> float:
         self._check(shape)
         n = max(1, round(self.m * density)) if self.n is None else self.n
@@ -63,5 +69,7 @@ class NM(Structure):
         return f"m = {self.m} does not divide C = {shape[1]}" if self.m < 1 or shape[1] % self.m else None
 
 
+@named("n:m", 10)
 def make_n_m(*, m: int = 4, n: int | None = None) -> Structure:
+    """single weights, n in every m neighbouring input channels (Zhou et al., ICLR 2021); "2:4" names one"""
     return NM(m, n)

@@ -18,48 +18,57 @@ sum of the scores of its cells, and the best ones stay.
                   the input gradient; the baseline of the HRBP paper
     hrbp          groups of filters that keep the same channels, all taps (see regrouping.py)
     hrbp++        groups of filters that keep the same channels and the same taps, 4/9 of them
+
+They are found in the files of this folder, by `named` (base.py): another structure is another file.
 """
 
 from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable
+import types
+import typing
+from collections.abc import Callable, Iterator
 from numbers import Integral, Real
+from typing import Annotated, Any
 
 from torch import Tensor
 
 from ..arguments import any_case
+from ..registry import Entry, Registry
 from .base import Choice, Structure
-from .elementwise import Elementwise, make_elementwise
-from .grains import Grains, make_block, make_one_by_n
-from .groups import Groups, make_groups
-from .mixed import Mixed
-from .n_m import NM, make_n_m
 
-STRUCTURES: dict[str, Callable[..., Structure]] = {
-    "unstructured": lambda: Grains("unstructured", (1, 1, 1, 1)),
-    "n:m": make_n_m,
-    "vector": lambda: Grains("vector", (1, 1, 1, None)),
-    "kernel": lambda: Grains("kernel", (1, 1, None, None)),
-    "filter": lambda: Grains("filter", (1, None, None, None)),
-    "channel": lambda: Grains("channel", (None, 1, None, None)),
-    "block": make_block,
-    "1xn": make_one_by_n,
-    "elementwise": make_elementwise,
-    "hrbp": make_groups("hrbp", 1.0),
-    "hrbp++": make_groups("hrbp++", 4 / 9),
-}
-CLASSES = {kind.__name__: kind for kind in (Grains, NM, Groups, Elementwise, Mixed)}  # as files of models name them
+# What the value of an option has to be, by its annotation; 0 and 1 are True and False on a command line.
+KINDS: dict[Any, tuple[type, str]] = {
+    int: (Integral, "an integer"), bool: (Integral, "True or False"), float: (Real, "a number"), str: (str, "a string"),
+    type(None): (type(None), "None"),
+}  # fmt: skip
 
 
-# What options are, and where None is one of their values.
-KINDS: dict[str, tuple[type, str]] = {
-    **dict.fromkeys(("n", "m", "groups", "granule", "row_granule", "min_rows"), (Integral, "an integer")),
-    **dict.fromkeys(("uniform", "rearrange", "balanced"), (Integral, "True or False")),  # 0 and 1 from a command line
-    "tap_density": (Real, "a number in (0, 1]"),
-}
-NONE = (("n", "n:m"), ("row_granule", "hrbp"), ("row_granule", "hrbp++"))
+def _makers(module: types.ModuleType) -> Iterator[Entry[Callable[..., Structure]]]:
+    """What `named` marks in a file."""
+    for value in vars(module).values():
+        if inspect.isfunction(value) and value.__module__ == module.__name__ and hasattr(value, "structure"):
+            name, place = value.structure
+            yield Entry(name, value, place)
+
+
+def _classes(module: types.ModuleType) -> Iterator[Entry[type[Structure]]]:
+    """The structures of a file, as files of models name them."""
+    for value in vars(module).values():
+        if isinstance(value, type) and issubclass(value, Structure) and value.__module__ == module.__name__:
+            if value is Structure:
+                continue
+            if "__dataclass_fields__" not in vars(value):
+                raise TypeError(
+                    f"{module.__file__}: {value.__name__} is no dataclass; files of models hold its fields: it needs"
+                    " @dataclass(frozen=True)"
+                )
+            yield Entry(value.__name__, value)
+
+
+STRUCTURES: Registry[Callable[..., Structure]] = Registry("hrbp.structures", _makers)
+CLASSES: Registry[type[Structure]] = Registry("hrbp.structures", _classes)
 
 
 def structure(name: str, **options: object) -> Structure:
@@ -72,17 +81,41 @@ def structure(name: str, **options: object) -> Structure:
     name = any_case(name, STRUCTURES)
     text = name if isinstance(name, str) else ""
     ratio = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", text)
-    make = (lambda: NM(int(ratio[2]), int(ratio[1]))) if ratio else STRUCTURES.get(text)
-    if make is None:
+    if ratio is None and text not in STRUCTURES:
         raise ValueError(f"structure(): no structure {name!r}; choose one of {', '.join(STRUCTURES)} or a ratio as 2:4")
-    known = inspect.signature(make).parameters
+    make = STRUCTURES["n:m" if ratio else text]
+    known = {} if ratio else inspect.signature(make, eval_str=True).parameters
     if unknown := sorted(set(options) - set(known)):
         raise TypeError(f"structure({name!r}): no option {', '.join(unknown)}; it has {', '.join(known) or 'none'}")
     for option, value in options.items():
-        kind, needs = KINDS.get(option, (object, ""))
-        if not isinstance(value, kind) and not (value is None and (option, name) in NONE):
+        if needs := _wrong(value, known[option].annotation):
             raise ValueError(f"structure({name!r}): {option} is {value!r}; it needs {needs}")
-    return make(**options)
+    return make(m=int(ratio[2]), n=int(ratio[1])) if ratio else make(**options)
+
+
+def _wrong(value: object, annotation: Any) -> str | None:
+    """What a value that is not of its option's annotation should have been; None: it is as it should be."""
+    needs = ""
+    if typing.get_origin(annotation) is Annotated:
+        annotation, needs = typing.get_args(annotation)[:2]
+    kinds = typing.get_args(annotation) if typing.get_origin(annotation) in (types.UnionType, typing.Union) else ()
+    texts = []
+    for kind in kinds or (annotation,):
+        of, text = KINDS.get(kind, (object, ""))  # what is not there the structure itself looks at
+        if isinstance(value, of):
+            return None
+        texts.append(text)
+    return needs or " or ".join(texts)
+
+
+def listed() -> str:
+    """A line for each structure, as help texts have it: its name, what it keeps together, its options."""
+    lines = []
+    for name, make in STRUCTURES.items():
+        what = (inspect.getdoc(make) or "").split("\n")[0]
+        options = [f"{p.name}={p.default}" for p in inspect.signature(make).parameters.values()]
+        lines.append(f"  {name:13} {what}" + (f"\n{'':16}options: {', '.join(options)}" if options else ""))
+    return "\n".join(lines)
 
 
 def make_mask(score: Tensor, sparsity: float, structure: str = "hrbp++", *, seed: int = 0, **options: object) -> Tensor:

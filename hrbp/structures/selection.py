@@ -65,6 +65,22 @@ def top_of_few(value: Tensor, count: int, axis: int) -> Tensor:
     return torch.stack([places < count for places in ahead], axis)
 
 
+def swapped(kept: Tensor, worth: Tensor, wish: Tensor, share: float) -> Tensor:
+    """bool [rows, units]: in each row, `share` of the kept units go, those worth least, and as many come, most wished.
+
+    A unit that goes may come back at once, as in RigL. Rows keep equally many units.
+    """
+    stay, go = staying(kept, worth, share)
+    return stay | top(wish.masked_fill(stay, -math.inf), go)
+
+
+def staying(kept: Tensor, worth: Tensor, share: float) -> tuple[Tensor, int]:
+    """Which units stay, and how many go in each row: never more than there are others to come."""
+    count = int(kept[0].sum())
+    go = min(round(share * count), kept.shape[1] - count)
+    return top(worth.masked_fill(~kept, -math.inf), count - go), go
+
+
 def balanced(value: Tensor, quota: int, prices: Tensor | None = None) -> Tensor:
     """The items of each group that together are worth most, with equal shares for groups and for items.
 

@@ -13,11 +13,10 @@ from torch.nn.utils.prune import BasePruningMethod
 
 from ..layers.stored import block_module
 from ..structures.base import Choice, Structure
-from ..structures.grains import Grains
+from ..structures.grains import BOXES, Grains
 from ..structures.mixed import Mixed
 from ..structures.n_m import NM
 from ..structures.recognise import grain, n_m_ratio
-from ..structures.registry import STRUCTURES
 from ..structures.registry import structure as make_structure
 from .candidates import unfit, users_of
 from .carry import replace_module
@@ -152,13 +151,13 @@ def _chosen(
     rule: Structure
     if name is not None:
         rule = make_structure(name, **options)
-        if not isinstance(rule, NM | Grains):
+        if not rule.can("has"):
             raise ValueError(
                 f"{who}: structure is {rule.name!r}, whose filters are regrouped; it needs one of single weights or"
                 " boxes (unstructured, n:m, kernel, block, ...), or None"
             )
         for layer, mask in masks.items():
-            if not _has(mask, rule):
+            if not rule.has(mask):
                 raise ValueError(
                     f"{who}: the mask of {layer} is not of structure {rule.name!r}; leave structure out to have"
                     " the one that it is of"
@@ -178,19 +177,6 @@ def _chosen(
     return rule, choices
 
 
-def _has(mask: Tensor, rule: NM | Grains) -> bool:
-    """Whether a mask [K, C, R, S] is one that this structure might have made, at some sparsity."""
-    if rule.refuses(mask.shape) is not None:
-        return False
-    if isinstance(rule, NM):
-        kept = mask.view(len(mask), -1, rule.m, *mask.shape[2:]).sum(2)
-        return bool((kept == (kept.flatten()[0] if rule.n is None else rule.n)).all())
-    kept = rule.sums(mask.double())
-    whole = (kept == 0) | (kept == math.prod(rule.sizes(mask.shape)))
-    rows = (kept > 0).flatten(1).sum(1)
-    return bool(whole.all()) and not (rule.uniform and bool((rows != rows[0]).any()))
-
-
 def _as_choice(mask: Tensor, rule: Structure) -> Choice:
     return Choice(mask, rule.blocksize(mask.shape))
 
@@ -204,10 +190,9 @@ def _grains(boxes: Collection[tuple[tuple[int, ...], tuple[int, ...]]]) -> Grain
     if None not in sizes[:2] and all(shape[2:] == (1, 1) for _, shape in boxes):
         sizes[2:] = 1, 1  # blocks or single weights, rather than those of all taps
     k, c, r, s = sizes
-    for name in ("unstructured", "vector", "kernel", "filter", "channel"):
-        known = STRUCTURES[name]()
-        if isinstance(known, Grains) and known.box == (k, c, r, s):
-            return known
+    for name, box in BOXES.items():
+        if box == (k, c, r, s):
+            return Grains(name, box)
     if c == 1 and (r, s) == (None, None):
         return Grains("1xn", (k, c, r, s))
     return Grains("block" if (r, s) == (1, 1) else "boxes", (k, c, r, s))

@@ -10,11 +10,11 @@ from torch import nn
 import hrbp
 from hrbp.arguments import any_case, check_sparsity
 from hrbp.density import densities
+from hrbp.layers.record import plan_of
 from hrbp.layers.view import sparse_layers
 from hrbp.saliencies import SALIENCIES
 from hrbp.structures.registry import STRUCTURES, structure
 from hrbp.structures.regrouping import regroup
-from hrbp.surgery.record import plan_of
 
 
 def net() -> nn.Sequential:

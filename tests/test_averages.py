@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 import hrbp
+from hrbp.layers.record import plan_of
 from hrbp.layers.view import sparse_layers
 from hrbp.methods.evolver import Evolver
-from hrbp.surgery.record import plan_of
 
 METHODS = {
     "set": ("set", "hrbp", {"groups": 2}, 0.7, {}),

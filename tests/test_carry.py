@@ -11,8 +11,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import blocksparse as bs
 import hrbp
+from hrbp.layers.record import plan_of
 from hrbp.layers.view import sparse_layers
-from hrbp.surgery.record import plan_of
 
 STRUCTURES = {"blocks": {"structure": "1xn", "n": 4}, "mask": {"structure": "kernel"}}
 

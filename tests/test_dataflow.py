@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import hrbp
+from hrbp.layers.record import plan_of
 from hrbp.layers.view import sparse_layers
 from hrbp.surgery.dataflow import FLOW, ORDER, ends
-from hrbp.surgery.record import plan_of
 
 
 def layers_of(model: nn.Module) -> dict[str, nn.Module]:

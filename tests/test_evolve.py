@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 import hrbp
+from hrbp.layers.record import plan_of
 from hrbp.layers.view import SparseLayer, sparse_layers
 from hrbp.methods.evolver import Evolver, Update
-from hrbp.surgery.record import plan_of
 
 CASES = [
     ("unstructured", {}),

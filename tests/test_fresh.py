@@ -10,9 +10,9 @@ from torch import nn
 from torch.nn import init
 
 import hrbp
+from hrbp.layers.record import plan_of
 from hrbp.layers.view import sparse_layers
 from hrbp.surgery.fresh import trained
-from hrbp.surgery.record import plan_of
 
 INITIALISERS = {
     "PyTorch's own": lambda w: None,

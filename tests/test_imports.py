@@ -60,15 +60,15 @@ ROOMS: dict[str, list[str]] = {
         "grouping", "selection", "base", "regrouping", "elementwise", "grains", "groups", "mixed", "n_m", "recognise",
         "registry",
     ],
-    "layers": ["twin", "dense_conv", "semi_structured", "stored", "gradients", "master", "view", "fused"],
-    "surgery": [
-        "carry", "dataflow", "fresh", "record", "candidates", "planning", "conversion", "prune", "folding", "symbols",
-        "fusion",
-    ],
-    "formats": ["packed", "sealed", "model", "weights"],
+    "layers": ["twin", "dense_conv", "semi_structured", "stored", "record", "gradients", "master", "view", "fused"],
     "methods": [
         "agreement", "averages", "decay", "dense_grad", "drift", "subp", "options", "evolver",
     ],
+    "surgery": [
+        "carry", "dataflow", "fresh", "candidates", "planning", "conversion", "prune", "folding", "symbols",
+        "fusion",
+    ],
+    "formats": ["packed", "sealed", "model", "weights"],
     "data": ["sets", "batches", "cifar", "folders", "generated", "loading"],
     "reports": [
         "dgrad", "score", "stream", "mask_report", "model_report", "model_summary", "network_costs", "picture",

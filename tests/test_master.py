@@ -14,10 +14,10 @@ from torch.optim.swa_utils import AveragedModel
 
 import hrbp
 from hrbp.layers.master import MasterConv2d, MasterLinear, with_master
+from hrbp.layers.record import plan_of
 from hrbp.layers.view import sparse_layers
 from hrbp.structures.base import Choice
 from hrbp.structures.registry import structure
-from hrbp.surgery.record import plan_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import blocksparse as bs
 import hrbp
+from hrbp.layers.record import plan_of
 from hrbp.layers.view import sparse_layers
-from hrbp.surgery.record import plan_of
 
 SIZES = [2, 4, 8, 16, 32]
 SEEDS = st.integers(0, 2**32 - 1)

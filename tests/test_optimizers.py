@@ -17,8 +17,8 @@ import blocksparse as bs
 import hrbp
 import processes
 from blocksparse import carry
+from hrbp.layers.record import plan_of
 from hrbp.layers.view import sparse_layers
-from hrbp.surgery.record import plan_of
 
 SHAPE = (8, 12, 3, 3)
 

@@ -11,8 +11,8 @@ from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 import blocksparse as bs
 import hrbp
+from hrbp.layers.record import plan_of
 from hrbp.layers.view import sparse_layers
-from hrbp.surgery.record import plan_of
 
 
 class Net(nn.Module):

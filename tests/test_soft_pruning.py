@@ -15,10 +15,10 @@ from torch._dynamo.testing import CompileCounter
 from torch.optim.swa_utils import AveragedModel
 
 import hrbp
+from hrbp.layers.record import plan_of
 from hrbp.layers.view import sparse_layers
 from hrbp.methods.evolver import Evolver
 from hrbp.methods.subp import PACES
-from hrbp.surgery.record import plan_of
 from test_subp import slow_scores
 
 pytestmark = pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")

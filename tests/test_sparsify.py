@@ -10,8 +10,8 @@ from torch import nn
 
 import blocksparse as bs
 import hrbp
+from hrbp.layers.record import plan_of
 from hrbp.layers.view import sparse_layers
-from hrbp.surgery.record import plan_of
 
 OPTIONS = {
     "n:m": {"m": 4},

@@ -16,8 +16,8 @@ from torch.optim.swa_utils import AveragedModel
 
 import blocksparse as bs
 import hrbp
+from hrbp.layers.record import plan_of
 from hrbp.layers.view import sparse_layers
-from hrbp.surgery.record import plan_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
 

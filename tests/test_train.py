@@ -24,9 +24,9 @@ from hrbp.data import Batches, MemorySet
 from hrbp.formats import model as saved
 from hrbp.formats import sealed
 from hrbp.layers.master import MASTER_METHODS
+from hrbp.layers.record import plan_of
 from hrbp.layers.view import sparse_layers
 from hrbp.reports import picture
-from hrbp.surgery.record import plan_of
 from hrbp.training import checkpoint, log
 from hrbp.training.optimizer import training_bytes
 from hrbp.training.result import Diverged

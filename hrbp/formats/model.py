@@ -16,6 +16,7 @@ from .. import models
 from ..files import whole_file
 from ..layers.fused import FusedModel
 from ..layers.master import FOLLOWING, with_master
+from ..layers.record import Sparsity, plan_of, remember
 from ..layers.semi_structured import is_converted
 from ..layers.stored import PLAIN, block_module, pattern_of_mask, take_masks, was_masked
 from ..layers.view import sparse_layers
@@ -24,7 +25,6 @@ from ..structures.grains import Grains
 from ..structures.registry import CLASSES
 from ..surgery.carry import replace_module
 from ..surgery.conversion import densify
-from ..surgery.record import Sparsity, plan_of, remember
 from ..wrappers import copied, unwrapped
 from .packed import PACKED, pack, packs, unpack_masked
 from .sealed import MODEL, read, sealed_bytes

@@ -9,8 +9,8 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from ..layers.record import Sparsity
 from ..layers.view import SparseLayer
-from ..surgery.record import Sparsity
 
 
 def ranks() -> int:

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+from ..layers.record import Lineage, plan_of
 from ..layers.view import SparseLayer, sparse_layers
-from ..surgery.record import Lineage, plan_of
 from ..wrappers import unwrapped
 
 

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from ..density import densities
 from ..layers.master import FOLLOWING, MASTER_METHODS
+from ..layers.record import plan_of
 from ..layers.view import SparseLayer, sparse_layers
 from ..structures.base import Choice, sparsity_of
-from ..surgery.record import plan_of
 from . import averages
 from .agreement import checksum, facts, ranks, require_same
 from .decay import Decay

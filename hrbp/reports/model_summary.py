@@ -18,11 +18,11 @@ from ..columns import columns
 from ..layers import semi_structured
 from ..layers.dense_conv import symmetric_padding
 from ..layers.master import FOLLOWING, MasterLinear
+from ..layers.record import Sparsity, plan_of
 from ..layers.view import SparseLayer, sparse_layers
 from ..methods.subp import counts
 from ..structures.n_m import NM
 from ..surgery.conversion import densify, semi_refuses
-from ..surgery.record import Sparsity, plan_of
 from ..wrappers import copied, unwrapped
 
 INDEX_BYTES = 16  # of a stored block, in memory

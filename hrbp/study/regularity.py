@@ -28,6 +28,7 @@ from ..files import only_writer
 from ..formats.model import load as load_model
 from ..formats.model import save
 from ..formats.weights import weights_for
+from ..layers.record import plan_of
 from ..models import build, narrow
 from ..progress import Progress, duration
 from ..reports.model_summary import summary
@@ -36,7 +37,6 @@ from ..reports.picture import draw_regularity
 from ..structures.n_m import NM
 from ..structures.registry import structure as make_structure
 from ..surgery.conversion import densify, sparsify
-from ..surgery.record import plan_of
 from ..training.devices import the_device
 from ..training.result import Diverged
 from ..training.settings import Settings

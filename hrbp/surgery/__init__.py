@@ -7,6 +7,5 @@ in or out of a sparse model is a file here with one function on a model, as prun
 from .conversion import densify, release, sparsify, to_semi_structured
 from .fusion import fuse
 from .prune import from_prune
-from .record import Sparsity, plan_of
 
-__all__ = ["Sparsity", "densify", "from_prune", "fuse", "plan_of", "release", "sparsify", "to_semi_structured"]
+__all__ = ["densify", "from_prune", "fuse", "release", "sparsify", "to_semi_structured"]

@@ -19,6 +19,7 @@ from blocksparse import BSRConv2d, BSRLinear
 from ..layers import semi_structured
 from ..layers.fused import FusedConv2d
 from ..layers.master import with_master
+from ..layers.record import forget, plan_of, remember
 from ..layers.stored import PLAIN, block_module
 from ..layers.view import SparseLayer, as_sparse, shape4, sparse_layers
 from ..structures.base import sparsity_of
@@ -26,7 +27,6 @@ from ..wrappers import unwrapped
 from .candidates import Selector
 from .carry import carry, replace_module
 from .planning import Plan, dense_model, planned
-from .record import forget, plan_of, remember
 
 
 def sparsify(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..arguments import any_case, check_sparsity
 from ..density import DISTRIBUTIONS, densities
 from ..layers.master import FOLLOWING, MASTER_METHODS
+from ..layers.record import Sparsity, plan_of
 from ..layers.view import shape4
 from ..saliencies import SALIENCIES
 from ..saliencies import saliency as score_weights
@@ -23,7 +24,6 @@ from ..structures.registry import structure as make_structure
 from ..wrappers import unwrapped
 from .candidates import Selector, candidates
 from .fresh import trained
-from .record import Sparsity, plan_of
 
 
 def dense_model(model: nn.Module, who: str) -> nn.Module:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
 
+from ..layers.record import Sparsity, remember
 from ..layers.stored import block_module
 from ..structures.base import Choice, Structure
 from ..structures.grains import BOXES, Grains
@@ -21,7 +22,6 @@ from ..structures.registry import structure as make_structure
 from .candidates import unfit, users_of
 from .carry import replace_module
 from .planning import dense_model
-from .record import Sparsity, remember
 
 
 def from_prune(

@@ -1,6 +1,6 @@
 """A training that was saved when layers of single weights were masked is continued with them stored.
 
-Its model's state is taken over as it is loaded (surgery/record.py); this is about what a training has beside that.
+Its model's state is taken over as it is loaded (layers/record.py); this is about what a training has beside that.
 """
 
 from __future__ import annotations

@@ -21,13 +21,13 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..data.batches import Batches
 from ..formats.model import save
+from ..layers.record import plan_of
 from ..layers.view import sparse_layers
 from ..methods.evolver import Evolver, Update
 from ..methods.options import refused_options
 from ..progress import Progress, duration
 from ..reports.model_summary import summary
 from ..surgery.conversion import release
-from ..surgery.record import plan_of
 from ..wrappers import copied
 from . import checkpoint, log
 from .continuing import Continued

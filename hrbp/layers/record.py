@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from ..layers.stored import take_masks
 from ..structures.base import Structure
 from ..wrappers import unwrapped
+from .stored import take_masks
 
 
 class Lineage:

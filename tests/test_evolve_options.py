@@ -11,10 +11,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import hrbp
-from hrbp.layers.master import MASTER_METHODS
 from hrbp.layers.view import sparse_layers
 from hrbp.methods.evolver import Evolver
-from hrbp.methods.options import METHODS, OPTIONS, default_every
+from hrbp.methods.registry import METHODS
 from hrbp.training.settings import Settings
 
 EXCHANGING = ("set", "rigl", "hrbp")
@@ -30,7 +29,7 @@ def model(method: str = "static", structure: str | None = None, sparsity: float 
     named = {"subp": "1xn", "ste": "2:4", "sr-ste": "2:4", "hrbp": "hrbp"}.get(method, "block")
     structure = structure or named
     options = {"1xn": {"n": 4}, "hrbp": {"groups": 2}, "block": {"blocksize": (2, 2)}}.get(structure, {}) | options
-    master = method if method in MASTER_METHODS else None
+    master = method if METHODS[method].dense_weights else None
     sparsity = 0.5 if sparsity is None else sparsity
     return hrbp.sparsify(net, sparsity, structure=structure, method=master, include=["0", "2", "4"], **options)
 
@@ -71,7 +70,7 @@ def test_names_are_accepted_in_any_case(name, method):
 @pytest.mark.parametrize("method", METHODS)
 def test_options_that_a_method_does_not_take_are_refused(method):
     for name, value in VALUES.items():
-        if name in OPTIONS[method]:
+        if name in METHODS[method].options():
             evolver(method, **{"every": 1, name: value})
             continue
         with pytest.raises(TypeError, match=rf"method '{method}' has no option {name}; it takes: "):
@@ -184,11 +183,11 @@ def test_a_sparsity_that_the_structure_cannot_have_is_refused_at_once():
 
 
 @given(
-    st.sampled_from(METHODS[1:]), st.integers(1, 5000),
+    st.sampled_from([method for method in METHODS if METHODS[method].changes]), st.integers(1, 5000),
     st.sampled_from([None, 0.1, 0.3, 0.5, 0.7, 0.75, 0.9, 0.99, 1.0]), st.integers(1, 300),
 )  # fmt: skip
 def test_the_default_of_a_training_updates_often_enough(method, total_steps, until, most):
-    every = default_every(method, total_steps, until, most)
+    every = METHODS[method].default_every(total_steps, until, most)
     assert 1 <= every <= most
     end = (0.75 if until is None else until) * total_steps
     if method in ("ste", "sr-ste"):

@@ -233,7 +233,7 @@ def told(written) -> dict[str, str]:
         ("method", "ValueError: Evolver(): method is 'rigl' on rank 0 and 'set' on rank 1"),
         ("case", "nothing"),
         ("refused", "ValueError: Evolver(): every is 1 on rank 0 and 0 on rank 1"),
-        ("score", "ValueError: Evolver(): score is None on rank 0 and 'l1' on rank 1"),
+        ("score", "ValueError: Evolver(): score is 'bpar' on rank 0 and 'l1' on rank 1"),
         ("target", "ValueError: Evolver(): the density asked of 'blocks.0' is 0.5 on rank 0 and 0.25 on rank 1 (and"),
         ("masks", "ValueError: Evolver(): the mask of 'blocks.0' is "),
         ("diverged", "ValueError: Evolver.step(), step 1: the new mask of 'blocks.1' is "),

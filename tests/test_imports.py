@@ -62,7 +62,8 @@ ROOMS: dict[str, list[str]] = {
     ],
     "layers": ["twin", "dense_conv", "semi_structured", "stored", "record", "gradients", "master", "view", "fused"],
     "methods": [
-        "agreement", "averages", "decay", "dense_grad", "drift", "subp", "options", "evolver",
+        "agreement", "averages", "decay", "dense_grad", "drift", "options", "base", "arriving", "exchanging",
+        "following", "static", "set", "rigl", "hrbp", "gmp", "ste", "sr_ste", "subp", "registry", "evolver",
     ],
     "surgery": [
         "carry", "dataflow", "fresh", "candidates", "planning", "conversion", "prune", "folding", "symbols",

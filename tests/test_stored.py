@@ -184,7 +184,9 @@ def test_a_mask_that_changes_trains_as_a_dense_weight_under_it(structure, method
             for name, mask in now.items():
                 weight = reference.net.get_submodule(name).weight.detach().view(mask.shape) * before[name]
                 grown = reference.dense_grads[name].view(mask.shape)
-                expected = moved(weight, before[name], grown, units, evolver._share())
+                expected = moved(
+                    weight, before[name], grown, units, evolver._method.share(evolver.steps, evolver.total_steps)
+                )
                 assert torch.equal(mask, expected)
         changes += any(not torch.equal(now[name], mask) for name, mask in before.items())
         reference.change(now)

@@ -160,8 +160,8 @@ def test_a_result_of_another_training_is_refused(tmp_path):
         ({"sparsities": (0.5, 1.0)}, "between 0 and 1"),
         ({"every": 0}, "every is 0"),
         ({"variants": [Variant("dense", "rigl")]}, "'dense rigl' cannot be trained: it has no mask"),
-        ({"variants": [Variant("elementwise", "set")]}, "its masks do not change"),
-        ({"variants": [Variant("kernel", "hrbp")]}, "it has no groups"),
+        ({"variants": [Variant("elementwise", "set")]}, "masks of structure 'elementwise' do not change"),
+        ({"variants": [Variant("kernel", "hrbp")]}, "method 'hrbp' updates groups; the structure is 'kernel'"),
         ({"variants": [Variant("round")]}, "no structure 'round'"),
     ],
 )
@@ -349,7 +349,7 @@ def test_the_command_trains_what_goes_together_and_ends_with_the_table(few, tmp_
             "--seeds", "3", "--epochs", "1", "--device", "cpu", "--out", tmp_path / "s")  # fmt: skip
     assert command(*args) == 0
     out = capsys.readouterr().out
-    assert "left out: elementwise set, as its masks do not change" in out
+    assert "left out: elementwise set, as masks of structure 'elementwise' do not change; use method='static'" in out
     assert "[4/4, " in out
     results = read(tmp_path / "s" / "results.json")
     assert [run["line"] for run in results["runs"]] == ["dense", "elementwise 80%", "hrbp 80%", "hrbp set 80%"]

@@ -23,9 +23,9 @@ from hrbp.cli import train as train_cli
 from hrbp.data import Batches, MemorySet
 from hrbp.formats import model as saved
 from hrbp.formats import sealed
-from hrbp.layers.master import MASTER_METHODS
 from hrbp.layers.record import plan_of
 from hrbp.layers.view import sparse_layers
+from hrbp.methods.registry import METHODS
 from hrbp.reports import picture
 from hrbp.training import checkpoint, log
 from hrbp.training.optimizer import training_bytes
@@ -71,7 +71,7 @@ def sparse(
     model: nn.Module, structure: str = "hrbp", sparsity: float = 0.5, evolve: str | None = None, **_
 ) -> nn.Module:
     options = {"hrbp": {"groups": 2}, "hrbp++": {"groups": 2}, "1xn": {"n": 8}}.get(structure, {})
-    method = evolve if evolve in MASTER_METHODS else None
+    method = evolve if METHODS[evolve].dense_weights else None
     return hrbp.sparsify(model, sparsity, structure=structure, method=method, distribution="uniform", **options)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..data.folders import LAYOUT
 from ..data.loading import load, set_named
-from ..methods.evolver import METHODS
+from ..methods.registry import METHODS
 from ..models import NETWORKS
 from ..structures.registry import STRUCTURES
 from ..study.regularity import FIGURE as REGULARITY_FIGURE

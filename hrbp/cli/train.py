@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import dataclasses
 import os
 import signal
 import sys
@@ -17,12 +18,14 @@ from ..data.folders import LAYOUT
 from ..data.loading import load, set_named
 from ..data.sets import ImageSet
 from ..density import DISTRIBUTIONS
-from ..layers.master import MASTER_METHODS
-from ..methods.options import DECAYING, METHODS, OPTIONS, refused_options
+from ..methods.options import SHARED
+from ..methods.registry import METHODS
+from ..methods.registry import listed as listed_methods
 from ..models import NETWORKS, build, narrow
 from ..reports.model_summary import summary
 from ..saliencies import SALIENCIES
 from ..structures.registry import STRUCTURES
+from ..structures.registry import listed as listed_structures
 from ..structures.registry import structure as make_structure
 from ..surgery.conversion import sparsify
 from ..training.devices import the_device
@@ -58,8 +61,15 @@ In the folder: log.jsonl (the configuration, then a line an epoch and a mask upd
   y = model(x)
 
 Ctrl-C or SIGTERM saves and stops; a killed process loses what came after its last checkpoint, nothing more.
-Options of structures: groups, tap_density, granule, row_granule, min_rows, balanced (hrbp, hrbp++), groups, min_rows
-(elementwise), blocksize (block), n, uniform, rearrange (1xn), n, m (n:m): --option groups=16 --option granule=8
+
+Structures, with their options (--option groups=16 --option granule=8; groups are always chosen by method=assign):
+
+{structures}
+
+Methods of --evolve, with their options: --every, --drop, --until and --decay, others by --evolve-option; seed is that
+of --seed, sparsity that of --sparsity, from --initial-sparsity on:
+
+{methods}
 
 --data FOLDER is a folder with train/CLASS/*.png to train with, one folder for each class, and val/CLASS/*.png or
 test/CLASS/*.png, with the same classes, to test with; .jpeg, .webp and other images as well.
@@ -71,8 +81,8 @@ signal N.
 def add_train(commands: parsing.Commands) -> None:
     """The command `train` and its options."""
     parser = commands.add_parser(
-        "train", help="train a sparse or dense network", description=DESCRIPTION, epilog=END,
-        formatter_class=parsing.AS_WRITTEN,
+        "train", help="train a sparse or dense network", description=DESCRIPTION,
+        epilog=END.format(structures=listed_structures(), methods=listed_methods()), formatter_class=parsing.AS_WRITTEN,
     )  # fmt: skip
     add = parser.add_argument_group("network").add_argument
     add(
@@ -95,19 +105,21 @@ def add_train(commands: parsing.Commands) -> None:
     )
     share = parsing.number(0, 1, "[0, 1)")
     add("--sparsity", type=share, default=0.9, help="of the layers made sparse, default 0.9")
-    add("--distribution", choices=DISTRIBUTIONS, help="of the layers' densities, default erk, with subp uniform")
+    others = "".join(f", with {m} {METHODS[m].distribution}" for m in METHODS if METHODS[m].distribution != "erk")
+    add("--distribution", choices=DISTRIBUTIONS, help=f"of the layers' densities, default erk{others}")
     add("--saliency", choices=SALIENCIES, default="random", help="what chooses the first masks, default random")
     add("--option", type=_option, action="append", default=[], metavar="NAME=VALUE", help="of the structure, see below")
     add("--evolve", type=str.lower, choices=METHODS, default="static", help="how masks change, default static")
-    add("--every", type=int, help="steps between changes, default 100, of subp an epoch; fewer for at least 20 changes")
-    add("--drop", type=float, help="share exchanged at first, default 0.3 (set, rigl, hrbp)")
-    add("--until", type=float, help="share of the training after which masks stay, default 0.75")
-    add("--initial-sparsity", type=float, help="where gmp starts, default 0")
+    by_epoch = "".join(f", of {method} an epoch" for method in METHODS if METHODS[method].by_epoch)
+    for field in _fields():
+        also = f"{by_epoch}; fewer for at least 20 changes" if field.name == "every" else ""
+        text = f"{field.metadata['help']}, default {field.default:g}{also} ({', '.join(_taking(field.name))})"
+        add(f"--{field.name}", type=type(field.default), help=text)
+    add("--initial-sparsity", type=float, help=f"where {', '.join(_taking('sparsity'))} starts, default 0")
     add(
         "--evolve-option", type=_option, action="append", default=[], metavar="NAME=VALUE",
-        help="of subp: score (bpar, l1), alpha, tau, pace (cubic, linear, cosine, exponential), begin (0, a share)",
+        help="of the method that --evolve names, see below",
     )  # fmt: skip
-    add("--decay", type=float, help=f"of weights that take no part ({', '.join(DECAYING)}), default 2e-4")
 
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=int, help="default 20 for shapes, 160 for CIFAR, 100 for a folder")
@@ -206,16 +218,27 @@ def _evolve_options(args: argparse.Namespace) -> dict[str, Any]:
     """What the command line says about how masks change; what the method does not take is refused."""
     if args.initial_sparsity is None:
         args.initial_sparsity = 0.0
-    elif args.evolve != "gmp":
-        raise ValueError(f"train: --initial-sparsity is where --evolve gmp starts; --evolve is {args.evolve}")
-    options = {"seed": args.seed} if "seed" in OPTIONS[args.evolve] else {}
-    if args.evolve == "gmp":
-        options["sparsity"] = args.sparsity
-    given = {name: value for name in ("every", "drop", "until", "decay") if (value := getattr(args, name)) is not None}
+    elif args.evolve not in (prunes := _taking("sparsity")):
+        raise ValueError(
+            f"train: --initial-sparsity is where --evolve {', '.join(prunes)} starts; --evolve is {args.evolve}"
+        )
+    method = METHODS[args.evolve]
+    ours = {name: getattr(args, name) for name in ("seed", "sparsity") if name in method.options()}
+    given = {field.name: value for field in _fields() if (value := getattr(args, field.name)) is not None}
     given |= dict(args.evolve_option)
-    if reason := refused_options(args.evolve, given):
+    if reason := method.refuses_options(given):
         raise ValueError(f"train: --evolve {args.evolve}: {reason}")
-    return options | given
+    return ours | given
+
+
+def _fields() -> list[dataclasses.Field]:
+    """The options of methods that are options of the command, too: those that several methods share."""
+    return [field for shared in SHARED for field in dataclasses.fields(shared)]
+
+
+def _taking(option: str) -> list[str]:
+    """The methods that have this option."""
+    return [name for name, method in METHODS.items() if option in method.options()]
 
 
 def _structure_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -246,8 +269,8 @@ def _network(args: argparse.Namespace, images: ImageSet, options: dict[str, Any]
     if args.saliency in ("snip", "grasp", "synflow", "magnitude+gradient"):
         options["batch"] = next(iter(Batches(images, args.batch_size, train=True, seed=args.seed).epoch()))
     structure = "hrbp++" if args.structure == NARROW else args.structure
-    sparsity = args.initial_sparsity if args.evolve == "gmp" else args.sparsity
-    method = args.evolve if args.evolve in MASTER_METHODS else None
+    sparsity = args.initial_sparsity if "sparsity" in METHODS[args.evolve].options() else args.sparsity
+    method = args.evolve if METHODS[args.evolve].dense_weights else None
     sparsify(
         model, sparsity, structure=structure, method=method, distribution=args.distribution, saliency=args.saliency,
         seed=args.seed, **options,

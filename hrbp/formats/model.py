@@ -15,13 +15,13 @@ from blocksparse import BSRLinear, BSRPattern
 from .. import models
 from ..files import whole_file
 from ..layers.fused import FusedModel
-from ..layers.master import FOLLOWING, with_master
+from ..layers.master import with_master
 from ..layers.record import Sparsity, plan_of, remember
 from ..layers.semi_structured import is_converted
 from ..layers.stored import PLAIN, block_module, pattern_of_mask, take_masks, was_masked
 from ..layers.view import sparse_layers
+from ..methods.registry import dense_weight_method
 from ..structures.base import Choice, sparsity_of
-from ..structures.grains import Grains
 from ..structures.registry import CLASSES
 from ..surgery.carry import replace_module
 from ..surgery.conversion import densify
@@ -134,8 +134,10 @@ def _plan(plain: dict[str, Any] | None) -> Sparsity | None:
 
 def _make_sparse(model: nn.Module, state: Mapping[str, Tensor], plan: Sparsity | None) -> None:
     """Replace the layers of a dense model that are sparse in `state`; their values are loaded later."""
-    method = None if plan is None else plan.method
-    if plan is not None and method in FOLLOWING:
+    method = None if plan is None else dense_weight_method(plan.method, "load()")
+    if plan is not None and method is not None and (reason := method.refuses(plan.structure)):
+        raise ValueError(reason)
+    if plan is not None and method is not None and method.follows_weight:
         for name, density in plan.asked.items():
             if type(dense := model.get_submodule(name)) in PLAIN:
                 made = with_master(dense, rule=plan.structure, sparsity=sparsity_of(density))
@@ -166,6 +168,5 @@ def _make_sparse(model: nn.Module, state: Mapping[str, Tensor], plan: Sparsity |
 
 def _choice(plan: Sparsity, mask: Tensor, row_order: Tensor | None) -> Choice:
     """As `sparsify` with a method made it, of a layer that has a mask of its own."""
-    assert isinstance(plan.structure, Grains)
     shape = (*mask.shape, 1, 1)[:4]
     return Choice(mask.view(shape), plan.structure.blocksize(shape), row_order)

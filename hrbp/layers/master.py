@@ -313,7 +313,3 @@ def with_master(
 def _is_shared(t: Tensor) -> bool:
     """Whether t is in memory that other processes may have, too; on a GPU nobody can tell."""
     return t.device.type == "cpu" and t.is_shared()
-
-
-FOLLOWING = ("ste", "sr-ste")  # training methods of which the mask follows a dense master weight
-MASTER_METHODS = (*FOLLOWING, "subp")  # all that train one

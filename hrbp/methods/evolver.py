@@ -1,11 +1,10 @@
-"""How a mask changes while training: SET, RigL, HRBP's own update, gradual pruning, STE, SR-STE, SUBP.
+"""The loop's side of masks that change while training: when a method is asked, what it is given, what becomes of it.
 
 Every update drops what is least worth keeping and grows as much elsewhere, in the units of the structure: grains, or
 the channels of a group. Layers stay as sparse as they were, so that stored blocks, gradients, optimizer state, compiled
 code and CUDA graphs keep their memory; gradual magnitude pruning ("gmp") shrinks them and reallocates. With a dense
 master weight (`sparsify(method=...)`) what is dropped learns on: the mask follows the weight, or is drawn ("subp").
-
-More than 400 lines, a quarter of them the docstring that users read: so far one class knows all methods.
+What differs between methods is in their own files (base.py says which questions a method answers).
 """
 
 from __future__ import annotations
@@ -18,18 +17,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..density import densities
-from ..layers.master import FOLLOWING, MASTER_METHODS
 from ..layers.record import plan_of
 from ..layers.view import SparseLayer, sparse_layers
-from ..structures.base import Choice, sparsity_of
 from . import averages
 from .agreement import checksum, facts, ranks, require_same
-from .decay import Decay
+from .base import Moment
 from .dense_grad import DenseGradients
 from .drift import Drift, Update
-from .options import ARRIVING, DECAYING, DEFAULTS, METHODS, arrival, checked_options, method_named
-from .subp import pruned_share
+from .options import STEPS
+from .registry import METHODS, method_named
 
 __all__ = ["METHODS", "Evolver", "Update"]
 
@@ -63,7 +59,8 @@ class Evolver:
       that of `sparsify` at `until`: see subp.py. What is left out learns on and decays, as with "sr-ste". In its paper
       an update comes every epoch.
 
-    The last three need a model made by `sparsify` with the same method, as it has to keep dense weights.
+    The last three need a model made by `sparsify` with the same method, as it has to keep dense weights. Another method
+    is another file in hrbp/methods; help(hrbp.methods.METHODS["rigl"]) says more of one.
 
     Layers that the optimizer does not hold, frozen ones (requires_grad=False at the time of an update) and, where
     gradients decide, those without one in this step (skipped, by stochastic depth for instance) keep their masks. What
@@ -97,7 +94,8 @@ class Evolver:
         decay: of "sr-ste" and "subp", default 2e-4.
         seed: of what "set" and "subp" draw, default 0. "rigl" and "hrbp" draw nothing, and take it as "set" does.
         ema: copies of the model that average its weights: their masks change along.
-        **options: of "subp": score, alpha, tau, pace, begin; see `SoftPruning` in subp.py.
+        **options: of "subp": score ("bpar" or "l1"), alpha, tau, pace ("cubic", "linear", "cosine", "exponential") and
+            begin; help(hrbp.methods.METHODS["subp"]).
 
     Raises:
         TypeError: an option that the method does not take.
@@ -124,30 +122,34 @@ class Evolver:
         who = "Evolver()"
         named = {"every": every, "drop": drop, "until": until, "sparsity": sparsity, "decay": decay, "seed": seed}
         given = {name: value for name, value in named.items() if value is not None} | options
-        told = {"method": str(method).lower(), "total_steps": total_steps, **DEFAULTS, **given}
+        kind = METHODS.get(str(method).lower())
+        told = {"method": str(method).lower(), "total_steps": total_steps} | (kind.defaults() if kind else {}) | given
         require_same(lambda: {name: repr(value) for name, value in told.items()}, who, "")
-        method = method_named(method, who)
+        kind = method_named(method, who)
         plan = plan_of(model)
         assert plan is not None
-        if plan.method != (method if method in MASTER_METHODS else None):
+        if plan.method != (kind.name if kind.dense_weights else None):
             made = "without a method" if plan.method is None else f"with method={plan.method!r}"
             raise ValueError(
-                f"{who}: method is {method!r} and the model was made by sparsify() {made}; they need the same"
+                f"{who}: method is {kind.name!r} and the model was made by sparsify() {made}; they need the same"
             )
-        if method not in ("static", *FOLLOWING) and not plan.structure.can("exchange"):
-            raise ValueError(f"{who}: masks of structure {plan.structure.name!r} do not change; use method='static'")
-        if method == "hrbp" and not plan.structure.can("recount"):
-            raise ValueError(
-                f"{who}: method 'hrbp' updates groups; the structure is {plan.structure.name!r}; use 'rigl'"
-            )
-        chosen = checked_options(method, total_steps, given, who)
-        self.model, self.optimizer, self.method, self.plan = model, optimizer, method, plan
-        self.total_steps, self.every, self.until = chosen["total_steps"], chosen["every"], chosen["until"]
-        self.drop, self.sparsity, self.seed, self._soft = (chosen[n] for n in ("drop", "sparsity", "seed", "soft"))
-        self._arrives = arrival(self.every, self.until * self.total_steps)
+        if reason := kind.refuses(plan.structure):
+            raise ValueError(f"{who}: {reason}")
+        if reason := kind.refuses_options(given):
+            raise TypeError(f"{who}: {reason}")
+        try:
+            self.total_steps: int = STEPS.taken(total_steps)
+        except (TypeError, ValueError):
+            raise ValueError(f"{who}: total_steps is {total_steps!r}; it needs {STEPS.needs}") from None
+        self._method = kind(**given)
+        self._method.check_steps(self.total_steps)
+        self.model, self.optimizer, self.method, self.plan = model, optimizer, kind.name, plan
+        self.every, self.drop, self.until, self.sparsity, self.decay, self.seed = (
+            getattr(self._method, name, None) for name in named
+        )
         self.ema = list(ema)
         self.steps = 0
-        self._grows_by_gradient = method in ("rigl", "hrbp")
+        self._state: dict[str, Any] = {}
         self._overdue = False
         self._dense: DenseGradients | None = None
         self._followed = False
@@ -155,37 +157,20 @@ class Evolver:
         self.layers = {name: layer for name, layer in sparse_layers(model).items() if id(layer.parameter) in held}
         if not self.layers:
             raise ValueError(f"{who}: the optimizer updates no sparse layer; make it after sparsify()")
-        if method != "static":
+        if kind.changes:
             for layer in self.layers.values():
                 layer.check(model, optimizer, who)
         averages.check(self.ema, self.layers, who)
-        if method in FOLLOWING and ranks() > 1:
+        if kind.follows_weight and ranks() > 1:
             for layer in self.layers.values():
                 dist.broadcast(layer.parameter.detach(), 0)
         remedy = "; give sparsify() the same arguments, seed and scores everywhere"
         require_same(lambda: facts(self.plan, self.layers), who, remedy)
         self._initial = self._sparsity_of_live()
-        if method == "gmp":
-            self._check_sparsity(who)
-        self._decay = None
-        if method in DECAYING:
-            self._decay = Decay(model, self.layers.values(), optimizer, chosen["decay"])
+        self._method.check(self._now())
+        self._attached = self._method.attach(model, self._now(), optimizer)
         self._drift = Drift(self.layers)
         self._arm()
-
-    def _check_sparsity(self, who: str) -> None:
-        """Refuse a final sparsity that the structure cannot have, or that the model has passed already."""
-        assert self.sparsity is not None
-        live = self._live()
-        if not live:
-            return
-        rule, sizes = self.plan.structure, {name: math.prod(layer.shape) for name, layer in live.items()}
-        final = sum(rule.density(live[n].shape, at) * sizes[n] for n, at in self._asked(self.sparsity).items())
-        # A model that has arrived may be continued, and which layers round up or down depends on its weights.
-        if sum(map(_kept, live.values())) < 0.98 * final:
-            raise ValueError(
-                f"{who}: the model is {self._initial:.4f} sparse already; 'gmp' to {self.sparsity} cannot grow it"
-            )
 
     # ------------------------------------------------------------------ the loop's side
 
@@ -195,12 +180,12 @@ class Evolver:
         A CUDA graph captured at another step does not gather them: run the model itself at such a step. A compiled
         model is compiled once more for these steps; running the model itself saves that.
         """
-        return self._grows_by_gradient and self._is_due(self.steps + 1)
+        return self._method.needs_gradient and self._is_due(self.steps + 1)
 
     def step(self) -> Update | None:
         """Call after every optimizer.step(), before gradients are cleared; changes the masks when it is time to."""
         self.steps += 1
-        if not self._followed and self.method not in ("static", *FOLLOWING):
+        if not self._followed and self._method.changes and not self._method.follows_weight:
             averages.follow(self.model, self.ema)
             self._followed = True
         try:
@@ -210,9 +195,10 @@ class Evolver:
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs beside the model's and the optimizer's own state."""
+        own = {"own": dict(self._state)} if self._state else {}  # what the method keeps
         return {
             "method": self.method, "steps": self.steps, "overdue": self._overdue, "initial": self._initial,
-            "first": self._drift.first, "last": self._drift.last,
+            "first": self._drift.first, "last": self._drift.last, **own,
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -223,6 +209,7 @@ class Evolver:
             )
         self.steps, self._overdue, self._initial = int(state["steps"]), bool(state["overdue"]), float(state["initial"])
         self._drift.first, self._drift.last = dict(state["first"]), dict(state["last"])
+        self._state = dict(state.get("own", {}))
         self._followed = False
         position = {"the step of the state": str(self.steps), "an update that is due": str(self._overdue)}
         who, remedy = "Evolver.load_state_dict()", "; load the same state everywhere"
@@ -232,26 +219,7 @@ class Evolver:
     # ------------------------------------------------------------------ when
 
     def _is_due(self, step: int) -> bool:
-        if self.method == "static":
-            return False
-        if self.method in FOLLOWING:
-            return step % self.every == 0
-        end = self.until * self.total_steps
-        if self.method in ARRIVING:
-            return step % self.every == 0 and step <= self._arrives
-        return self._overdue or (step % self.every == 0 and step < end)
-
-    def _share(self) -> float:
-        """The share to exchange now: drop / 2 * (1 + cos(pi * t / end))."""
-        end = max(1.0, self.until * self.total_steps)
-        return self.drop / 2 * (1 + math.cos(math.pi * min(1.0, self.steps / end)))
-
-    def _sparsity_now(self) -> float:
-        assert self.sparsity is not None
-        if self.steps >= self._arrives:
-            return self.sparsity
-        left = 1 - min(1.0, self.steps / max(1.0, self.until * self.total_steps))
-        return self.sparsity + (self._initial - self.sparsity) * left**3
+        return self._method.due(step, self.total_steps, self._overdue)
 
     # ------------------------------------------------------------------ dense gradients
 
@@ -295,26 +263,30 @@ class Evolver:
         """The layers that can change now: those that are not frozen."""
         return {name: layer for name, layer in self.layers.items() if layer.parameter.requires_grad}
 
+    def _now(self, gradients: dict[str, Tensor] | None = None) -> Moment:
+        """What the method sees."""
+        return Moment(
+            self.steps, self.total_steps, self.plan, self.layers, self._live(), self._initial, gradients, self._state
+        )
+
     def _sparsity_of_live(self) -> float:
         layers = self._live() or self.layers
-        return 1 - sum(map(_kept, layers.values())) / sum(math.prod(layer.shape) for layer in layers.values())
+        kept = sum(layer.kept() for layer in layers.values())
+        return 1 - kept / sum(math.prod(layer.shape) for layer in layers.values())
 
     def _update(self) -> Update | None:
         who, remedy = f"Evolver.step(), step {self.steps}", "; their weights must have diverged before"
-        if self.method in FOLLOWING:
+        if self._method.follows_weight:
             update, now = self._drift.update(self.steps, reallocated=False), self._drift.last
             require_same(lambda: {f"the mask of {n!r}": checksum(bits) for n, bits in now.items()}, who, remedy)
             return update
         grads = None
-        if self._grows_by_gradient:
+        if self._method.needs_gradient:
             grads = self._gathered()
             self._overdue = grads is None
             if grads is None:
                 return None
-        if self.method == "subp":
-            choices = self._softly_pruned()
-        else:
-            choices = self._pruned() if self.method == "gmp" else self._exchanged(grads)
+        choices = self._method.choices(self._now(grads))
         require_same(
             lambda: {f"the new mask of {n!r}": checksum(c.mask, c.row_order) for n, c in choices.items()}, who, remedy
         )
@@ -326,78 +298,3 @@ class Evolver:
             for copy in copies:
                 copy[name].set(choice)
         return self._drift.update(self.steps, reallocated=not in_place)
-
-    def _exchanged(self, grads: dict[str, Tensor] | None) -> dict[str, Choice]:
-        choices = {}
-        live = self._live()
-        for i, (name, layer) in enumerate(self.layers.items()):
-            if name not in live or not (grads is None or name in grads):
-                continue
-            weight = layer.weight().abs().float()
-            if grads is None:
-                generator = torch.Generator().manual_seed(self._seed_of(i))
-                growth = torch.rand(layer.shape, generator=generator).to(weight.device)
-            else:
-                growth = grads[name]
-            change = self.plan.structure.recount if self.method == "hrbp" else self.plan.structure.exchange
-            choices[name] = change(layer.mask(), layer.row_order(), weight, growth, self._share())
-        return choices
-
-    def _seed_of(self, layer: int) -> int:
-        """Of what is drawn for a layer at this step, on every rank."""
-        return ((self.seed * 1_000_003 + self.steps) * 1_000_003 + layer) % 2**63
-
-    def _softly_pruned(self) -> dict[str, Choice]:
-        rule = self.plan.structure
-        assert rule.uniform_rows is not None
-        # An epoch of the paper is what lies between two updates.
-        now, epochs = self.steps / self.every, self.total_steps / self.every
-        begin, end = self._soft.begin * epochs, self.until * epochs
-        choices, live = {}, self._live()
-        for i, (name, layer) in enumerate(self.layers.items()):
-            if name not in live:
-                continue
-            sparsity, order = self.plan.target[name], layer.row_order()
-            pruned = (
-                sparsity if self.steps >= self._arrives else pruned_share(now, begin, end, sparsity, self._soft.pace)
-            )
-            weight = layer.parameter.detach().view(layer.shape)
-            kept = self._soft.kept(weight, rule.uniform_rows, sparsity, pruned, self._seed_of(i), order)
-            choices[name] = rule.of_rows(kept, layer.shape, order)
-        return choices
-
-    def _asked(self, sparsity: float) -> dict[str, float]:
-        """The densities of "gmp" at a sparsity, of the layers that can change."""
-        rule, live, scores = self.plan.structure, self._live(), {}
-        # As sparsify() does: what "erk" makes of a linear layer is of its two axes.
-        shapes = {name: layer.shape[: 4 if hasattr(layer.module, "stride") else 2] for name, layer in live.items()}
-        if self.plan.distribution == "global":
-            ranked = {name: rule.ranked(_score(layer), self._order(layer)) for name, layer in live.items()}
-            scores = {name: score.view(shapes[name]) for name, score in ranked.items()}
-        return densities(
-            shapes,
-            sparsity,
-            self.plan.distribution,
-            scores=scores,
-            realise=lambda name, density: rule.density(live[name].shape, density),
-        )
-
-    def _order(self, layer: SparseLayer) -> Tensor | None:
-        """The order of the filters that "gmp" keeps: rows are divided or sorted at the first update, then they stay."""
-        return None if self.steps <= self.every else layer.row_order()
-
-    def _pruned(self) -> dict[str, Choice]:
-        rule, live, choices = self.plan.structure, self._live(), {}
-        asked = self._asked(self._sparsity_now()) if live else {}
-        for name, layer in live.items():
-            sparsity, score = sparsity_of(asked[name]), _score(layer)
-            choices[name] = rule.shrink(layer.mask(), layer.row_order(), score, sparsity, self.steps <= self.every)
-        return choices
-
-
-def _kept(layer: SparseLayer) -> int:
-    return layer.kept()
-
-
-def _score(layer: SparseLayer) -> Tensor:
-    return layer.weight().abs().float()

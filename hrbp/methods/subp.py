@@ -12,12 +12,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Real
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..structures.base import Choice, Structure
 from ..structures.selection import top
+from .arriving import Arriving
+from .base import Moment
+from .decay import Decay
+from .options import NOT_NEGATIVE, POSITIVE, SHARE, WHO, Decaying, Seeded, one_of, option
 
 SCORES = ("bpar", "l1")
 CHUNK_CELLS = 16_000_000  # of the matrices of cosines made at a time
@@ -33,51 +38,62 @@ PACES: dict[str, Callable[[float, float], float]] = {
 
 
 @dataclass(frozen=True)
-class SoftPruning:
-    """The choices that SUBP leaves open.
+class SUBP(Seeded, Decaying, Arriving):
+    """soft uniform block pruning of 1xn blocks (Xiang et al., NeurIPS 2023)
 
-    score     what a block is worth: "bpar" or "l1", see `block_scores`
-    alpha     of "bpar"
-    tau       temperature of the draw, see `regrown`
-    pace      how the pruned share rises: "cubic", "linear", "cosine" or "exponential", see `pruned_share`
-    begin     share of the training before which every block takes part
+    Every n filters drop their worst blocks, equally many, and draw some of them back, ever fewer, as the sparsity rises
+    from 0 at `begin` to that of `sparsify` at `until`. What is left out learns on and decays, as with "sr-ste". In its
+    paper an update comes every epoch, and densities are uniform; an epoch is here what lies between two updates.
 
-    Raises:
-        ValueError: a value out of range.
+    Source: Xiang et al., SUBP: Soft Uniform Block Pruning for 1xN Sparse CNNs Multithreading Acceleration, NeurIPS
+    2023.
     """
 
-    score: str = "bpar"
-    alpha: float = 1.0
-    tau: float = 1.0
-    pace: str = "cubic"
-    begin: float = 0.0
+    name = "subp"
+    place = 70
+    dense_weights = True
+    begins_dense = True
+    distribution = "uniform"
+    by_epoch = True
+
+    score: str = option("bpar", f"what a block is worth ({', '.join(SCORES)})", one_of(SCORES))  # see `block_scores`
+    alpha: float = option(1.0, "of bpar: what angular redundancy counts for", NOT_NEGATIVE)
+    tau: float = option(1.0, "temperature of the draw", POSITIVE)  # see `regrown`
+    pace: str = option("cubic", f"how the pruned share rises ({', '.join(PACES)})", one_of(PACES))  # see `pruned_share`
+    begin: float = option(0.0, "share of the training before which every block takes part", SHARE)
 
     def __post_init__(self) -> None:
-        for name in ("alpha", "tau", "begin"):
-            if isinstance(value := getattr(self, name), bool) or not isinstance(value, Real):
-                raise ValueError(f"SoftPruning(): {name} is {value!r}; it needs a number")
-        for name, known in (("score", SCORES), ("pace", tuple(PACES))):
-            if (value := getattr(self, name)) not in known:
-                raise ValueError(f"SoftPruning(): {name} is {value!r}; it needs one of {', '.join(known)}")
-        if not 0 <= self.alpha < math.inf:
-            raise ValueError(f"SoftPruning(): alpha is {self.alpha}; it needs a number >= 0")
-        if not self.tau > 0:
-            raise ValueError(f"SoftPruning(): tau is {self.tau}; it needs a number > 0")
-        if not 0 <= self.begin <= 1:
-            raise ValueError(f"SoftPruning(): begin is {self.begin}; it needs a number in [0, 1]")
+        super().__post_init__()
+        if self.begin > self.until:
+            raise ValueError(f"{WHO}: begin is {self.begin} and until {self.until}; it needs begin <= until")
 
-    def kept(
-        self, weight: Tensor, n: int, sparsity: float, pruned: float, seed: int, row_order: Tensor | None = None
-    ) -> Tensor:
-        """The blocks of a layer that take part: bool [K/n, C].
+    @classmethod
+    def refuses(cls, rule: Structure) -> str | None:
+        if rule.uniform_rows is not None:
+            return None
+        return f"method {cls.name!r} trains uniform 1xn blocks; it needs structure '1xn' with uniform=True"
 
-        Args:
-            weight, n, row_order: see `block_scores`.
-            sparsity, pruned: P and p, see `counts`.
-            seed: of the draws.
-        """
-        scores = block_scores(weight, n, self.score, self.alpha, row_order)
-        return kept_blocks(scores, sparsity, pruned, torch.Generator().manual_seed(seed), self.tau)
+    @classmethod
+    def structure_options(cls, structure: str) -> dict[str, Any]:
+        return {"uniform": True} if structure == "1xn" else {}
+
+    def attach(self, model: nn.Module, now: Moment, optimizer: torch.optim.Optimizer) -> object:
+        return Decay(model, now.layers.values(), optimizer, self.decay)
+
+    def choices(self, now: Moment) -> dict[str, Choice]:
+        rule, choices = now.plan.structure, {}
+        n, epoch, epochs = rule.uniform_rows, now.step / self.every, now.total_steps / self.every
+        assert n is not None
+        begin, end = self.begin * epochs, self.until * epochs
+        arrived = now.step >= self.arrives(now.total_steps)
+        for i, name, layer in now.indexed():
+            sparsity, order = now.plan.target[name], layer.row_order()
+            pruned = sparsity if arrived else pruned_share(epoch, begin, end, sparsity, self.pace)
+            weight = layer.parameter.detach().view(layer.shape)
+            scores = block_scores(weight, n, self.score, self.alpha, order)
+            kept = kept_blocks(scores, sparsity, pruned, now.generator(self.seed, i), self.tau)
+            choices[name] = rule.of_rows(kept, layer.shape, order)
+        return choices
 
 
 def block_scores(

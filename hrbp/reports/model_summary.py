@@ -17,9 +17,10 @@ from blocksparse import BSRConv2d, BSRLinear, explain
 from ..columns import columns
 from ..layers import semi_structured
 from ..layers.dense_conv import symmetric_padding
-from ..layers.master import FOLLOWING, MasterLinear
+from ..layers.master import MasterLinear
 from ..layers.record import Sparsity, plan_of
 from ..layers.view import SparseLayer, sparse_layers
+from ..methods.registry import METHODS
 from ..methods.subp import counts
 from ..structures.n_m import NM
 from ..surgery.conversion import densify, semi_refuses
@@ -192,7 +193,7 @@ def summary(model: nn.Module, x: Tensor | Sequence[int] | None = None, *, measur
                 for name, shape in shapes.items()
             )
             notes.append(f"{plan.method}: the sparse layers end {gone / cells:.2%} sparse, whatever they are now")
-    if plan is not None and plan.method not in FOLLOWING and plan.saliency:
+    if plan is not None and plan.saliency and not (plan.method and METHODS[plan.method].follows_weight):
         why = f" ('auto', as {plan.saliency_why})" if plan.saliency_why else ""
         notes.append(f"masks first chosen by {plan.saliency}{why}")
     others = [] if plan is None else [f"{name} ({why})" for name, why in plan.dense.items() if name not in shown]

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import textwrap
 import types
 import typing
 from collections.abc import Callable, Iterator
@@ -113,9 +114,16 @@ def listed() -> str:
     lines = []
     for name, make in STRUCTURES.items():
         what = (inspect.getdoc(make) or "").split("\n")[0]
-        options = [f"{p.name}={p.default}" for p in inspect.signature(make).parameters.values()]
-        lines.append(f"  {name:13} {what}" + (f"\n{'':16}options: {', '.join(options)}" if options else ""))
+        lines.append(f"  {name:13} {what}")
+        options = [f"{p.name}={_short(p.default)}" for p in inspect.signature(make).parameters.values()]
+        if options:
+            text, indent = f"options: {', '.join(options)}", " " * 16
+            lines += textwrap.wrap(text, 120, initial_indent=indent, subsequent_indent=indent)
     return "\n".join(lines)
+
+
+def _short(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def make_mask(score: Tensor, sparsity: float, structure: str = "hrbp++", *, seed: int = 0, **options: object) -> Tensor:

@@ -24,10 +24,9 @@ from ..data.batches import Batches
 from ..data.loading import load
 from ..data.sets import ImageSet
 from ..files import only_writer
-from ..layers.master import MASTER_METHODS
 from ..layers.view import sparse_layers
 from ..methods.evolver import Evolver
-from ..methods.options import OPTIONS
+from ..methods.registry import METHODS
 from ..models import build, narrow, parameter_count
 from ..progress import Progress, duration
 from ..reports.model_report import report_model
@@ -118,7 +117,7 @@ class Study:
         shape = self.train.shape
         self.shape = {"classes": len(self.train.classes), "image_size": shape[1], "channels": shape[0]}
         self.training = Settings(**training)
-        taken = {name for variant in variants for name in OPTIONS[variant.method]}
+        taken = {name for variant in variants for name in METHODS[variant.method].options()}
         if unknown := sorted(set(self.training.evolve_options) - taken):
             raise ValueError(f"{who}: evolve_options has {', '.join(unknown)}, which no method of the variants takes")
         self.total_steps = self.training.epochs * (len(self.train) // batch_size)
@@ -171,7 +170,7 @@ class Study:
         drawn = replace(variant, saliency="random")
         try:
             with torch.random.fork_rng():
-                if variant.method == "gmp":  # which starts elsewhere
+                if _prunes(variant):  # which starts elsewhere
                     self._network(drawn.layout, sparsity, self.seeds[0])
                 self._trainer(drawn, sparsity, self.seeds[0])
         except ValueError as error:
@@ -238,16 +237,15 @@ class Study:
 
     def _trainer(self, variant: Variant, sparsity: float, seed: int, **more: Any) -> Trainer:
         """Of one training; more: where it writes."""
-        options: dict[str, Any] = {}
-        if variant.method != "static":
-            options = {} if variant.method == "subp" and self.every_by_default else {"every": self.every}
-            options |= {"seed": seed, **self.training.evolve_options}
-            options = {name: value for name, value in options.items() if name in OPTIONS[variant.method]}
-            if variant.method == "gmp":
-                options["sparsity"] = sparsity
+        method = METHODS[variant.method]
+        options: dict[str, Any] = {} if method.by_epoch and self.every_by_default else {"every": self.every}
+        options |= {"seed": seed, **self.training.evolve_options}
+        options = {name: value for name, value in options.items() if name in method.options()}
+        if _prunes(variant):
+            options["sparsity"] = sparsity
         settings = Settings(**{**asdict(self.training), "evolve": variant.method, "evolve_options": options})
         return Trainer(
-            self._network(variant, 0.0 if variant.method == "gmp" else sparsity, seed),
+            self._network(variant, 0.0 if _prunes(variant) else sparsity, seed),
             Batches(self.train, self.batch_size, train=True, seed=seed, device=self.device),
             Batches(self.test, TEST_BATCH, train=False, device=self.device),
             settings, quiet=True, **more,
@@ -285,7 +283,7 @@ class Study:
         if variant.saliency not in ("random", "magnitude"):
             count = math.ceil(IMAGES_PER_CLASS * len(self.train.classes) / self.batch_size)
             options["batch"] = list(islice(Batches(self.train, self.batch_size, train=True, seed=seed).epoch(), count))
-        method = variant.method if variant.method in MASTER_METHODS else None
+        method = variant.method if METHODS[variant.method].dense_weights else None
         return sparsify(
             model, sparsity, structure=variant.structure, method=method, distribution=variant.distribution,
             saliency=variant.saliency, seed=seed, **options,
@@ -308,11 +306,11 @@ class Study:
         form = torch.channels_last if settings.channels_last else torch.contiguous_format
         model = self._network(variant, sparsity, 0).to(self.device, memory_format=form)  # type: ignore[call-overload]
         optimizer = torch.optim.SGD(model.parameters(), 1e-3, settings.momentum)
-        evolver = None
-        if variant.method == "subp":  # at its final sparsity
+        evolver, method = None, METHODS[variant.method]
+        if method.begins_dense:  # at its final sparsity
             evolver = Evolver(model, optimizer, variant.method, total_steps=1, every=1)
             evolver.step()
-        elif variant.method != "static":  # what it does at every step counts; masks are looked at too rarely to
+        elif method.changes:  # what it does at every step counts; masks are looked at too rarely to
             evolver = Evolver(model, optimizer, variant.method, total_steps=1, every=sys.maxsize)
 
         def step() -> None:
@@ -334,3 +332,8 @@ class Study:
             draw_study(self.out / FIGURE, rows(self.results), self.results["settings"], self.results["machine"])
         except ValueError as error:
             self.say.say(f"no figure: {error}")
+
+
+def _prunes(variant: Variant) -> bool:
+    """Whether its method prunes to a sparsity, from a lower one."""
+    return "sparsity" in METHODS[variant.method].options()

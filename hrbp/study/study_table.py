@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..columns import columns
-from ..layers.master import MASTER_METHODS
+from ..methods.registry import METHODS
 from . import runner
 from .variants import PRESETS, PUBLISHED, Published, Variant
 
@@ -129,7 +129,7 @@ def _notes(results: Mapping[str, Any], found: Sequence[Mapping[str, Any]], paper
         notes.append(f"{', '.join(masked)}: a dense weight under a mask, with a dense layer's memory and time")
     methods = {Variant(**v).name: v["method"] for v in results["settings"]["variants"]}
     if trained := [
-        name for name in dict.fromkeys(row["structure"] for row in found) if methods[name] in MASTER_METHODS
+        name for name in dict.fromkeys(row["structure"] for row in found) if METHODS[methods[name]].dense_weights
     ]:
         notes.append(
             f"{', '.join(trained)}: trains a dense weight, with a dense layer's memory; stored is what computes"

@@ -7,10 +7,8 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
-from ..layers.master import MASTER_METHODS
-from ..structures.grains import Grains
-from ..structures.groups import Groups
-from ..surgery.planning import method_refuses, structure_for
+from ..methods.registry import METHODS, method_named
+from ..surgery.planning import structure_for
 
 RIVALS = ("dense", "narrow")  # trained beside the sparse networks: one without pruning, and a thinner one
 
@@ -43,22 +41,15 @@ class Variant:
     @property
     def layout(self) -> Variant:
         """The same without changes of the mask, which a step takes as long as; with those that every step makes."""
-        method = self.method if self.method in MASTER_METHODS else "static"
+        method = self.method if METHODS[self.method].dense_weights else "static"
         return Variant(self.structure, method, self.saliency, self.distribution, self.options)
 
     def refuses(self) -> str | None:
         """Why these do not go together, or None."""
+        method = method_named(self.method, "Study()")
         if self.structure in ("dense", "narrow"):
-            return None if self.method == "static" else "it has no mask"
-        rule = structure_for(self.method, self.structure, self.options)
-        if self.method == "hrbp" and not isinstance(rule, Groups):
-            return "it has no groups"
-        if self.method in MASTER_METHODS:
-            reason = method_refuses(self.method, rule)
-            return reason and f"{self.method!r} {reason}"
-        if self.method != "static" and not isinstance(rule, Grains | Groups):
-            return "its masks do not change"
-        return None
+            return "it has no mask" if method.changes else None
+        return method.refuses(structure_for(method, self.structure, self.options))
 
 
 QUICK = tuple(Variant(name) for name in ("dense", "narrow", "unstructured", "hrbp++", "hrbp", "channel"))

@@ -11,14 +11,13 @@ from torch import Tensor, nn
 
 from ..arguments import any_case, check_sparsity
 from ..density import DISTRIBUTIONS, densities
-from ..layers.master import FOLLOWING, MASTER_METHODS
 from ..layers.record import Sparsity, plan_of
 from ..layers.view import shape4
+from ..methods.base import Method
+from ..methods.registry import dense_weight_method
 from ..saliencies import SALIENCIES
 from ..saliencies import saliency as score_weights
 from ..structures.base import Choice, Structure, sparsity_of
-from ..structures.grains import Grains
-from ..structures.n_m import NM
 from ..structures.registry import STRUCTURES
 from ..structures.registry import structure as make_structure
 from ..wrappers import unwrapped
@@ -38,19 +37,10 @@ def dense_model(model: nn.Module, who: str) -> nn.Module:
     return unwrapped(model)
 
 
-def structure_for(method: str | None, name: str, options: Mapping[str, Any]) -> Structure:
-    """The structure of this name and options; 1xn is uniform for "subp" unless they say otherwise."""
-    soft = (any_case(method, MASTER_METHODS), any_case(name, STRUCTURES)) == ("subp", "1xn")
-    return make_structure(name, **({"uniform": True} if soft else {}) | dict(options))
-
-
-def method_refuses(method: str | None, rule: Structure) -> str | None:
-    """Why a training method with a dense master weight cannot have this structure, or None."""
-    if method in FOLLOWING and not isinstance(rule, NM | Grains):
-        return f"makes masks anew at every step; it needs n:m or grains (unstructured, kernel, ...), not {rule.name!r}"
-    if method == "subp" and not (isinstance(rule, Grains) and rule.name == "1xn" and rule.uniform):
-        return "trains uniform 1xn blocks; it needs structure '1xn' with uniform=True"
-    return None
+def structure_for(method: type[Method] | None, name: str, options: Mapping[str, Any]) -> Structure:
+    """The structure of this name and options; what a method needs of it besides, it gets, as a uniform 1xn for SUBP."""
+    needed = {} if method is None else method.structure_options(any_case(name, STRUCTURES))
+    return make_structure(name, **needed | dict(options))
 
 
 @dataclass(frozen=True)
@@ -89,14 +79,13 @@ def planned(
     """
     who = "sparsify()"
     check_sparsity(sparsity, who)
-    method, saliency = any_case(method, MASTER_METHODS), any_case(saliency, ("auto", *SALIENCIES))
+    kind, saliency = dense_weight_method(method, who), any_case(saliency, ("auto", *SALIENCIES))
     structure = any_case(structure, STRUCTURES)
-    distribution = any_case(distribution, DISTRIBUTIONS) or ("uniform" if method == "subp" else "erk")
-    if method not in (None, *MASTER_METHODS):
-        raise ValueError(f"{who}: method is {method!r}; it needs one of {', '.join(MASTER_METHODS)}, or None")
+    distribution = any_case(distribution, DISTRIBUTIONS) or (Method if kind is None else kind).distribution
+    begins_dense, follows_weight = (False, False) if kind is None else (kind.begins_dense, kind.follows_weight)
     if saliency not in ("auto", *SALIENCIES):
         raise ValueError(f"{who}: saliency is {saliency!r}; it needs one of auto, {', '.join(SALIENCIES)}")
-    structure_for(method, structure, options)  # or its error would come after a look at all weights
+    structure_for(kind, structure, options)  # or its error would come after a look at all weights
     include = None if include is None else list(include)
     if isinstance(batch, Iterator):
         batch, seen = itertools.tee(batch)
@@ -109,9 +98,9 @@ def planned(
         saliency, why = ("random", "the weights look freshly drawn") if told is None else ("magnitude", told)
     if saliency == "random" and structure in ("hrbp", "hrbp++"):
         options = {"row_granule": None, "balanced": True, **options}
-    shape_rule = structure_for(method, structure, options)
-    if reason := method_refuses(method, shape_rule):
-        raise ValueError(f"{who}: method {method!r} {reason}")
+    shape_rule = structure_for(kind, structure, options)
+    if kind is not None and (reason := kind.refuses(shape_rule)):
+        raise ValueError(f"{who}: {reason}")
     for name in list(chosen):
         if reason := shape_rule.refuses(shape4(chosen[name])):
             dense[name] = f"{shape_rule.name}: {reason}"
@@ -135,18 +124,20 @@ def planned(
             name: shape_rule.ranked(score.view(shape4(chosen[name]))).view(score.shape)
             for name, score in scores.items()
         },
-        realise=None if method == "subp" else lambda name, at: shape_rule.density(shape4(chosen[name]), at),
+        realise=None if begins_dense else lambda name, at: shape_rule.density(shape4(chosen[name]), at),
     )
     target = {}
-    if method == "subp":  # the very number where it is one for all, as counts round it down
+    if begins_dense:  # the very number where it is one for all, as counts round it down
         target = {name: sparsity if distribution == "uniform" else sparsity_of(at) for name, at in asked.items()}
     choices: dict[str, Choice | None] = {}
     for i, (name, layer) in enumerate(chosen.items()):
         share = sparsity_of(asked[name])
-        if method in FOLLOWING:
+        if follows_weight:
             shape_rule.choose(layer.weight.detach().view(shape4(layer)).abs(), share)  # refuses what it cannot keep
             choices[name] = None
         else:
             choices[name] = shape_rule.choose(scores[name].view(shape4(layer)), 0.0 if target else share, seed + i)
-    record = Sparsity(shape_rule, distribution, asked, dense, method, target, saliency, why)
+    record = Sparsity(
+        shape_rule, distribution, asked, dense, None if kind is None else kind.name, target, saliency, why
+    )
     return Plan(chosen, choices, record)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..methods.options import METHODS, default_every
+from ..methods.registry import METHODS
 
 RATES = {"sgd": (0.1, 5e-4), "adamw": (1e-3, 1e-2)}  # learning rate, weight decay
 AMP = {None: torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -108,9 +108,9 @@ def with_every(settings: Settings, steps: int) -> Settings:
         settings: of the training.
         steps: of an epoch.
     """
-    if settings.evolve == "static":
+    method, given = METHODS[settings.evolve], dict(settings.evolve_options)
+    if "every" not in method.options():
         return settings
-    most = {"most": steps} if settings.evolve == "subp" else {}
-    given = dict(settings.evolve_options)
-    every = default_every(settings.evolve, settings.epochs * steps, given.get("until"), **most)
+    most = {"most": steps} if method.by_epoch else {}
+    every = method.default_every(settings.epochs * steps, given.get("until"), **most)
     return replace(settings, evolve_options={"every": every, **given})

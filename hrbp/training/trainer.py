@@ -24,7 +24,7 @@ from ..formats.model import save
 from ..layers.record import plan_of
 from ..layers.view import sparse_layers
 from ..methods.evolver import Evolver, Update
-from ..methods.options import refused_options
+from ..methods.registry import METHODS
 from ..progress import Progress, duration
 from ..reports.model_summary import summary
 from ..surgery.conversion import release
@@ -98,11 +98,14 @@ class Trainer(Continued):
                 f" parts; it needs a multiple of {self.world * settings.accumulate}"
             )
         plan = plan_of(model, required=False)
-        if settings.evolve != "static" and plan is None:
+        method = METHODS[settings.evolve]
+        if method.changes and plan is None:
             raise ValueError(f"{who}: evolve is {settings.evolve!r} and the model is dense; call hrbp.sparsify() first")
-        if plan is not None and settings.evolve == "static" and plan.method is not None:
-            raise ValueError(f"{who}: evolve is 'static'; the model was made for {plan.method!r} and needs that")
-        if reason := refused_options(settings.evolve, settings.evolve_options):
+        if plan is not None and not method.changes and plan.method is not None:
+            raise ValueError(
+                f"{who}: evolve is {settings.evolve!r}; the model was made for {plan.method!r} and needs that"
+            )
+        if reason := method.refuses_options(settings.evolve_options):
             raise ValueError(f"{who}: evolve_options: {reason}")
         self.train, self.test, self.device = train, test, train.images.device
         self.total_steps = settings.epochs * len(train)
@@ -115,7 +118,7 @@ class Trainer(Continued):
             # Buffers are copied, not averaged: some are tables of integers.
             self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema))
         self.evolver = None
-        if settings.evolve != "static":
+        if method.changes:
             averages = [] if self.ema is None else [self.ema]
             self.evolver = Evolver(
                 self.model, self.optimizer, settings.evolve, total_steps=self.total_steps, ema=averages,

@@ -1,0 +1,68 @@
+"""What methods share that exchange a part of what is kept at every update: SET, RigL, HRBP."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..layers.view import SparseLayer
+from ..structures.base import Choice, Structure
+from .base import Method, Moment
+from .options import WHO, Drop, Every, Seeded, Until
+
+
+@dataclass(frozen=True)
+class Exchanging(Seeded, Until, Drop, Every, Method):
+    """Every `every` steps, before `until`, a share of what is kept goes by least |weight|, and as much comes.
+
+        share(t) = drop / 2 * (1 + cos(pi * t / end)),   end = until * total_steps
+
+    A subclass says what comes: `growth`. Layers stay as sparse as they were.
+    """
+
+    @classmethod
+    def refuses(cls, rule: Structure) -> str | None:
+        return None if rule.can("exchange") else f"masks of structure {rule.name!r} do not change; use method='static'"
+
+    def check_steps(self, total_steps: int) -> None:
+        every, until = self.every, self.until
+        end = until * total_steps
+        if every >= end:
+            most = math.ceil(end) - 1
+            lower = f"lower every to at most {most}, or " if most >= 1 else ""
+            raise ValueError(
+                f"{WHO}: {self.name!r} would never change a mask: its first update comes at step every = {every}, and"
+                f" masks stay from step until * total_steps = {until} * {total_steps} = {end:g} on; {lower}raise until"
+                " or total_steps"
+            )
+
+    def due(self, step: int, total_steps: int, overdue: bool) -> bool:
+        return overdue or (step % self.every == 0 and step < self.until * total_steps)
+
+    def share(self, step: int, total_steps: int) -> float:
+        """The share to exchange at this step."""
+        end = max(1.0, self.until * total_steps)
+        return self.drop / 2 * (1 + math.cos(math.pi * min(1.0, step / end)))
+
+    def choices(self, now: Moment) -> dict[str, Choice]:
+        share, rule = self.share(now.step, now.total_steps), now.plan.structure
+        return {
+            name: self.exchanged(
+                rule, layer.mask(), layer.row_order(), layer.weight().abs().float(), self.growth(now, i, name, layer),
+                share,
+            )
+            for i, name, layer in now.indexed()
+        }  # fmt: skip
+
+    def exchanged(
+        self, rule: Structure, mask: Tensor, order: Tensor | None, weight: Tensor, growth: Tensor, share: float
+    ) -> Choice:
+        """The choice when `share` of a mask is exchanged; see Structure.exchange."""
+        return rule.exchange(mask, order, weight, growth, share)
+
+    @abstractmethod
+    def growth(self, now: Moment, i: int, name: str, layer: SparseLayer) -> Tensor:
+        """[K, C, R, S] >= 0: by which the i-th layer grows."""

@@ -36,13 +36,14 @@ class Registry(Mapping[str, T]):
 
     def __init__(self, package: str, entries: Callable[[ModuleType], Iterable[Entry[T]]]) -> None:
         self._package, self._entries = package, entries
-        self._files: list[str] | None = None
+        self._files: list[tuple[str, str]] | None = None
         self._found: dict[str, T] = {}
 
     def _all(self) -> dict[str, T]:
-        files = sorted(module.name for module in pkgutil.iter_modules(sys.modules[self._package].__path__))
+        folders = sys.modules[self._package].__path__
+        files = sorted((name, str(getattr(at, "path", ""))) for at, name, _ in pkgutil.iter_modules(folders))
         if files != self._files:
-            self._found, self._files = self._collected(files), files
+            self._found, self._files = self._collected(name for name, _ in files), files
         return self._found
 
     def _collected(self, files: Iterable[str]) -> dict[str, T]:

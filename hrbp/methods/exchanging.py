@@ -16,11 +16,12 @@ from .options import WHO, Drop, Every, Seeded, Until
 
 @dataclass(frozen=True)
 class Exchanging(Seeded, Until, Drop, Every, Method):
-    """Every `every` steps, before `until`, a share of what is kept goes by least |weight|, and as much comes.
+    """Every `every` steps, before `until`, a share of what is kept goes, and as much comes.
 
         share(t) = drop / 2 * (1 + cos(pi * t / end)),   end = until * total_steps
 
-    A subclass says what comes: `growth`. Layers stay as sparse as they were.
+    A subclass says what comes: `growth`. What goes is what has least |weight|, unless it says otherwise: `worth`.
+    Layers stay as sparse as they were.
     """
 
     @classmethod
@@ -51,8 +52,8 @@ class Exchanging(Seeded, Until, Drop, Every, Method):
         share, rule = self.share(now.step, now.total_steps), now.plan.structure
         return {
             name: self.exchanged(
-                rule, layer.mask(), layer.row_order(), layer.weight().abs().float(), self.growth(now, i, name, layer),
-                share,
+                rule, layer.mask(), layer.row_order(), self.worth(now, i, name, layer),
+                self.growth(now, i, name, layer), share,
             )
             for i, name, layer in now.indexed()
         }  # fmt: skip
@@ -62,6 +63,10 @@ class Exchanging(Seeded, Until, Drop, Every, Method):
     ) -> Choice:
         """The choice when `share` of a mask is exchanged; see Structure.exchange."""
         return rule.exchange(mask, order, weight, growth, share)
+
+    def worth(self, now: Moment, i: int, name: str, layer: SparseLayer) -> Tensor:
+        """[K, C, R, S] >= 0: by which it is decided what of the i-th layer goes."""
+        return layer.weight().abs().float()
 
     @abstractmethod
     def growth(self, now: Moment, i: int, name: str, layer: SparseLayer) -> Tensor:

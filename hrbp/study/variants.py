@@ -35,7 +35,7 @@ class Variant:
     def name(self) -> str:
         """What differs from the ordinary, such as "hrbp++ rigl"."""
         named = [f"{key}={Fraction(value).limit_denominator(99)}" for key, value in self.options.items()]
-        ways = [way for way in (self.saliency, self.method) if way not in ("random", "static")]
+        ways = [way for way in (self.saliency, self.method) if way not in (Variant.saliency, Variant.method)]
         return " ".join([self.structure, *named, *ways])
 
     @property

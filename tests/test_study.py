@@ -370,7 +370,7 @@ def test_masks_that_follow_dense_weights(tmp_path):
         assert row["storage"] < dense["storage"] + 4 * dense["parameters"]
     assert load(tmp_path / "s" / "2-4-sr-ste-50-seed-0" / "model.pt").layer1[0].conv1.pattern.blocksize == (1, 1)
     assert "2:4 sr-ste, unstructured ste: trains a dense weight, with a dense layer's memory" in table(results)
-    with pytest.raises(ValueError, match="'hrbp ste' cannot be trained: 'ste' makes masks anew at every step"):
+    with pytest.raises(ValueError, match="'hrbp ste' cannot be trained: method 'ste' makes masks anew at every step"):
         tiny(tmp_path / "none", [Variant("hrbp", "ste")])
 
 
@@ -389,7 +389,9 @@ def test_soft_pruning_is_compared_at_its_final_sparsity(tmp_path):
     steps = [entry["step"] for entry in told if entry["kind"] == "update"]
     assert steps == list(range(1, 7))  # of eight steps three quarters: twenty updates, or every step
     assert Variant("1xn", "subp").refuses() is None
-    with pytest.raises(ValueError, match="'1xn uniform=0 subp' cannot be trained: 'subp' trains uniform 1xn blocks"):
+    with pytest.raises(
+        ValueError, match="'1xn uniform=0 subp' cannot be trained: method 'subp' trains uniform 1xn blocks"
+    ):
         tiny(tmp_path / "none", [Variant("1xn", "subp", options={"uniform": 0})])
 
 

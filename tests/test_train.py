@@ -71,7 +71,7 @@ def sparse(
     model: nn.Module, structure: str = "hrbp", sparsity: float = 0.5, evolve: str | None = None, **_
 ) -> nn.Module:
     options = {"hrbp": {"groups": 2}, "hrbp++": {"groups": 2}, "1xn": {"n": 8}}.get(structure, {})
-    method = evolve if METHODS[evolve].dense_weights else None
+    method = evolve if evolve in METHODS and METHODS[evolve].dense_weights else None
     return hrbp.sparsify(model, sparsity, structure=structure, method=method, distribution="uniform", **options)
 
 

@@ -134,7 +134,7 @@ def _plan(plain: dict[str, Any] | None) -> Sparsity | None:
 
 def _make_sparse(model: nn.Module, state: Mapping[str, Tensor], plan: Sparsity | None) -> None:
     """Replace the layers of a dense model that are sparse in `state`; their values are loaded later."""
-    method = None if plan is None else dense_weight_method(plan.method, "load()")
+    method = None if plan is None else dense_weight_method(plan.method, "its plan")
     if plan is not None and method is not None and (reason := method.refuses(plan.structure)):
         raise ValueError(reason)
     if plan is not None and method is not None and method.follows_weight:

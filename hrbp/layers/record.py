@@ -34,7 +34,8 @@ class Sparsity:
     """How a model was made sparse.
 
     asked: layer -> the density that its structure was asked for. dense: layer -> why it was left dense. method: that
-    layers keep a dense master weight for, or None. target: layer -> the sparsity to which "subp" will prune it.
+    layers keep a dense master weight for, or None. target: layer -> the sparsity to which a method prunes it that
+    begins with all weights ("subp").
     saliency: what chose the first masks; saliency_why: what made "auto" take it, or empty.
     """
 

@@ -95,7 +95,7 @@ class Evolver:
         seed: of what "set" and "subp" draw, default 0. "rigl" and "hrbp" draw nothing, and take it as "set" does.
         ema: copies of the model that average its weights: their masks change along.
         **options: of "subp": score ("bpar" or "l1"), alpha, tau, pace ("cubic", "linear", "cosine", "exponential") and
-            begin; help(hrbp.methods.METHODS["subp"]).
+            begin, see help(hrbp.methods.METHODS["subp"]); of a method of your own: its own.
 
     Raises:
         TypeError: an option that the method does not take.

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from torch import Tensor
 
@@ -141,7 +141,15 @@ class Structure(ABC):
             )
 
 
-def named(name: str, place: int = 1000) -> Callable[[Make], Make]:
+class Named(NamedTuple):
+    """What `named` writes on a function, as its attribute `structure`."""
+
+    name: str
+    place: int
+    drawn: Mapping[str, object]
+
+
+def named(name: str, place: int = 1000, drawn: Mapping[str, object] | None = None) -> Callable[[Make], Make]:
     """Offer what a function makes as the structure of this name; its arguments, by keyword, are the options.
 
         @named("stripes")
@@ -155,10 +163,11 @@ def named(name: str, place: int = 1000) -> Callable[[Make], Make]:
     Args:
         name: in small letters.
         place: where lists have it, lowest first; those of one place by name.
+        drawn: options that `sparsify` gives it where the first masks are random, unless the caller gives others.
     """
 
     def mark(make: Make) -> Make:
-        make.structure = name, place  # type: ignore[attr-defined]
+        make.structure = Named(name, place, dict(drawn or {}))  # type: ignore[attr-defined]
         return make
 
     return mark

@@ -168,7 +168,9 @@ def _maker(name: str, tap_density: float, place: int, what: str) -> Callable[...
         return Groups(name, tap_density, groups, granule, row_granule, min_rows, balanced, method)
 
     make.__doc__ = what
-    return named(name, place)(make)
+    # Of random scores groups of neighbours are as good as any and cost nothing when running; balanced, every channel is
+    # read by equally many.
+    return named(name, place, {"row_granule": None, "balanced": True})(make)
 
 
 make_hrbp = _maker("hrbp", 1.0, 90, "groups of filters that keep the same channels, all taps")

@@ -50,8 +50,7 @@ def _makers(module: types.ModuleType) -> Iterator[Entry[Callable[..., Structure]
     """What `named` marks in a file."""
     for value in vars(module).values():
         if inspect.isfunction(value) and value.__module__ == module.__name__ and hasattr(value, "structure"):
-            name, place = value.structure
-            yield Entry(name, value, place)
+            yield Entry(value.structure.name, value, value.structure.place)
 
 
 def _classes(module: types.ModuleType) -> Iterator[Entry[type[Structure]]]:
@@ -92,6 +91,12 @@ def structure(name: str, **options: object) -> Structure:
         if needs := _wrong(value, known[option].annotation):
             raise ValueError(f"structure({name!r}): {option} is {value!r}; it needs {needs}")
     return make(m=int(ratio[2]), n=int(ratio[1])) if ratio else make(**options)
+
+
+def options_if_drawn(name: str) -> dict[str, object]:
+    """Options of the structure of this name where the first masks are random; none for "2:4", ..."""
+    made: Any = STRUCTURES.get(name)
+    return {} if made is None else dict(made.structure.drawn)
 
 
 def _wrong(value: object, annotation: Any) -> str | None:

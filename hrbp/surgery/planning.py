@@ -18,7 +18,7 @@ from ..methods.registry import dense_weight_method
 from ..saliencies import SALIENCIES
 from ..saliencies import saliency as score_weights
 from ..structures.base import Choice, Structure, sparsity_of
-from ..structures.registry import STRUCTURES
+from ..structures.registry import STRUCTURES, options_if_drawn
 from ..structures.registry import structure as make_structure
 from ..wrappers import unwrapped
 from .candidates import Selector, candidates
@@ -96,8 +96,8 @@ def planned(
     if saliency == "auto":
         told = trained(model, chosen)
         saliency, why = ("random", "the weights look freshly drawn") if told is None else ("magnitude", told)
-    if saliency == "random" and structure in ("hrbp", "hrbp++"):
-        options = {"row_granule": None, "balanced": True, **options}
+    if saliency == "random":
+        options = options_if_drawn(structure) | options
     shape_rule = structure_for(kind, structure, options)
     if kind is not None and (reason := kind.refuses(shape_rule)):
         raise ValueError(f"{who}: {reason}")

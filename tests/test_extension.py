@@ -125,6 +125,10 @@ def test_what_they_do_not_take_is_refused(extended):
         hrbp.Evolver(net, optimizer, "mest", total_steps=1000, speed=1)
     with pytest.raises(ValueError, match=r"Evolver\(\): mix is -1; it needs a number >= 0"):
         hrbp.Evolver(net, optimizer, "mest", total_steps=1000, mix=-1)
+    with pytest.raises(ValueError, match=r"every is True; it needs an integer >= 1"):
+        hrbp.Evolver(net, optimizer, "mest", total_steps=1000, every=True)
+    with pytest.raises(ValueError, match=r"drop is True; it needs a number in \[0, 1\]"):
+        hrbp.Evolver(net, optimizer, "mest", total_steps=1000, drop=True)
     with pytest.raises(ValueError, match="masks of structure 'diagonal' do not change"):
         hrbp.Evolver(net, optimizer, "gmp", total_steps=1000, sparsity=0.9)
     with pytest.raises(ValueError, match="'ste' makes masks anew at every step"):

@@ -28,7 +28,7 @@ def whole(least: int) -> Values:
     """Integers from `least` on."""
 
     def taken(value: Any) -> int:
-        if (found := operator.index(value)) < least:
+        if isinstance(value, bool) or (found := operator.index(value)) < least:
             raise ValueError
         return found
 

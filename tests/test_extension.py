@@ -196,6 +196,16 @@ def test_what_a_method_keeps_is_in_the_state(put, tmp_path):
 
 # ---------------------------------------------------------------- files that are wrong
 
+UNSET = """
+from dataclasses import dataclass, field
+from hrbp.methods.static import Static
+
+@dataclass(frozen=True)
+class Unset(Static):
+    name = "unset"
+    often: list = field(default_factory=list)
+"""
+
 
 @pytest.mark.parametrize(
     ("package", "text", "error", "message"),
@@ -211,6 +221,18 @@ def test_what_a_method_keeps_is_in_the_state(put, tmp_path):
         ),
         ("methods", COUNTING.replace("@dataclass(frozen=True)", ""), TypeError, r"new\.py: Counting is no dataclass"),
         ("methods", COUNTING.replace('"counting"', '"Counting"'), TypeError, "name is 'Counting'; it needs small"),
+        (
+            "methods",
+            UNSET,
+            TypeError,
+            "Unset.often has no default; an option that has to be given has None",
+        ),
+        (
+            "methods",
+            COUNTING.replace('"counting"', '"counting"\n    begins_dense = True'),
+            TypeError,
+            "does not ask for one: it needs dense_weights = True",
+        ),
         (
             "methods",
             "from hrbp.methods.base import Method\nclass Lazy(Method):\n    name = 'lazy'\n",

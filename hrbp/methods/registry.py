@@ -28,6 +28,16 @@ def _methods(module: ModuleType) -> Iterator[Entry[type[Method]]]:
                 f"{module.__file__}: {value.__name__} is no dataclass, so that its options would be none: it needs"
                 " @dataclass(frozen=True)"
             )
+        if unset := [name for name, default in value.defaults().items() if default is dataclasses.MISSING]:
+            raise TypeError(
+                f"{module.__file__}: {value.__name__}.{unset[0]} has no default; an option that has to be given has"
+                " None, which its check refuses"
+            )
+        if (value.follows_weight or value.begins_dense) and not value.dense_weights:
+            raise TypeError(
+                f"{module.__file__}: {value.__name__} follows a dense weight, or begins with all of it, and does not"
+                " ask for one: it needs dense_weights = True"
+            )
         if not isinstance(value.name, str) or value.name != value.name.lower():
             raise TypeError(f"{module.__file__}: {value.__name__}.name is {value.name!r}; it needs small letters")
         yield Entry(value.name, value, value.place)

@@ -21,8 +21,8 @@ import numpy as np
 import torch
 
 import blocksparse as bs
+from blocksparse.geometry import KINDS
 from blocksparse.kernels import cost
-from blocksparse.kernels.tiles import KINDS
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BLOCKS = ((32, 32), (16, 16), (8, 8), (4, 4), (2, 2), (1, 1), (1, 1), (8, 1), (4, 1), (1, 8), (0, 1), (1, 0))

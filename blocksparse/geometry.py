@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+KINDS = ("fprop", "dgrad", "wgrad")  # the products: y, dx and dvalues
 Pair = tuple[int, int]
 
 

@@ -17,10 +17,11 @@ from torch.autograd import forward_ad
 
 from . import batching
 from .geometry import ConvGeometry
-from .index import unpack_once
+from .index import IndexTables, layout_of
+from .kernels.cost import Setting
 from .layout import format_of, is_channels_last, memory_format
 from .pattern_checks import check_strided
-from .plan import ConvPlan, Setting, plan_conv, setting_of
+from .plan import ConvPlan, plan_conv, setting_of
 from .product_checks import Facts, check_dgrad, check_dy, check_fprop, check_residual, check_wgrad
 
 # ---------------------------------------------------------------- the ops
@@ -51,8 +52,9 @@ def _fprop_plan(
 ) -> ConvPlan:  # fmt: skip
     """The plan for arguments that are then known to be right: one look-up a call, and checks on the first."""
     check_fprop(Facts(*x), Facts(*values), Facts(*index), None if bias is None else Facts(*bias), weight_shape)
+    layout = layout_of(index[0], index[1], weight_shape, values[0][1:], values[0][0], "conv2d()")
     return plan_conv(
-        "conv2d()", x[0], weight_shape, values[0], (stride, padding, dilation), x[1], x[2], backend, setting
+        "conv2d()", x[0], weight_shape, values[0], (stride, padding, dilation), x[1], x[2], layout, backend, setting
     )
 
 
@@ -65,14 +67,16 @@ def _fprop(
         _key(x), _key(values), _key(index), None if bias is None else _key(bias),
         weight_shape, stride, padding, dilation, backend, setting_of(x),
     )  # fmt: skip
-    tables = unpack_once(index, weight_shape, plan.blocksize, plan.nnzb, "conv2d()")
+    tables = IndexTables(index.contiguous(), plan.layout)
     layout = memory_format(x)
     x = x.contiguous(memory_format=layout)
     bias = None if bias is None else bias.contiguous()
     if residual is not None:
         check_residual(residual, x, plan.geometry.y_shape)
         residual = residual.contiguous(memory_format=layout)
-    return plan.fprop(x, values.contiguous(), tables, bias, residual, relu)
+    if residual is not None or relu:
+        return plan.fprop_then(x, values.contiguous(), tables, bias, residual, relu)
+    return plan.fprop(x, values.contiguous(), tables, bias)
 
 
 def _fprop_fake(
@@ -93,7 +97,9 @@ def _dgrad_plan(
 ) -> ConvPlan:  # fmt: skip
     who, facts = "conv2d_dgrad()", Facts(*dy)
     check_dgrad(facts, Facts(*values), Facts(*index), weight_shape)
-    plan = plan_conv(who, x_shape, weight_shape, values[0], (stride, padding, dilation), dy[1], dy[2], backend, setting)
+    layout = layout_of(index[0], index[1], weight_shape, values[0][1:], values[0][0], who)
+    conv = stride, padding, dilation
+    plan = plan_conv(who, x_shape, weight_shape, values[0], conv, dy[1], dy[2], layout, backend, setting)
     check_dy(who, facts, plan.geometry)
     return plan
 
@@ -107,7 +113,7 @@ def _dgrad(
         _key(dy), _key(values), _key(index), x_shape,
         weight_shape, stride, padding, dilation, backend, setting_of(dy),
     )  # fmt: skip
-    tables = unpack_once(index, weight_shape, plan.blocksize, plan.nnzb, "conv2d_dgrad()")
+    tables = IndexTables(index.contiguous(), plan.layout)
     dy = dy.contiguous(memory_format=format_of(channels_last))
     return plan.dgrad(dy, values.contiguous(), tables, channels_last)
 
@@ -131,7 +137,9 @@ def _wgrad_plan(
 ) -> ConvPlan:  # fmt: skip
     who, facts = "conv2d_wgrad()", Facts(*dy)
     check_wgrad(Facts(*x), facts, Facts(*index), values_shape, weight_shape)
-    plan = plan_conv(who, x[0], weight_shape, values_shape, (stride, padding, dilation), x[1], x[2], backend, setting)
+    layout = layout_of(index[0], index[1], weight_shape, values_shape[1:], values_shape[0], who)
+    conv = stride, padding, dilation
+    plan = plan_conv(who, x[0], weight_shape, values_shape, conv, x[1], x[2], layout, backend, setting)
     check_dy(who, facts, plan.geometry)
     return plan
 
@@ -145,7 +153,7 @@ def _wgrad(
         _key(x), _key(dy), _key(index), values_shape,
         weight_shape, stride, padding, dilation, backend, setting_of(x),
     )  # fmt: skip
-    tables = unpack_once(index, weight_shape, plan.blocksize, plan.nnzb, "conv2d_wgrad()")
+    tables = IndexTables(index.contiguous(), plan.layout)
     layout = memory_format(x)
     return plan.wgrad(x.contiguous(memory_format=layout), dy.contiguous(memory_format=layout), tables)
 
@@ -171,7 +179,7 @@ def _gradients(
         _key(dy), _key(values), _key(index), x.shape,
         weight_shape, stride, padding, dilation, backend, setting_of(dy),
     )  # fmt: skip
-    tables = unpack_once(index, weight_shape, plan.blocksize, plan.nnzb, "conv2d_dgrad()")
+    tables = IndexTables(index.contiguous(), plan.layout)
     x = x.contiguous(memory_format=format_of(channels_last))
     return plan.gradients(x, dy, values.contiguous(), tables, channels_last)
 

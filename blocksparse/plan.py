@@ -8,55 +8,26 @@ are chosen one by one: one layer may run its forward pass on blocks and its inpu
 from __future__ import annotations
 
 import functools
-import importlib
-import os
-from collections.abc import Sequence
-from dataclasses import dataclass
-from types import ModuleType
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .geometry import ConvGeometry, conv_pairs
-from .index import IndexTables, packed_size
-from .kernels import cost, slots, tiles
+from .backends import Backend, Work, all_backends, named
+from .geometry import KINDS, ConvGeometry, conv_pairs
+from .index import IndexTables, Layout, layout_of, packed_size
 from .kernels.cost import Setting
 from .layout import is_channels_last
 from .pattern import BSRPattern, check_is_pattern
 from .pattern_checks import check_strided
 
-BACKENDS = ("torch", "cpu", "triton", "cupy")
-
 
 def available_backends() -> dict[str, str | None]:
     """{backend: None if it can run here, else why not}. torch runs everywhere; others load when asked for."""
-    return {name: _absent(name) for name in BACKENDS}
-
-
-def _absent(backend: str) -> str | None:
-    if backend == "torch":
-        return None
-    if backend == "cpu":
-        return _plain("cpu").absent()
-    if backend == "cupy":
-        return _cupy_conv().runtime.absent()
-    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
-        return (
-            "no CUDA device is visible to PyTorch"
-            " (TRITON_INTERPRET=1 in the environment runs the kernels in Triton's interpreter on the CPU, for tests)"
-        )
-    loaded = _load_triton()
-    return loaded if isinstance(loaded, str) else None
-
-
-@functools.cache
-def _load_triton() -> ModuleType | str:
-    """The Triton backend, or why it cannot be imported; loaded on first use."""
-    try:
-        return importlib.import_module(".kernels.triton_conv", __package__)
-    except ImportError as error:
-        return f"importing Triton failed: {error}"
+    return {name: backend.absent() for name, backend in all_backends().items()}
 
 
 @dataclass(frozen=True)
@@ -64,14 +35,14 @@ class Product:
     """What runs one of fprop, dgrad and wgrad.
 
     Attributes:
-        backend: "torch", "cpu", "triton" or "cupy".
+        backend: its name, a key of `available_backends()`.
         why: why this backend.
-        tile: a Tile of the triton backend, a SlotTile of the cupy backend, else None.
+        tile: how it cuts the product, where it has something to say (a NamedTuple of sizes); else None.
     """
 
     backend: str
     why: str
-    tile: tiles.Tile | slots.SlotTile | None = None
+    tile: Any = None
 
 
 @dataclass(frozen=True)
@@ -82,7 +53,7 @@ class ConvPlan:
         products: {kind: Product}, kind "fprop", "dgrad" or "wgrad".
         precision: how fp32 products are rounded: "tf32" or "ieee" (torch.backends.cudnn.conv.fp32_precision).
         backend: the backend of all three, or several, "cpu+torch".
-        tiles: {kind: Tile or SlotTile} of the backends that tile.
+        tiles: {kind: tile} of the backends that tile.
         flops: floating-point operations of one kind on the stored blocks; dense_flops: on all of them.
         bytes_moved: {kind: bytes} of x, y, values and index, each counted once.
     """
@@ -94,13 +65,20 @@ class ConvPlan:
     device: torch.device
     products: dict[str, Product]
     precision: str
+    # The products themselves: methods of the backends, bound to what they need besides tensors.
+    layout: Layout = field(repr=False, compare=False)
+    fprop: Callable[[Tensor, Tensor, IndexTables, Tensor | None], Tensor] = field(repr=False, compare=False)
+    fprop_then: Callable[..., Tensor] = field(repr=False, compare=False)
+    dgrad: Callable[[Tensor, Tensor, IndexTables, bool], Tensor] = field(repr=False, compare=False)
+    wgrad: Callable[[Tensor, Tensor, IndexTables], Tensor] = field(repr=False, compare=False)
+    gradients: Callable[..., tuple[Tensor, Tensor]] = field(repr=False, compare=False)
 
     @property
     def backend(self) -> str:
         return "+".join(dict.fromkeys(product.backend for product in self.products.values()))
 
     @property
-    def tiles(self) -> dict[str, tiles.Tile | slots.SlotTile]:
+    def tiles(self) -> dict[str, Any]:
         return {kind: product.tile for kind, product in self.products.items() if product.tile is not None}
 
     @property
@@ -120,46 +98,7 @@ class ConvPlan:
         activations = (g.n * g.c * g.h * g.w + g.n * g.k * g.p * g.q) * item
         values = self.nnzb * self.blocksize[0] * self.blocksize[1] * item
         index = 4 * packed_size(g.weight_shape, self.blocksize, self.nnzb, row_order=False)
-        return dict.fromkeys(tiles.KINDS, activations + values + index)
-
-    def fprop(
-        self, x: Tensor, values: Tensor, tables: IndexTables, bias: Tensor | None,
-        residual: Tensor | None = None, relu: bool = False,
-    ) -> Tensor:  # fmt: skip
-        """relu(convolution + residual); `residual` in the memory format of x."""
-        run = self.products["fprop"]
-        if run.backend == "cpu":
-            return _plain("cpu").fprop(x, values, tables, bias, self.geometry, residual, relu)
-        if run.tile is None:
-            y = _plain(run.backend).fprop(x, values, tables, bias, self.geometry)
-        else:
-            y = _tiled(run.backend).fprop(
-                x, values, tables, bias, self.geometry, run.tile, precision=self.precision
-            )  # fmt: skip
-        y = y if residual is None else y.add_(residual)
-        return y.relu_() if relu else y
-
-    def dgrad(self, dy: Tensor, values: Tensor, tables: IndexTables, channels_last: bool) -> Tensor:
-        run = self.products["dgrad"]
-        if run.tile is None:
-            return _plain(run.backend).dgrad(dy, values, tables, self.geometry, channels_last)
-        return _tiled(run.backend).dgrad(
-            dy, values, tables, self.geometry, channels_last, run.tile, precision=self.precision
-        )
-
-    def wgrad(self, x: Tensor, dy: Tensor, tables: IndexTables) -> Tensor:
-        run, shape = self.products["wgrad"], (self.nnzb, *self.blocksize)
-        if run.tile is None:
-            return _plain(run.backend).wgrad(x, dy, tables, self.geometry, shape)
-        return _tiled(run.backend).wgrad(x, dy, tables, self.geometry, shape, run.tile, precision=self.precision)
-
-    def gradients(
-        self, x: Tensor, dy: Tensor, values: Tensor, tables: IndexTables, channels_last: bool
-    ) -> tuple[Tensor, Tensor]:
-        """(dx, dvalues)."""
-        if self.products["dgrad"].backend == self.products["wgrad"].backend == "cpu":
-            return _plain("cpu").gradients(x, dy, values, tables, self.geometry, channels_last)
-        return self.dgrad(dy, values, tables, channels_last), self.wgrad(x, dy, tables)
+        return dict.fromkeys(KINDS, activations + values + index)
 
     def __str__(self) -> str:
         g = self.geometry
@@ -186,35 +125,6 @@ class ConvPlan:
     __repr__ = __str__
 
 
-@functools.cache
-def _plain(backend: str) -> ModuleType:
-    """The kernels of a backend without tiles."""
-    if backend == "torch":
-        from .kernels import torch_conv
-
-        return torch_conv
-    from .kernels import cpu
-
-    return cpu
-
-
-@functools.cache
-def _cupy_conv() -> ModuleType:
-    from .kernels import cupy_conv  # CuPy itself waits for the first launch
-
-    return cupy_conv
-
-
-def _tiled(backend: str) -> ModuleType:
-    """The kernels of a backend that tiles."""
-    if backend == "cupy":
-        return _cupy_conv()
-    loaded = _load_triton()
-    if isinstance(loaded, str):
-        raise RuntimeError(f"backend 'triton' is not available: {loaded}")
-    return loaded
-
-
 def plan_conv(
     who: str,
     x_shape: Sequence[int],
@@ -223,6 +133,7 @@ def plan_conv(
     conv: Sequence[Sequence[int]],
     dtype: torch.dtype,
     device: torch.device,
+    index: Layout,
     backend: str | None,
     setting: str | Setting,
 ) -> ConvPlan:
@@ -234,7 +145,7 @@ def plan_conv(
     stride, padding, dilation = conv
     return _plan(
         who, tuple(x_shape), tuple(weight_shape), tuple(values_shape), tuple(stride), tuple(padding), tuple(dilation),
-        dtype, device, backend, setting,
+        dtype, device, index, backend, setting,
     )  # fmt: skip
 
 
@@ -249,97 +160,86 @@ def _plan(
     dilation: tuple[int, ...],
     dtype: torch.dtype,
     device: torch.device,
+    index: Layout,
     backend: str | None,
     setting: str | Setting,
 ) -> ConvPlan:
     geometry = ConvGeometry.of(x_shape, weight_shape, stride, padding, dilation, who)
     nnzb, bk, bc = values_shape
-    precision = setting if isinstance(setting, str) else "ieee"
-    if backend is not None and backend not in BACKENDS:
-        raise ValueError(f"{who}: backend is {backend!r}; it needs one of {', '.join(map(repr, BACKENDS))} or None")
-    products = None
-    if backend is None and isinstance(setting, Setting):
-        products = _on_a_cpu(geometry, (bk, bc), nnzb, dtype, setting)
-    if products is None:
-        chosen, why = _choose(geometry, (bk, bc), nnzb, dtype, device, backend, who)
-        products = {}
-        for kind in tiles.KINDS:
-            tile: Any = None
-            if chosen == "triton":
-                tile = tiles.pick(kind, geometry, (bk, bc), nnzb, dtype, _arch(device), precision)
-            elif chosen == "cupy":
-                tile = slots.pick(kind, geometry, (bk, bc), nnzb, dtype)
-            products[kind] = Product(chosen, why, tile)
-    return ConvPlan(geometry, (bk, bc), nnzb, dtype, device, products, precision)
-
-
-def _on_a_cpu(
-    geometry: ConvGeometry, blocksize: tuple[int, int], nnzb: int, dtype: torch.dtype, setting: Setting
-) -> dict[str, Product] | None:
-    """For each kind stored blocks or the dense product, whichever is estimated to be faster; None for other dtypes."""
-    if not cost.known(dtype):
-        return None
-    products = {}
-    for kind in tiles.KINDS:
-        stored, dense = cost.on_cpu(kind, geometry, blocksize, nnzb, dtype, setting)
-        said = f"estimated {_ms(stored)} on stored blocks and {_ms(dense)} dense, threads: {setting.threads}"
-        chosen = "cpu" if stored < dense else "torch"
-        if chosen == "cpu" and (absent := _absent("cpu")) is not None:
-            chosen, said = "torch", f"backend 'cpu' is not available: {absent}"
-        products[kind] = Product(chosen, said)
-    return products
-
-
-def _ms(seconds: float) -> str:
-    return f"{1e3 * seconds:.3g} ms"
-
-
-def _choose(
-    geometry: ConvGeometry,
-    blocksize: tuple[int, int],
-    nnzb: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    backend: str | None,
-    who: str,
-) -> tuple[str, str]:
-    """(backend, why). A backend asked for by name runs or raises; nothing else takes its place."""
-    if backend == "torch":
-        return backend, "asked for"
-    if backend is None and device.type != "cuda":
-        return "torch", f"the default on {device.type} for {str(dtype).removeprefix('torch.')}"
-    density = nnzb * blocksize[0] * blocksize[1] / max(1, geometry.k * geometry.c * geometry.taps)
-    if backend is None and density >= cost.GPU_DENSITY:
-        return "torch", f"the default on a GPU from density {cost.GPU_DENSITY}, an estimate"
-    reasons: dict[str, str] = {}
-    for name in (backend,) if backend else ("triton", "cupy"):
-        reason = _absent(name) or _refusal(name, geometry, blocksize, dtype, device)
-        if reason is None:
-            return name, "asked for" if backend else "; ".join(["the default on a GPU", *_refusals(reasons)])
-        reasons[name] = reason
+    precision, on_a_cpu = (setting, None) if isinstance(setting, str) else ("ieee", setting)
+    work = Work(geometry, (bk, bc), nnzb, dtype, device, precision, on_a_cpu, index)
     if backend is None:
-        return "torch", "; ".join(["dense", *_refusals(reasons)])
-    usable = [name for name, absent in available_backends().items() if absent is None]
-    raise (ValueError if _absent(backend) is None else RuntimeError)(
-        f"{who}: backend {backend!r} cannot run this: {reasons[backend]}. Available here: {', '.join(usable)};"
+        chosen = _defaults(work, who)
+    else:
+        chosen = dict.fromkeys(KINDS, (_asked_for(named(backend, who), work, who), "asked for"))
+    runs = {kind: run for kind, (run, _) in chosen.items()}
+    tiles = {kind: run.tile(kind, work) for kind, run in runs.items()}
+    dgrad = functools.partial(runs["dgrad"].dgrad, work, tiles["dgrad"])
+    wgrad = functools.partial(runs["wgrad"].wgrad, work, tiles["wgrad"])
+    return ConvPlan(
+        geometry, (bk, bc), nnzb, dtype, device,
+        {kind: Product(run.name, why, tiles[kind]) for kind, (run, why) in chosen.items()}, precision, index,
+        functools.partial(runs["fprop"].fprop, work, tiles["fprop"]),
+        functools.partial(runs["fprop"].fprop_then, work, tiles["fprop"]),
+        dgrad, wgrad,
+        functools.partial(runs["dgrad"].gradients, work, (tiles["dgrad"], tiles["wgrad"]))
+        if runs["dgrad"] is runs["wgrad"] else functools.partial(_one_by_one, dgrad, wgrad),
+    )  # fmt: skip
+
+
+def _one_by_one(
+    dgrad: Callable[..., Tensor], wgrad: Callable[..., Tensor],
+    x: Tensor, dy: Tensor, values: Tensor, tables: IndexTables, channels_last: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Both gradients where two backends compute them."""
+    return dgrad(dy, values, tables, channels_last), wgrad(x, dy, tables)
+
+
+def _asked_for(backend: Backend, work: Work, who: str) -> Backend:
+    """A backend asked for by name runs or raises; nothing else takes its place."""
+    absent = backend.absent()
+    reason = absent or backend.refusal(work)
+    if reason is None:
+        return backend
+    usable = [name for name, why in available_backends().items() if why is None]
+    raise (ValueError if absent is None else RuntimeError)(
+        f"{who}: backend {backend.name!r} cannot run this: {reason}. Available here: {', '.join(usable)};"
         " backend=None chooses one that can"
     )
 
 
-def _refusal(
-    backend: str, geometry: ConvGeometry, blocksize: tuple[int, int], dtype: torch.dtype, device: torch.device
-) -> str | None:
-    arch = _arch(device)
-    if backend == "cpu":
-        return _plain("cpu").refusal(device.type)
-    if backend == "triton":
-        return tiles.refusal(geometry, blocksize, dtype, device.type, arch)
-    home = _cupy_conv().runtime.device_type
-    return slots.refusal(geometry, blocksize, dtype, device.type, arch, home)
+def _defaults(work: Work, who: str) -> dict[str, tuple[Backend, str]]:
+    """For each kind the backend that runs it and why: of the lowest turn, and there of the least estimated time."""
+    offers = [(backend, *offer) for backend in all_backends().values() if (offer := backend.default(work)) is not None]
+    obstacles: dict[str, str | None] = {}  # asked for where a backend's turn comes: its answer may compile, or import
+    chosen = {}
+    for kind in KINDS:
+        times = {run.name: s for run, _, _ in offers if (s := run.seconds(kind, work)) is not None}
+        skipped = []
+        # Stable: otherwise in the order of all_backends().
+        for run, turn, why in sorted(offers, key=lambda offer: (offer[1], times.get(offer[0].name, math.inf))):
+            if run.name not in obstacles:
+                obstacles[run.name] = _obstacle(run, work)
+            if (obstacle := obstacles[run.name]) is not None:
+                skipped.append(obstacle)
+                continue
+            rivals = [other.name for other, at, _ in offers if at == turn and other.name in times]
+            if run.name in times and len(rivals) > 1:
+                said = ", ".join(f"{1e3 * times[name]:.3g} ms by {name}" for name in rivals)
+                why = f"estimated {said}" + (f"; threads: {work.setting.threads}" if work.setting else "")
+            chosen[kind] = run, "; ".join([why, *skipped])
+            break
+        else:
+            raise RuntimeError(f"{who}: no backend can run this: {'; '.join(skipped)}")
+    return chosen
 
 
-def _refusals(reasons: dict[str, str]) -> list[str]:
-    return [f"{name} cannot run this: {reason}" for name, reason in reasons.items()]
+def _obstacle(backend: Backend, work: Work) -> str | None:
+    """Why it cannot run this, in a sentence, or None."""
+    if (absent := backend.absent()) is not None:
+        return f"backend {backend.name!r} is not available: {absent}"
+    refusal = backend.refusal(work)
+    return None if refusal is None else f"backend {backend.name!r} cannot run this: {refusal}"
 
 
 def setting_of(t: Tensor) -> str | Setting:
@@ -363,17 +263,6 @@ def _precision(dtype: torch.dtype, on_gpu: bool) -> str:
     return "ieee"
 
 
-@functools.cache
-def _arch(device: torch.device) -> str:
-    """ "sm_90", "gfx942", ...; "" where there is no GPU (Triton's interpreter)."""
-    if device.type != "cuda":
-        return ""
-    if torch.version.hip:
-        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major}{minor}"
-
-
 def explain(
     x: Tensor,
     values: Tensor,
@@ -393,6 +282,7 @@ def explain(
     check_strided(x, "x", who)
     pattern.check_values(values, who)
     conv = conv_pairs(stride, padding, dilation, who)
+    index = layout_of(pattern.index.shape, pattern.index.dtype, pattern.shape, pattern.blocksize, pattern.nnzb, who)
     return plan_conv(
-        who, x.shape, pattern.shape, values.shape, conv, values.dtype, values.device, backend, setting_of(x)
+        who, x.shape, pattern.shape, values.shape, conv, values.dtype, values.device, index, backend, setting_of(x)
     )

@@ -14,13 +14,6 @@ from blocksparse import BSRPattern
 
 GUARD = 64  # elements of NaN before and after every input
 
-# (backend, device) pairs that run in this process.
-RUNNERS = [("torch", "cpu"), ("cpu", "cpu")]
-if torch.cuda.is_available():
-    RUNNERS += [("torch", "cuda"), ("triton", "cuda"), ("cupy", "cuda")]
-else:
-    RUNNERS += [("triton", "cpu"), ("cupy", "cpu")]
-
 # A few, because g++ compiles each: single channels, 16-byte pieces of channels, a second CTA that is not full (40).
 CUPY_BLOCKSIZES = [(8, 1), (16, 1), (32, 1), (40, 2), (8, 16)]
 

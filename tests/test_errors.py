@@ -11,6 +11,7 @@ import torch
 
 import blocksparse as bs
 import processes
+from runners import RUNNERS
 
 PATTERN = bs.BSRPattern.random((16, 8, 3, 3), (8, 8), 0.5)
 X = torch.randn(2, 8, 6, 6)
@@ -128,8 +129,16 @@ def test_available_backends_says_why():
     backends = bs.available_backends()
     assert list(backends) == ["torch", "cpu", "triton", "cupy"]
     assert backends["torch"] is None
+    assert backends["cpu"] is None  # the tests need a C++ compiler
     assert backends["triton"] is None  # a GPU, or the interpreter that conftest asks for
     assert backends["cupy"] is None  # a GPU, or the emulator that conftest puts in its place
+
+
+def test_what_is_available_is_tested():
+    gpu = torch.cuda.is_available()
+    needed = [("torch", "cpu"), ("cpu", "cpu"), *(() if gpu else [("triton", "cpu"), ("cupy", "cpu")])]
+    needed += [("torch", "cuda"), ("triton", "cuda"), ("cupy", "cuda")] if gpu else []
+    assert needed == RUNNERS
 
 
 def run_python(code: str, **environment: str) -> str:

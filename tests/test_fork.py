@@ -13,18 +13,16 @@ import processes
 
 ROOT = Path(__file__).parent.parent
 
-# The child plans and takes tables apart, and computes nothing: PyTorch's own thread pools do not survive a fork.
+# The child plans, and computes nothing: PyTorch's own thread pools do not survive a fork.
 FORKS = """
 import os, signal, sys, threading, time
 
 import torch
 import blocksparse as bs
 from blocksparse import plan
-from blocksparse.index import unpack_once
 
 torch.manual_seed(0)
 pattern = bs.BSRPattern.random((64, 64, 3, 3), (8, 8), 0.1)
-layout = pattern.shape, pattern.blocksize, pattern.nnzb
 values = torch.zeros(pattern.nnzb, 8, 8)
 
 
@@ -44,14 +42,9 @@ def make(stop):
         planned()
 
 
-def remember(stop):
-    while not stop.is_set():
-        unpack_once(pattern.index.clone(), *layout)
-
-
 needed = planned()
 sys.setswitchinterval(1e-7)
-for work in (look_up, make, remember):
+for work in (look_up, make):
     stop = threading.Event()
     thread = threading.Thread(target=work, args=(stop,), daemon=True)
     thread.start()
@@ -60,7 +53,6 @@ for work in (look_up, make, remember):
         child = os.fork()
         if child == 0:
             signal.alarm(120)  # ends this process if it waits for ever
-            unpack_once(pattern.index, *layout)
             os._exit(0 if planned() == needed else 9)
         _, status = os.waitpid(child, 0)
         if status:

@@ -30,23 +30,15 @@ ALLOWED = {
     "kernels/torch_conv": {"geometry", "index", "layout", "kernels/aten_conv"},
     "kernels/triton_conv": {"geometry", "index", "layout", "kernels/tiles"},
     "kernels/cupy_conv": {"geometry", "index", "layout", "kernels/slots"},
-    "plan": {
-        "geometry",
-        "index",
-        "layout",
-        "pattern",
-        "pattern_checks",
-        "kernels/slots",
-        "kernels/cost",
-        "kernels/tiles",
-        "kernels/cpu",
-        "kernels/torch_conv",
-        "kernels/triton_conv",
-        "kernels/cupy_conv",
-    },
+    "backends/__init__": {"geometry", "index", "kernels/cost"},
+    "backends/torch": {"backends/__init__", "index", "kernels/cost", "kernels/torch_conv"},
+    "backends/cpu": {"backends/__init__", "index", "kernels/cost", "kernels/cpu"},
+    "backends/triton": {"backends/__init__", "index", "kernels/tiles", "kernels/triton_conv"},
+    "backends/cupy": {"backends/__init__", "index", "kernels/slots", "kernels/cupy_conv"},
+    "plan": {"backends/__init__", "geometry", "index", "layout", "pattern", "pattern_checks", "kernels/cost"},
     "product_checks": {"geometry"},
     "batching": {"product_checks", "geometry"},
-    "ops": {"batching", "pattern_checks", "product_checks", "geometry", "index", "layout", "plan"},
+    "ops": {"batching", "pattern_checks", "product_checks", "geometry", "index", "layout", "plan", "kernels/cost"},
     "functional": {"geometry", "layout", "ops", "pattern", "pattern_checks"},
     "carry": {"pattern"},
     "modules": {"geometry", "index", "pattern", "functional", "carry"},
@@ -95,12 +87,16 @@ def imported_files(path: Path, package_root: Path = ROOT / "blocksparse") -> set
             for _ in range(node.level - 1):
                 base = base.parent
             module = base / (node.module or "").replace(".", "/")
+            if (package_root / module / "__init__.py").exists() and module != Path():
+                own = module / "__init__"
+            else:
+                own = module
             for alias in node.names:
                 whole = module / alias.name
                 if (package_root / whole / "__init__.py").exists():
                     whole /= "__init__"
                 inside = (package_root / whole).with_suffix(".py").exists()
-                found.add((whole if inside else module).as_posix())
+                found.add((whole if inside else own).as_posix())
         elif isinstance(node, ast.Import | ast.ImportFrom):
             names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
             found |= {f"absolute {name}" for name in names if name.split(".")[0] == "blocksparse"}

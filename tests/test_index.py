@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import gc
-
 import pytest
 import torch
 from hypothesis import given
-from torch.multiprocessing.reductions import StorageWeakRef
 
+import blocksparse as bs
 from blocksparse import BSRPattern, index
+from runners import RUNNERS
 from strategies import patterns
 
 
@@ -36,8 +35,8 @@ def test_tables_are_their_definition(pattern):
         assert tables.row_order is None
     else:
         assert tables.row_order.tolist() == pattern.row_order.tolist()
-    for table in tables[1:]:
-        assert table is None or table.storage_offset() % 4 == 0
+    for place in tables.layout:
+        assert place is None or place[0] % 4 == 0
 
 
 @given(patterns())
@@ -76,43 +75,27 @@ def test_a_buffer_of_another_layout_is_refused():
             index.unpack(packed, pattern.shape, pattern.blocksize, pattern.nnzb)
 
 
-# ---------------------------------------------------------------- remembered views
-
-
-def once(pattern):
-    return index.unpack_once(pattern.index, pattern.shape, pattern.blocksize, pattern.nnzb)
-
-
-def test_remembered_views_are_the_tables_and_follow_what_is_written():
-    pattern, other = (BSRPattern.random((8, 12, 3, 3), (4, 3), 0.3) for _ in range(2))
-    first = once(pattern)
-    assert all(a is b for a, b in zip(once(pattern), first, strict=True))
-    for source in (pattern, other):
-        pattern.index.copy_(source.index)
-        for a, b in zip(once(pattern)[1:], source._tables[1:], strict=True):
-            assert (a is None and b is None) or torch.equal(a, b)
-
-
-def test_remembered_views_follow_new_memory():
+def test_tables_are_views_that_follow_what_is_written():
     pattern, other = (BSRPattern.random((8, 12, 3, 3), (4, 3), 0.3) for _ in range(2))
     packed = pattern.index.clone()
-    args = pattern.shape, pattern.blocksize, pattern.nnzb
-    index.unpack_once(packed, *args)
-    packed.data = other.index.clone()
-    assert torch.equal(index.unpack_once(packed, *args).indices, other.indices)
-    packed.data = packed.data[:-1]
-    with pytest.raises(ValueError, match="the packed index is"):
-        index.unpack_once(packed, *args)
+    tables = index.unpack(packed, pattern.shape, pattern.blocksize, pattern.nnzb)
+    packed.copy_(other.index)
+    for name in index.Layout._fields:
+        a, b = getattr(tables, name), getattr(other._tables, name)
+        assert (a is None and b is None) or torch.equal(a, b)
+        assert a is None or a.untyped_storage().data_ptr() == packed.untyped_storage().data_ptr()
 
 
-def test_remembered_views_die_with_the_tensor():
-    gc.collect()  # those of tensors that other tests have left
-    pattern = BSRPattern.random((8, 12, 3, 3), (4, 3), 0.3)
-    packed = pattern.index.clone()
-    storage, alive = StorageWeakRef(packed.untyped_storage()), len(index._views)
-    index.unpack_once(packed, pattern.shape, pattern.blocksize, pattern.nnzb)
-    assert len(index._views) == alive + 1
-    del packed
-    gc.collect()
-    assert len(index._views) == alive
-    assert storage.expired()
+@pytest.mark.parametrize("runner", RUNNERS, ids="-".join)
+def test_an_index_may_lie_anywhere(runner):
+    """Not at the start of its memory, and with steps between its numbers."""
+    backend, device = runner
+    pattern = BSRPattern.random((16, 16, 3, 3), (8, 8), 0.3).to(device)
+    x, values = torch.randn(2, 16, 6, 6, device=device), torch.randn(pattern.nnzb, 8, 8, device=device)
+    needed = bs.conv2d(x, values, pattern, backend=backend)
+    for step in (1, 2):
+        wide = torch.full((step * pattern.index.numel() + 8,), 1 << 30, dtype=torch.int32, device=device)
+        packed = wide[4:-4:step]
+        packed.copy_(pattern.index)
+        moved = BSRPattern.from_index(pattern.shape, pattern.blocksize, pattern.nnzb, packed)
+        assert torch.equal(bs.conv2d(x, values, moved, backend=backend), needed)

@@ -10,7 +10,8 @@ from torch._prims_common import suggest_memory_format
 
 import blocksparse as bs
 from oracle import assert_products
-from strategies import DRAWS, RUNNERS, Case, cases
+from runners import RUNNERS
+from strategies import DRAWS, Case, cases
 
 TILED = [runner for runner in RUNNERS if runner[0] in ("triton", "cupy")]
 HALF = (torch.float16, torch.bfloat16)

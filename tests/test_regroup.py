@@ -18,7 +18,8 @@ import blocksparse as bs
 from hrbp.structures.grouping import Grouping, GroupShape, group_shape
 from hrbp.structures.regrouping import _alternate, _by_score, _Found, _Search, keep_by_counts, regroup
 from oracle import assert_products
-from strategies import RUNNERS, nonzero
+from runners import RUNNERS
+from strategies import nonzero
 
 SEEDS = st.integers(0, 2**32 - 1)
 KINDS = ["dense", "zeros", "heavy", "counts", "filters", "constant", "nothing"]

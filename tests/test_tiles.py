@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -176,7 +177,7 @@ def test_granule_divides_the_side_and_the_tile(side, most):
 # ---------------------------------------------------------------------- what the predicate lets through runs right
 
 
-def run(kind: str, x: Tensor, dy: Tensor, values: Tensor, tables: index.IndexTables, g: ConvGeometry, tile: Tile):
+def run(kind: str, x: Tensor, dy: Tensor, values: Tensor, tables, g: ConvGeometry, tile: Tile):
     from blocksparse.kernels import triton_conv
 
     if kind == "fprop":
@@ -188,9 +189,9 @@ def run(kind: str, x: Tensor, dy: Tensor, values: Tensor, tables: index.IndexTab
 
 def shipped() -> list[tuple[str, Tile, torch.dtype]]:
     """Every tile of the table that this device may get; in the interpreter, every tile."""
-    from blocksparse.plan import _arch
+    from blocksparse.backends import arch_of
 
-    column = tiles.column_of(_arch(torch.device(DEVICE))) if DEVICE == "cuda" else None
+    column = tiles.column_of(arch_of(torch.device(DEVICE))) if DEVICE == "cuda" else None
     found = {}
     for entry in TABLE:
         for kind in entry.kinds.split():
@@ -287,7 +288,9 @@ def test_values_past_2_to_31_elements():
     zeros = torch.zeros(last + 1, dtype=torch.int32)
     rows, t_rows = torch.tensor([last, last + 1], dtype=torch.int32), torch.tensor([0, 1], dtype=torch.int32)
     t_perm = torch.tensor([last], dtype=torch.int32)
-    tables = index.IndexTables(zeros, rows, zeros, zeros, t_rows, zeros, t_perm, None)
+    tables = SimpleNamespace(
+        indptr=rows, indices=zeros, t_indptr=t_rows, t_indices=zeros, t_perm=t_perm, row_order=None
+    )
     g = ConvGeometry(1, 32, 3, 3, 32, 1, 1)
     x = torch.randn(g.x_shape).half().contiguous(memory_format=torch.channels_last)
     for kind, exact in (("fprop", "ncpq,kc->nkpq"), ("dgrad", "nkpq,kc->ncpq")):

@@ -30,7 +30,7 @@ from torch.func import (
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import blocksparse as bs
-from strategies import RUNNERS
+from runners import RUNNERS
 
 CONV = (2, 1), (1, 0), (1, 2)
 ONCE = "conv2d\\(\\) is differentiable once"

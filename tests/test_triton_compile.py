@@ -240,9 +240,8 @@ def call(case: Case, device: str, misaligned: bool = False) -> None:
         return torch.empty(shape, dtype=dtype, device=device, **kwargs)
 
     g, last = case.geometry, {"memory_format": torch.channels_last}
-    lengths = index.lengths(case.weight_shape, case.blocksize, case.nnzb)
-    order = torch.arange(g.k, dtype=torch.int32, device=device) if case.row_order else None
-    tables = index.IndexTables(empty(0), *(empty(n, torch.int32) for n in lengths), order)
+    size = index.packed_size(case.weight_shape, case.blocksize, case.nnzb, case.row_order)
+    tables = index.unpack(empty(size, torch.int32), case.weight_shape, case.blocksize, case.nnzb)
     x, dy, values = empty(g.x_shape, **last), empty(g.y_shape, **last), empty((case.nnzb, *case.blocksize))
     if misaligned:
         values = empty(values.numel() + 1)[1:].view(values.shape)

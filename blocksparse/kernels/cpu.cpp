@@ -149,6 +149,7 @@ extern "C" struct Conv {  // sizes and strides in elements; x is [N, C, H, W], y
     int64_t bk, bc, nnzb;
     int64_t x_strides[4], y_strides[4];
     int64_t threads;
+    int64_t indptr, indices, t_indptr, t_indices, t_perm, row_order;  // where in the packed index; no row_order: -1
 };
 
 namespace {
@@ -801,6 +802,11 @@ void dot_row(const A* x, const int32_t* items, int64_t n, const A* dy, int64_t c
 
 struct Index {  // as BSRPattern packs it
     const int32_t *indptr, *indices, *t_indptr, *t_indices, *t_perm, *order;
+
+    Index(const Conv& g, const int32_t* packed)
+        : indptr(packed + g.indptr), indices(packed + g.indices), t_indptr(packed + g.t_indptr),
+          t_indices(packed + g.t_indices), t_perm(packed + g.t_perm),
+          order(g.row_order < 0 ? nullptr : packed + g.row_order) {}
 };
 
 // Items and weights of block-row b for fprop and wgrad: an item for each stored (tap, channel). `by_channel`: in the
@@ -1305,19 +1311,19 @@ extern "C" double bsr_peak_flops(int64_t threads) {
 }
 
 extern "C" int bsr_fprop(const Conv* g, const NUMBER* x, const NUMBER* values, const NUMBER* bias,
-                         const NUMBER* residual, int64_t relu, const Index* index, NUMBER* y) {
+                         const NUMBER* residual, int64_t relu, const int32_t* packed, NUMBER* y) {
     const Epilogue<NUMBER> last{residual, relu != 0};
-    return guarded([&] { return fprop<NUMBER>(*g, x, values, bias, last, *index, y); });
+    return guarded([&] { return fprop<NUMBER>(*g, x, values, bias, last, Index(*g, packed), y); });
 }
-extern "C" int bsr_dgrad(const Conv* g, const NUMBER* dy, const NUMBER* values, const Index* index, NUMBER* dx) {
-    return guarded([&] { return dgrad<NUMBER>(*g, dy, values, *index, dx); });
+extern "C" int bsr_dgrad(const Conv* g, const NUMBER* dy, const NUMBER* values, const int32_t* packed, NUMBER* dx) {
+    return guarded([&] { return dgrad<NUMBER>(*g, dy, values, Index(*g, packed), dx); });
 }
-extern "C" int bsr_wgrad(const Conv* g, const NUMBER* x, const NUMBER* dy, const Index* index, NUMBER* dvalues) {
-    return guarded([&] { return wgrad<NUMBER>(*g, x, dy, *index, dvalues); });
+extern "C" int bsr_wgrad(const Conv* g, const NUMBER* x, const NUMBER* dy, const int32_t* packed, NUMBER* dvalues) {
+    return guarded([&] { return wgrad<NUMBER>(*g, x, dy, Index(*g, packed), dvalues); });
 }
 // Both gradients: dx has the strides of x.
-extern "C" int bsr_gradients(const Conv* g, const NUMBER* x, const NUMBER* dy, const NUMBER* values, const Index* index,
+extern "C" int bsr_gradients(const Conv* g, const NUMBER* x, const NUMBER* dy, const NUMBER* values, const int32_t* packed,
                              NUMBER* dx, NUMBER* dvalues) {
-    const int failed = bsr_dgrad(g, dy, values, index, dx);
-    return failed ? failed : bsr_wgrad(g, x, dy, index, dvalues);
+    const int failed = bsr_dgrad(g, dy, values, packed, dx);
+    return failed ? failed : bsr_wgrad(g, x, dy, packed, dvalues);
 }

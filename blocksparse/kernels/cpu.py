@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..geometry import ConvGeometry
-from ..index import IndexTables
+from ..index import IndexTables, Layout
 from ..layout import empty, is_channels_last
 from .cpu_build import library
 
@@ -31,14 +31,7 @@ class _Conv(ctypes.Structure):
         *((name, int64) for name in ("bk", "bc", "nnzb")),
         *((name, int64 * 4) for name in ("x_strides", "y_strides")),
         ("threads", int64),
-    ]
-
-
-class _Index(ctypes.Structure):
-    """Index in cpu.cpp."""
-
-    _fields_ = [
-        (name, ctypes.c_void_p) for name in ("indptr", "indices", "t_indptr", "t_indices", "t_perm", "row_order")
+        *((name, int64) for name in ("indptr", "indices", "t_indptr", "t_indices", "t_perm", "row_order")),
     ]
 
 
@@ -57,20 +50,17 @@ def peak_flops(dtype: torch.dtype) -> float | None:
     return lib.bsr_peak_flops(int64(torch.get_num_threads()))
 
 
-def refusal(device_type: str) -> str | None:
-    """Why it cannot take tensors like these, or None."""
-    return None if device_type == "cpu" else f"x is on {device_type}; it needs tensors on the CPU"
-
-
 @lru_cache(maxsize=4096)
 def _conv(
-    g: ConvGeometry, blocksize: tuple[int, int], nnzb: int, x_strides: tuple[int, ...], y_strides: tuple[int, ...],
-    threads: int,
+    g: ConvGeometry, blocksize: tuple[int, int], layout: Layout, x_strides: tuple[int, ...],
+    y_strides: tuple[int, ...], threads: int,
 ) -> _Conv:  # fmt: skip
     pair, four = int64 * 2, int64 * 4
+    tables = layout.indptr, layout.indices, layout.t_indptr, layout.t_indices, layout.t_perm
     return _Conv(
         g.n, g.c, g.h, g.w, g.k, g.p, g.q, g.r, g.s, pair(*g.stride), pair(*g.padding), pair(*g.dilation),
-        *blocksize, nnzb, four(*x_strides), four(*y_strides), threads,
+        *blocksize, layout.indices[1], four(*x_strides), four(*y_strides), threads,
+        *(start for start, _ in tables), -1 if layout.row_order is None else layout.row_order[0],
     )  # fmt: skip
 
 
@@ -82,13 +72,9 @@ def _call(
     lib = library(NUMBERS[x.dtype])
     if isinstance(lib, str):
         raise RuntimeError(f"backend 'cpu' is not available: {lib}")
-    conv = _conv(g, blocksize, tables.indices.numel(), x.stride(), y.stride(), torch.get_num_threads())
-    index = _Index(
-        tables.indptr.data_ptr(), tables.indices.data_ptr(), tables.t_indptr.data_ptr(), tables.t_indices.data_ptr(),
-        tables.t_perm.data_ptr(), None if tables.row_order is None else tables.row_order.data_ptr(),
-    )  # fmt: skip
+    conv = _conv(g, blocksize, tables.layout, x.stride(), y.stride(), torch.get_num_threads())
     failed = getattr(lib, f"bsr_{name}")(
-        ctypes.byref(conv), *map(_pointer, inputs), ctypes.byref(index), *map(_pointer, results)
+        ctypes.byref(conv), *map(_pointer, inputs), _pointer(tables.packed), *map(_pointer, results)
     )
     if failed == 1:
         raise MemoryError(f"{name} of {g} on backend 'cpu': no memory for the planes of an image")

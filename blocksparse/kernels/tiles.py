@@ -13,7 +13,6 @@ import torch
 
 from ..geometry import ConvGeometry
 
-KINDS = ("fprop", "dgrad", "wgrad")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 LIMIT = 2**30  # pixels and coordinates: the sum of two still fits int32

@@ -16,15 +16,16 @@ from ..layout import empty, is_channels_last
 from . import aten_conv
 
 
-def _blocks(tables: IndexTables, g: ConvGeometry, bc: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Where each stored block lies in [Kb, T, Cb]."""
-    c_blocks = g.c // bc
-    return tables.rows, tables.indices // c_blocks, tables.indices % c_blocks
+def _blocks(tables: IndexTables, g: ConvGeometry, bc: int) -> tuple[Tensor, ...]:
+    """Where each stored block lies in [Kb, T, Cb], or [Kb, Cb] of one tap."""
+    c_blocks, cols = g.c // bc, tables.indices
+    return (tables.rows, cols) if g.taps == 1 else (tables.rows, cols // c_blocks, cols % c_blocks)
 
 
 def _as_blocks(bank: Tensor, bk: int, bc: int) -> Tensor:
-    """A filter bank [K, C, R, S], contiguous or channels_last, as its blocks [Kb, T, Cb, bk, bc], a view."""
-    return bank.flatten(2).unflatten(1, (-1, bc)).unflatten(0, (-1, bk)).permute(0, 4, 2, 1, 3)
+    """A filter bank [K, C, R, S], contiguous or channels_last, as a view of its blocks [Kb, T, Cb, bk, bc], without a T of 1."""
+    blocks = bank.flatten(2).unflatten(1, (-1, bc)).unflatten(0, (-1, bk)).permute(0, 4, 2, 1, 3)
+    return blocks[:, 0] if blocks.shape[1] == 1 else blocks
 
 
 def _bank(values: Tensor, tables: IndexTables, g: ConvGeometry, channels_last: bool) -> Tensor:

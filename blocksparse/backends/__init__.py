@@ -1,0 +1,185 @@
+"""What a backend is, and which there are: a file of this folder for each, and the file's name is the backend's.
+
+A file defines one subclass of `Backend`. It loads what is heavy (a compiler, Triton, CuPy) when that is first needed:
+the files themselves are imported to answer which backends there are.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import pkgutil
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..geometry import ConvGeometry
+from ..index import IndexTables, Layout
+from ..kernels.cost import Setting
+
+
+class Work(NamedTuple):
+    """A convolution as it is known before it runs: sizes, never which blocks are stored.
+
+    Attributes:
+        precision: how fp32 products are rounded: "tf32" or "ieee" (torch.backends.cudnn.conv.fp32_precision).
+        setting: on a CPU PyTorch's number of threads and the memory format of x, elsewhere None.
+        layout: where the tables lie in the packed index.
+    """
+
+    geometry: ConvGeometry
+    blocksize: tuple[int, int]
+    nnzb: int
+    dtype: torch.dtype
+    device: torch.device
+    precision: str
+    setting: Setting | None
+    layout: Layout
+
+    @property
+    def values_shape(self) -> tuple[int, int, int]:
+        return self.nnzb, *self.blocksize
+
+    @property
+    def density(self) -> float:
+        (bk, bc), g = self.blocksize, self.geometry
+        return self.nnzb * bk * bc / (g.k * g.c * g.taps)
+
+    @property
+    def arch(self) -> str:
+        return arch_of(self.device)
+
+
+class Backend:
+    """One way to compute the three products. A subclass needs fprop, dgrad and wgrad; the rest has a default.
+
+    The products get checked tensors: x, dy and residual dense in one memory format, values and bias contiguous, all of
+    `work.dtype` on `work.device`. They read no tensor on the host, write every element of what they return, and keep
+    nothing that a new mask of equal nnzb would make wrong. `tile` is what `tile()` returned for this kind and work.
+
+    Attributes:
+        name: that of the file; "cpu" for blocksparse/backends/cpu.py.
+        order: where it stands in lists, by rising numbers, then names.
+    """
+
+    name: str = ""
+    order: int = 100
+
+    # ------------------------------------------------------------------ before anything runs
+
+    def absent(self) -> str | None:
+        """Why it cannot run on this machine (a library, a compiler or a device that is missing), or None."""
+        return None
+
+    def refusal(self, work: Work) -> str | None:
+        """Why it cannot run this convolution where it is present (a block size, a dtype, a device), or None."""
+        return None
+
+    def default(self, work: Work) -> tuple[int, str] | None:
+        """(turn, why) where it may run without being asked for by name, else None.
+
+        Of all that can run a product the one of the lowest turn does; among equal turns, of fewest estimated seconds.
+        """
+        return None
+
+    def seconds(self, kind: str, work: Work) -> float | None:
+        """Estimated time of the product "fprop", "dgrad" or "wgrad"; None: there is no estimate."""
+        return None
+
+    def tile(self, kind: str, work: Work) -> Any:
+        """How the product is cut, from sizes alone. `explain` shows it; None: nothing to show."""
+        return None
+
+    # ------------------------------------------------------------------ the products
+
+    def fprop(
+        self, work: Work, tile: Any, x: Tensor, values: Tensor, tables: IndexTables, bias: Tensor | None
+    ) -> Tensor:
+        """y [N, K, P, Q] in the memory format of x; bias [K] in filter order, or None."""
+        raise NotImplementedError
+
+    def dgrad(
+        self, work: Work, tile: Any, dy: Tensor, values: Tensor, tables: IndexTables, channels_last: bool
+    ) -> Tensor:
+        """dx [N, C, H, W], channels_last or contiguous."""
+        raise NotImplementedError
+
+    def wgrad(self, work: Work, tile: Any, x: Tensor, dy: Tensor, tables: IndexTables) -> Tensor:
+        """dvalues [nnzb, bk, bc]."""
+        raise NotImplementedError
+
+    def fprop_then(
+        self, work: Work, tile: Any, x: Tensor, values: Tensor, tables: IndexTables, bias: Tensor | None,
+        residual: Tensor | None, relu: bool,
+    ) -> Tensor:  # fmt: skip
+        """relu(fprop + residual), either left out, for a backend that does both before y leaves its cache."""
+        y = self.fprop(work, tile, x, values, tables, bias)
+        y = y if residual is None else y.add_(residual)
+        return y.relu_() if relu else y
+
+    def gradients(
+        self, work: Work, tiles: tuple[Any, Any], x: Tensor, dy: Tensor, values: Tensor, tables: IndexTables,
+        channels_last: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """(dgrad, wgrad), for a backend that saves a call; `tiles` of dgrad and wgrad."""
+        dx = self.dgrad(work, tiles[0], dy, values, tables, channels_last)
+        return dx, self.wgrad(work, tiles[1], x, dy, tables)
+
+
+def all_backends() -> dict[str, Backend]:
+    """{name: backend}, every file of this folder; folders that are added to `__path__` count."""
+    return _found(tuple(__path__))
+
+
+@functools.lru_cache(maxsize=16)
+def _found(path: tuple[str, ...]) -> dict[str, Backend]:
+    names = [module.name for module in pkgutil.iter_modules(path) if not module.name.startswith("_")]
+    found = [_loaded(name) for name in names]
+    return {backend.name: backend for backend in sorted(found, key=lambda backend: (backend.order, backend.name))}
+
+
+def _loaded(name: str) -> Backend:
+    try:
+        module = importlib.import_module(f"{__name__}.{name}")
+    except Exception as error:  # a file that somebody has added: the others still run
+        backend: Backend = _Broken(f"importing its file failed: {type(error).__name__}: {error}")
+    else:
+        classes = [
+            value for value in vars(module).values()
+            if isinstance(value, type) and issubclass(value, Backend) and value.__module__ == module.__name__
+        ]  # fmt: skip
+        backend = classes[0]() if len(classes) == 1 else _Broken(
+            f"{module.__file__} defines {len(classes)} subclasses of Backend; it needs one"
+        )  # fmt: skip
+    backend.name = name
+    return backend
+
+
+class _Broken(Backend):
+    """A file that is no backend, and why."""
+
+    def __init__(self, why: str) -> None:
+        self.why = why
+
+    def absent(self) -> str | None:
+        return self.why
+
+
+def named(name: str, who: str) -> Backend:
+    """The backend of this name; ValueError with all names otherwise."""
+    found = all_backends()
+    if name not in found:
+        raise ValueError(f"{who}: backend is {name!r}; it needs one of {', '.join(map(repr, found))} or None")
+    return found[name]
+
+
+@functools.cache
+def arch_of(device: torch.device) -> str:
+    """ "sm_90", "gfx942", ...; "" where there is no GPU (Triton's interpreter)."""
+    if device.type != "cuda":
+        return ""
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"

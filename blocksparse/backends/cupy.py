@@ -1,0 +1,53 @@
+"""Backend "cupy": CUDA C++ for single channels and other narrow blocks (kernels/cupy_conv.py, slots.py, *.cu)."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from torch import Tensor
+
+from ..index import IndexTables
+from ..kernels import slots
+from ..kernels.slots import SlotTile
+from . import Backend, Work
+
+
+@functools.cache
+def _kernels() -> Any:
+    """The host code of the kernels; CuPy itself waits for the first launch."""
+    from ..kernels import cupy_conv
+
+    return cupy_conv
+
+
+class Cupy(Backend):
+    """NVIDIA sm_80 and later; the default on a GPU for blocks that Triton refuses."""
+
+    order = 3
+
+    def absent(self) -> str | None:
+        return _kernels().runtime.absent()
+
+    def refusal(self, work: Work) -> str | None:
+        home = _kernels().runtime.device_type
+        return slots.refusal(work.geometry, work.blocksize, work.dtype, work.device.type, work.arch, home)
+
+    def default(self, work: Work) -> tuple[int, str] | None:
+        return (2, "the default on a GPU") if work.device.type == "cuda" else None
+
+    def tile(self, kind: str, work: Work) -> SlotTile:
+        return slots.pick(kind, work.geometry, work.blocksize, work.nnzb, work.dtype)
+
+    def fprop(
+        self, work: Work, tile: SlotTile, x: Tensor, values: Tensor, tables: IndexTables, bias: Tensor | None
+    ) -> Tensor:
+        return _kernels().fprop(x, values, tables, bias, work.geometry, tile, precision=work.precision)
+
+    def dgrad(
+        self, work: Work, tile: SlotTile, dy: Tensor, values: Tensor, tables: IndexTables, channels_last: bool
+    ) -> Tensor:
+        return _kernels().dgrad(dy, values, tables, work.geometry, channels_last, tile, precision=work.precision)
+
+    def wgrad(self, work: Work, tile: SlotTile, x: Tensor, dy: Tensor, tables: IndexTables) -> Tensor:
+        return _kernels().wgrad(x, dy, tables, work.geometry, work.values_shape, tile, precision=work.precision)

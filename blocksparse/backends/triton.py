@@ -1,0 +1,62 @@
+"""Backend "triton": blocks of 8 and more on tensor cores, channels_last (kernels/triton_conv.py, tiles.py)."""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..index import IndexTables
+from ..kernels import tiles
+from ..kernels.tiles import Tile
+from . import Backend, Work
+
+
+@functools.cache
+def _kernels() -> Any:
+    """The kernels, or a sentence: why Triton cannot be imported. Loaded on first use."""
+    try:
+        from ..kernels import triton_conv
+    except ImportError as error:
+        return f"importing Triton failed: {error}"
+    return triton_conv
+
+
+class Triton(Backend):
+    """NVIDIA sm_80 and later, AMD; the default on a GPU for the blocks that it takes."""
+
+    order = 2
+
+    def absent(self) -> str | None:
+        if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+            return (
+                "no CUDA device is visible to PyTorch (TRITON_INTERPRET=1 in the environment runs the kernels in"
+                " Triton's interpreter on the CPU, for tests)"
+            )
+        kernels = _kernels()
+        return kernels if isinstance(kernels, str) else None
+
+    def refusal(self, work: Work) -> str | None:
+        return tiles.refusal(work.geometry, work.blocksize, work.dtype, work.device.type, work.arch)
+
+    def default(self, work: Work) -> tuple[int, str] | None:
+        return (1, "the default on a GPU") if work.device.type == "cuda" else None
+
+    def tile(self, kind: str, work: Work) -> Tile:
+        return tiles.pick(kind, *work[:4], work.arch, work.precision)
+
+    def fprop(
+        self, work: Work, tile: Tile, x: Tensor, values: Tensor, tables: IndexTables, bias: Tensor | None
+    ) -> Tensor:
+        return _kernels().fprop(x, values, tables, bias, work.geometry, tile, precision=work.precision)
+
+    def dgrad(
+        self, work: Work, tile: Tile, dy: Tensor, values: Tensor, tables: IndexTables, channels_last: bool
+    ) -> Tensor:
+        return _kernels().dgrad(dy, values, tables, work.geometry, channels_last, tile, precision=work.precision)
+
+    def wgrad(self, work: Work, tile: Tile, x: Tensor, dy: Tensor, tables: IndexTables) -> Tensor:
+        return _kernels().wgrad(x, dy, tables, work.geometry, work.values_shape, tile, precision=work.precision)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .geometry import conv_pairs
 from .layout import is_channels_last
-from .ops import convolve, dgrad, wgrad
+from .ops import DGRAD, WGRAD, convolve
 from .pattern import BSRPattern, check_is_pattern
 from .pattern_checks import check_strided
 
@@ -87,7 +87,7 @@ def conv2d_dgrad(
     check_is_pattern(pattern, "conv2d_dgrad()")
     check_strided(dy, "dy", "conv2d_dgrad()")
     pattern.check_values(values, "conv2d_dgrad()")
-    return dgrad(
+    return DGRAD(
         dy, values, pattern.index, tuple(x_shape), pattern.shape,
         *conv_pairs(stride, padding, dilation, "conv2d_dgrad()"), is_channels_last(dy), backend,
     )  # fmt: skip
@@ -113,7 +113,7 @@ def conv2d_wgrad(
     check_is_pattern(pattern, "conv2d_wgrad()")
     check_strided(x, "x", "conv2d_wgrad()")
     check_strided(dy, "dy", "conv2d_wgrad()")
-    return wgrad(
+    return WGRAD(
         x, dy, pattern.index, (pattern.nnzb, *pattern.blocksize), pattern.shape,
         *conv_pairs(stride, padding, dilation, "conv2d_wgrad()"), backend,
     )  # fmt: skip

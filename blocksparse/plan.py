@@ -125,46 +125,21 @@ class ConvPlan:
     __repr__ = __str__
 
 
+@functools.lru_cache(maxsize=4096)
 def plan_conv(
     who: str,
-    x_shape: Sequence[int],
-    weight_shape: Sequence[int],
-    values_shape: Sequence[int],
-    conv: Sequence[Sequence[int]],
+    geometry: ConvGeometry,
+    values_shape: tuple[int, int, int],
     dtype: torch.dtype,
     device: torch.device,
     index: Layout,
     backend: str | None,
     setting: str | Setting,
 ) -> ConvPlan:
-    """The plan for these static facts, made once; `conv` is (stride, padding, dilation), `setting` setting_of(x or dy).
+    """The plan for these static facts, made once; `setting` is setting_of(x or dy).
 
-    Raises ValueError for sizes that are no convolution, ValueError or RuntimeError when the backend that was asked for
-    cannot take them; `who` is in front of the message.
+    Raises ValueError or RuntimeError when the backend that was asked for cannot take them, with `who` in front.
     """
-    stride, padding, dilation = conv
-    return _plan(
-        who, tuple(x_shape), tuple(weight_shape), tuple(values_shape), tuple(stride), tuple(padding), tuple(dilation),
-        dtype, device, index, backend, setting,
-    )  # fmt: skip
-
-
-@functools.lru_cache(maxsize=4096)
-def _plan(
-    who: str,
-    x_shape: tuple[int, ...],
-    weight_shape: tuple[int, ...],
-    values_shape: tuple[int, ...],
-    stride: tuple[int, ...],
-    padding: tuple[int, ...],
-    dilation: tuple[int, ...],
-    dtype: torch.dtype,
-    device: torch.device,
-    index: Layout,
-    backend: str | None,
-    setting: str | Setting,
-) -> ConvPlan:
-    geometry = ConvGeometry.of(x_shape, weight_shape, stride, padding, dilation, who)
     nnzb, bk, bc = values_shape
     precision, on_a_cpu = (setting, None) if isinstance(setting, str) else ("ieee", setting)
     work = Work(geometry, (bk, bc), nnzb, dtype, device, precision, on_a_cpu, index)
@@ -242,13 +217,13 @@ def _obstacle(backend: Backend, work: Work) -> str | None:
     return None if refusal is None else f"backend {backend.name!r} cannot run this: {refusal}"
 
 
-def setting_of(t: Tensor) -> str | Setting:
-    """What a plan for tensors like t depends on besides shapes and types.
+def setting_of(t: Tensor, channels_last: bool) -> str | Setting:
+    """What a plan for tensors like t, in this memory format, depends on besides shapes and types.
 
     How products are rounded ("tf32" or "ieee"); on a CPU the number of threads, and the memory format.
     """
     if t.device.type == "cpu":
-        return Setting(torch.get_num_threads(), is_channels_last(t))
+        return Setting(torch.get_num_threads(), channels_last)
     return _precision(t.dtype, t.is_cuda)
 
 
@@ -282,7 +257,7 @@ def explain(
     check_strided(x, "x", who)
     pattern.check_values(values, who)
     conv = conv_pairs(stride, padding, dilation, who)
+    geometry = ConvGeometry.of(x.shape, pattern.shape, *conv, who)
     index = layout_of(pattern.index.shape, pattern.index.dtype, pattern.shape, pattern.blocksize, pattern.nnzb, who)
-    return plan_conv(
-        who, x.shape, pattern.shape, values.shape, conv, values.dtype, values.device, index, backend, setting_of(x)
-    )
+    shape, setting = (pattern.nnzb, *pattern.blocksize), setting_of(x, is_channels_last(x))
+    return plan_conv(who, geometry, shape, values.dtype, values.device, index, backend, setting)

@@ -70,31 +70,41 @@ def check_dy(who: str, dy: Tensor | Facts, geometry: ConvGeometry) -> None:
         )
 
 
+# Each of the three takes the arguments of its op before `channels_last` and `backend`, and returns the geometry and the
+# shape of values.
+
+
 def check_fprop(
-    x: Tensor | Facts,
-    values: Tensor | Facts,
-    index: Tensor | Facts,
-    bias: Tensor | Facts | None,
-    weight_shape: Sequence[int],
-) -> None:
+    x: Tensor | Facts, values: Tensor | Facts, index: Tensor | Facts, bias: Tensor | Facts | None,
+    weight_shape: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
+) -> tuple[ConvGeometry, Sequence[int]]:  # fmt: skip
     who = "conv2d()"
     check_alike(who, {"x": x, "values": values} | ({} if bias is None else {"bias": bias}), index)
     check_values_shape(who, values.shape, weight_shape)
     if bias is not None and tuple(bias.shape) != (weight_shape[0],):
         raise ValueError(f"{who}: bias has shape {tuple(bias.shape)}; it needs ({weight_shape[0]},) = (K,)")
+    return ConvGeometry.of(x.shape, weight_shape, stride, padding, dilation, who), values.shape
 
 
-def check_dgrad(dy: Tensor | Facts, values: Tensor | Facts, index: Tensor | Facts, weight_shape: Sequence[int]) -> None:
-    check_alike("conv2d_dgrad()", {"dy": dy, "values": values}, index)
-    check_values_shape("conv2d_dgrad()", values.shape, weight_shape)
+def check_dgrad(
+    dy: Tensor | Facts, values: Tensor | Facts, index: Tensor | Facts, x_shape: Sequence[int],
+    weight_shape: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
+) -> tuple[ConvGeometry, Sequence[int]]:  # fmt: skip
+    who = "conv2d_dgrad()"
+    check_alike(who, {"dy": dy, "values": values}, index)
+    check_values_shape(who, values.shape, weight_shape)
+    geometry = ConvGeometry.of(x_shape, weight_shape, stride, padding, dilation, who)
+    check_dy(who, dy, geometry)
+    return geometry, values.shape
 
 
 def check_wgrad(
-    x: Tensor | Facts,
-    dy: Tensor | Facts,
-    index: Tensor | Facts,
-    values_shape: Sequence[int],
-    weight_shape: Sequence[int],
-) -> None:
-    check_alike("conv2d_wgrad()", {"x": x, "dy": dy}, index)
-    check_values_shape("conv2d_wgrad()", values_shape, weight_shape)
+    x: Tensor | Facts, dy: Tensor | Facts, index: Tensor | Facts, values_shape: Sequence[int],
+    weight_shape: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
+) -> tuple[ConvGeometry, Sequence[int]]:  # fmt: skip
+    who = "conv2d_wgrad()"
+    check_alike(who, {"x": x, "dy": dy}, index)
+    check_values_shape(who, values_shape, weight_shape)
+    geometry = ConvGeometry.of(x.shape, weight_shape, stride, padding, dilation, who)
+    check_dy(who, dy, geometry)
+    return geometry, values_shape

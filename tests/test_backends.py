@@ -20,7 +20,7 @@ EXAMPLE = Path(__file__).parent / "examples_of_extension" / "backends"
 
 
 def forget() -> None:
-    plan._plan.cache_clear()
+    plan.plan_conv.cache_clear()
     for name in [name for name in sys.modules if name.startswith("blocksparse.backends.")]:
         if Path(sys.modules[name].__file__).parent != ROOT / "blocksparse" / "backends":
             del sys.modules[name]
@@ -139,7 +139,7 @@ def test_the_default_is_the_lowest_turn_then_the_least_time(add, tmp_path):
     write(tmp_path, "third", turn=0, seconds="1e-12 if kind != 'dgrad' else 1e9")
     write(tmp_path, "fourth", turn=1, seconds="0.0")
     add(tmp_path)
-    plan._plan.cache_clear()
+    plan.plan_conv.cache_clear()
     found = bs.explain(x, values, pattern, *case.conv)
     assert [found.products[kind].backend == "third" for kind in ("fprop", "dgrad", "wgrad")] == [True, False, True]
     why = found.products["fprop"].why

@@ -244,20 +244,20 @@ def test_steps_are_compared_with_the_fastest_dense_way_and_the_same_one():
     assert rows[4].speedup == {"dense": pytest.approx(0.25), "same": None}
 
 
-WRONG = {"_fprop": "the mean square of its outputs is", "_dgrad": "the gradient of", "_wgrad": "the gradient of"}
+WRONG = {"FPROP": "the mean square of its outputs is", "DGRAD": "the gradient of", "WGRAD": "the gradient of"}
 
 
 @pytest.mark.parametrize("name", WRONG)
 def test_a_sparse_network_that_learns_something_else_gets_no_time(name, monkeypatch, tmp_path, capsys):
-    right, says = getattr(ops, name), WRONG[name]
-    both = ops._gradients
-    monkeypatch.setattr(ops, name, lambda *args: 1.01 * right(*args))
+    op, says = getattr(ops, name), WRONG[name]
+    right, both = op.run, ops._gradients
+    monkeypatch.setattr(op, "run", lambda *args: 1.01 * right(*args))
 
     def wrong_ones(*args, **facts):
         dx, dv = both(*args, **facts)
-        return (1.01 * dx, dv) if name == "_dgrad" else (dx, 1.01 * dv)
+        return (1.01 * dx, dv) if name == "DGRAD" else (dx, 1.01 * dv)
 
-    if name != "_fprop":
+    if name != "FPROP":
         monkeypatch.setattr(ops, "_gradients", wrong_ones)
     file = tmp_path / "step.json"
     options = ["--network", "resnet8", "--structure", "block", "--quick", "--device", "cpu", "--json", str(file)]

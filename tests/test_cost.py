@@ -49,13 +49,13 @@ def test_a_plan_says_both_times():
 
 def test_each_product_is_chosen_alone(monkeypatch):
     monkeypatch.setattr(cost, "on_cpu", lambda kind, *_: (1.0, 2.0) if kind == "fprop" else (2.0, 1.0))
-    bs.plan._plan.cache_clear()
+    bs.plan.plan_conv.cache_clear()
     pattern = bs.BSRPattern.random((64, 64, 3, 3), (8, 8), 0.1)
     x, values = torch.randn(1, 64, 8, 8), torch.randn(pattern.nnzb, 8, 8, requires_grad=True)
     try:
         plan = bs.explain(x, values, pattern, 1, 1)
         y = bs.conv2d(x, values, pattern, None, 1, 1)
     finally:
-        bs.plan._plan.cache_clear()
+        bs.plan.plan_conv.cache_clear()
     assert plan.backend == "cpu+torch"
     assert torch.equal(y, bs.conv2d(x, values, pattern, None, 1, 1, backend="cpu"))

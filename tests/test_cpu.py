@@ -126,11 +126,11 @@ def test_the_default_without_a_compiler_is_pytorch(monkeypatch):
     assert bs.explain(x, values, pattern, 1, 1).backend == "cpu"
     monkeypatch.setattr(cpu, "library", cpu_build.library.__wrapped__)
     monkeypatch.setattr(cpu_build, "_compiler", lambda: None)
-    plan._plan.cache_clear()
+    plan.plan_conv.cache_clear()
     try:
         found = bs.explain(x, values, pattern, 1, 1)
     finally:
-        plan._plan.cache_clear()
+        plan.plan_conv.cache_clear()
     assert found.backend == "torch"
     assert "backend 'cpu' is not available: no C++ compiler was found" in str(found)
 

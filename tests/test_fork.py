@@ -38,7 +38,7 @@ def look_up(stop):
 
 def make(stop):
     while not stop.is_set():
-        plan._plan.cache_clear()
+        plan.plan_conv.cache_clear()
         planned()
 
 

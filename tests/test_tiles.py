@@ -15,6 +15,7 @@ from torch import Tensor
 
 import blocksparse as bs
 from blocksparse import ConvGeometry, index
+from blocksparse.geometry import KINDS
 from blocksparse.kernels import tiles
 from blocksparse.kernels.tiles import TABLE, Entry, Tile
 
@@ -80,7 +81,7 @@ def is_power_of_two(n: int) -> bool:
 
 @pytest.mark.parametrize("entry", TABLE, ids=str)
 def test_entries_are_legal(entry: Entry):
-    assert set(entry.kinds.split()) <= set(tiles.KINDS)
+    assert set(entry.kinds.split()) <= set(KINDS)
     assert entry.math in ("half", "tf32", "ieee")
     assert entry.load in ("few", "short", "long", "*")
     assert set(entry.archs.split()) <= set(tiles.UNITS)
@@ -94,7 +95,7 @@ def test_entries_are_legal(entry: Entry):
 def test_no_entry_is_dead():
     found = {
         tiles.find(kind, side, math, load, arch)
-        for kind in tiles.KINDS
+        for kind in KINDS
         for side in (8, 16, 32, 64, 128)
         for math in ("half", "tf32", "ieee")
         for load in (("long",) if kind == "wgrad" else ("few", "short", "long"))
@@ -121,7 +122,7 @@ def work(draw: st.DrawFn) -> tuple[ConvGeometry, tuple[int, int], int, torch.dty
 def test_pick_is_total_and_pure(case):
     geometry, (bk, bc), nnzb, dtype, arch, precision = case
     assert tiles.refusal(geometry, (bk, bc), dtype, "cuda", arch) is None
-    for kind in tiles.KINDS:
+    for kind in KINDS:
         tile = tiles.pick(kind, geometry, (bk, bc), nnzb, dtype, arch, precision)
         assert tile == tiles.pick(kind, geometry, (bk, bc), nnzb, dtype, arch, precision)
         side = bc if kind == "dgrad" else bk

@@ -23,6 +23,7 @@ import pytest
 import torch
 
 from blocksparse import ConvGeometry, index
+from blocksparse.geometry import KINDS
 from blocksparse.kernels import tiles
 from processes import LIMIT, Process, run
 
@@ -112,7 +113,7 @@ def representative(arch: str) -> list[Case]:
 def wide(arch: str) -> list[Case]:
     sides = ((8, 8), (16, 16), (32, 32), (64, 64), (128, 128), (64, 8), (8, 64), (24, 48), (128, 8), (8, 128))
     cases = {}
-    for kind in tiles.KINDS:
+    for kind in KINDS:
         for math in ("half", "tf32", "ieee"):
             for blocksize in sides:
                 for stride in (1, 2) if kind == "dgrad" else (1,):

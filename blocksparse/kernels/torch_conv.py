@@ -23,7 +23,7 @@ def _blocks(tables: IndexTables, g: ConvGeometry, bc: int) -> tuple[Tensor, ...]
 
 
 def _as_blocks(bank: Tensor, bk: int, bc: int) -> Tensor:
-    """A filter bank [K, C, R, S], contiguous or channels_last, as a view of its blocks [Kb, T, Cb, bk, bc], without a T of 1."""
+    """A filter bank [K, C, R, S], contiguous or channels_last, as its blocks [Kb, T, Cb, bk, bc], a view; no T of 1."""
     blocks = bank.flatten(2).unflatten(1, (-1, bc)).unflatten(0, (-1, bk)).permute(0, 4, 2, 1, 3)
     return blocks[:, 0] if blocks.shape[1] == 1 else blocks
 

@@ -14,6 +14,9 @@ from .carry import Carrier, expect_untold, ordinary_tensors, tensors_of_blocks, 
 from .functional import apply_linear, convolve
 from .geometry import conv_pairs
 from .pattern import BSRPattern, check_is_pattern
+from .pattern_checks import integers
+
+SAVED = ("indptr", "indices", "row_order", "weight_shape")  # what a state_dict has beside the parameters
 
 
 class _BSRModule(nn.Module):
@@ -64,6 +67,11 @@ class _BSRModule(nn.Module):
                 " makes the dense layer. A parent that computes with its children's weights itself needs them dense"
             )
         return super().__getattr__(name)
+
+    @property
+    def _dense_shape(self) -> tuple[int, ...]:
+        """Of the dense layer's weight."""
+        return self.weight_shape
 
     @property
     def pattern(self) -> BSRPattern:
@@ -217,6 +225,8 @@ class _BSRModule(nn.Module):
         destination[prefix + "indices"] = pattern.indices
         if (order := pattern.row_order) is not None:
             destination[prefix + "row_order"] = order
+        shape = torch.tensor(self._dense_shape, dtype=torch.int32, device=pattern.device)
+        destination[prefix + "weight_shape"] = shape
 
     def _load_from_state_dict(
         self,
@@ -228,7 +238,7 @@ class _BSRModule(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        ours = {name: state_dict.get(prefix + name) for name in ("values", "indptr", "indices", "row_order")}
+        ours = {name: state_dict.get(prefix + name) for name in ("values", *SAVED)}
         needed = [name for name in ("values", "indptr", "indices") if ours[name] is None]
         if len(needed) == 3 and isinstance(dense := state_dict.get(prefix + "weight"), Tensor):
             name = type(self).__name__
@@ -262,14 +272,19 @@ class _BSRModule(nn.Module):
         # The parent knows parameters alone; keys that only this class writes are not unexpected.
         found: list[str] = []
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, found, error_msgs)
-        unexpected_keys.extend(
-            key for key in found if key.removeprefix(prefix) not in ("indptr", "indices", "row_order")
-        )
+        unexpected_keys.extend(key for key in found if key.removeprefix(prefix) not in SAVED)
         if self.index.device != self.values.device and self.values.device.type != "meta":
             with ordinary_tensors(self.values):
                 self.index = self.index.to(self.values.device)  # load_state_dict(assign=True)
 
     def _pattern_of(self, saved: dict[str, Any]) -> BSRPattern:
+        if saved["weight_shape"] is not None:  # files of older versions do not have it
+            found = tuple(integers(saved["weight_shape"], "weight_shape", "load_state_dict()").tolist())
+            if (*found, 1, 1)[:4] != self.weight_shape:
+                raise ValueError(
+                    f"the saved layer has a weight of shape {found}, and this {type(self).__name__} one of"
+                    f" {self._dense_shape}; make it from a pattern of the saved shape"
+                )
         values = saved["values"]
         if not isinstance(values, Tensor):
             kind = f"{type(values).__module__}.{type(values).__name__}".removeprefix("builtins.")
@@ -299,8 +314,8 @@ class BSRConv2d(_BSRModule):
 
     Parameters: `values` [nnzb, bk, bc] and `bias` [K]. Parameters, gradients and optimizer state exist for stored
     blocks only. The module owns a copy of the pattern's index (buffer `index`); its state_dict holds the pattern
-    (`indptr`, `indices`, `row_order`) beside the values, and loads into a module with any other pattern of the same
-    filter bank: `values` then takes the saved shape.
+    (`indptr`, `indices`, `row_order`, and the dense weight's shape, `weight_shape`) beside the values, and loads into a
+    module with any other pattern of the same filter bank: `values` then takes the saved shape.
 
     Args:
         pattern: which blocks are stored.
@@ -418,6 +433,10 @@ class BSRLinear(_BSRModule):
         with ordinary_tensors(self.values):
             linear = nn.Linear(c, k, bias=self.bias is not None, device=self.values.device, dtype=self.values.dtype)
         return _fill_dense(linear, self, self.pattern.to_dense(self.values.detach())[:, :, 0, 0])
+
+    @property
+    def _dense_shape(self) -> tuple[int, ...]:
+        return self.weight_shape[:2]
 
     def forward(self, input: Tensor) -> Tensor:
         return apply_linear(input, self.values, self.index, self.bias, self.weight_shape, self.backend)

@@ -220,22 +220,40 @@ def test_info_of_a_sparse_checkpoint(tmp_path, capsys):
     densed = nn.Sequential(sparse[0], sparse[1].to_dense(), sparse[2])
     torch.save(sparse.state_dict(), tmp_path / "sparse.pt")
     torch.save({"state_dict": densed.state_dict()}, tmp_path / "dense.pt")
-    status, alone, _ = run(capsys, "info", tmp_path / "sparse.pt")
-    assert status == 0
-    line = next(line for line in alone.splitlines() if line.startswith("1 "))
-    size = sum(t.numel() * t.itemsize for k, t in sparse.state_dict().items() if k.startswith("1.") and "bias" not in k)
-    assert line.split()[1:] == ["32", str(pattern.nnzb), f"{pattern.blocksize[0]}x1", f"{size / 1e3:.1f}"]
-    assert "--like" in alone
-    status, full, _ = run(capsys, "info", tmp_path / "sparse.pt", "--like", tmp_path / "dense.pt")
+    status, full, _ = run(capsys, "info", tmp_path / "sparse.pt")
     assert status == 0
     rows = [line.split()[0] for line in full.splitlines()[1:]]
     assert rows == ["0", "1", "2", "all"]
     _, by_zeros, _ = run(capsys, "info", tmp_path / "dense.pt")
     assert full == by_zeros  # the same masks, whichever way they are stored
+    for like in (tmp_path / "dense.pt", "resnet20"):  # says nothing else, or nothing of such a layer
+        assert run(capsys, "info", tmp_path / "sparse.pt", "--like", like) == (0, full, "")
+    torch.save({"1.weight": torch.ones(32, 8, 1, 1)}, tmp_path / "other.pt")
+    status, _, err = run(capsys, "info", tmp_path / "sparse.pt", "--like", tmp_path / "other.pt")
+    assert status == 2
+    assert "1: the saved layer has a weight of shape (32, 16, 3, 3); (32, 8, 1, 1) was asked for" in err
+
+
+def test_info_of_a_sparse_checkpoint_of_an_older_version(tmp_path, capsys):
+    torch.manual_seed(0)
+    pattern = choose(torch.rand(32, 16, 3, 3), 0.8, "hrbp++").pattern()
+    sparse = nn.Sequential(nn.Conv2d(3, 16, 3), BSRConv2d(pattern), nn.Linear(32, 10))
+    state = {key: t for key, t in sparse.state_dict().items() if not key.endswith("weight_shape")}
+    densed = nn.Sequential(sparse[0], sparse[1].to_dense(), sparse[2])
+    torch.save(sparse.state_dict(), tmp_path / "new.pt")
+    torch.save(state, tmp_path / "sparse.pt")
+    torch.save({"state_dict": densed.state_dict()}, tmp_path / "dense.pt")
+    status, alone, _ = run(capsys, "info", tmp_path / "sparse.pt")
+    assert status == 0
+    line = next(line for line in alone.splitlines() if line.startswith("1 "))
+    size = sum(t.numel() * t.itemsize for k, t in state.items() if k.startswith("1.") and "bias" not in k)
+    assert line.split()[1:] == ["32", str(pattern.nnzb), f"{pattern.blocksize[0]}x1", f"{size / 1e3:.1f}"]
+    assert "--like" in alone
+    status, full, _ = run(capsys, "info", tmp_path / "sparse.pt", "--like", tmp_path / "dense.pt")
+    assert (status, full) == run(capsys, "info", tmp_path / "new.pt")[:2]
     status, _, err = run(capsys, "info", tmp_path / "sparse.pt", "--like", "resnet20")
     assert status == 0  # a network without such a layer says nothing of it
-    other = {"1.weight": torch.ones(32, 8, 1, 1)}
-    torch.save(other, tmp_path / "other.pt")
+    torch.save({"1.weight": torch.ones(32, 8, 1, 1)}, tmp_path / "other.pt")
     status, _, err = run(capsys, "info", tmp_path / "sparse.pt", "--like", tmp_path / "other.pt")
     assert status == 2
     assert "1: the saved index does not fit a layer (32, 8, 1, 1)" in err

@@ -52,7 +52,7 @@ ALLOWED = {
     },
     "functional": {"geometry", "layout", "ops", "pattern", "pattern_checks"},
     "carry": {"pattern"},
-    "modules": {"geometry", "index", "pattern", "functional", "carry"},
+    "modules": {"geometry", "index", "pattern", "pattern_checks", "functional", "carry"},
     "__init__": {"carry", "reference", "functional", "geometry", "modules", "pattern", "plan"},
 }
 
@@ -72,7 +72,7 @@ ROOMS: dict[str, list[str]] = {
         "carry", "dataflow", "fresh", "candidates", "planning", "conversion", "prune", "folding", "symbols",
         "fusion",
     ],
-    "formats": ["packed", "sealed", "model", "weights"],
+    "formats": ["packed", "sealed", "weights", "model"],
     "data": ["sets", "batches", "cifar", "folders", "generated", "loading"],
     "reports": [
         "dgrad", "score", "stream", "mask_report", "model_report", "model_summary", "network_costs", "picture",

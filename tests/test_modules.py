@@ -468,7 +468,7 @@ def test_state_dict_loads_into_any_pattern(order, assign, density):
 
 def test_a_saved_checkpoint_holds_no_derived_table():
     module = padded(random_pattern())
-    assert set(module.state_dict()) == {"values", "bias", "indptr", "indices"}
+    assert set(module.state_dict()) == {"values", "bias", "indptr", "indices", "weight_shape"}
     buffer = io.BytesIO()
     torch.save(module.state_dict(), buffer)
     buffer.seek(0)
@@ -522,6 +522,37 @@ def test_a_damaged_checkpoint_changes_nothing(damage, message):
     if "surprise" not in state:  # torch loads what it knows before it reports a key that it does not
         assert module.pattern == pattern
         assert torch.equal(module.values, values)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_state_of_another_shape_changes_nothing(strict):
+    """Blocks of (2, 3) with these indices are in both filter banks: the index alone does not tell."""
+    small, large = (bs.BSRPattern((8, c, 3, 3), (2, 3), [0, 1, 1, 1, 1], [0]) for c in (12, 24))
+    module, state = bs.BSRConv2d(small), bs.BSRConv2d(large).state_dict()
+    values = module.values.detach().clone()
+    with pytest.raises(
+        RuntimeError, match=r"has a weight of shape \(8, 24, 3, 3\), and this BSRConv2d one of \(8, 12, 3, 3\)"
+    ):
+        module.load_state_dict(state, strict=strict)
+    assert module.pattern == small
+    assert torch.equal(module.values, values)
+    state["weight_shape"] = torch.ones(4)
+    with pytest.raises(RuntimeError, match=r"weight_shape has dtype torch.float32; it needs integers"):
+        module.load_state_dict(state, strict=strict)
+
+
+def test_states_with_and_without_the_shape_load():
+    pattern = random_pattern(shape=(8, 12, 1, 1))
+    conv, linear = bs.BSRConv2d(pattern), bs.BSRLinear(pattern)
+    assert conv.state_dict()["weight_shape"].tolist() == [8, 12, 1, 1]
+    assert linear.state_dict()["weight_shape"].tolist() == [8, 12]
+    conv.load_state_dict(linear.state_dict())  # the same filter bank
+    assert torch.equal(conv.values, linear.values)
+    old = {key: t for key, t in linear.state_dict().items() if key != "weight_shape"}
+    other = bs.BSRLinear(random_pattern(0.9, shape=(8, 12, 1, 1)))
+    other.load_state_dict(old)
+    assert other.pattern == pattern
+    assert all(t.dtype in (torch.float32, torch.int32) for t in linear.state_dict().values())  # tensors alone
 
 
 def test_a_dense_checkpoint_is_told_what_to_do():

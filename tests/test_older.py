@@ -37,7 +37,7 @@ def as_it_was(state: dict[str, Any], stopped: Trainer) -> None:
                 continue
             pattern, shape = layer.module.pattern, layer.shape[: 2 if isinstance(layer.module, bs.BSRLinear) else 4]
             for tensors, prefix in ((state["model"], ""), (state["ema"], "module.")):
-                for part in ("indptr", "indices"):
+                for part in ("indptr", "indices", "weight_shape"):
                     del tensors[f"{prefix}{name}.{part}"]
                 values = tensors.pop(f"{prefix}{name}.values")
                 tensors[f"{prefix}{name}.weight"] = pattern.to_dense(values).view(shape)

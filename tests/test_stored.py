@@ -229,7 +229,7 @@ def masked_state(net: nn.Module) -> dict[str, Tensor]:
     for name, layer in sparse_layers(net).items():
         linear = isinstance(layer.module, bs.BSRLinear)
         shape = layer.shape[: 2 if linear else 4]
-        for part in ("values", "indptr", "indices"):
+        for part in ("values", "indptr", "indices", "weight_shape"):
             del state[f"{name}.{part}"]
         state[f"{name}.weight"], state[f"{name}.mask"] = layer.weight().view(shape), layer.mask().view(shape)
     return state
@@ -365,3 +365,20 @@ def test_averages_follow_single_weights(method):
         by_hand = {n: masks[n] * (by_hand[n] + (now[n] - by_hand[n]) / (i + 1)) for n in now} if by_hand else now
     for name, layer in sparse_layers(average).items():
         torch.testing.assert_close(layer.weight(), by_hand[name], rtol=1e-9, atol=1e-12)
+
+
+def test_a_file_of_another_shape_is_refused_with_both(tmp_path):
+    """The same indices are blocks of either filter bank."""
+    small, large = (bs.BSRPattern((8, c, 3, 3), (2, 3), [0, 1, 1, 1, 1], [0]) for c in (12, 24))
+    hrbp.save(nn.Sequential(bs.BSRConv2d(large)), tmp_path / "large.pt")
+    assert hrbp.load(tmp_path / "large.pt", nn.Sequential(nn.Conv2d(24, 8, 3)))[0].pattern == large
+    with pytest.raises(
+        ValueError, match=r"0 has a weight of shape \(8, 24, 3, 3\) in the file, and \(8, 12, 3, 3\) here"
+    ):
+        hrbp.load(tmp_path / "large.pt", nn.Sequential(nn.Conv2d(12, 8, 3)))
+    # A file of an older version, without the shape.
+    state = nn.Sequential(bs.BSRConv2d(small)).state_dict()
+    del state["0.weight_shape"]
+    content = {"network": None, "plan": None, "masked": {}, "state_dict": state}
+    (tmp_path / "old.pt").write_bytes(hrbp.formats.sealed.sealed_bytes("model", content))
+    assert hrbp.load(tmp_path / "old.pt", nn.Sequential(nn.Conv2d(12, 8, 3)))[0].pattern == small

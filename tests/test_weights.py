@@ -26,7 +26,15 @@ from hrbp.__main__ import main
 from hrbp.files import whole_file
 from hrbp.formats import sealed
 from hrbp.formats.packed import pack
-from hrbp.formats.weights import SAFETENSORS_DTYPES, layers, read_weights, sparse_layer, sparse_names, write_groupings
+from hrbp.formats.weights import (
+    SAFETENSORS_DTYPES,
+    layers,
+    read_weights,
+    saved_shape,
+    sparse_layer,
+    sparse_names,
+    write_groupings,
+)
 from hrbp.structures.grouping import Grouping
 from hrbp.structures.regrouping import regroup
 
@@ -429,8 +437,20 @@ def test_sparse_layers_of_a_checkpoint(tmp_path):
     tensors = read_weights(tmp_path / "file.pt")
     assert sparse_names(tensors) == ["conv", "fc"]
     assert layers(tensors) == {}
+    assert sparse_layer(tensors, "conv") == sparse_layer(tensors, "conv", shape) == conv
+    assert sparse_layer(tensors, "fc") == sparse_layer(tensors, "fc", (8, 4)) == linear
+    assert (saved_shape(tensors, "conv"), saved_shape(tensors, "fc")) == (shape, (8, 4))
+    with pytest.raises(ValueError, match=r"conv: the saved layer has a weight of shape .*; \(16, 2, 3, 3\) was asked"):
+        sparse_layer(tensors, "conv", (16, 2, 3, 3))
+    for damage in (torch.tensor([16, 8, 3]), torch.ones(4), torch.tensor([16, 8, 0, 3], dtype=torch.int32)):
+        with pytest.raises(ValueError, match=r"conv: weight_shape is .*; it needs int32 \[K, C, R, S\] or \[K, C\]"):
+            sparse_layer({**tensors, "conv.weight_shape": damage}, "conv")
+    # Files of older versions do not have it.
+    tensors = {key: t for key, t in tensors.items() if not key.endswith("weight_shape")}
+    assert saved_shape(tensors, "conv") is None
     assert sparse_layer(tensors, "conv", shape) == conv
-    assert sparse_layer(tensors, "fc", (8, 4)) == linear
+    with pytest.raises(ValueError, match="conv: the file has no weight_shape, as those of older versions"):
+        sparse_layer(tensors, "conv")
     with pytest.raises(ValueError, match=r"conv: the saved index does not fit a layer \(16, 2, 3, 3\)"):
         sparse_layer(tensors, "conv", (16, 2, 3, 3))
     own = BSRConv2d(conv).state_dict()  # a module on its own: no name

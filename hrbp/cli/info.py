@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..columns import columns
-from ..formats.weights import layers, read_weights, sparse_layer, sparse_names
+from ..formats.weights import layers, read_weights, saved_shape, sparse_layer, sparse_names
 from ..models import NETWORKS, build, parameter_count
 from ..reports.mask_report import MaskReport, report_mask
 from ..reports.model_report import kept_of, table
@@ -21,8 +21,9 @@ INFO = """\
 Tells which masks the weights of a file have (their zeros), or what a network of this library looks like.
 
   python -m hrbp info pruned.pt
-  python -m hrbp info sparse.pt --like dense.pt       a checkpoint of BSR layers; the dense one has their shapes
-  python -m hrbp info sparse.pt --like resnet32 --width 2
+  python -m hrbp info sparse.pt                       a checkpoint of BSR layers
+  python -m hrbp info old.pt --like dense.pt          one of an older version; the dense one has its layers' shapes
+  python -m hrbp info old.pt --like resnet32 --width 2
   python -m hrbp info resnet50 --classes 1000 --image-size 224
 """
 
@@ -56,7 +57,7 @@ def add_info(commands: parsing.Commands) -> None:
         "--like",
         type=parsing.path,
         metavar="FILE",
-        help="for checkpoints of BSR layers: dense weights or a network with their shapes",
+        help="for BSR layers of files without their shapes (older versions): dense weights or a network that has them",
     )
     add("--width", type=float, default=1.0, help="of a network: times its published channels, default 1")
     add("--classes", type=parsing.positive, default=10, help="of a network, default 10")
@@ -83,8 +84,8 @@ def run_info(args: argparse.Namespace) -> int:
             if mask.all() and (zeros := int((weight == 0).sum())):
                 chance[name] = zeros
             reports[name] = report_mask(mask, dtype=kind.dtype if kind.is_floating_point() else torch.float32)
-        elif name in shapes:
-            pattern = sparse_layer(tensors, name, shapes[name])
+        elif name in shapes or saved_shape(tensors, name) is not None:
+            pattern = sparse_layer(tensors, name, shapes.get(name))
             values = tensors[f"{name}.values" if name else "values"]
             reports[name] = report_mask(stored_blocks(pattern), dtype=values.dtype)
         else:
@@ -118,7 +119,7 @@ def _shapes(like: str, args: argparse.Namespace) -> dict[str, tuple[int, ...]]:
 
 
 def _unknown_table(tensors: Mapping[str, Tensor], names: Sequence[str]) -> str:
-    """What a checkpoint tells of BSR layers on its own: all but the numbers of channels and taps."""
+    """What a checkpoint of an older version tells of BSR layers: all but the numbers of channels and taps."""
     lines = [["BSR layer", "filters", "blocks", "blocksize", "kB"]]
     for name in names:
         prefix = f"{name}." if name else ""
@@ -129,7 +130,10 @@ def _unknown_table(tensors: Mapping[str, Tensor], names: Sequence[str]) -> str:
         parts = (tensors.get(prefix + part) for part in ("values", "indptr", "indices", "row_order"))
         size = sum(t.numel() * t.itemsize for t in parts if t is not None)
         lines.append([name, f"{(len(indptr) - 1) * bk}", f"{nnzb}", f"{bk}x{bc}", f"{size / 1e3:.1f}"])
-    return columns(lines) + "\nThe file has no shapes of these layers; --like DENSE_FILE or --like NETWORK tells more."
+    return (
+        columns(lines)
+        + "\nThe file has no shapes of these layers (an older version); --like FILE or --like NETWORK tells."
+    )
 
 
 def _network_named(text: str) -> str | None:

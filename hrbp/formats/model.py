@@ -28,6 +28,7 @@ from ..surgery.conversion import densify
 from ..wrappers import copied, unwrapped
 from .packed import PACKED, pack, packs, unpack_masked
 from .sealed import MODEL, read, sealed_bytes
+from .weights import saved_shape
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -162,6 +163,11 @@ def _make_sparse(model: nn.Module, state: Mapping[str, Tensor], plan: Sparsity |
             values, indices, order = (state.get(f"{name}.{part}") for part in ("values", "indices", "row_order"))
             if values is None or values.dim() != 3 or indices is None:
                 raise ValueError(f"{name} has no values [nnzb, bk, bc] or no indices")
+            saved = saved_shape(state, name)
+            if saved is not None and (*saved, 1, 1)[:4] != shape:
+                raise ValueError(
+                    f"{name} has a weight of shape {saved} in the file, and {tuple(layer.weight.shape)} here"
+                )
             pattern = BSRPattern(shape, values.shape[1:], state[key], indices, order)
         replace_module(model, layer, block_module(layer, pattern, None))
 

@@ -55,7 +55,7 @@ def pack(state: Mapping[str, Tensor], layers: Mapping[str, tuple[BSRPattern, lis
             mask = pattern.to_mask()
             packed[f"{name}.weight"] = pattern.to_dense(t.detach())[mask]  # in the order of [K, C, R, S]
             packed[f"{name}.mask"] = torch.from_numpy(np.packbits(mask.cpu().numpy().ravel()))
-        elif name not in layers or part not in ("indptr", "indices"):
+        elif name not in layers or part not in ("indptr", "indices", "weight_shape"):
             packed[key] = t
     return packed
 

@@ -329,13 +329,34 @@ def sparse_names(tensors: Mapping[str, Tensor]) -> list[str]:
     return [prefix.removesuffix(".") for prefix in ends if {prefix + "values", prefix + "indices"} <= tensors.keys()]
 
 
-def sparse_layer(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) -> BSRPattern:
-    """The pattern that a BSRConv2d or BSRLinear of this name saved, in a filter bank [K, C, R, S] or [K, C].
+def saved_shape(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...] | None:
+    """The shape [K, C, R, S] or [K, C] of a BSRConv2d's or BSRLinear's weight; None in files of older versions."""
+    shape = tensors.get(f"{name}.weight_shape" if name else "weight_shape")
+    if shape is None:
+        return None
+    if shape.dtype != torch.int32 or shape.dim() != 1 or shape.numel() not in (2, 4) or int(shape.min()) < 1:
+        raise ValueError(
+            f"{name}: weight_shape is {shape.dtype} {shape.tolist()}; it needs int32 [K, C, R, S] or [K, C]"
+        )
+    return tuple(shape.tolist())
+
+
+def sparse_layer(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...] | None = None) -> BSRPattern:
+    """The pattern that a BSRConv2d or BSRLinear of this name saved.
+
+    Args:
+        shape: of its weight, [K, C, R, S] or [K, C]; None: that in the file, which older files do not have.
 
     Raises:
-        ValueError, TypeError: the saved index is none of such a filter bank.
+        ValueError, TypeError: the file has another shape, or none and none is given; the saved index is none of such a
+            filter bank.
     """
-    prefix = f"{name}." if name else ""
+    prefix, saved = f"{name}." if name else "", saved_shape(tensors, name)
+    if saved is not None and shape is not None and saved != shape:
+        raise ValueError(f"{name}: the saved layer has a weight of shape {saved}; {tuple(shape)} was asked for")
+    shape = saved or shape
+    if shape is None:
+        raise ValueError(f"{name}: the file has no weight_shape, as those of older versions; give the layer's shape")
     values = tensors[prefix + "values"]
     if values.dim() != 3:
         raise ValueError(f"{prefix}values has shape {tuple(values.shape)}; it needs (nnzb, bk, bc)")

@@ -12,6 +12,7 @@ from . import reference
 from .carry import OptimizerTensor, optimizer_tensors
 from .functional import conv2d, conv2d_dgrad, conv2d_wgrad, linear
 from .geometry import ConvGeometry
+from .indexed import IndexedModule
 from .modules import BSRConv2d, BSRLinear
 from .pattern import BSRPattern
 from .plan import ConvPlan, available_backends, explain
@@ -22,6 +23,7 @@ __all__ = [
     "BSRPattern",
     "ConvGeometry",
     "ConvPlan",
+    "IndexedModule",
     "OptimizerTensor",
     "available_backends",
     "conv2d",

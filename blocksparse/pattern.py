@@ -8,16 +8,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .bsr import of_scipy, of_torch, scipy_bsr, sorted_bsr
 from .index import IndexTables, pack, unpack
 from .pattern_checks import (
     check_arrays,
-    check_counts,
     check_device,
     check_drawing,
-    check_indptr,
-    check_is_bsr,
     check_is_device,
-    check_range,
     check_row_order,
     check_sizes,
     check_strided,
@@ -311,16 +308,11 @@ class BSRPattern:
 
         `values` are in a dtype that scipy has: float32 or float64.
         """
-        from scipy.sparse import bsr_array  # scipy is needed here alone
-
         who = "BSRPattern.to_scipy()"
         self.check_values(values, who)
-        if values.dtype in (torch.float16, torch.bfloat16):
-            raise TypeError(f"{who}: values has dtype {values.dtype}; scipy needs float32 or float64 (values.float())")
         k, c, r, s = self._shape
         tables = self._tables
-        arrays = (values.detach(), tables.indices, tables.indptr)
-        return bsr_array(tuple(a.cpu().numpy().copy() for a in arrays), shape=(k, r * s * c), blocksize=self._blocksize)
+        return scipy_bsr(values, tables.indices, tables.indptr, (k, r * s * c), who)
 
     @classmethod
     def from_scipy(
@@ -332,12 +324,8 @@ class BSRPattern:
         matrices with more data than indptr counts: m.prune() drops it.
         """
         who = "BSRPattern.from_scipy()"
-        if getattr(m, "format", None) != "bsr":
-            raise TypeError(f"{who}: m is {type(m).__name__}; it needs a scipy bsr_array (m.tobsr(blocksize))")
-        if m.data.dtype.kind != "f" or m.data.dtype.itemsize > 8:
-            raise TypeError(f"{who}: m has dtype {m.data.dtype}; it needs float32 or float64 (m.astype('float32'))")
-        data = torch.from_numpy(m.data.astype(m.data.dtype.newbyteorder("="), order="C"))
-        return cls._from_bsr(shape, m.shape, m.indptr, m.indices, data, row_order, who, "m.prune()")
+        index, data = sorted_bsr(shape, *of_scipy(m, who), row_order, who, "m.prune()")
+        return cls._trusted(*index), data
 
     def to_torch(self, values: Tensor) -> Tensor:
         """torch.sparse_bsr tensor of the K x (R*S*C) matrix, in BSR row order, sharing `values`."""
@@ -351,51 +339,8 @@ class BSRPattern:
     ) -> tuple[BSRPattern, Tensor]:
         """(pattern, values) of a torch.sparse_bsr tensor K x (R*S*C); sorted in a copy, duplicates refused."""
         who = "BSRPattern.from_torch()"
-        check_is_bsr(t, who)
-        return cls._from_bsr(
-            shape,
-            tuple(t.shape),
-            t.crow_indices(),
-            t.col_indices(),
-            t.values().detach().clone(),
-            row_order,
-            who,
-            None,
-        )
-
-    @classmethod
-    def _from_bsr(
-        cls,
-        shape: Sequence[int],
-        matrix_shape: tuple[int, ...],
-        indptr: Tensor | np.ndarray,
-        indices: Tensor | np.ndarray,
-        data: Tensor,
-        row_order: Tensor | np.ndarray | Sequence[int] | None,
-        who: str,
-        remedy: str | None,
-    ) -> tuple[BSRPattern, Tensor]:
-        if data.dim() != 3 or not data.is_floating_point():
-            raise ValueError(
-                f"{who}: the blocks are {data.dtype} {tuple(data.shape)}; they need to be floating [nnzb, bk, bc]"
-            )
-        shape, blocksize = check_sizes(shape, data.shape[1:], who)
-        k, c, r, s = shape
-        if tuple(matrix_shape) != (k, r * s * c):
-            raise ValueError(
-                f"{who}: the matrix is {tuple(matrix_shape)}; shape {shape} needs {(k, r * s * c)} = (K, R*S*C)"
-            )
-        cols = integers(indices, "indices", who).to(data.device)
-        ptr = integers(indptr, "indptr", who).to(data.device)
-        check_counts(data.shape[0], cols.numel(), ptr, remedy, who)
-        check_indptr(ptr, shape[0] // blocksize[0], cols.numel(), who)
-        check_range(cols, grid(shape, blocksize)[1], who)
-        rows = torch.repeat_interleave(torch.arange(ptr.numel() - 1, device=ptr.device), ptr[1:] - ptr[:-1])
-        sort = torch.argsort(rows * grid(shape, blocksize)[1] + cols)
-        cols = cols[sort]
-        check_arrays(shape, blocksize, ptr, cols, who)
-        order = check_row_order(row_order, k, data.device, who)
-        return cls._trusted(shape, blocksize, ptr, cols, order), data[sort]
+        index, data = sorted_bsr(shape, *of_torch(t, who), row_order, who, None)
+        return cls._trusted(*index), data
 
     # ------------------------------------------------------------------ being a value
 

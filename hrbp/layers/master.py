@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from blocksparse import BSRPattern, conv2d, linear
+from blocksparse import BSRPattern, IndexedModule, conv2d, linear
 
 from ..structures.base import Choice, Structure
 from .dense_conv import masked_conv, symmetric_padding
@@ -24,7 +24,7 @@ from .twin import twin
 CONFIGURATION = ("rule", "sparsity", "backend", "blocksize", "nnzb")  # attributes of a layer with a master weight
 
 
-class _Master(nn.Module):
+class _Master(IndexedModule):
     """What the two layers share: which part of the weight takes part, and how.
 
     rule       the mask follows the weight: at any time it is what this structure keeps of |weight| at `sparsity`, and
@@ -167,7 +167,7 @@ class _Master(nn.Module):
 
     def _obstacle(self, pattern: BSRPattern) -> str | None:
         """Why this layer cannot take over a pattern, or None."""
-        if self._has_room(pattern) or self.index is None or not _is_shared(self.index):
+        if self._has_room(pattern) or not self._index_is_shared():
             return None
         return (
             "the layer is in shared memory, where its index cannot take another size, and other processes would keep"
@@ -181,21 +181,8 @@ class _Master(nn.Module):
         else:
             self.row_order = None if order is None else order.to(self.weight.device, torch.int64, copy=True)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> _Master:
-        # The index follows the weight from device to device with its content, and to the meta device without moving:
-        # a kernel must never meet index entries that nobody checked.
-        index = self._buffers.pop("index")
-        try:
-            super()._apply(fn, recurse)
-        finally:
-            weight = self.weight
-            if index is not None and weight.device.type != "meta":
-                index = index.to(weight.device)
-                if _is_shared(weight) != _is_shared(index):
-                    # share_memory(), or its end. Another process must never meet a mask under a foreign index.
-                    index = index.share_memory_() if _is_shared(weight) else index.clone()
-            self._buffers["index"] = index
-        return self
+    def _indexed(self) -> Tensor:
+        return self.weight
 
     def _load_from_state_dict(
         self,
@@ -214,8 +201,8 @@ class _Master(nn.Module):
                 with self._ordinary_tensors():
                     pattern = self._pattern_of(mask, order)
                     assign = local_metadata.get("assign_to_params_buffers", False)
-                    if assign and self.index is not None and _is_shared(self.index):
-                        self.index = self.index.clone()  # the shared one stays with the shared mask
+                    if assign and self._index_is_shared():
+                        self.index = self._index().clone()  # the shared one stays with the shared mask
                     if obstacle := self._obstacle(pattern):
                         raise ValueError(obstacle)
                     self._set_row_order(order)
@@ -308,8 +295,3 @@ def with_master(
     made.register_buffer("row_order", order)
     made.register_buffer("index", None if pattern is None else pattern.index, persistent=False)
     return made
-
-
-def _is_shared(t: Tensor) -> bool:
-    """Whether t is in memory that other processes may have, too; on a GPU nobody can tell."""
-    return t.device.type == "cpu" and t.is_shared()

@@ -34,7 +34,7 @@ def refuses(layer: nn.Module) -> str | None:
     if weight is not None and (weight._backward_hooks or weight._post_accumulate_grad_hooks):
         return "a hook is on its weight"
     own = {*layer._parameters, *layer._buffers, *layer._modules} - {"weight", "bias"}
-    if clash := sorted(own & {*OWN, "indptr", "indices"}):
+    if clash := sorted(own & {*OWN, "indptr", "indices", "weight_shape"}):
         return f"it holds {clash[0]!r} already"
     return None
 

@@ -457,7 +457,7 @@ static inline unsigned __ballot_sync(unsigned, bool v) {
     return mine.result;
 }
 
-// ---------------------------------------------------------------------- slots.cu's wrappers of single instructions
+// ---------------------------------------------------------------------- instructions.cu's wrappers
 
 namespace emulator {
 struct Rows {

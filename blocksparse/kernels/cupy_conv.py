@@ -1,9 +1,9 @@
 """CUDA C++ backend: compiles the .cu files beside this one through CuPy and launches them on torch's current stream.
 
-A kernel is slots.cu and one of fprop.cu, dgrad.cu and wgrad.cu, specialised by -D per dtype, tile and width of a block;
-CuPy compiles it on first use, for the device at hand, and keeps the binary on disk. All memory is torch's, and nothing
-here synchronises, so that a step that has run once captures into a CUDA graph. CuPy compiles with -ftz: fp32 numbers
-below 1e-38 are zero.
+A kernel is instructions.cu, slots.cu and one of fprop.cu, dgrad.cu and wgrad.cu, specialised by -D per dtype, tile and
+width of a block; CuPy compiles it on first use, for the device at hand, and keeps the binary on disk. All memory is
+torch's, and nothing here synchronises, so that a step that has run once captures into a CUDA graph. CuPy compiles with
+-ftz: fp32 numbers below 1e-38 are zero.
 
 The kernels take strides, so any memory format is right. Contiguous is the native one for narrow blocks: pixels of one
 channel are neighbours there, while channels_last makes single channels 2-byte pieces of 32-byte sectors.
@@ -45,7 +45,8 @@ CONV = np.dtype(  # struct Conv of slots.cu
 
 def source(kind: str) -> str:
     """The CUDA C++ of one kind; #line keeps the names of the files in messages."""
-    return "".join(f'#line 1 "{name}"\n{(HERE / name).read_text()}' for name in ("slots.cu", f"{kind}.cu"))
+    names = "instructions.cu", "slots.cu", f"{kind}.cu"
+    return "".join(f'#line 1 "{name}"\n{(HERE / name).read_text()}' for name in names)
 
 
 def options(dtype: torch.dtype, bc: int, tile: SlotTile, precision: str) -> tuple[str, ...]:

@@ -1,41 +1,4 @@
-"""Triton backend: fprop, dgrad and wgrad of a BSR filter bank as gathered GEMMs on tensor cores, no im2col buffer.
-
-Each program owns one output tile and walks the stored blocks that feed it:
-
-| kind  | M (rows of the tile)          | N      | K, walked in a loop            | tables                          |
-|-------|-------------------------------|--------|--------------------------------|---------------------------------|
-| fprop | BLOCK_M of the N*P*Q pixels   | bk     | stored (tap, c) of a block-row | indptr, indices                 |
-| dgrad | BLOCK_M pixels of x, one      | bc     | stored (tap, k) of a c_block   | t_indptr, t_indices, t_perm     |
-|       | residue class of the stride   |        |                                |                                 |
-| wgrad | BLOCK_M stored (tap, c) of a  | bk     | a split of the N*P*Q pixels    | indptr, indices                 |
-|       | block-row                     |        |                                |                                 |
-
-Chunks. The stored list is walked in chunks of `granule` channels: the largest power of two that divides the block's
-side, at most one tile. BLOCK_K / granule chunks, each with a tap and a channel of its own, make one K-tile: a 3-d tile
-of pointers [pixels, chunks, granule] reshaped for tl.dot. In channels_last a chunk of a pixel is contiguous, so it
-moves in 16-byte copies from 8 channels of fp16 on, and a block of any multiple of 8 wastes nothing along K.
-
-Borders. A tap displaces every pixel of the tile alike: element (n, h + dh, w + dw, c) lies at offset(n, h, w) +
-step(dh, dw, c). Both are 64-bit; only the bounds test is per (pixel, chunk). Pixels past the end sit at h = FAR, out of
-every bound.
-
-Strided dgrad. The pixels of x with (h, w) = (a, b) modulo the stride form a sub-problem of their own, reached by the
-taps with (a + padding - r*dilation) % stride == 0 only. All of them run in one launch. The entries of those taps are
-several ranges of the transposed list, numbered 0, 1, ... through a shift that never decreases from tap to tap, so the
-lookup is a maximum over taps.
-
-Splits of wgrad go through an fp32 workspace that a second kernel adds up in order: no atomics, the same bits each run.
-Block-row b owns the tiles from slot(b) = indptr[b]*chunks/CH + b on: always enough of them, and their total depends on
-nnzb alone, so no grid depends on the mask.
-
-Budget, per K-tile of 2-byte values: 2*BLOCK_K*(BLOCK_M + N) bytes for 2*BLOCK_M*N*BLOCK_K FLOP. So N = bk (fprop,
-wgrad) or bc (dgrad) sets how often activations come from L2 again, and narrow blocks are bound by it, dgrad of bc = 8
-first: adjacent channel blocks rarely share a tap and block-row, so they do not share dy. HBM sees each activation about
-once, because programs of one pixel tile run side by side. wgrad adds 8 bytes per split and value.
-
-Row order. fprop stores BSR row i to channel row_order[i]. dgrad and wgrad start with a copy of dy in BSR row order: one
-pass over dy, where gathering single channels in the kernel would turn every load of dy into 2-byte loads.
-"""
+"""Triton backend on the host: memory, grids and launches of the kernels in triton_kernels.py."""
 
 from __future__ import annotations
 
@@ -46,277 +9,13 @@ from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from ..geometry import ConvGeometry
 from ..index import IndexTables
 from ..layout import format_of, memory_format
 from .tiles import Tile, granule, wgrad_tiles
-
-INTERPRETED = bool(triton.knobs.runtime.interpret)
-_INTERPRETED = tl.constexpr(INTERPRETED)
-_FAR = tl.constexpr(-(2**30))  # tiles.refusal keeps every coordinate below 2**30
-
-
-# ---------------------------------------------------------------------- shared by the kernels
-
-
-@triton.jit
-def _pixel(m, height, width):
-    """(image, row, column) of pixel number m."""
-    return m // width // height, m // width % height, m % width
-
-
-@triton.jit
-def _offset(n, h, w, height, width, channels, LAST: tl.constexpr):
-    """Elements from the start of a dense [N, C, H, W] tensor to channel 0 of pixel (n, h, w)."""
-    n = n.to(tl.int64)
-    return ((n * height + h) * width + w) * channels if LAST else (n * channels * height + h) * width + w
-
-
-@triton.jit
-def _step(dh, dw, c, height, width, channels, LAST: tl.constexpr):
-    """Elements from channel 0 of a pixel to channel c of the pixel (dh, dw) further."""
-    dh, c = dh.to(tl.int64), c.to(tl.int64)
-    return (dh * width + dw) * channels + c if LAST else (c * height + dh) * width + dw
-
-
-@triton.jit
-def _channel(i, height, width, LAST: tl.constexpr):
-    """Elements from channel 0 to channel i of one pixel."""
-    return i if LAST else i.to(tl.int64) * height * width
-
-
-@triton.jit
-def _gather(
-    base, h, w, dh, dw, step, live, height, width,
-    ROWS: tl.constexpr, CHUNKS: tl.constexpr, GRANULE: tl.constexpr, LAST: tl.constexpr,
-):  # fmt: skip
-    """[ROWS, CHUNKS*GRANULE]: `GRANULE` channels of each pixel displaced by each chunk's (dh, dw); zero outside."""
-    hh, ww = h[:, None] + dh[None, :], w[:, None] + dw[None, :]
-    mask = live[None, :] & (hh >= 0) & (hh < height) & (ww >= 0) & (ww < width)
-    inner = _channel(tl.arange(0, GRANULE), height, width, LAST)
-    pointers = (base[:, None] + step[None, :])[:, :, None] + inner[None, None, :]
-    return tl.reshape(tl.load(pointers, mask=mask[:, :, None], other=0.0), [ROWS, CHUNKS * GRANULE])
-
-
-@triton.jit
-def _dot(a, b, acc, PRECISION: tl.constexpr):
-    if _INTERPRETED:  # the interpreter multiplies the bit patterns of bf16
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision=PRECISION)
-
-
-# ---------------------------------------------------------------------- kernels
-
-
-_SIZES = (
-    "pixels", "images", "height", "width", "p_size", "q_size", "k_blocks", "c_blocks", "stride_h", "stride_w",
-    "pad_h", "pad_w", "dilation_h", "dilation_w", "tiles", "steps", "size", "splits",
-)  # fmt: skip
-
-
-def _kernel(fn: Callable[..., None]) -> Any:
-    """triton.jit, with one variant for all sizes: a 1 or a multiple of 16 is not worth a compilation of its own."""
-    return triton.jit(fn, do_not_specialize=[n for n in inspect.signature(fn).parameters if n in _SIZES])
-
-
-@_kernel
-def _fprop(
-    x, values, indptr, indices, bias, row_order, y,
-    pixels, height, width, p_size, q_size, k_blocks, c_blocks,
-    stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
-    R: tl.constexpr, S: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GRANULE: tl.constexpr,
-    X_LAST: tl.constexpr, Y_LAST: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    CHUNKS: tl.constexpr = BLOCK_K // GRANULE
-    PARTS: tl.constexpr = BC // GRANULE  # chunks of one stored block
-    # Block-rows run fastest: they share the pixel tile, which so stays in L2.
-    row = tl.program_id(0) % k_blocks
-    m = tl.program_id(0) // k_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
-    n, p, q = _pixel(m, p_size, q_size)
-    h = tl.where(m < pixels, p * stride_h - pad_h, _FAR)
-    w = q * stride_w - pad_w
-    base = x + _offset(n, h, w, height, width, c_blocks * BC, X_LAST)
-
-    j = tl.arange(0, BLOCK_N)
-    first, last = tl.load(indptr + row), tl.load(indptr + row + 1)
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start in range(0, (last - first) * PARTS, CHUNKS):
-        u = start + tl.arange(0, CHUNKS)
-        entry, part = first + u // PARTS, u % PARTS
-        live = entry < last
-        col = tl.load(indices + entry, mask=live, other=0)
-        tap = col // c_blocks if R * S > 1 else col * 0
-        c = (col - tap * c_blocks) * BC + part * GRANULE
-        dh, dw = tap // S * dilation_h, tap % S * dilation_w
-        step = _step(dh, dw, c, height, width, c_blocks * BC, X_LAST)
-        a = _gather(base, h, w, dh, dw, step, live, height, width, BLOCK_M, CHUNKS, GRANULE, X_LAST)
-        block = values + (entry.to(tl.int64) * (BK * BC) + part * GRANULE)
-        pointers = block[None, :, None] + j[:, None, None] * BC + tl.arange(0, GRANULE)[None, None, :]
-        b = tl.load(pointers, mask=live[None, :, None] & (j < BK)[:, None, None], other=0.0)
-        acc = _dot(a, tl.trans(tl.reshape(b, [BLOCK_N, BLOCK_K])), acc, PRECISION)
-
-    k = row * BK + j
-    if row_order is not None:
-        k = tl.load(row_order + k, mask=j < BK, other=0)
-    if bias is not None:
-        acc += tl.load(bias + k, mask=j < BK, other=0.0).to(tl.float32)[None, :]
-    out = y + _offset(n, p, q, p_size, q_size, k_blocks * BK, Y_LAST)
-    mask = (m < pixels)[:, None] & (j < BK)[None, :]
-    tl.store(out[:, None] + _channel(k, p_size, q_size, Y_LAST)[None, :], acc.to(y.dtype.element_ty), mask=mask)
-
-
-@_kernel
-def _dgrad(
-    dy, values, t_indptr, t_indices, t_perm, dx,
-    images, height, width, p_size, q_size, k_blocks, c_blocks,
-    stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
-    R: tl.constexpr, S: tl.constexpr, STRIDED: tl.constexpr, TAPS: tl.constexpr,
-    BK: tl.constexpr, BC: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GRANULE: tl.constexpr,
-    DY_LAST: tl.constexpr, DX_LAST: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    CHUNKS: tl.constexpr = BLOCK_K // GRANULE
-    PARTS: tl.constexpr = BK // GRANULE
-    c_block, rest = tl.program_id(0) % c_blocks, tl.program_id(0) // c_blocks
-    # Residue class (a, b) of x's pixels, then a tile of its (image, i, j): h = a + i*stride_h, w = b + j*stride_w.
-    columns = tl.minimum(stride_w, width)
-    classes = tl.minimum(stride_h, height) * columns
-    a, b = rest % classes // columns, rest % classes % columns
-    rows_in, cols_in = tl.cdiv(height - a, stride_h), tl.cdiv(width - b, stride_w)
-    m = rest // classes * BLOCK_M + tl.arange(0, BLOCK_M)
-    inside = m < images * rows_in * cols_in
-    n, i, j = _pixel(m, rows_in, cols_in)
-    p = tl.where(inside, i, _FAR)
-    base = dy + _offset(n, p, j, p_size, q_size, k_blocks * BK, DY_LAST)
-
-    taps = tl.arange(0, TAPS)
-    if STRIDED:  # number the entries of the class's own taps
-        reach_h, reach_w = a + pad_h - taps // S * dilation_h, b + pad_w - taps % S * dilation_w
-        own = (taps < R * S) & (reach_h % stride_h == 0) & (reach_w % stride_w == 0)
-        begin = tl.load(t_indptr + c_block * (R * S) + taps, mask=own, other=0)
-        count = tl.load(t_indptr + c_block * (R * S) + taps + 1, mask=own, other=0) - begin
-        before = tl.cumsum(count, 0) - count
-        total = tl.sum(count, 0)
-        shift = tl.where(own, begin - before, 0)
-    else:
-        first = tl.load(t_indptr + c_block * (R * S))
-        total = tl.load(t_indptr + (c_block + 1) * (R * S)) - first
-
-    c = tl.arange(0, BLOCK_N)
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start in range(0, total * PARTS, CHUNKS):
-        u = start + tl.arange(0, CHUNKS)
-        ordinal, part = u // PARTS, u % PARTS
-        live = ordinal < total
-        if STRIDED:
-            passed = before[None, :] <= ordinal[:, None]
-            entry = ordinal + tl.max(tl.where(passed, shift[None, :], 0), 1)
-        else:
-            entry = first + ordinal
-        col = tl.load(t_indices + entry, mask=live, other=0)
-        block = tl.load(t_perm + entry, mask=live, other=0).to(tl.int64)
-        tap = col // k_blocks if R * S > 1 else col * 0
-        k = (col - tap * k_blocks) * BK + part * GRANULE
-        dp, dq = a + pad_h - tap // S * dilation_h, b + pad_w - tap % S * dilation_w
-        if STRIDED:
-            dp, dq = dp // stride_h, dq // stride_w  # exact: the class's own taps
-        step = _step(dp, dq, k, p_size, q_size, k_blocks * BK, DY_LAST)
-        g = _gather(base, p, j, dp, dq, step, live, p_size, q_size, BLOCK_M, CHUNKS, GRANULE, DY_LAST)
-        # Rows of values: [chunks, granule] flattened, so that the load itself is a plain 2-d tile.
-        line = (block * (BK * BC) + part * (GRANULE * BC))[:, None] + (tl.arange(0, GRANULE) * BC)[None, :]
-        line = tl.multiple_of(tl.reshape(line, [BLOCK_K]), 8)  # bc is: without the hint Triton 3.6 copies 2 bytes
-        used = tl.reshape(tl.broadcast_to(live[:, None], [CHUNKS, GRANULE]), [BLOCK_K])
-        mask = used[:, None] & (c < BC)[None, :]
-        v = tl.load(values + line[:, None] + c[None, :], mask=mask, other=0.0)
-        acc = _dot(g, v, acc, PRECISION)
-
-    out = dx + _offset(n, a + i * stride_h, b + j * stride_w, height, width, c_blocks * BC, DX_LAST)
-    out = out[:, None] + _channel(c_block * BC + c, height, width, DX_LAST)[None, :]
-    tl.store(out, acc.to(dx.dtype.element_ty), mask=inside[:, None] & (c < BC)[None, :])
-
-
-@_kernel
-def _wgrad(
-    x, dy, indptr, indices, out,
-    pixels, tiles, steps, size, height, width, p_size, q_size, k_blocks, c_blocks,
-    stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
-    R: tl.constexpr, S: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GRANULE: tl.constexpr,
-    X_LAST: tl.constexpr, DY_LAST: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    CHUNKS: tl.constexpr = BLOCK_M // GRANULE
-    PARTS: tl.constexpr = BC // GRANULE
-    # Tiles of one split run side by side: they share its pixels.
-    tile, split = tl.program_id(0) % tiles, tl.program_id(0) // tiles
-
-    # The last block-row whose first tile, slot(row), is not past this one.
-    passed = 0
-    for start in range(0, k_blocks, 256):
-        rows = start + tl.arange(0, 256)
-        slot = tl.load(indptr + rows, mask=rows < k_blocks, other=0).to(tl.int64) * PARTS // CHUNKS + rows
-        passed += tl.sum(((slot <= tile) & (rows < k_blocks)).to(tl.int32), 0)
-    row = passed - 1
-    first, last = tl.load(indptr + row), tl.load(indptr + row + 1)
-    begin = (tile - (first.to(tl.int64) * PARTS // CHUNKS + row).to(tl.int32)) * CHUNKS
-    if begin >= (last - first) * PARTS:  # a tile that this block-row does not need
-        return
-
-    u = begin + tl.arange(0, CHUNKS)
-    entry = first + u // PARTS
-    live = entry < last
-    col = tl.load(indices + entry, mask=live, other=0)
-    tap = col // c_blocks if R * S > 1 else col * 0
-    c = (col - tap * c_blocks) * BC + u % PARTS * GRANULE
-    dh, dw = tap // S * dilation_h, tap % S * dilation_w
-    step = _step(dh, dw, c, height, width, c_blocks * BC, X_LAST)
-
-    j = tl.arange(0, BLOCK_N)
-    k = _channel(row * BK + j, p_size, q_size, DY_LAST)
-    m = split * (steps * BLOCK_K) + tl.arange(0, BLOCK_K)
-    n, p, q = _pixel(m, p_size, q_size)
-    # Pixels advance by carries: cheaper than two divisions per pixel and step.
-    more_n, more_p, more_q = _pixel(BLOCK_K, p_size, q_size)
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for _ in range(steps):
-        h = tl.where(m < pixels, p * stride_h - pad_h, _FAR)
-        w = q * stride_w - pad_w
-        base = x + _offset(n, h, w, height, width, c_blocks * BC, X_LAST)
-        a = _gather(base, h, w, dh, dw, step, live, height, width, BLOCK_K, CHUNKS, GRANULE, X_LAST)
-        line = dy + _offset(n, p, q, p_size, q_size, k_blocks * BK, DY_LAST)
-        b = tl.load(line[:, None] + k[None, :], mask=(m < pixels)[:, None] & (j < BK)[None, :], other=0.0)
-        acc = _dot(tl.trans(a), b, acc, PRECISION)
-        m += BLOCK_K
-        q += more_q
-        carry = (q >= q_size).to(tl.int32)
-        q -= carry * q_size
-        p += more_p + carry
-        carry = (p >= p_size).to(tl.int32)
-        p -= carry * p_size
-        n += more_n + carry
-
-    i = tl.arange(0, BLOCK_M)
-    v = begin + i // GRANULE
-    entry = first + v // PARTS
-    to = entry.to(tl.int64) * (BK * BC) + (v % PARTS * GRANULE + i % GRANULE)
-    to = (out + split * size.to(tl.int64)) + to
-    mask = (entry < last)[None, :] & (j < BK)[:, None]
-    tl.store(to[None, :] + j[:, None] * BC, tl.trans(acc).to(out.dtype.element_ty), mask=mask)
-
-
-@_kernel
-def _add_splits(workspace, out, size, splits, BLOCK: tl.constexpr):
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], tl.float32)
-    for split in range(splits):
-        total += tl.load(workspace + split * size.to(tl.int64) + i, mask=i < size, other=0.0)
-    tl.store(out + i, total.to(out.dtype.element_ty), mask=i < size)
-
-
-# ---------------------------------------------------------------------- host
+from .triton_kernels import INTERPRETED, add_splits_kernel, dgrad_kernel, fprop_kernel, wgrad_kernel
 
 
 def _channels_last(t: Tensor) -> bool:
@@ -430,7 +129,7 @@ def fprop(
         return triton.cdiv(pixels, tile.block_m) * (g.k // bk), constants
 
     tensors = (x, values, tables.indptr, tables.indices, bias, tables.row_order, y)
-    _launch(_fprop, tensors, (g, bk, bc, tile, precision, x.dtype, x_last, y_last), describe)
+    _launch(fprop_kernel, tensors, (g, bk, bc, tile, precision, x.dtype, x_last, y_last), describe)
     return y
 
 
@@ -468,7 +167,7 @@ def dgrad(
         return triton.cdiv(largest, tile.block_m) * classes * (g.c // bc), constants
 
     tensors = (dy, values, tables.t_indptr, tables.t_indices, tables.t_perm, dx)
-    _launch(_dgrad, tensors, (g, bk, bc, tile, precision, dy.dtype, dy_last, dx_last), describe)
+    _launch(dgrad_kernel, tensors, (g, bk, bc, tile, precision, dy.dtype, dy_last, dx_last), describe)
     return dx
 
 
@@ -508,9 +207,11 @@ def wgrad(
         return tiles * tile.splits, constants
 
     facts = (g, values_shape, tile, precision, x.dtype, x_last, dy_last)
-    _launch(_wgrad, (x, dy, tables.indptr, tables.indices, sums), facts, describe)
+    _launch(wgrad_kernel, (x, dy, tables.indptr, tables.indices, sums), facts, describe)
     if tile.splits > 1:
         size = out.numel()
         constants: dict[str, object] = {"size": size, "splits": tile.splits, "BLOCK": 1024}
-        _launch(_add_splits, (sums, out), (size, tile.splits, out.dtype), lambda: (triton.cdiv(size, 1024), constants))
+        _launch(
+            add_splits_kernel, (sums, out), (size, tile.splits, out.dtype), lambda: (triton.cdiv(size, 1024), constants)
+        )
     return out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -88,6 +89,23 @@ def test_a_compiler_that_fails_is_quoted(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("CXX", str(broken))
     assert cpu_build.library.__wrapped__("float") == f"{broken} does not compile it: error: no room for vectors"
+
+
+def test_a_change_of_any_source_compiles_anew(monkeypatch, tmp_path):
+    commands = []
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(cpu_build, "_run", lambda command: commands.append(command) or "")
+    sources = shutil.copytree(cpu_build.SOURCE.parent, tmp_path / "native")
+    monkeypatch.setattr(cpu_build, "SOURCE", sources / "cpu.cpp")
+    built = {cpu_build._built("c++", ())}
+    for file in sorted(sources.iterdir()):
+        file.write_text(f"{file.read_text()}\n")
+        built.add(cpu_build._built("c++", ()))
+    assert len(built) == 1 + len(list(sources.iterdir())) > 10
+    assert all(path.exists() for path in built)
+    asked = len(commands)
+    assert cpu_build._built("c++", ()) in built
+    assert len(commands) == asked + 2  # its version and its target: nothing is compiled
 
 
 def test_processes_that_start_at_once_share_one_library(tmp_path):

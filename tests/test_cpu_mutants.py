@@ -12,7 +12,7 @@ import pytest
 import processes
 
 ROOT = Path(__file__).parent.parent
-SOURCE = ROOT / "blocksparse" / "kernels" / "cpu.cpp"
+SOURCES = ROOT / "blocksparse" / "kernels" / "native"
 
 # Every product of layers that take every way through the source, on three threads, against float64.
 PRODUCTS = """
@@ -84,15 +84,20 @@ def products(source: Path, cache: Path, *flags: str, **environment: str):
     return processes.run([sys.executable, "-c", PRODUCTS, str(source), *flags], env=env)
 
 
+def mutant(folder: Path, before: str, after: str) -> Path:
+    """A copy of the sources with a mistake wherever the text is."""
+    sources = shutil.copytree(SOURCES, folder / "native")
+    files = [file for file in sources.iterdir() if before in file.read_text()]
+    assert files, before
+    for file in files:
+        file.write_text(file.read_text().replace(before, after))
+    return sources / "cpu.cpp"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_planted_mistake_is_seen(name, tmp_path):
-    before, after = MUTANTS[name]
-    text = SOURCE.read_text()
-    assert before in text
-    mutant = tmp_path / "cpu.cpp"
-    mutant.write_text(text.replace(before, after))
-    result = products(mutant, tmp_path, "-O1")
+    result = products(mutant(tmp_path, *MUTANTS[name]), tmp_path, "-O1")
     assert result.returncode != 0 or result.stdout.split()[0] != "0"
 
 
@@ -106,14 +111,10 @@ def test_no_read_or_write_outside_of_a_tensor(tmp_path):
         pytest.skip("g++ without its address sanitizer")
     options = {"LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0", "CXX": compiler}
     flags = "-O1", "-fsanitize=address", "-fno-omit-frame-pointer", "-DPOISON"
-    result = products(SOURCE, tmp_path, *flags, **options)
+    result = products(SOURCES / "cpu.cpp", tmp_path, *flags, **options)
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.split()[0] == "0", result.stdout
     # It looks: one row of an image too many is read.
-    text = SOURCE.read_text()
-    inside = "if (h < 0 || h >= height) {"
-    assert inside in text
-    mutant = tmp_path / "cpu.cpp"
-    mutant.write_text(text.replace(inside, "if (h < 0 || h > height) {"))
-    result = products(mutant, tmp_path, *flags, **options)
+    wrong = mutant(tmp_path, "if (h < 0 || h >= height) {", "if (h < 0 || h > height) {")
+    result = products(wrong, tmp_path, *flags, **options)
     assert "AddressSanitizer" in result.stderr

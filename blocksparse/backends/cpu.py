@@ -1,4 +1,4 @@
-"""Backend "cpu": native code for stored weights as offsets into planes of an image (kernels/cpu.py, cpu.cpp)."""
+"""Backend "cpu": native code for stored weights as offsets into planes of an image (kernels/cpu.py, native/)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The native CPU backend: cpu.cpp, called on tensors as they lie, whatever their strides, without the GIL.
+"""The native CPU backend: native/cpu.cpp, called on tensors as they lie, whatever their strides, without the GIL.
 
 It keeps nothing between calls: a stored weight's offset follows from the packed index, so that a mask may change at any
 time. Threads are PyTorch's own number, and its own OpenMP threads where the library finds the runtime that PyTorch
@@ -23,7 +23,7 @@ NUMBERS = {torch.float64: "double", torch.float32: "float", torch.float16: "floa
 
 
 class _Conv(ctypes.Structure):
-    """Conv in cpu.cpp."""
+    """Conv in native/call.h."""
 
     _fields_ = [
         *((name, int64) for name in ("n", "c", "h", "w", "k", "p", "q", "r", "s")),

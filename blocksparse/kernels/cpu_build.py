@@ -1,7 +1,7 @@
-"""cpu.cpp as shared libraries, one for each type of numbers: compiled on first use by the system's compiler, for this
-processor, kept in the user's cache.
+"""native/cpu.cpp as shared libraries, one for each type of numbers: compiled on first use by the system's compiler, for
+this processor, kept in the user's cache.
 
-A file's name is a hash of the source, the flags, the compiler and the processor, so that a change of any of them
+A file's name is a hash of the sources, the flags, the compiler and the processor, so that a change of any of them
 compiles anew. Processes that start at once each compile into a file of their own and put it in place whole.
 """
 
@@ -18,7 +18,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-SOURCE = Path(__file__).with_name("cpu.cpp")
+SOURCE = Path(__file__).with_name("native") / "cpu.cpp"  # includes the headers beside it
 COMPILERS = ("c++", "g++", "clang++")  # tried in this order, after $CXX
 SECONDS = 300  # that a compiler may take: 5 on a quiet machine
 FLAGS = (
@@ -55,7 +55,9 @@ def _compiler() -> str | None:
 def _built(compiler: str, flags: tuple[str, ...]) -> Path:
     """The library, compiled unless it is in the cache."""
     made_by = _run([compiler, "--version"]) + _run([compiler, "-dumpmachine"])
-    key = "\0".join((SOURCE.read_text(), *flags, compiler, made_by, processor()))
+    files = sorted(file for file in SOURCE.parent.iterdir() if file.suffix in (".h", ".cpp"))
+    text = "\0".join(f"{file.name}\0{file.read_text()}" for file in files)
+    key = "\0".join((text, *flags, compiler, made_by, processor()))
     path = cache() / f"cpu-{hashlib.sha256(key.encode()).hexdigest()[:32]}.so"
     if not path.exists():
         handle, part = tempfile.mkstemp(dir=path.parent, prefix=".cpu-", suffix=".so")

@@ -1,0 +1,226 @@
+// Tensors into planes, with any strides, and results out of them.
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "numbers.h"
+#include "planes.h"
+
+namespace {
+
+template <class T, class A> INLINE void copy_in(const T* from, int64_t step, A* to, int64_t count) {
+    if (step == 1)
+        for (int64_t j = 0; j < count; j++) to[j] = widen(from[j]);
+    else
+        for (int64_t j = 0; j < count; j++) to[j] = widen(from[j * step]);
+}
+template <int BYTES> struct Bytes { typedef char type __attribute__((vector_size(BYTES), aligned(1), may_alias)); };
+// Two loads and stores that overlap, of the largest power of two of bytes that fits.
+template <int BYTES> INLINE bool copy_ends(const float* from, float* to, int64_t count) {
+    typedef typename Bytes<BYTES>::type part;
+    if (count * 4 < BYTES) return false;
+    const part first = *(const part*)from, last = *(const part*)((const char*)(from + count) - BYTES);
+    *(part*)to = first;
+    *(part*)((char*)(to + count) - BYTES) = last;
+    return true;
+}
+template <class A, size_t... J> INLINE vec<A> every_second(vec<A> a, vec<A> b, std::index_sequence<J...>) {
+    return SHUFFLE(A, a, b, 2 * J);
+}
+template <> INLINE void copy_in<float, float>(const float* from, int64_t step, float* to, int64_t count) {
+    constexpr int L = LANES<float>;
+    if (step != 1) {
+        int64_t j = 0;
+        for (; step == 2 && j + L < count; j += L)
+            store(to + j, every_second<float>(load(from + 2 * j), load(from + 2 * j + L), std::make_index_sequence<L>{}));
+        for (; j < count; j++) to[j] = from[j * step];
+    } else if (count >= L) {
+        for (int64_t j = 0; j + L <= count; j += L) store(to + j, load(from + j));
+        store(to + count - L, load(from + count - L));
+    } else if (!(copy_ends<32>(from, to, count) || copy_ends<16>(from, to, count) || copy_ends<8>(from, to, count))) {
+        if (count) to[0] = from[0];
+    }
+}
+template <class A> INLINE void add(const A* from, A* to, int64_t count) {
+    int64_t j = 0;
+    for (; j + LANES<A> <= count; j += LANES<A>) store(to + j, load(to + j) + load(from + j));
+    for (; j < count; j++) to[j] += from[j];
+}
+template <class A> INLINE void zero(A* to, int64_t count) {
+    if (count > 8)
+        std::memset(to, 0, sizeof(A) * count);
+    else
+        for (int64_t j = 0; j < count; j++) to[j] = 0;
+}
+
+// Whether channels are innermost, so that they are copied across.
+bool transposed(const int64_t* strides, int64_t channels, int64_t pitch) {
+    return strides[1] == 1 && channels > 1 && (strides[3] != 1 || pitch == 1);
+}
+
+// One step of a transposition: lanes j of a with j & STEP change places with lanes j - STEP of b.
+template <class A, int STEP, size_t... J> INLINE void exchange(vec<A>& a, vec<A>& b, std::index_sequence<J...>) {
+    constexpr int L = LANES<A>;
+    const vec<A> first = SHUFFLE(A, a, b, (J & STEP ? L + J - STEP : J));
+    b = SHUFFLE(A, a, b, (J & STEP ? L + J : J + STEP));
+    a = first;
+}
+template <class A, int STEP = 1> INLINE void transpose(vec<A>* rows) {
+    if constexpr (STEP < LANES<A>) {
+        UNROLL for (int i = 0; i < LANES<A>; i++)
+            if (!(i & STEP)) exchange<A, STEP>(rows[i], rows[i + STEP], std::make_index_sequence<LANES<A>>{});
+        transpose<A, 2 * STEP>(rows);
+    }
+}
+template <class T, class A> INLINE vec<A> load_wide(const T* from, int64_t count) {
+    if constexpr (std::is_same<T, A>::value)
+        if (count == LANES<A>) return load(from);
+    A lanes[LANES<A>] = {};
+    for (int64_t j = 0; j < count; j++) lanes[j] = widen(from[j]);
+    return load(lanes);
+}
+template <class T, class A> INLINE void store_narrow(vec<A> v, T* to, const int32_t* at, int64_t count) {
+    if constexpr (std::is_same<T, A>::value)
+        if (at == nullptr && count == LANES<A>) return store(to, v);
+    A lanes[LANES<A>];
+    store(lanes, v);
+    for (int64_t j = 0; j < count; j++) to[at ? at[j] : j] = narrow<T>(lanes[j]);
+}
+
+// `count` pixels of `channels` channels from a pixel-major matrix to channel-major rows: channel c to row place[c], or c.
+// Up to a vector behind the pixels of a row is overwritten.
+template <class T, class A>
+void transpose_in(const T* from, int64_t pixel, int64_t count, int64_t channels, A* to, int64_t channel,
+                  const int32_t* place) {
+    constexpr int64_t L = LANES<A>;
+    for (int64_t j = 0; j < count; j += L)
+        for (int64_t c = 0; c < channels; c += L) {
+            const int64_t cs = std::min(L, channels - c), js = std::min(L, count - j);
+            vec<A> block[L];
+            UNROLL for (int64_t a = 0; a < L; a++) {
+                __builtin_prefetch(from + (j + L + a) * pixel + c);
+                block[a] = a < js ? load_wide<T, A>(from + (j + a) * pixel + c, cs) : vec<A>{};
+            }
+            transpose<A>(block);
+            UNROLL for (int64_t b = 0; b < L; b++)
+                if (b < cs) store(to + (place ? place[c + b] : c + b) * channel + j, block[b]);
+        }
+}
+
+// Rows [begin, begin + rows) of the planes of channels [c0, c1) of a tensor, for the images of a unit. Row i of phase a
+// holds the pixels of input row i * stride + residue - padding. `front` zeros come before the first. Channel c goes to
+// the planes of number place[c], or c - c0.
+template <class T, class A>
+void fill(const T* x, const int64_t* strides, int64_t height, const Axis& vertical, const Axis& horizontal,
+          int64_t begin, int64_t rows, const Unit& u, const Layout& lay, int64_t plane, int64_t front, int64_t c0,
+          int64_t c1, const int32_t* place, A* to) {
+    const int64_t channel = plane * vertical.phases() * horizontal.phases(), pitch = lay.pitch, images = lay.images;
+    const bool across = transposed(strides, c1 - c0, pitch);
+    for (int64_t a = 0; a < vertical.phases(); a++)
+        for (int64_t b = 0; b < horizontal.phases(); b++) {
+            A* const planes = to + (a * horizontal.phases() + b) * plane + front;
+            const int64_t lead = horizontal.lead[b], data = horizontal.data[b], step = strides[3] * horizontal.stride;
+            const auto row_of = [&](int64_t i) {
+                return (begin + i) * vertical.stride + vertical.residue[a] - vertical.padding;
+            };
+            const T* const image = x + u.image * strides[0] + horizontal.first[b] * strides[3];
+            for (int64_t i = 0; across && i < rows; i++) {
+                const int64_t h = row_of(i);
+                if (h < 0 || h >= height) continue;
+                const T* const from = image + h * strides[2] + c0;
+                if (pitch == 1)  // an image has one pixel: images take the place of pixels
+                    transpose_in(from, strides[0], data * u.images, c1 - c0, planes + i * images, channel, place);
+                else
+                    for (int64_t m = 0; m < u.images; m++)
+                        transpose_in(from + m * strides[0], step, data, c1 - c0,
+                                     planes + (i * images + m) * pitch + lead, channel, place);
+            }
+            for (int64_t c = c0; c < c1; c++) {
+                A* row = planes + (place ? place[c] : c - c0) * channel;
+                zero(row - front, front);
+                for (int64_t i = 0; i < rows; i++) {
+                    const int64_t h = row_of(i);
+                    if (h < 0 || h >= height) {
+                        zero(row, images * pitch);
+                        row += images * pitch;
+                        continue;
+                    }
+                    const T* const from = image + h * strides[2] + c * strides[1];
+                    for (int64_t m = 0; m < u.images; m++, row += pitch) {
+                        zero(row, lead);
+                        if (!across) {
+                            const T* const next = from + m * strides[0] + strides[1];
+                            for (int64_t j = 0; j < data * step; j += 64 / int64_t(sizeof(T))) __builtin_prefetch(next + j);
+                            copy_in(from + m * strides[0], step, row + lead, data);
+                        }
+                        zero(row + lead + data, pitch - lead - data);
+                    }
+                    zero(row, (images - u.images) * pitch);
+                    row += (images - u.images) * pitch;
+                }
+                zero(row, plane - front - rows * images * pitch);
+            }
+        }
+}
+
+template <class T, class A> INLINE void copy_out(const A* from, T* to, int64_t step, int64_t count) {
+    if (step == 1)
+        for (int64_t j = 0; j < count; j++) to[j] = narrow<T>(from[j]);
+    else
+        for (int64_t j = 0; j < count; j++) to[j * step] = narrow<T>(from[j]);
+}
+template <> INLINE void copy_out<float, float>(const float* from, float* to, int64_t step, int64_t count) {
+    if (step == 1)
+        copy_in<float, float>(from, 1, to, count);
+    else
+        for (int64_t j = 0; j < count; j++) to[j * step] = from[j];
+}
+
+// `count` pixels of `channels` rows to a pixel-major matrix; row c goes to channel order[c], or c. Up to a vector behind
+// the pixels of a row is read.
+template <class T, class A>
+void transpose_out(const A* from, int64_t channel, int64_t channels, const int32_t* order, int64_t count, T* to,
+                   int64_t pixel) {
+    constexpr int64_t L = LANES<A>;
+    for (int64_t j = 0; j < count; j += L)
+        for (int64_t c = 0; c < channels; c += L) {
+            const int64_t cs = std::min(L, channels - c), js = std::min(L, count - j);
+            vec<A> block[L];
+            UNROLL for (int64_t b = 0; b < L; b++)
+                block[b] = b < cs ? load(from + (c + b) * channel + j) : vec<A>{};
+            transpose<A>(block);
+            UNROLL for (int64_t a = 0; a < L; a++)
+                if (a < js)
+                    store_narrow<T, A>(block[a], to + (j + a) * pixel + (order ? 0 : c), order ? order + c : nullptr, cs);
+        }
+}
+
+// Runs of `channels` rows to the outputs of a unit: [N, K, P, Q] or the like, with any strides.
+template <class T, class A>
+void write(const A* runs, int64_t channel, int64_t channels, int64_t first, const int32_t* order, const Unit& u,
+           int64_t images, int64_t pitch, int64_t width, T* y, const int64_t* strides) {
+    const bool across = transposed(strides, channels, pitch);
+    const int32_t* const map = order == nullptr ? nullptr : order + first;
+    T* const base = across && map == nullptr ? y + first : y;
+    if (across && pitch == 1) {
+        for (int64_t i = 0; i < u.rows; i++)
+            transpose_out(runs + i * images, channel, channels, map, u.images,
+                          base + u.image * strides[0] + (u.row + i) * strides[2], strides[0]);
+        return;
+    }
+    for (int64_t c = 0; c < (across ? 1 : channels); c++)
+        for (int64_t i = 0; i < u.rows; i++)
+            for (int64_t m = 0; m < u.images; m++) {
+                T* const to = base + (u.image + m) * strides[0] + (u.row + i) * strides[2];
+                const A* const from = runs + (i * images + m) * pitch;
+                if (across)
+                    transpose_out(from, channel, channels, map, width, to, strides[3]);
+                else
+                    copy_out(from + c * channel, to + (map ? map[c] : first + c) * strides[1], strides[3], width);
+            }
+}
+
+}  // namespace

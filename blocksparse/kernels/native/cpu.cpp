@@ -1,0 +1,89 @@
+// fprop, dgrad and wgrad on a CPU: loops over stored weights as offsets into planes of an image.
+//
+// An image is copied into planes, one for each channel and residue of the stride. Zeros separate its rows, so that a tap
+// of a channel is one constant offset and a whole image one run of pixels:
+//
+//     position of padded pixel (i, j) of image m in a plane:  (i * images + m) * pitch + j
+//
+// Rows of several small images interleave. The pixels between two rows of an output are computed and dropped. `pitch`
+// leaves as many zeros as the widest tap needs; the zeros right of a row are those left of the next one.
+//
+//     fprop    out[f][l]  = sum over items of w[item][f] * x[item + l]        registers hold F filters x V vectors
+//     dgrad    the same on dy, over the transposed index; or, where blocks have few channels, each block-row adds
+//              w[item][f] * dy[f][l] to dx[item + l] from F x V vectors of dy in registers
+//     wgrad    dv[item][f] = sum over l of dy[f][l] * x[item + l]             F filters x I items of dot products
+//
+// A task is some images, or some rows of one, times some block-rows; tasks share nothing, and every sum has one order,
+// so that results are the same bits for any number of threads. Nothing is kept between calls but scratch memory.
+// A NaN or infinity in x may show in the weight gradient at other taps of its channel, too: it meets the dropped pixels.
+//
+// One unit of compilation: numbers.h (vectors), call.h (what the caller passes), planes.h (how work is cut), scratch.h,
+// copying.h (planes in, results out), finish.h (residual, ReLU), tiles.h (the innermost loops), lists.h (the index as
+// items), phases.h (a strided dx), and a file for each product. Here are the functions that the library exports.
+
+#include <chrono>
+#include <new>
+
+#include "dgrad.h"
+#include "fprop.h"
+#include "wgrad.h"
+
+namespace {
+
+template <class Body> int guarded(Body body) {
+    try {
+        return body();
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
+}
+
+}  // namespace
+
+// ---------------------------------------------------------------------- the calls: 0, or 1: no memory, 2: too large
+
+// A library is for numbers of one type, given as -DNUMBER=float, double, bfloat16 or float16.
+#ifndef NUMBER
+#define NUMBER float
+#endif
+
+// Fused multiplications and additions a second, twice counted, of so many threads that do nothing else.
+extern "C" double bsr_peak_flops(int64_t threads) {
+    using A = wide<NUMBER>;
+    constexpr int64_t N = 12, STEPS = 1 << 20;  // products under way at once: more than a core starts before one ends
+    double best = 0;
+    for (int round = 0; round < 5; round++) {
+        const auto begin = std::chrono::steady_clock::now();
+#pragma omp parallel num_threads(threads)
+        {
+            vec<A> sum[N], a = vec<A>{} + A(1e-9), b = vec<A>{} + A(0.5);
+            UNROLL for (int64_t j = 0; j < N; j++) sum[j] = vec<A>{} + A(j);
+            for (int64_t i = 0; i < STEPS; i++)
+                UNROLL for (int64_t j = 0; j < N; j++) {
+                    sum[j] = sum[j] * b + a;
+                    HOLD(sum[j]);
+                }
+        }
+        const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - begin;
+        best = std::max(best, 2.0 * N * STEPS * LANES<A> * threads / seconds.count());
+    }
+    return best;
+}
+
+extern "C" int bsr_fprop(const Conv* g, const NUMBER* x, const NUMBER* values, const NUMBER* bias,
+                         const NUMBER* residual, int64_t relu, const int32_t* packed, NUMBER* y) {
+    const Epilogue<NUMBER> last{residual, relu != 0};
+    return guarded([&] { return fprop<NUMBER>(*g, x, values, bias, last, Index(*g, packed), y); });
+}
+extern "C" int bsr_dgrad(const Conv* g, const NUMBER* dy, const NUMBER* values, const int32_t* packed, NUMBER* dx) {
+    return guarded([&] { return dgrad<NUMBER>(*g, dy, values, Index(*g, packed), dx); });
+}
+extern "C" int bsr_wgrad(const Conv* g, const NUMBER* x, const NUMBER* dy, const int32_t* packed, NUMBER* dvalues) {
+    return guarded([&] { return wgrad<NUMBER>(*g, x, dy, Index(*g, packed), dvalues); });
+}
+// Both gradients: dx has the strides of x.
+extern "C" int bsr_gradients(const Conv* g, const NUMBER* x, const NUMBER* dy, const NUMBER* values, const int32_t* packed,
+                             NUMBER* dx, NUMBER* dvalues) {
+    const int failed = bsr_dgrad(g, dy, values, packed, dx);
+    return failed ? failed : bsr_wgrad(g, x, dy, packed, dvalues);
+}

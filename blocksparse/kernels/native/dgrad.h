@@ -1,0 +1,179 @@
+// dx from dy and values.
+
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "copying.h"
+#include "lists.h"
+#include "phases.h"
+#include "scratch.h"
+#include "tiles.h"
+
+namespace {
+
+template <class T>
+int dgrad(const Conv& g, const T* dy, const T* values, const Index& index, T* dx) {
+    using A = wide<T>;
+    constexpr int64_t L = LANES<A>;
+    // The rows and columns of the planes in which dx has pixels.
+    const int64_t top = g.padding[0] / g.stride[0], bottom = (g.h - 1 + g.padding[0]) / g.stride[0] + 1;
+    const int64_t left = g.padding[1] / g.stride[1], right = (g.w - 1 + g.padding[1]) / g.stride[1] + 1;
+    const bool scatter = g.bc < 4 && g.bk >= 4;
+    const bool alike = pointwise(g) && rows_in_place<T>(g.y_strides, g.p, g.q);
+    const bool direct = alike && rows_in_place<T>(g.x_strides, g.h, g.w) && !(scatter && index.order);
+    const bool in_place = scatter ? direct : alike;
+    Layout lay(g, sizeof(A), L, bottom - top, in_place);
+    const Axis &vertical = lay.vertical, &horizontal = lay.horizontal;
+    const Axis whole_rows(g.p, g.p, 1, 1, 0, 1), whole_columns(g.q, g.q, 1, 1, 0, 1);
+    const int64_t reach = vertical.reach, blocks = g.c / g.bc, rows = g.k / g.bk, taps = g.r * g.s;
+    const int64_t parts = parts_of(lay.units, g.threads, blocks);
+    const int64_t dy_plane = in_place ? g.y_strides[1] : lay.plane_of(lay.rows + reach, L);
+    // Of a scatter: those that dy reaches, and those of dx beyond them, which nothing reads.
+    const int64_t dx_rows = std::max(std::min(lay.rows + reach, g.p), lay.rows) + reach;
+    lay.plane = lay.plane_of(dx_rows, L);
+    lay.channel = in_place ? g.x_strides[1] : lay.plane * lay.phases;
+    if (!fits(g.k, dy_plane) || !fits(g.c, lay.channel)) return 2;
+    const int64_t part_channels = (blocks + parts - 1) / parts * g.bc;
+    const bool across = transposed(g.x_strides, part_channels, lay.pitch);
+    const int64_t channel = scatter ? lay.plane : (lay.rows * lay.images * lay.pitch + L - 1) / L * L;
+    const int64_t held = direct ? 0 : lay.phases * (scatter || across ? part_channels : g.bc);
+
+    Scratch scratch;
+    const int64_t width = scatter ? g.bk : g.bc;  // weights of an item
+    const size_t items_at = scratch.add<int32_t>(g.nnzb * g.bk * g.bc / width);
+    const size_t weights_at = scratch.add<A>(g.nnzb * g.bc * g.bk);
+    const size_t starts_at = scratch.add<int64_t>(scatter ? parts * rows + 1 : blocks * lay.phases + 1);
+    const size_t zeros_at = scratch.add<A>(g.bc), place_at = scratch.add<int32_t>(g.k);
+    const int64_t planes_size = in_place ? 0 : g.k * dy_plane, size = (planes_size + held * channel + 63) / 16 * 16;
+    const size_t own_at = scratch.add<A>(g.threads * size);
+    scratch.make();
+    int32_t *const items = scratch.at<int32_t>(items_at), *const place = scratch.at<int32_t>(place_at);
+    int64_t* const starts = scratch.at<int64_t>(starts_at);
+    A *const weights = scratch.at<A>(weights_at), *const zeros = scratch.at<A>(zeros_at);
+    std::memset(zeros, 0, sizeof(A) * g.bc);
+    for (int64_t row = 0; row < g.k; row++) place[index.order ? index.order[row] : row] = row;
+    std::vector<int64_t> offsets(taps);
+    for (int64_t tap = 0; tap < taps; tap++) {
+        const int64_t r = tap / g.s, s = tap % g.s;
+        offsets[tap] = scatter ? lay.tap(g, tap)
+                               : horizontal.reach + left + (reach - vertical.shift[r]) * lay.images * lay.pitch -
+                                     horizontal.shift[s];
+        if (in_place) offsets[tap] = 0;
+    }
+    if (scatter) {  // how many items each part has of each block-row
+        std::fill(starts, starts + parts * rows + 1, 0);
+        for (int64_t b = 0; b < rows; b++)
+            for (int64_t i = index.indptr[b]; i < index.indptr[b + 1]; i++)
+                starts[index.indices[i] % blocks * parts / blocks * rows + b + 1] += g.bc;
+        for (int64_t i = 0; i < parts * rows; i++) starts[i + 1] += starts[i];
+    }
+
+#pragma omp parallel num_threads(g.threads)
+    {
+        const int64_t thread = THREAD;
+        if (scatter) {
+#pragma omp for schedule(static)
+            for (int64_t b = 0; b < rows; b++) {
+                std::vector<int64_t> next(parts);
+                for (int64_t part = 0; part < parts; part++) next[part] = starts[part * rows + b];
+                for (int64_t i = index.indptr[b]; i < index.indptr[b + 1]; i++) {
+                    const int64_t block = index.indices[i] % blocks, tap = index.indices[i] / blocks;
+                    const int64_t part = block * parts / blocks, c0 = part_begin(part, parts, blocks) * g.bc;
+                    const T* const from = values + i * g.bk * g.bc;
+                    for (int64_t j = 0; j < g.bc; j++) {
+                        const int64_t at = next[part]++;
+                        items[at] = (block * g.bc + j - c0) * lay.channel + offsets[tap];
+                        for (int64_t f = 0; f < g.bk; f++) weights[at * g.bk + f] = widen(from[f * g.bc + j]);
+                    }
+                }
+            }
+        } else {
+#pragma omp for schedule(static)
+            for (int64_t block = 0; block < blocks; block++) {
+                int64_t at = index.t_indptr[block * taps] * g.bk;
+                for (int64_t phase = 0; phase < lay.phases; phase++) {
+                    starts[block * lay.phases + phase] = at;
+                    for (int64_t tap = 0; tap < taps; tap++) {
+                        if (vertical.phase_of[tap / g.s] * horizontal.phases() + horizontal.phase_of[tap % g.s] != phase)
+                            continue;
+                        const int64_t end = index.t_indptr[block * taps + tap + 1];
+                        for (int64_t e = index.t_indptr[block * taps + tap]; e < end; e++) {
+                            const int64_t row = (index.t_indices[e] - tap * rows) * g.bk;
+                            const T* from = values + index.t_perm[e] * g.bk * g.bc;
+                            for (int64_t f = 0; f < g.bk; f++, at++) {
+                                items[at] = (index.order ? index.order[row + f] : row + f) * dy_plane + offsets[tap];
+                                for (int64_t j = 0; j < g.bc; j++) weights[at * g.bc + j] = widen(*from++);
+                            }
+                        }
+                    }
+                }
+                if (block == blocks - 1) starts[blocks * lay.phases] = at;
+            }
+        }
+        A *const planes = scratch.at<A>(own_at) + thread * size, *const results = planes + planes_size;
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t task = 0; task < lay.units * parts; task++) {
+            const Unit u = lay.unit(task / parts, g.n);
+            const int64_t part = task % parts, b0 = part_begin(part, parts, blocks);
+            const int64_t b1 = part_begin(part + 1, parts, blocks), c0 = b0 * g.bc, channels = (b1 - b0) * g.bc;
+            if (scatter) {
+                const int64_t first = std::max<int64_t>(0, top + u.row - reach);
+                const int64_t dy_rows = std::min(g.p, top + u.row + u.rows) - first;
+                if (direct) {
+                    A* const out = (A*)dx + u.image * g.x_strides[0] + c0 * g.x_strides[1] + u.row * g.w;
+                    const A* const rows_of_dy = (const A*)dy + u.image * g.y_strides[0] + u.row * g.q;
+                    for (int64_t c = 0; c < channels; c++)
+                        std::memset(out + c * lay.channel, 0, sizeof(A) * u.rows * g.w);
+                    for (int64_t b = 0; b < rows; b++) {
+                        const int64_t at = starts[part * rows + b];
+                        scatter_row(out, items + at, weights + at * g.bk, starts[part * rows + b + 1] - at, g.bk,
+                                    rows_of_dy + b * g.bk * dy_plane, dy_plane, u.rows * g.w, true);
+                    }
+                    continue;
+                }
+                std::memset(results, 0, sizeof(A) * channels * lay.channel);
+                if (dy_rows > 0) {
+                    fill<T, A>(dy, g.y_strides, g.p, whole_rows, whole_columns, first, dy_rows, u, lay, dy_plane, 0, 0,
+                               g.k, index.order ? place : nullptr, planes);
+                    const int64_t run = lay.run(dy_rows, u.images, g.q);
+                    for (int64_t b = 0; b < rows; b++) {
+                        const int64_t at = starts[part * rows + b];
+                        scatter_row(results, items + at, weights + at * g.bk, starts[part * rows + b + 1] - at, g.bk,
+                                    planes + b * g.bk * dy_plane, dy_plane, run, false);
+                    }
+                }
+                // Row i of the planes is row first + i: where the unit's rows begin.
+                write_phases<T, A>(g, lay, results + (top + u.row - first) * lay.images * lay.pitch, lay.plane, channels,
+                                   c0, top + u.row, u, 0, dx);
+                continue;
+            }
+            const A* from = planes;
+            if (in_place)
+                from = (const A*)dy + u.image * g.y_strides[0] + u.row * g.q;
+            else
+                fill<T, A>(dy, g.y_strides, g.p, whole_rows, whole_columns, top + u.row - reach, u.rows + reach, u, lay,
+                           dy_plane, horizontal.reach, 0, g.k, nullptr, planes);
+            const int64_t run = lay.run(u.rows, u.images, right - left);
+            for (int64_t block = b0; block < b1; block++) {
+                A* const out = direct ? (A*)dx + u.image * g.x_strides[0] + block * g.bc * g.x_strides[1] + u.row * g.w
+                                      : results + (across ? (block - b0) * g.bc * lay.phases * channel : 0);
+                for (int64_t phase = 0; phase < lay.phases; phase++) {
+                    const int64_t at = starts[block * lay.phases + phase];
+                    gather_row(from, items + at, weights + at * g.bc, starts[block * lay.phases + phase + 1] - at, g.bc,
+                               zeros, out + phase * channel, direct ? g.x_strides[1] : lay.phases * channel, run,
+                               in_place);
+                }
+                if (!direct && !across)
+                    write_phases<T, A>(g, lay, out, channel, g.bc, block * g.bc, top + u.row, u, left, dx);
+            }
+            if (!direct && across)
+                write_phases<T, A>(g, lay, results, channel, channels, c0, top + u.row, u, left, dx);
+        }
+    }
+    return 0;
+}
+
+}  // namespace

@@ -1,0 +1,71 @@
+// The index as lists of items; how units and block-rows become tasks.
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "copying.h"
+
+namespace {
+
+// Items and weights of block-row b for fprop and wgrad: an item for each stored (tap, channel). `by_channel`: in the
+// order (channel block, tap), so that taps of a channel find its pixels in the first cache; else (tap, channel block).
+// Weights [item][bk]. `place` gets the item of each block.
+template <class T, class A>
+void list_row(const Conv& g, const Layout& lay, const Index& index, const int64_t* taps, int64_t b, bool by_channel,
+              int32_t* counts, const T* values, int32_t* items, A* weights, int32_t* place) {
+    const int64_t begin = index.indptr[b], end = index.indptr[b + 1], blocks = g.c / g.bc;
+    if (by_channel) {
+        std::memset(counts, 0, sizeof(int32_t) * blocks);
+        for (int64_t i = begin, base = 0; i < end; i++) {
+            while (index.indices[i] - base >= blocks) base += blocks;
+            counts[index.indices[i] - base]++;
+        }
+        int32_t before = 0;
+        for (int64_t block = 0; block < blocks; block++) {
+            const int32_t count = counts[block];
+            counts[block] = before;
+            before += count;
+        }
+    }
+    for (int64_t i = begin, base = 0, tap = 0; i < end; i++) {
+        while (index.indices[i] - base >= blocks) base += blocks, tap++;
+        const int64_t block = index.indices[i] - base, at = begin + (by_channel ? counts[block]++ : i - begin);
+        place[i] = at;
+        int32_t* const item = items + at * g.bc;
+        for (int64_t j = 0; j < g.bc; j++) item[j] = (block * g.bc + j) * lay.channel + taps[tap];
+        if (values != nullptr) {
+            const T* const from = values + i * g.bk * g.bc;
+            A* const to = weights + at * g.bc * g.bk;
+            if (g.bc == 1)
+                copy_in(from, 1, to, g.bk);
+            else if (g.bc >= LANES<A> && g.bk % LANES<A> == 0)
+                transpose_in<T, A>(from, g.bc, g.bk, g.bc, to, g.bk, nullptr);
+            else
+                for (int64_t j = 0; j < g.bc; j++)
+                    for (int64_t f = 0; f < g.bk; f++) to[j * g.bk + f] = widen(from[f * g.bc + j]);
+        }
+    }
+}
+
+int64_t parts_of(int64_t units, int64_t threads, int64_t rows) {
+    if (units % threads == 0 || units >= 4 * threads) return 1;
+    return std::min(threads, rows);
+}
+
+// Where part number `part` of so many begins, of `count` things.
+int64_t part_begin(int64_t part, int64_t parts, int64_t count) { return (part * count + parts - 1) / parts; }
+
+constexpr int64_t MOST_SUMS = 4 << 20;  // bytes of the partial sums of a weight gradient, if there are more than two
+
+template <class T> bool rows_in_place(const int64_t* strides, int64_t height, int64_t width) {
+    return std::is_same<T, wide<T>>::value && strides[3] == 1 && strides[2] == width && height * width >= 128;
+}
+bool pointwise(const Conv& g) {
+    return g.r == 1 && g.s == 1 && g.stride[0] == 1 && g.stride[1] == 1 && g.padding[0] == 0 && g.padding[1] == 0;
+}
+bool fits(int64_t channels, int64_t channel) { return channels * channel < INT32_MAX; }
+
+}  // namespace

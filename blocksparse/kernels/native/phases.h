@@ -1,0 +1,98 @@
+// dx from the phases of its planes.
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "copying.h"
+
+namespace {
+
+template <class A, int FIRST, size_t... J> INLINE vec<A> woven(vec<A> a, vec<A> b, std::index_sequence<J...>) {
+    return SHUFFLE(A, a, b, FIRST + int64_t(J) / 2 + (J % 2) * LANES<A>);
+}
+// to[2j] = even[j] and to[2j + 1] = odd[j], of `count` in all; zero where there is none.
+template <class T, class A> void weave(const A* even, const A* odd, T* to, int64_t count) {
+    constexpr int64_t L = LANES<A>;
+    int64_t j = 0;
+    if constexpr (std::is_same<T, A>::value)
+        for (; 2 * (j + L) <= count; j += L) {
+            const vec<A> a = even ? load(even + j) : vec<A>{}, b = odd ? load(odd + j) : vec<A>{};
+            store(to + 2 * j, woven<A, 0>(a, b, std::make_index_sequence<L>{}));
+            store(to + 2 * j + L, woven<A, L / 2>(a, b, std::make_index_sequence<L>{}));
+        }
+    for (; 2 * j < count; j++) {
+        to[2 * j] = even ? narrow<T>(even[j]) : T{};
+        if (2 * j + 1 < count) to[2 * j + 1] = odd ? narrow<T>(odd[j]) : T{};
+    }
+}
+
+// dx of rows [first, first + rows) of the planes, the rows of a unit: from `runs`, of which each begins at column
+// `left`, [channels][phases][channel]. Pixels of no phase are zero.
+template <class T, class A>
+void write_phases(const Conv& g, const Layout& lay, const A* runs, int64_t channel, int64_t channels, int64_t c0,
+                  int64_t row, const Unit& u, int64_t left, T* dx) {
+    const int64_t *const strides = g.x_strides, all = lay.phases * channel;
+    const bool across = transposed(strides, channels, lay.pitch);
+    const Axis &vertical = lay.vertical, &horizontal = lay.horizontal;
+    const auto phase = [](const Axis& axis, int64_t residue) {
+        return std::find(axis.residue.begin(), axis.residue.end(), residue) - axis.residue.begin();
+    };
+    // Row h of dx and where its pixels of column residue b come from: nullptr of no phase.
+    const auto row_of = [&](int64_t i, int64_t a) { return (row + i) * g.stride[0] + a - g.padding[0]; };
+    const auto source = [&](int64_t i, int64_t a, int64_t b) {
+        const int64_t pa = phase(vertical, a), pb = phase(horizontal, b);
+        const bool read = pa < vertical.phases() && pb < horizontal.phases();
+        return read ? runs + (pa * horizontal.phases() + pb) * channel + i * lay.images * lay.pitch - left : nullptr;
+    };
+    const auto lead_of = [&](int64_t b) {
+        return b < g.padding[1] ? (g.padding[1] - b + g.stride[1] - 1) / g.stride[1] : 0;
+    };
+    if (!across && strides[3] == 1 && g.stride[1] == 2) {  // columns in turn from one phase and the other
+        const int64_t b = g.padding[1] % 2, odd = (g.padding[1] + 1) / 2;
+        for (int64_t c = 0; c < channels; c++)
+            for (int64_t i = 0; i < u.rows; i++)
+                for (int64_t a = 0; a < g.stride[0]; a++) {
+                    const int64_t h = row_of(i, a);
+                    if (h < 0 || h >= g.h) continue;
+                    const A *const from = source(i, a, b), *const other = source(i, a, 1 - b);
+                    for (int64_t m = 0; m < u.images; m++) {
+                        const int64_t at = c * all + m * lay.pitch;
+                        weave<T, A>(from ? from + at + g.padding[1] / 2 : nullptr, other ? other + at + odd : nullptr,
+                                    dx + (u.image + m) * strides[0] + (c0 + c) * strides[1] + h * strides[2], g.w);
+                    }
+                }
+        return;
+    }
+    for (int64_t c = 0; c < (across ? 1 : channels); c++)
+        for (int64_t i = 0; i < u.rows; i++)
+            for (int64_t a = 0; a < g.stride[0]; a++) {
+                const int64_t h = row_of(i, a);
+                if (h < 0 || h >= g.h) continue;
+                for (int64_t b = 0; b < g.stride[1]; b++) {
+                    const int64_t lead = lead_of(b), first = lead * g.stride[1] + b - g.padding[1];
+                    const int64_t data = first < g.w ? (g.w - 1 - first) / g.stride[1] + 1 : 0;
+                    const int64_t step = strides[3] * g.stride[1];
+                    const A* const from = source(i, a, b);
+                    T* const to = dx + u.image * strides[0] + (c0 + c) * strides[1] + h * strides[2] + first * strides[3];
+                    if (from != nullptr && across && lay.pitch == 1) {
+                        transpose_out<T, A>(from + lead, all, channels, nullptr, data * u.images, to, strides[0]);
+                        continue;
+                    }
+                    for (int64_t m = 0; m < u.images; m++) {
+                        T* const pixels = to + m * strides[0];
+                        if (from != nullptr && across)
+                            transpose_out<T, A>(from + lead + m * lay.pitch, all, channels, nullptr, data, pixels, step);
+                        else if (from != nullptr)
+                            copy_out<T, A>(from + lead + c * all + m * lay.pitch, pixels, step, data);
+                        else
+                            for (int64_t j = 0; j < data; j++)
+                                std::memset(pixels + j * step, 0, sizeof(T) * (across ? channels : 1));
+                    }
+                }
+            }
+}
+
+}  // namespace

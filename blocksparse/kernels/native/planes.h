@@ -1,0 +1,98 @@
+// Where each pixel of an image lies in its planes, and how a convolution is cut into units.
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "call.h"
+
+namespace {
+
+struct Axis {  // rows or columns of the planes
+    int64_t reach = 0, length = 0;            // furthest tap; what a row needs
+    int64_t stride, padding;
+    std::vector<int64_t> phase_of, shift;     // of each tap
+    std::vector<int64_t> residue, lead, first, data;  // of each phase: zeros before, first pixel read, pixels
+
+    Axis(int64_t in, int64_t out, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation)
+        : stride(stride), padding(padding) {
+        for (int64_t tap = 0; tap < kernel; tap++) {
+            const int64_t at = tap * dilation, b = at % stride;
+            size_t phase = std::find(residue.begin(), residue.end(), b) - residue.begin();
+            if (phase == residue.size()) {
+                residue.push_back(b);
+                lead.push_back(b < padding ? (padding - b + stride - 1) / stride : 0);
+                first.push_back(lead.back() * stride + b - padding);
+                data.push_back(first.back() < in ? (in - 1 - first.back()) / stride + 1 : 0);
+            }
+            phase_of.push_back(phase);
+            shift.push_back(at / stride);
+            reach = std::max(reach, at / stride);
+            length = std::max({length, out, lead[phase] + data[phase], out + at / stride - lead[phase]});
+        }
+    }
+    int64_t phases() const { return residue.size(); }
+};
+
+struct Unit {  // some images, or some rows of one
+    int64_t image, images, row, rows;
+};
+
+// How a convolution is cut. `to` and `from` are the channels written and read.
+struct Layout {
+    Axis vertical, horizontal;
+    int64_t pitch, images, rows, units_per_image, units;
+    int64_t phases, plane, channel;  // x: a plane, the planes of a channel
+    int64_t out_rows;                // rows of outputs that are cut into units
+
+    static constexpr int64_t BUDGET = 1 << 20;    // bytes of planes and results of a unit: they stay in a core's cache
+    static constexpr int64_t RUN = 448;           // pixels of a run that are enough
+
+    bool in_place;                   // the tensors are planes as they stand
+
+    Layout(const Conv& g, int64_t item, int64_t lanes, int64_t all_rows, bool in_place, int64_t budget = BUDGET)
+        : vertical(g.h, g.p, g.r, g.stride[0], g.padding[0], g.dilation[0]),
+          horizontal(g.w, g.q, g.s, g.stride[1], g.padding[1], g.dilation[1]),
+          in_place(in_place) {
+        out_rows = all_rows;
+        pitch = std::max(horizontal.length, (g.w - 1 + g.padding[1]) / g.stride[1] + 1);
+        phases = vertical.phases() * horizontal.phases();
+        const int64_t row = item * pitch * (g.c * phases + g.k);
+        const int64_t image = row * out_rows + item * pitch * g.c * phases * vertical.reach;
+        const int64_t enough = in_place ? 1 : (RUN + pitch * out_rows - 1) / (pitch * out_rows);
+        images = std::max<int64_t>(1, std::min({g.n, budget / image, enough}));
+        images = (g.n + (g.n + images - 1) / images - 1) / ((g.n + images - 1) / images);  // alike in every unit
+        units_per_image = 1;
+        if (image > budget) {
+            const int64_t fit = std::max(budget / row - vertical.reach, (RUN / 2 + pitch - 1) / pitch);
+            units_per_image = (out_rows + fit - 1) / fit;
+        }
+        rows = (out_rows + units_per_image - 1) / units_per_image;
+        units = (g.n + images - 1) / images * units_per_image;
+        plane = plane_of(rows + vertical.reach, lanes);
+        channel = in_place ? g.x_strides[1] : plane * phases;
+    }
+
+    // Elements of a plane of so many rows: reads beyond the last row, and an odd number of cache lines.
+    int64_t plane_of(int64_t plane_rows, int64_t lanes) const {
+        const int64_t cells = plane_rows * images * pitch + horizontal.reach + lanes;
+        return (cells + 15) / 16 * 16 + ((cells + 15) / 16 % 2 ? 0 : 16);
+    }
+    Unit unit(int64_t i, int64_t n) const {
+        const int64_t image = i / units_per_image * images, j = i % units_per_image;
+        const int64_t row = out_rows * j / units_per_image, end = out_rows * (j + 1) / units_per_image;
+        return {image, std::min(images, n - image), row, end - row};
+    }
+    int64_t run(int64_t of_rows, int64_t of_images, int64_t width) const {
+        return ((of_rows - 1) * images + of_images - 1) * pitch + width;
+    }
+    int64_t tap(const Conv& g, int64_t tap) const {  // offset of a tap within the planes of a channel
+        const int64_t r = tap / g.s, s = tap % g.s;
+        const int64_t phase = vertical.phase_of[r] * horizontal.phases() + horizontal.phase_of[s];
+        return phase * plane + vertical.shift[r] * images * pitch + horizontal.shift[s];
+    }
+};
+
+}  // namespace

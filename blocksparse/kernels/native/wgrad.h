@@ -1,0 +1,102 @@
+// dvalues from x and dy.
+
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "copying.h"
+#include "lists.h"
+#include "scratch.h"
+#include "tiles.h"
+
+namespace {
+
+template <class T>
+int wgrad(const Conv& g, const T* x, const T* dy, const Index& index, T* dvalues) {
+    using A = wide<T>;
+    constexpr int64_t L = LANES<A>;
+    const bool in_place = pointwise(g) && index.order == nullptr && rows_in_place<T>(g.x_strides, g.h, g.w) &&
+                          rows_in_place<T>(g.y_strides, g.p, g.q);
+    const Layout lay(g, sizeof(A), L, g.p, in_place, 5 * Layout::BUDGET / 2);
+    if (!fits(g.c, lay.channel)) return 2;
+    const Axis whole_rows(g.p, g.p, 1, 1, 0, 1), whole_columns(g.q, g.q, 1, 1, 0, 1);
+    const int64_t rows = g.k / g.bk, size_of_block = g.bk * g.bc, weights = g.nnzb * size_of_block;
+    // Units are added up in so many sums, which the sizes alone decide, so that every number of threads adds alike.
+    const int64_t room = std::max<int64_t>(2, MOST_SUMS / std::max<int64_t>(1, weights * sizeof(A)));
+    const int64_t chunks = std::min({lay.units, room, int64_t(16)}), parts = parts_of(chunks, g.threads, rows);
+    const int64_t dy_plane = in_place ? g.y_strides[1] : lay.plane_of(lay.rows, L);
+
+    Scratch scratch;
+    const size_t items_at = scratch.add<int32_t>(g.nnzb * g.bc), place_at = scratch.add<int32_t>(g.nnzb);
+    const size_t sums_at = scratch.add<A>(chunks * weights + L), rows_at = scratch.add<int32_t>(g.k);
+    const size_t counts_at = scratch.add<int32_t>(g.threads * (g.c / g.bc));
+    const int64_t planes_size = in_place ? 0 : g.c * lay.channel;
+    const int64_t size = (planes_size + (in_place ? 0 : g.k * dy_plane) + 31) / 16 * 16;
+    const size_t own_at = scratch.add<A>(g.threads * size);
+    scratch.make();
+    int32_t *const items = scratch.at<int32_t>(items_at), *const place = scratch.at<int32_t>(place_at);
+    int32_t* const row_of = scratch.at<int32_t>(rows_at);
+    A* const sums = scratch.at<A>(sums_at);
+    for (int64_t row = 0; row < g.k; row++) row_of[index.order ? index.order[row] : row] = row;
+    std::vector<int64_t> taps(g.r * g.s);
+    for (int64_t tap = 0; tap < g.r * g.s; tap++) taps[tap] = lay.tap(g, tap);
+
+#pragma omp parallel num_threads(g.threads)
+    {
+        const int64_t thread = THREAD;
+#pragma omp for schedule(static)
+        for (int64_t b = 0; b < rows; b++)
+            list_row<T, A>(g, lay, index, taps.data(), b, g.bk >= 4 && g.r * g.s > 1,
+                           scratch.at<int32_t>(counts_at) + thread * (g.c / g.bc), nullptr, items, nullptr, place);
+        A *const planes = scratch.at<A>(own_at) + thread * size, *const dy_planes = planes + planes_size;
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t task = 0; task < chunks * parts; task++) {
+            const int64_t chunk = task / parts, part = task % parts;
+            const int64_t b0 = part_begin(part, parts, rows), b1 = part_begin(part + 1, parts, rows);
+            A* const sum = sums + chunk * weights;
+            const int64_t first = index.indptr[b0] * size_of_block;
+            std::memset(sum + first, 0, sizeof(A) * (index.indptr[b1] * size_of_block - first));
+            for (int64_t i = part_begin(chunk, chunks, lay.units); i < part_begin(chunk + 1, chunks, lay.units); i++) {
+                const Unit u = lay.unit(i, g.n);
+                const A *from = planes, *other = dy_planes;
+                if (in_place) {
+                    from = (const A*)x + u.image * g.x_strides[0] + u.row * g.w;
+                    other = (const A*)dy + u.image * g.y_strides[0] + u.row * g.q;
+                } else {
+                    fill<T, A>(x, g.x_strides, g.h, lay.vertical, lay.horizontal, u.row, u.rows + lay.vertical.reach, u,
+                               lay, lay.plane, 0, 0, g.c, nullptr, planes);
+                    if (index.order)
+                        fill<T, A>(dy, g.y_strides, g.p, whole_rows, whole_columns, u.row, u.rows, u, lay, dy_plane, 0, 0,
+                                   g.k, row_of, dy_planes);
+                    else
+                        fill<T, A>(dy, g.y_strides, g.p, whole_rows, whole_columns, u.row, u.rows, u, lay, dy_plane, 0,
+                                   b0 * g.bk, b1 * g.bk, nullptr, dy_planes + b0 * g.bk * dy_plane);
+                }
+                const int64_t run = lay.run(u.rows, u.images, g.q);
+                for (int64_t b = b0; b < b1; b++) {
+                    const int64_t at = index.indptr[b] * g.bc;
+                    dot_row(from, items + at, index.indptr[b + 1] * g.bc - at, other + b * g.bk * dy_plane, dy_plane,
+                            g.bk, sum + at * g.bk, run, in_place);
+                }
+            }
+        }
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < g.nnzb; i++) {
+            A* const total = sums + place[i] * size_of_block;
+            for (int64_t chunk = 1; chunk < chunks; chunk++) add(sums + chunk * weights + place[i] * size_of_block, total, size_of_block);
+            T* const to = dvalues + i * size_of_block;
+            if (g.bc == 1)
+                copy_out(total, to, 1, g.bk);
+            else if (g.bc >= L && g.bk >= L)
+                transpose_out<T, A>(total, g.bk, g.bc, nullptr, g.bk, to, g.bc);
+            else
+                for (int64_t j = 0; j < g.bc; j++)
+                    for (int64_t f = 0; f < g.bk; f++) to[f * g.bc + j] = narrow<T>(total[j * g.bk + f]);
+        }
+    }
+    return 0;
+}
+
+}  // namespace

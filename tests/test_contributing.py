@@ -1,4 +1,4 @@
-"""CONTRIBUTING.md shows what is there: its code stands in the examples that other tests run, its links lead somewhere."""
+"""CONTRIBUTING.md shows what is there: its code stands in examples that other tests run, its links lead to files."""
 
 from __future__ import annotations
 

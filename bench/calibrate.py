@@ -1,8 +1,10 @@
 """Fit the cost model that chooses between stored blocks and the dense product on a CPU to times measured here.
 
-    python bench/calibrate.py --layers 300 --json times.json      measure, print constants for kernels/cost.py
-    python bench/calibrate.py --read times.json                   fit again, and say how well the choice does
-    python bench/calibrate.py --check times.json                  how the shipped constants choose on measured layers
+  python bench/calibrate.py --layers 300 --json times.json      measure, print constants for kernels/cost.py
+  python bench/calibrate.py --read times.json                   fit again, and say how well the choice does
+  python bench/calibrate.py --check times.json                  how the shipped constants choose on measured layers
+
+Measuring takes about a second a layer, fitting no time. Fitting needs scipy: pip install 'blocksparse-conv[test]'.
 
 Layers are random: 8 to 1024 channels, 4x4 to 64x64 pixels, batches of 1 to 64, kernels of 1 to 7, strides 1 and 2, 2%
 to 100% of the weights, blocks from single weights to (32, 32), contiguous and channels_last.
@@ -14,15 +16,25 @@ import argparse
 import json
 import random
 import statistics
-import time
+import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+
+if not __package__:  # started as a file: the checkout that it stands in is measured
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
 import torch
 
 import blocksparse as bs
+from bench.shared import options
+from bench.shared.clocks import Clock, Rounds, interleave, make_clock
+from bench.shared.rows import Times
 from blocksparse.geometry import KINDS
 from blocksparse.kernels import cost
+from hrbp.files import write_json
+from hrbp.progress import Progress
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BLOCKS = ((32, 32), (16, 16), (8, 8), (4, 4), (2, 2), (1, 1), (1, 1), (8, 1), (4, 1), (1, 8), (0, 1), (1, 0))
@@ -47,31 +59,29 @@ def draw(rng: random.Random) -> dict[str, Any]:
             }  # fmt: skip
 
 
-def measure(layer: dict[str, Any], dtype: torch.dtype, rounds: int) -> dict[str, Any]:
-    """Seconds of each product on either backend: the least of interleaved rounds."""
+def measure(layer: dict[str, Any], dtype: torch.dtype, rounds: int, clock: Clock) -> dict[str, Any]:
+    """Seconds of each product on either backend, caches warm: the least of interleaved rounds."""
     pattern = bs.BSRPattern.random(tuple(layer["weight"]), tuple(layer["blocksize"]), layer["density"])
     layout = torch.channels_last if layer["channels_last"] else torch.contiguous_format
     conv = layer["stride"], layer["padding"], 1
     x = torch.randn(layer["x"], dtype=dtype).contiguous(memory_format=layout)
     values = torch.randn(pattern.nnzb, *pattern.blocksize, dtype=dtype)
     dy = torch.randn_like(bs.conv2d(x, values, pattern, None, *conv, backend="cpu"))
-    times: dict[str, list[float]] = {}
-    for _ in range(rounds):
-        for backend in ("cpu", "torch"):
-            calls = {
-                "fprop": lambda b=backend: bs.conv2d(x, values, pattern, None, *conv, backend=b),
-                "dgrad": lambda b=backend: bs.conv2d_dgrad(dy, values, pattern, x.shape, *conv, backend=b),
-                "wgrad": lambda b=backend: bs.conv2d_wgrad(x, dy, pattern, *conv, backend=b),
-            }
-            for kind, call in calls.items():
-                start = time.perf_counter()
-                call()
-                times.setdefault(f"{backend} {kind}", []).append(time.perf_counter() - start)
+    calls = {
+        f"{backend} {kind}": call
+        for backend in ("cpu", "torch")
+        for kind, call in {
+            "fprop": lambda b=backend: bs.conv2d(x, values, pattern, None, *conv, backend=b),
+            "dgrad": lambda b=backend: bs.conv2d_dgrad(dy, values, pattern, x.shape, *conv, backend=b),
+            "wgrad": lambda b=backend: bs.conv2d_wgrad(x, dy, pattern, *conv, backend=b),
+        }.items()
+    }
+    laps = interleave(calls, clock, Rounds(rounds, rounds), deadline=0.0, cold=False)
     return {
         **layer,
         "dtype": str(dtype).removeprefix("torch."),
         "nnzb": pattern.nnzb,
-        "seconds": {name: min(t) for name, t in times.items()},
+        "seconds": {name: 1e-3 * Times.of(each).least for name, each in laps.items()},
     }
 
 
@@ -109,50 +119,79 @@ def judge(rows: list[dict[str, Any]], constants: dict[str, tuple[cost.Terms, cos
         print(f"# {kind:<6}{blocks:>8}{statistics.mean(ratios):>8.3f}{max(ratios):>8.2f}{late:>10} of {len(rows)}")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=300, help="random layers to measure (default %(default)s)")
-    parser.add_argument("--rounds", type=int, default=4, help="interleaved rounds (default %(default)s)")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    parser.add_argument("--threads", type=int, default=1, help="PyTorch's threads (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", help="where to write what was measured")
-    parser.add_argument("--read", nargs="+", help="files of measurements: fit these")
-    parser.add_argument("--check", nargs="+", help="files of measurements: judge the shipped constants")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    if args.read or args.check:
-        rows = []
-        for name in args.read or args.check:
-            with open(name) as file:
-                found = json.load(file)
-                rows += [{"dtype": found["dtype"], **row} for row in found["rows"]]
-    else:
-        rng, rows = random.Random(args.seed), []
-        torch.manual_seed(args.seed)
-        for i in range(args.layers):
-            rows.append(measure(draw(rng), DTYPES[args.dtype], args.rounds))
-            print(f"\r{i + 1} of {args.layers} layers", end="", flush=True)
-        print()
-        if args.json:
-            with open(args.json, "w") as file:
-                json.dump({"dtype": args.dtype, "threads": args.threads, "rows": rows}, file)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measures or reads, fits, judges; returns the exit status."""
+    parser = options.make_parser("calibrate", __doc__ or "")
+    add = parser.add_argument
+    add("--layers", type=options.positive, default=300, help="random layers to measure (default %(default)s)")
+    add("--rounds", type=options.positive, default=4, help="interleaved rounds (default %(default)s)")
+    add("--dtype", choices=DTYPES, default="float32")
+    add("--threads", type=options.positive, default=1, help="PyTorch's threads (default %(default)s)")
+    add("--seed", type=int, default=0)
+    add("--json", type=Path, metavar="FILE", help="where to write what was measured")
+    add("--read", nargs="+", type=Path, metavar="FILE", help="files of measurements: fit these")
+    add("--check", nargs="+", type=Path, metavar="FILE", help="files of measurements: judge the shipped constants")
+    args = parser.parse_args(argv)
+    try:
+        options.check_file("--json", args.json)
+        rows = read(args.read or args.check) if args.read or args.check else measure_all(args)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     for last in (False, True):
         some = [row for row in rows if row["channels_last"] == last]
+        if not some:
+            continue
         if args.check:
             constants = cost.CPU[DTYPES[args.dtype], last]
         else:
             constants = {kind: (fit(some, kind, 0), fit(some, kind, 1)) for kind in KINDS}
-            print(f"(torch.{args.dtype}, {last}): {{")
-            for kind, sides in constants.items():
-                print(f'    "{kind}": (')
-                for side in sides:
-                    print(f"        Terms({', '.join(f'{value:.3g}' for value in side)}),")
-                print("    ),")
-            print("},")
+            print_constants(constants, args.dtype, last)
         print(f"# {len(some)} layers, {'channels_last' if last else 'contiguous'}")
         judge(some, constants, args.threads)
+    return 0
+
+
+def read(files: Sequence[Path]) -> list[dict[str, Any]]:
+    """What earlier runs measured."""
+    rows = []
+    for file in files:
+        found = json.loads(file.read_text())
+        if not isinstance(found, dict) or not {"dtype", "rows"} <= found.keys():
+            raise ValueError(f"{file} is no file of bench/calibrate.py --json")
+        rows += [{"dtype": found["dtype"], **row} for row in found["rows"]]
+    return rows
+
+
+def measure_all(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Random layers; written to --json."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(args.threads)
+    try:
+        torch.manual_seed(args.seed)
+        rng, clock, progress = random.Random(args.seed), make_clock(torch.device("cpu")), Progress(quiet=False)
+        rows = []
+        for i in range(args.layers):
+            rows.append(measure(draw(rng), DTYPES[args.dtype], args.rounds, clock))
+            if progress.due():
+                progress.show(f"{i + 1} of {args.layers} layers")
+        progress.clear()
+    finally:
+        torch.set_num_threads(before)
+    if args.json:
+        write_json(args.json, {"dtype": args.dtype, "threads": args.threads, "rows": rows})
+    return rows
+
+
+def print_constants(constants: dict[str, tuple[cost.Terms, cost.Terms]], dtype: str, last: bool) -> None:
+    """The entry of the table in kernels/cost.py."""
+    print(f"(torch.{dtype}, {last}): {{")
+    for kind, sides in constants.items():
+        print(f'    "{kind}": (')
+        for side in sides:
+            print(f"        Terms({', '.join(f'{value:.3g}' for value in side)}),")
+        print("    ),")
+    print("},")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -9,19 +9,25 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+if not __package__:  # started as a file: the checkout that it stands in is measured
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 from torch import Tensor, nn
 
 import hrbp
-import machine
-import report
-from patterns import parse_blocksize
-from rows import ABSENT, ERROR, FAIL, OK, Times
-from timing import Rounds, interleave, make_step_clock
+from bench.layers.patterns import parse_blocksize
+from bench.shared import machine, options
+from bench.shared.clocks import Rounds, interleave, make_step_clock
+from bench.shared.equal import NETWORK_ALLOWED, network_error
+from bench.shared.results import Writer
+from bench.shared.rows import ABSENT, ERROR, FAIL, Row, Times, ratio
+from bench.shared.tables import number, percentiles, table
+from hrbp.progress import Progress
 
 DESCRIPTION = """\
 Times inference with a whole network: a sparse one, as it is and fused (hrbp.fuse: BatchNorms folded, ReLUs and residual
@@ -31,6 +37,9 @@ run. The output of every way is first compared with that of the plain network of
   python bench/infer.py                                            # ResNet-50, 90% sparse, one image
   python bench/infer.py --threads 1 --batch 8 --structure block --blocksize 8x8
   python bench/infer.py --network mobilenetv1 --json infer.json
+  python bench/infer.py --network resnet8 --no-compile --quick     # a first look: ten seconds
+
+With its defaults it takes about 4 minutes: one to compile, the rest is --seconds.
 """
 
 EPILOG = """\
@@ -58,28 +67,19 @@ Exit status: 0; 1 if a way failed or nothing was timed; 2 for wrong options; 130
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 IMAGE_SIZES = {"resnet18": 224, "resnet50": 224, "mobilenetv1": 224, "mobilenetv2": 224}  # others: 32
-ALLOWED = 1e-3  # relative error of the output in fp32: rounding is far below, wrong far above
 DENSE, SPARSE = "dense", "sparse"
 MODES = {DENSE: ("eager", "folded", "compiled"), SPARSE: ("eager", "fused", "compiled")}
 
 
-@dataclass
-class Row:
-    """A network and a way to run it, with its times or why there are none."""
+@dataclass(kw_only=True)
+class InferRow(Row):
+    """A network and a way to run it; its memory format is the row's variant."""
 
     network: str
     weights: str  # dense or sparse
     mode: str
-    layout: str
-    status: str = OK
-    reason: str = ""
-    times: Times | None = None
     images_per_second: float | None = None
     speedup: float | None = None  # over PyTorch's fastest dense way
-
-    @property
-    def p50(self) -> float | None:
-        return self.times.p50 if self.times else None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -87,13 +87,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
     begin = time.perf_counter()
     threads = torch.get_num_threads()
-    rows: list[Row] = []
+    rows: list[InferRow] = []
     try:
         if args.threads:
             torch.set_num_threads(args.threads)
         if args.device.type == "cuda":
             machine.set_up_gpu(args.device, tf32=True)
         facts = machine.describe(args.device)
+        writer = Writer("infer", args, facts)
         print(f"{facts['device']}, {facts['threads']} threads; torch {facts['torch']}; fp32", flush=True)
         fusion = measure(args, rows, begin + args.seconds)
     except KeyboardInterrupt:
@@ -103,44 +104,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.set_num_threads(threads)
     print("\n".join(lines(rows, args)), flush=True)
     print(f"sparse, {fusion}")
-    if args.json:
-        options = {name: str(value) if name in ("device", "json") else value for name, value in vars(args).items()}
-        content = {"kind": "infer", "complete": True, "seconds": time.perf_counter() - begin, "options": options}
-        report.write_json(args.json, content | {"machine": facts, "rows": [asdict(row) for row in rows]})
+    writer.write(rows, complete=True)
     return 1 if any(row.status in (FAIL, ERROR) for row in rows) or not any(row.times for row in rows) else 0
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        "bench/infer.py", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options.make_parser("infer", DESCRIPTION, EPILOG)
     add = parser.add_argument
     add("--network", choices=tuple(hrbp.models.NETWORKS), default="resnet50", help="default: resnet50")
-    add("--image-size", type=int, help="default: 224 for ImageNet's networks, 32 for CIFAR's")
-    add("--batch", type=int, default=1, help="images; default: 1")
-    add("--sparsity", type=float, default=0.9, help="of the layers made sparse; default: 0.9")
+    add("--image-size", type=options.positive, help="default: 224 for ImageNet's networks, 32 for CIFAR's")
+    add("--batch", type=options.positive, default=1, help="images; default: 1")
+    add("--sparsity", type=options.share, default=0.9, help="of the layers made sparse; default: 0.9")
     add("--structure", choices=tuple(hrbp.STRUCTURES), default="hrbp", help="of the stored weights; default: hrbp")
     add("--blocksize", metavar="BKxBC", help="of --structure block: 32x32 (its default), 8x8, 4x4 ...")
     add("--distribution", choices=("erk", "uniform"), default="uniform", help="how densities differ between layers")
-    add("--threads", type=int, help="of PyTorch and ONNX Runtime; default: PyTorch's own number")
+    add("--threads", type=options.positive, help="of PyTorch and ONNX Runtime; default: PyTorch's own number")
     add("--no-compile", action="store_true", help="leave torch.compile out: a first look without a minute of compiling")
-    add("--device", type=machine.device, help="default: cuda if there is one")
-    add(
-        "--seconds",
-        type=machine.seconds,
-        default=180.0,
-        help="spread repetitions over about so long, compiling included (default 180), but 3 of each at least",
-    )
-    add("--quick", action="store_true", help="3 repetitions of each: a first look")
-    add("--json", type=Path, metavar="FILE", help="write every row and the machine to FILE")
+    options.add_device(parser)
+    options.add_time(parser, 180.0, "3 of each; compiling counts")
+    options.add_json(parser)
     args = parser.parse_args(argv)
-    args.device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        options.complete(args)
+    except ValueError as error:
+        parser.error(str(error))
     args.image_size = args.image_size or IMAGE_SIZES.get(args.network, 32)
-    for name in ("batch", "image_size", "threads"):
-        if (value := getattr(args, name)) is not None and value < 1:
-            parser.error(f"--{name.replace('_', '-')} {value}: it needs a positive number")
-    if not 0 < args.sparsity < 1:
-        parser.error(f"--sparsity {args.sparsity}: it needs a number between 0 and 1")
     args.structure_options = {}
     if args.blocksize is not None:
         if args.structure != "block":
@@ -158,7 +146,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 # ---------------------------------------------------------------- one network
 
 
-def measure(args: argparse.Namespace, rows: list[Row], deadline: float) -> Any:
+def measure(args: argparse.Namespace, rows: list[InferRow], deadline: float) -> Any:
     """Fills `rows`, one a way; what was fused in the sparse network."""
     torch.manual_seed(0)
     dense = settled(hrbp.models.build(args.network, classes=1000, image_size=args.image_size)).to(args.device)
@@ -184,10 +172,11 @@ def measure(args: argparse.Namespace, rows: list[Row], deadline: float) -> Any:
                 for layout in FORMATS:
                     if mode != "compiled" or not args.no_compile:
                         make = call_of(models[weights, mode], x, layout, mode == "compiled")
-                        _add(rows, calls, Row(args.network, weights, mode, layout), make, needed[weights])
-        row = Row(args.network, DENSE, "onnx", "contiguous")
+                        row = InferRow(network=args.network, weights=weights, mode=mode, variant=layout)
+                        _add(rows, calls, row, make, needed[weights])
+        row = InferRow(network=args.network, weights=DENSE, mode="onnx", variant="contiguous")
         if why := onnx_absent(args.device):
-            row.status, row.reason = ABSENT, why
+            row.fail(ABSENT, why)
             rows.append(row)
         else:
             _add(rows, calls, row, lambda: onnx_call(models[DENSE, "folded"], x), needed[DENSE])
@@ -199,24 +188,27 @@ def measure(args: argparse.Namespace, rows: list[Row], deadline: float) -> Any:
 
 
 def _add(
-    rows: list[Row],
+    rows: list[InferRow],
     calls: dict[int, Callable[[], Any]],
-    row: Row,
+    row: InferRow,
     make: Callable[[], Callable[[], Any]],
     needed: Tensor,
 ) -> None:
     rows.append(row)
-    print(f"{row.weights} {row.mode} {row.layout}", file=sys.stderr, flush=True)
+    progress = Progress(quiet=False, stream=sys.stderr)
+    progress.show(f"checking {row.weights} {row.mode} {row.variant}")
     try:
         call = make()
         call()
         got = torch.as_tensor(call(), device=needed.device)
     except Exception as error:  # one way that cannot run ends nothing
-        row.status, row.reason = ERROR, f"{type(error).__name__}: {error}"
+        row.fail(ERROR, error)
         return
-    off = float((got - needed).norm() / needed.norm())
-    if not off <= ALLOWED:  # NaN too
-        row.status, row.reason = FAIL, f"the output is off by {off:.3g} (allowed {ALLOWED})"
+    finally:
+        progress.clear()
+    off = network_error(got, needed)
+    if not off <= NETWORK_ALLOWED:  # NaN too
+        row.fail(FAIL, f"the output is off by {off:.3g} (allowed {NETWORK_ALLOWED})")
         return
     calls[len(rows) - 1] = call
 
@@ -270,33 +262,30 @@ def onnx_call(model: nn.Module, x: Tensor) -> Callable[[], Any]:
 # ---------------------------------------------------------------- the table
 
 
-def compare(rows: list[Row], batch: int) -> None:
+def compare(rows: list[InferRow], batch: int) -> None:
     """Images a second, and speed-ups over PyTorch's fastest dense way."""
     dense = [row.p50 for row in rows if row.weights == DENSE and row.mode != "onnx" and row.p50 is not None]
     for row in rows:
         if row.p50 is not None:
             row.images_per_second = 1e3 * batch / row.p50
-            row.speedup = min(dense) / row.p50 if dense else None
+            row.speedup = ratio(min(dense, default=None), row.p50)
 
 
-def lines(rows: list[Row], args: argparse.Namespace) -> list[str]:
+def lines(rows: list[InferRow], args: argparse.Namespace) -> list[str]:
     """The table."""
     blocks = f" {args.blocksize}" if args.blocksize else ""
-    out = [
-        "",
+    title = (
         f"{args.network}: batch {args.batch}, {args.image_size}x{args.image_size}, sparse:"
-        f" {100 * args.sparsity:g}% {args.structure}{blocks} ({args.distribution})",
-        "weights mode      format           ms p20      p50      p80  images/s   x dense",
-    ]
-    for row in rows:
-        left = f"{row.weights:<8}{row.mode:<10}{row.layout:<14}"
-        if row.times is None:
-            out.append(f"{left} {row.status}: {' '.join(row.reason.split())}"[:200])
-            continue
-        ratio = "n/a" if row.speedup is None else f"{row.speedup:.2f}"
-        ms = "".join(f"{t:>9.2f}" for t in (row.times.p20, row.times.p50, row.times.p80))
-        out.append(f"{left}{ms}{row.images_per_second:>10.2f}{ratio:>10}")
-    return out
+        f" {100 * args.sparsity:g}% {args.structure}{blocks} ({args.distribution})"
+    )
+    head = ["weights", "mode", "format", "ms p20", "p50", "p80", "images/s", "x dense"]
+    return ["", title, *table(head, [(row, [row.weights, row.mode, row.variant], _numbers(row)) for row in rows], 3)]
+
+
+def _numbers(row: InferRow) -> list[str]:
+    if row.times is None:
+        return []
+    return [*percentiles(row.times), number(row.images_per_second), number(row.speedup)]
 
 
 if __name__ == "__main__":

@@ -4,43 +4,50 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+if not __package__:  # started as a file: the checkout that it stands in is measured
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 from torch import Tensor, nn
 
 import blocksparse as bs
-import machine
-import report
-from rows import ERROR, OK, Times
-from timing import Lap, percentile
+from bench.shared import machine, options
+from bench.shared.clocks import Clock, HostClock, Rounds, interleave
+from bench.shared.results import Writer
+from bench.shared.rows import ERROR, OK, Row, Times
+from bench.shared.tables import number, table
 
 DESCRIPTION = """\
 Times the host: how long a call of BSRConv2d takes to return, beside nn.Conv2d, on images so small that the device has
 nothing to do. forward is module(x) recording gradients; step is forward and backward. On a GPU it waits for the device
 only between repetitions; on a CPU the small product itself is counted, too.
+
+  python bench/launch.py
+  python bench/launch.py --quick --json launch.json
+
+It takes half a minute, with --quick a few seconds. Exit status: 0; 1 if a backend could not run; 2 for wrong options.
 """
 
 SIZES = {"cuda": (8, 32, 4), "cpu": (1, 8, 2)}  # images, channels, pixels a side: a CPU counts the product, too
 CALLS = 20  # of a repetition
+KINDS = ("forward", "step")
 
 
-@dataclass
-class Row:
-    """A module: microseconds of one call, and what lies beyond nn.Conv2d."""
+@dataclass(kw_only=True)
+class HostRow(Row):
+    """A module: microseconds of one call, and what lies beyond nn.Conv2d; `times` are those of forward."""
 
     module: str
     backend: str
-    status: str = OK
-    reason: str = ""
     forward_us: float | None = None  # 20th percentile of the repetitions: others run on the same host
     step_us: float | None = None
     beyond: dict[str, float | None] = field(default_factory=dict)
-    laps: dict[str, Times] = field(default_factory=dict)
+    step_times: Times | None = None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,60 +56,60 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = args.device
     if device.type == "cuda":
         machine.set_up_gpu(device, tf32=True)
-    begin, facts = time.perf_counter(), machine.describe(device)
-    rows = measure(device, 20 if args.quick else 400)
-    print(f"{facts['device']}; torch {facts['torch']}\n{'module':<12}{'backend':<10}{'forward us':>12}{'beyond':>9}"
-          f"{'step us':>12}{'beyond':>9}")  # fmt: skip
-    for row in rows:
-        numbers = row.forward_us, row.beyond.get("forward"), row.step_us, row.beyond.get("step")
-        text = "".join(
-            f"{'n/a' if n is None else f'{n:.1f}':>{w}}" for n, w in zip(numbers, (12, 9, 12, 9), strict=True)
-        )
-        print(f"{row.module:<12}{row.backend:<10}{text if row.status == OK else f'  {row.status}: {row.reason}'}")
-    if args.json:
-        content = {"kind": "launch", "complete": True, "seconds": time.perf_counter() - begin}
-        report.write_json(args.json, content | {"machine": facts, "rows": [asdict(row) for row in rows]})
+    facts = machine.describe(device)
+    writer = Writer("launch", args, facts)
+    rows = measure(device, HostClock(device, CALLS), 20 if args.quick else 400)
+    print(f"{facts['device']}; torch {facts['torch']}")
+    head = ["module", "backend", "forward us", "beyond", "step us", "beyond"]
+    print("\n".join(table(head, [(row, [row.module, row.backend], _numbers(row)) for row in rows], 2)))
+    writer.write(rows, complete=True)
     return 1 if any(row.status != OK for row in rows) else 0
 
 
+def _numbers(row: HostRow) -> list[str]:
+    found = row.forward_us, row.beyond.get("forward"), row.step_us, row.beyond.get("step")
+    return [number(us, ".1f") for us in found]
+
+
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("bench/launch.py", description=DESCRIPTION)
-    parser.add_argument("--device", type=machine.device, help="default: cuda if there is one")
+    parser = options.make_parser("launch", DESCRIPTION)
+    options.add_device(parser)
     parser.add_argument("--quick", action="store_true", help="20 repetitions instead of 400")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every row and the machine to FILE")
+    options.add_json(parser)
     args = parser.parse_args(argv)
-    args.device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        options.complete(args)
+    except ValueError as error:
+        parser.error(str(error))
     return args
 
 
-def measure(device: torch.device, repetitions: int) -> list[Row]:
+def measure(device: torch.device, clock: Clock, repetitions: int) -> list[HostRow]:
     """nn.Conv2d first, then BSRConv2d on every backend that runs here; repetitions of all interleaved."""
     n, c, size = SIZES[device.type]
     x = torch.randn(n, c, size, size, device=device).contiguous(memory_format=torch.channels_last).requires_grad_()
     dense = nn.Conv2d(c, c, 3, padding=1, device=device)
-    rows, calls = [Row("nn.Conv2d", "")], [kinds(dense, x)]
+    rows = [HostRow(module="nn.Conv2d", backend="")]
+    calls = {(0, kind): call for kind, call in kinds(dense, x).items()}
     for backend, absent in bs.available_backends().items():
-        row = Row("BSRConv2d", backend)
         if absent is not None or (device.type == "cpu" and backend in ("triton", "cupy")):
             continue
+        row = HostRow(module="BSRConv2d", backend=backend)
         rows.append(row)
         pattern = bs.BSRPattern.full((c, c, 3, 3), (c, 1 if backend == "cupy" else c))
         try:
-            calls.append(kinds(bs.BSRConv2d.from_dense(dense, pattern.to(device), backend=backend), x))
-            for call in calls[-1].values():
+            mine = kinds(bs.BSRConv2d.from_dense(dense, pattern.to(device), backend=backend), x)
+            for call in mine.values():
                 call()
         except Exception as error:  # one backend that cannot run ends nothing
-            row.status, row.reason = ERROR, f"{type(error).__name__}: {error}"
-            calls[-1] = {}
-    found: list[dict[str, list[Lap]]] = [{kind: [] for kind in each} for each in calls]
-    for _ in range(repetitions):
-        for each, laps in zip(calls, found, strict=True):
-            for kind, call in each.items():
-                laps[kind].append(lap_of(call, device))
-    for row, laps in zip(rows, found, strict=True):
-        row.laps = {kind: Times.of(each) for kind, each in laps.items()}
-        low = {kind: 1e6 * percentile([lap.seconds for lap in each], 20) for kind, each in laps.items()}
-        row.forward_us, row.step_us = low.get("forward"), low.get("step")
+            row.fail(ERROR, error)
+            continue
+        calls |= {(len(rows) - 1, kind): call for kind, call in mine.items()}
+    laps = interleave(calls, clock, Rounds(repetitions, repetitions), deadline=0.0)
+    for at, row in enumerate(rows):
+        if row.status == OK:
+            row.times, row.step_times = (Times.of(laps[at, kind]) for kind in KINDS)
+            row.forward_us, row.step_us = 1e3 * row.times.p20, 1e3 * row.step_times.p20
     first = rows[0]
     for row in rows[1:]:
         for kind, own, base in (("forward", row.forward_us, first.forward_us), ("step", row.step_us, first.step_us)):
@@ -118,16 +125,6 @@ def kinds(module: nn.Module, x: Tensor) -> dict[str, Callable[[], Any]]:
         module(x).backward(dy)
 
     return {"forward": lambda: module(x), "step": step}
-
-
-def lap_of(call: Callable[[], Any], device: torch.device) -> Lap:
-    """The mean of some calls in a row, on a device that was idle."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    begin = time.perf_counter()
-    for _ in range(CALLS):
-        call()
-    return Lap((time.perf_counter() - begin) / CALLS)
 
 
 if __name__ == "__main__":

@@ -3,88 +3,150 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import math
 import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from fractions import Fraction
+from pathlib import Path
 
-import machine
-import report
-from arguments import make_options, parse_arguments
-from layers import CHOSEN, NETS, Layer
-from measure import LayerBench
-from rows import OK, Row, Total, totals
-from timing import Ceilings, make_clock, make_memory, measure_ceilings
+if not __package__:  # started as a file: the checkout that it stands in is measured
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+
+import blocksparse as bs
+from bench.layers import report
+from bench.layers.measure import LayerBench, Options
+from bench.layers.networks import CHOSEN, NETS, Layer, parse_layer
+from bench.layers.patterns import Structure, parse_blocksize
+from bench.layers.rows import KINDS, TOTAL, LayerRow, Total, totals
+from bench.shared import machine, options
+from bench.shared.ceilings import Ceilings, measure_ceilings
+from bench.shared.clocks import Rounds, make_clock
+from bench.shared.memory import make_memory
+from bench.shared.results import Writer
+from bench.shared.rows import ERROR, FAIL, OK
+from bench.shared.schedule import Schedule
+
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+DESCRIPTION = """\
+Times block-sparse convolutions (forward, input gradient, weight gradient) against the best dense convolution
+of the same layer, in one interleaved run, each case first checked against float64.
+
+  python bench/run.py --layer resnet50
+  python bench/run.py --layer resnet50.layer2.3x3 256,256,3,1,14 --sparsity 0.8 0.95 --blocksize 16x16 32x32
+  python bench/run.py --layer resnet32 --structure hrbp --tap-density 4/9 --kind total
+  python bench/run.py --layer vgg19 --device cuda --dtype bf16 --backend triton --json vgg19.json
+
+The first takes about 3 minutes on two cores: one for the checks, and --seconds for the repetitions.
+"""
+
+EPILOG = """\
+columns
+  blocks    the blocksize asked for: 32x32 is 32 filters by 32 channels; group is all filters of a group by one
+            channel, groups keep equally many channels
+  kept%     share of the weights that is stored (whole blocks, one at least, cannot always meet --sparsity)
+  backend   what ran; layout is the memory format of x and dy, the faster one over all kinds
+  kind      fprop; dgrad, the gradient of x; wgrad, the gradient of the stored values; total, the three of each
+            round added up
+  ms        20th, 50th and 80th percentile of the repetitions; on a GPU the time of the device, not of Python
+  FLOP/s    useful ones, multiplications with stored weights, per p50 (GFLOP/s on a CPU, TFLOP/s on a GPU)
+  roof%     the time that this machine needs at least, as a share of p50: the larger of useful FLOPs / matmul
+            ceiling and bytes / copy ceiling, both measured at the start of the run; bytes are x, y, values and
+            index once each (a CPU without fast fp16 or bf16 is held to its fp32 matmul)
+  peak%     useful FLOP/s as a share of what this machine's multiply-adds reach alone, measured at the start
+  x dense   p50 of PyTorch's dense convolution / sparse p50: above 1, sparse is faster. Dense is the faster of
+            contiguous and channels_last for each kind, its total the sum of those (sparse keeps one layout);
+            with cuDNN's benchmark mode; gradients are timed alone (convolution_backward)
+  x group   likewise over gather + grouped convolution, where all groups of filters keep equally many channels;
+            its dgrad scatter-adds, its wgrad reads the gathered input that the forward pass saved
+  x bsr     likewise over torch.sparse_bsr @ x: fprop of 1x1 with stride 1, blocks that PyTorch supports
+  x narrow  likewise over a dense layer of equal FLOPs, with fewer channels in and out
+  extra MB  peak memory during the call beyond inputs and outputs (GPU: PyTorch's allocator; CPU: resident
+            memory, Linux only); total is the largest of the three
+
+words in place of numbers
+  FAIL      the result differs from the dense float64 convolution by more than twice PyTorch's own error in the
+            same dtype plus a floor for rounding (largest and RMS error); no time is given
+  refused   no such pattern or backend for this layer, with the reason
+  error     the call raised
+  n/a       does not apply, or could not be measured
+
+Caches are cold: a buffer larger than the last-level cache is read before every repetition, untimed. A memory
+layout that took 1.5 times as long as the other after the least number of rounds gets no further ones.
+Exit status: 0; 1 if a check failed or nothing was timed; 2 for wrong options; 130 if interrupted.
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs everything; returns the exit status."""
     args = parse_arguments(argv)
     if args.list:
-        print(
-            "\n".join(f"{layer.full_name:<28}{layer!s:<36}{layer.count} x" for net in NETS.values() for layer in net())
-        )
+        for layer in (layer for net in NETS.values() for layer in net()):
+            print(f"{layer.full_name:<28}{layer!s:<36}{layer.count} x")
         return 0
     warnings.filterwarnings("ignore", message="Sparse BSR tensor support is in beta")
     begin = time.perf_counter()
     if args.device.type == "cuda":
         machine.set_up_gpu(args.device, args.dtype == "tf32")
-    options, clock, facts = make_options(args), make_clock(args.device), machine.describe(args.device)
-    ceilings = measure_ceilings(clock, args.device, options.dtype)
+    asked, clock, facts = make_options(args), make_clock(args.device), machine.describe(args.device)
+    ceilings = measure_ceilings(clock, args.device, asked.dtype)
     print("\n".join(report.head_lines(facts, args.dtype, args.batch, ceilings)), flush=True)
-    bench = LayerBench(options, clock, make_memory(args.device), ceilings)
+    bench = LayerBench(asked, clock, make_memory(args.device), ceilings)
+    writer = Writer("run", args, facts, "layers", "blocks", "list")
 
-    def keep(rows: list[Row], finished: bool = False, after: Ceilings | None = None) -> None:
+    def keep(rows: list[LayerRow], finished: bool = False, after: Ceilings | None = None) -> None:
         """What there is goes to the file after each layer: a run that is killed loses nothing."""
-        if args.json:
-            content = {
-                "complete": finished,
-                "seconds": time.perf_counter() - begin,
-                "options": plain_options(args),
-                "machine": facts,
-                "ceilings": {"at_start": vars(ceilings), "at_end": vars(after) if after else None},
-                "rows": [row.as_json() for row in rows],
-                "totals": [total.as_json() for total in totals(rows)],
-            }
-            report.write_json(args.json, content)
+        measured = {"at_start": vars(ceilings), "at_end": vars(after) if after else None}
+        sums = [total.as_json() for total in totals(rows)]
+        writer.write(rows, finished, ceilings=measured, totals=sums)
 
     rows, finished = run_layers(bench, args.layers, begin + args.seconds, keep)
-    after = measure_ceilings(clock, args.device, options.dtype)
+    after = measure_ceilings(clock, args.device, asked.dtype)
     print_end(rows, totals(rows), args, ceilings, after, time.perf_counter() - begin)
     keep(rows, finished, after)
     if args.plot and rows:
         report.plot(args.plot, rows, f"{facts['device']}, {args.dtype}, batch {args.batch}")
     if not finished:
         return 130
-    return 1 if report.failed(rows) or not any(row.sparse.status == OK for row in rows) else 0
+    wrong = any(row.status in (FAIL, ERROR) for row in rows)
+    return 1 if wrong or not any(row.status == OK for row in rows) else 0
 
 
 def run_layers(
-    bench: LayerBench, layers: list[Layer], end: float, keep: Callable[[list[Row]], None]
-) -> tuple[list[Row], bool]:
+    bench: LayerBench, layers: list[Layer], end: float, keep: Callable[[list[LayerRow]], None]
+) -> tuple[list[LayerRow], bool]:
     """(rows, finished): measures, prints and keeps one layer after another; an interrupt keeps what there is."""
-    rows: list[Row] = []
+    rows: list[LayerRow] = []
     rounds, on_gpu = bench.options.rounds, bench.options.device.type == "cuda"
-    progress = Progress([work_of(layer) for layer in layers], end, rounds.least == rounds.most)
+    schedule = Schedule([work_of(layer) for layer in layers], end, rounds.least == rounds.most)
     try:
         for at, layer in enumerate(layers):
-            progress.start(at, layer.full_name)
-            new = bench.run(layer, progress.deadline(at))
+            schedule.start(at, layer.full_name)
+            new = bench.run(layer, schedule.deadline(at))
             rows += new
-            progress.clear()
+            schedule.clear()
             print("\n".join(report.layer_lines(new, on_gpu)), flush=True)
             keep(rows)
     except KeyboardInterrupt:
-        progress.clear()
+        schedule.clear()
         print("\ninterrupted: what follows covers the layers above only", flush=True)
         return rows, False
     return rows, True
 
 
+def work_of(layer: Layer) -> float:
+    """A guess at how long a round takes, in any unit: FLOPs, 50 for each activation, and an overhead."""
+    activations = math.prod(layer.x_shape(1)) + math.prod(layer.y_shape(1))
+    return layer.flops(1) + 50.0 * activations + 5e6
+
+
 def print_end(
-    rows: list[Row], sums: list[Total], args: argparse.Namespace, before: Ceilings, after: Ceilings, seconds: float
+    rows: list[LayerRow], sums: list[Total], args: argparse.Namespace, before: Ceilings, after: Ceilings, seconds: float
 ) -> None:
     """Sums of every network, the conclusions, and whether the machine was steady."""
     for net in dict.fromkeys(total.net for total in sums):
@@ -95,64 +157,130 @@ def print_end(
     print(f"{report.drift(before, after)} The run took {seconds:.0f} s.")
 
 
-def plain_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The options as they can stand in a JSON file."""
-    kept = {name: value for name, value in vars(args).items() if name not in ("layers", "blocks", "list")}
-    plain = (bool, int, float, str, list, type(None))
-    return {name: value if isinstance(value, plain) else str(value) for name, value in kept.items()}
+# ---------------------------------------------------------------- options
 
 
-# ---------------------------------------------------------------- time
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The options, device-dependent defaults filled in, `layers` and `blocks` parsed; wrong ones end the program."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if args.list:
+        return args
+    if not args.layer:
+        parser.error(f"--layer is needed: {', '.join(NETS)}, one layer of those (--list), or C,K,R,stride,H")
+    try:
+        args.layers = list(dict.fromkeys(layer for spec in args.layer for layer in parse_layer(spec)))
+        _complete(args)
+    except ValueError as error:
+        parser.error(str(error))
+    return args
 
 
-def work_of(layer: Layer) -> float:
-    """A guess at how long a round takes, in any unit: FLOPs, 50 for each activation, and an overhead."""
-    activations = math.prod(layer.x_shape(1)) + math.prod(layer.y_shape(1))
-    return layer.flops(1) + 50.0 * activations + 5e6
+def make_parser() -> argparse.ArgumentParser:
+    parser = options.make_parser("run", DESCRIPTION, EPILOG)
+    add = parser.add_argument
+    add(
+        "--layer",
+        nargs="+",
+        action="extend",
+        metavar="LAYER",
+        help="a network (all its convolutions but the stem): resnet50 at 224x224, resnet32 (the HRBP paper's"
+        " WideResNet-32-2) or vgg19 at 32x32; one layer of those, such as resnet50.layer2.3x3; or C,K,R,stride,H"
+        " with padding R//2 (R may be RxS, H may be HxW); several allowed",
+    )
+    add("--list", action="store_true", help="print the layers of all networks and end")
+    add(
+        "--backend",
+        nargs="+",
+        default=["auto"],
+        choices=("auto", *bs.available_backends()),
+        help="auto lets the library choose (default); one named here runs or is refused; several allowed",
+    )
+    add("--sparsity", nargs="+", type=options.sparsity, default=[0.9], help="1 - density, default 0.9; several allowed")
+    add(
+        "--blocksize",
+        nargs="+",
+        metavar="BKxBC",
+        help="32x32, 16x8 ...; group: equal groups with all taps, K/groups x 1; groupx8: the same with channels in"
+        " runs of 8; several allowed (default: group 32x32 on a CPU, 32x32 groupx8 on a GPU)",
+    )
+    add(
+        "--structure",
+        choices=("block", "hrbp"),
+        default="block",
+        help="block: random blocks (default); hrbp: equal groups, each with random channels and random taps of its"
+        " own; BKxBC then says how a group is cut into blocks (default: group)",
+    )
+    add(
+        "--groups", type=options.positive, default=8, help="of hrbp and group: how many at most, 8 filters or more each"
+    )
+    add("--tap-density", type=_fraction, default=Fraction(1), help="of hrbp: share of the taps kept, 1 or 4/9")
+    add("--dtype", choices=tuple(DTYPES), help="default: fp32 on a CPU, fp16 on a GPU")
+    add("--batch", type=options.positive, help="images; default: 8 on a CPU, 64 on a GPU")
+    add(
+        "--kind",
+        choices=(*KINDS, "all", TOTAL),
+        default="all",
+        help="all: the three kinds and their total (default); total: runs all three, prints one row a pattern",
+    )
+    options.add_device(parser)
+    options.add_time(parser, 140.0, "3 rounds of every layer (GPU: 10)")
+    add("--repeats", type=options.positive, help="exactly so many rounds of every layer instead")
+    add("--seed", type=int, default=0, help="of patterns and tensors")
+    options.add_json(parser)
+    add("--plot", type=Path, metavar="FILE", help="draw the speed-ups to FILE (.png, .svg, .pdf); needs matplotlib")
+    return parser
 
 
-class Progress:
-    """Which layer is next, when it must be done, and about how long all the rest takes (lines on stderr).
+def _fraction(text: str) -> Fraction:
+    try:
+        value = Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        value = Fraction(0)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a fraction in (0, 1], such as 4/9")
+    return value
 
-    Args:
-        work: how much each layer is, in any unit.
-        end: when all should be done (time.perf_counter()).
-        fixed: rounds do not depend on time; the pace so far says how long the rest takes.
-    """
 
-    def __init__(self, work: list[float], end: float, fixed: bool) -> None:
-        self._work, self._end, self._fixed = work, end, fixed
-        self._begin = time.perf_counter()
-        self._moves, self._width = sys.stderr.isatty(), 0
+def _complete(args: argparse.Namespace) -> None:
+    """Defaults that depend on the device; ValueError for what this machine cannot do."""
+    options.complete(args)
+    on_gpu = args.device.type == "cuda"
+    args.dtype = args.dtype or ("fp16" if on_gpu else "fp32")
+    if args.dtype == "tf32" and not on_gpu:
+        raise ValueError("--dtype tf32: it needs a CUDA device; a CPU computes fp32")
+    args.batch = args.batch or (64 if on_gpu else 8)
+    if args.blocksize is None:
+        by_device = ["32x32", "groupx8"] if on_gpu else ["group", "32x32"]
+        args.blocksize = ["group"] if args.structure == "hrbp" else by_device
+    args.blocks = [parse_blocksize(text) for text in args.blocksize]
+    absent = bs.available_backends()
+    for name in args.backend:
+        if name != "auto" and absent[name] is not None:
+            raise ValueError(f"--backend {name} cannot run here: {absent[name]}")
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--plot needs matplotlib: pip install 'blocksparse-conv[plot]'")
 
-    def deadline(self, at: int) -> float:
-        """The share of layer `at` in the time that is left, as a time."""
-        now = time.perf_counter()
-        return now + max(0.0, self._end - now) * self._work[at] / sum(self._work[at:])
 
-    def seconds_left(self, at: int) -> float | None:
-        """None: not known yet."""
-        now, done = time.perf_counter(), sum(self._work[:at])
-        at_this_pace = (now - self._begin) / done * sum(self._work[at:]) if at else None
-        if self._fixed:
-            return at_this_pace
-        return max(self._end - now, at_this_pace or 0.0)
-
-    def start(self, at: int, name: str) -> None:
-        left = self.seconds_left(at)
-        about = (
-            "" if left is None else f", about {left / 60:.1f} min left" if left > 90 else f", about {left:.0f} s left"
-        )
-        text = f"[{at + 1}/{len(self._work)}] {name}{about}"
-        if self._moves:
-            print(f"\r{text:<{self._width}}", end="", file=sys.stderr, flush=True)
-            self._width = len(text)
-        else:
-            print(text, file=sys.stderr, flush=True)
-
-    def clear(self) -> None:
-        if self._moves and self._width:
-            print(f"\r{'':<{self._width}}\r", end="", file=sys.stderr, flush=True)
+def make_options(args: argparse.Namespace) -> Options:
+    """What LayerBench needs to know."""
+    rounds = Rounds(3, 50) if args.device.type == "cpu" else Rounds(10, 200)
+    if args.repeats or args.quick:
+        exactly = args.repeats or 3
+        rounds = Rounds(exactly, exactly)
+    return Options(
+        batch=args.batch,
+        dtype=DTYPES[args.dtype],
+        device=args.device,
+        kinds=KINDS if args.kind in ("all", TOTAL) else (args.kind,),
+        report=(*KINDS, TOTAL) if args.kind == "all" else (args.kind,),
+        blocksizes=tuple(dict.fromkeys(args.blocks)),
+        sparsities=tuple(dict.fromkeys(args.sparsity)),
+        backends=tuple(None if name == "auto" else name for name in dict.fromkeys(args.backend)),
+        structure=Structure(args.structure, args.groups, args.tap_density),
+        rounds=rounds,
+        seed=args.seed,
+    )
 
 
 if __name__ == "__main__":

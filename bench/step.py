@@ -7,21 +7,28 @@ import copy
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+if not __package__:  # started as a file: the checkout that it stands in is measured
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import hrbp
-import machine
-import report
+from bench.shared import machine, options
+from bench.shared.clocks import Rounds, interleave, make_step_clock
+from bench.shared.equal import NETWORK_ALLOWED, network_error
+from bench.shared.memory import make_memory
+from bench.shared.results import Writer
+from bench.shared.rows import ERROR, FAIL, OK, Row, Times, ratio
+from bench.shared.schedule import Schedule
+from bench.shared.tables import number, percentiles, table
 from blocksparse import BSRConv2d, BSRLinear
 from hrbp.training.optimizer import training_bytes
-from rows import ERROR, FAIL, OK, Times
-from timing import Rounds, interleave, make_memory, make_step_clock
 
 DESCRIPTION = """\
 Times whole training steps (forward, loss, backward, SGD with momentum) of sparse networks against dense ones, in one
@@ -30,6 +37,9 @@ same function.
 
   python bench/step.py --network vgg19 --structure hrbp block
   python bench/step.py --network resnet50 --compile --json step.json
+  python bench/step.py --network resnet8 --quick                       # a first look: half a minute
+
+With its defaults it takes a few minutes: --seconds for the steps, and the checks before them.
 """
 
 EPILOG = """\
@@ -44,7 +54,6 @@ Exit status: 0; 1 if a check failed or nothing was timed; 2 for wrong options; 1
 """
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-ALLOWED = 1e-3  # relative error after a whole network in fp32: rounding is far below, wrong far above
 
 
 @dataclass(frozen=True)
@@ -90,9 +99,9 @@ class Way:
         return f"{self.layout}, {self.mode}"
 
 
-@dataclass
-class Row:
-    """A network, a structure and a way, with its times or why there are none."""
+@dataclass(kw_only=True)
+class StepRow(Row):
+    """A step of a network in one way, which is the row's variant; extra_bytes is the peak during a step."""
 
     network: str
     structure: str
@@ -101,18 +110,9 @@ class Row:
     batch: int
     image_size: int
     dtype: str
-    way: str
-    status: str = OK
-    reason: str = ""
-    times: Times | None = None
-    step_bytes: int | None = None
     state_bytes: int | None = None
     parameters: int | None = None
     speedup: dict[str, float | None] = field(default_factory=dict)  # "dense": over its fastest way; "same": over this
-
-    @property
-    def p50(self) -> float | None:
-        return self.times.p50 if self.times else None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -123,69 +123,52 @@ def main(argv: Sequence[str] | None = None) -> int:
         machine.set_up_gpu(args.device, tf32=True)
     facts = machine.describe(args.device)
     print(f"{facts['device']}, {facts['threads']} threads; torch {facts['torch']}; {args.dtype}", flush=True)
-    rows: list[Row] = []
-    finished = False
+    rows: list[StepRow] = []
+    writer, finished = Writer("step", args, facts), False
+    schedule = Schedule([1.0] * len(args.network), begin + args.seconds, fixed=False)
     try:
         for at, name in enumerate(args.network):
-            left = begin + args.seconds - time.perf_counter()
-            deadline = time.perf_counter() + max(0.0, left) / (len(args.network) - at)
-            print(
-                f"[{at + 1}/{len(args.network)}] {name}, about {max(0.0, left):.0f} s left", file=sys.stderr, flush=True
-            )
-            rows += measure_network(NETWORKS[name], args, deadline)
-            print("\n".join(lines([row for row in rows if row.network == name])), flush=True)
-            write(args, facts, rows, begin, complete=False)  # a run that is killed keeps what it has
+            schedule.start(at, name)
+            new = measure_network(NETWORKS[name], args, schedule.deadline(at))
+            rows += new
+            schedule.clear()
+            print("\n".join(lines(new)), flush=True)
+            writer.write(rows, complete=False)  # a run that is killed keeps what it has
         finished = True
     except KeyboardInterrupt:
         print("\ninterrupted: what is above is complete", flush=True)
-    write(args, facts, rows, begin, finished)
+    writer.write(rows, finished)
     if not finished:
         return 130
     return 1 if any(row.status != OK for row in rows) or not rows else 0
 
 
-def write(args: argparse.Namespace, facts: dict[str, Any], rows: list[Row], begin: float, complete: bool) -> None:
-    if args.json:
-        options = {name: str(value) if name in ("device", "json") else value for name, value in vars(args).items()}
-        content = {"kind": "step", "complete": complete, "seconds": time.perf_counter() - begin, "options": options}
-        report.write_json(args.json, content | {"machine": facts, "rows": [asdict(row) for row in rows]})
-
-
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        "bench/step.py", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options.make_parser("step", DESCRIPTION, EPILOG)
     add = parser.add_argument
     add("--network", nargs="+", choices=tuple(NETWORKS), default=["resnet50", "vgg19", "wrn32-2"])
     add("--structure", nargs="+", choices=tuple(STRUCTURES), default=["hrbp", "hrbp++", "hrbpx8", "block"])
-    add("--sparsity", type=float, help="default: 0.9 for ImageNet's networks, 0.95 for CIFAR's")
+    add("--sparsity", type=options.share, help="default: 0.9 for ImageNet's networks, 0.95 for CIFAR's")
     add("--distribution", choices=("erk", "uniform"), default="erk", help="how densities differ between layers")
-    add("--batch", type=int, help="images; default: 128 on a GPU, 2 or 16 on a CPU")
+    add("--batch", type=options.positive, help="images; default: 128 on a GPU, 2 or 16 on a CPU")
     add("--dtype", choices=("bf16", "fp32"), help="of autocast; default: bf16 on a GPU, fp32 (none) on a CPU")
     add("--compile", action="store_true", help="also through torch.compile, in channels_last")
-    add("--device", type=machine.device, help="default: cuda if there is one")
-    add(
-        "--seconds",
-        type=machine.seconds,
-        default=120.0,
-        help="spread repetitions over about so long, but 3 of each at least",
-    )
-    add("--quick", action="store_true", help="3 repetitions of each: a first look")
-    add("--json", type=Path, metavar="FILE", help="write every row and the machine to FILE, after each network")
+    options.add_device(parser)
+    options.add_time(parser, 120.0, "3 of each")
+    options.add_json(parser)
     args = parser.parse_args(argv)
-    args.device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        options.complete(args)
+    except ValueError as error:
+        parser.error(str(error))
     args.dtype = args.dtype or ("bf16" if args.device.type == "cuda" else "fp32")
-    if args.sparsity is not None and not 0 < args.sparsity < 1:
-        parser.error(f"--sparsity {args.sparsity}: it needs a number between 0 and 1")
-    if args.batch is not None and args.batch < 1:
-        parser.error(f"--batch {args.batch}: it needs a positive number")
     return args
 
 
 # ---------------------------------------------------------------- one network
 
 
-def measure_network(network: Network, args: argparse.Namespace, deadline: float) -> list[Row]:
+def measure_network(network: Network, args: argparse.Namespace, deadline: float) -> list[StepRow]:
     """A row for dense and each structure, in every way; steps of all of them interleaved until `deadline`."""
     device, on_gpu = args.device, args.device.type == "cuda"
     batch = args.batch or (network.batch if on_gpu else network.cpu_batch)
@@ -200,7 +183,7 @@ def measure_network(network: Network, args: argparse.Namespace, deadline: float)
     if args.compile:
         ways.append(Way("channels_last", "compiled"))
     memory, pool = make_memory(device), torch.cuda.graph_pool_handle() if on_gpu else None
-    rows: list[Row] = []
+    rows: list[StepRow] = []
     calls: dict[int, Callable[[], Tensor]] = {}
     for structure in (DENSE, *args.structure):
         model, why = copy.deepcopy(dense), ""
@@ -211,20 +194,21 @@ def measure_network(network: Network, args: argparse.Namespace, deadline: float)
             except Exception as error:  # one structure that cannot be made or run ends nothing
                 why = f"{type(error).__name__}: {error}"
         for way in ways:
-            row = Row(
-                network.name, structure, sparsity if structure != DENSE else 0.0,
-                args.distribution, batch, network.image_size, args.dtype, str(way),
+            row = StepRow(
+                network=network.name, structure=structure, sparsity=sparsity if structure != DENSE else 0.0,
+                distribution=args.distribution, batch=batch, image_size=network.image_size, dtype=args.dtype,
+                variant=str(way),
             )  # fmt: skip
             rows.append(row)
             if why:
-                row.status, row.reason = FAIL, why
+                row.fail(FAIL, why)
                 continue
             try:
                 step = Step(copy.deepcopy(model), x, target, way, args.dtype, pool)
                 extra = memory.extra_bytes(step.call)
-                row.step_bytes = None if way.mode == "graph" else extra  # a graph took its memory when it was captured
+                row.extra_bytes = None if way.mode == "graph" else extra  # a graph took its memory when it was captured
             except Exception as error:  # one way that cannot run ends nothing
-                row.status, row.reason = ERROR, f"{type(error).__name__}: {error}"
+                row.fail(ERROR, error)
                 continue
             row.state_bytes = training_bytes(step.model, step.optimizer)
             row.parameters = sum(p.numel() for p in step.model.parameters())
@@ -297,7 +281,7 @@ def differs(model: nn.Module, x: Tensor) -> str:
     finally:
         if x.is_cuda:
             machine.set_up_gpu(x.device, tf32=True)
-    if not abs(losses[0].item() - losses[1].item()) <= ALLOWED * losses[1].item():
+    if not network_error(losses[0].detach(), losses[1].detach()) <= NETWORK_ALLOWED:  # NaN too
         return f"the mean square of its outputs is {losses[0].item():.6g}, of the dense network {losses[1].item():.6g}"
     twins = dict(models[1].named_modules())
     for name, layer in models[0].named_modules():
@@ -306,9 +290,9 @@ def differs(model: nn.Module, x: Tensor) -> str:
             needed = layer.pattern.values_from_dense(dense.weight.grad.view(layer.weight_shape))
             got = layer.values.grad
             assert got is not None
-            off = float((got - needed).norm() / needed.norm())
-            if not off <= ALLOWED:  # NaN too
-                return f"the gradient of {name} is off by {off:.3g} (allowed {ALLOWED})"
+            off = network_error(got, needed)
+            if not off <= NETWORK_ALLOWED:
+                return f"the gradient of {name} is off by {off:.3g} (allowed {NETWORK_ALLOWED})"
     return ""
 
 
@@ -323,39 +307,31 @@ def smooth(model: nn.Module) -> nn.Module:
     return model
 
 
-def compare(rows: list[Row]) -> None:
+def compare(rows: list[StepRow]) -> None:
     """Speed-ups over the fastest way of dense, and over dense in the same way."""
-    dense = {row.way: row.p50 for row in rows if row.structure == DENSE and row.p50 is not None}
+    dense = {row.variant: row.p50 for row in rows if row.structure == DENSE and row.p50 is not None}
     for row in rows:
         if row.p50 is not None and dense:
-            same = dense.get(row.way)
-            row.speedup = {"dense": min(dense.values()) / row.p50, "same": None if same is None else same / row.p50}
+            row.speedup = {"dense": min(dense.values()) / row.p50, "same": ratio(dense.get(row.variant), row.p50)}
 
 
-def lines(rows: list[Row]) -> list[str]:
+def lines(rows: list[StepRow]) -> list[str]:
     """The table of one network."""
     first = rows[0]
     sparse = next((row.sparsity for row in rows if row.sparsity), 0.0)
-    out = [
-        "",
+    title = (
         f"{first.network}: batch {first.batch}, {first.image_size}x{first.image_size}, {first.dtype},"
-        f" {100 * sparse:g}% sparse ({first.distribution})",
-        "structure way                         ms p20      p50      p80  x dense   x same   step MB  state MB",
-    ]
-    for row in rows:
-        left = f"{row.structure:<10}{row.way:<25}"
-        if row.times is None:
-            out.append(f"{left} {row.status}: {' '.join(row.reason.split())}"[:200])
-            continue
-        ratios = (row.speedup.get(name) for name in ("dense", "same"))
-        sizes = (row.step_bytes, row.state_bytes)
-        out.append(
-            left
-            + "".join(f"{ms:>9.2f}" for ms in (row.times.p20, row.times.p50, row.times.p80))
-            + "".join(f"{'n/a' if r is None else f'{r:.2f}':>9}" for r in ratios)
-            + "".join(f"{'n/a' if b is None else f'{b / 1e6:.1f}':>10}" for b in sizes)
-        )
-    return out
+        f" {100 * sparse:g}% sparse ({first.distribution})"
+    )
+    head = ["structure", "way", "ms p20", "p50", "p80", "x dense", "x same", "step MB", "state MB"]
+    return ["", title, *table(head, [(row, [row.structure, row.variant], _numbers(row)) for row in rows], 2)]
+
+
+def _numbers(row: StepRow) -> list[str]:
+    if row.times is None:
+        return []
+    speedups = (number(row.speedup.get(name)) for name in ("dense", "same"))
+    return [*percentiles(row.times), *speedups, *(number(b, ".1f", 1e-6) for b in (row.extra_bytes, row.state_bytes))]
 
 
 if __name__ == "__main__":

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 
-def columns(lines: list[list[str]], left: tuple[int, ...] = (0,)) -> str:
-    """Text in columns as wide as they need; those in `left` start at the left."""
+def columns(lines: list[list[str]], left: tuple[int, ...] = (0,), least: tuple[int, ...] | None = None) -> str:
+    """Text in columns as wide as they need.
+
+    Args:
+        lines: cells, equally many in each.
+        left: which columns start at the left.
+        least: width of each column at least, for a table that is printed in parts.
+    """
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    widths = [max(pair) for pair in zip(widths, least or [0] * len(widths), strict=True)]
 
     def line(cells: list[str]) -> str:
         padded = (f"{cell:{'<' if i in left else '>'}{widths[i]}}" for i, cell in enumerate(cells))

@@ -7,8 +7,12 @@ import random
 import resource
 import signal
 import sys
+from pathlib import Path
+from typing import Any
 
 import processes
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # bench/, behind whatever is installed
 
 # Of this process and of those that it starts: the tests' tensors are too small for more, and threads that wait for each
 # other take many times as long where something else runs. test_threads.py is about several. Before PyTorch is imported.
@@ -36,6 +40,19 @@ _common = {"deadline": None, "print_blob": True, "suppress_health_check": [Healt
 settings.register_profile("default", max_examples=100, **_common)
 settings.register_profile("deep", max_examples=2000, **_common)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` are left out where there is none: they say nothing there."""
+    left_out = [] if torch.cuda.is_available() else [item for item in items if item.get_closest_marker("gpu")]
+    if left_out:
+        items[:] = [item for item in items if item not in set(left_out)]
+        config.hook.pytest_deselected(items=left_out)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    if not torch.cuda.is_available():
+        terminalreporter.write_line("tests marked gpu are left out: PyTorch sees no CUDA device")
 
 
 class TorchRandom:

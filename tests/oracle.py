@@ -1,4 +1,4 @@
-"""The one rule for 'equal': at most twice PyTorch's own error in the same dtype, against float64."""
+"""Holds products to the float64 reference, by the one rule for 'equal' (bench/shared/equal.py)."""
 
 from __future__ import annotations
 
@@ -9,37 +9,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import blocksparse as bs
+from bench.shared.equal import judge
 from strategies import guarded
-
-# A result of exact arithmetic still rounds once to its dtype, and sums of a few products may round luckily in
-# PyTorch: the floor is this many units of rounding of the largest product sum.
-FLOOR_ULPS = 4.0
-# What PyTorch's own result may be off by, in the same unit, or in tf32's roundings where it uses that.
-OWN_ULPS, OWN_TF32 = 16.0, 4 * 2.0**-10
 
 
 def assert_close(actual: Tensor, exact: Tensor, torch_own: Tensor, magnitude: Tensor, what: str) -> None:
-    """Largest error and RMS error of `actual` against `exact` (float64).
+    """Hold `actual` against `exact` (float64) by the rule of bench/shared/equal.py, which the benchmarks keep, too.
 
-    `torch_own` is PyTorch's dense result in the same dtype; `magnitude` the same product of absolute values, which
-    bounds what rounding may do when terms cancel. A result of PyTorch that is wrong would excuse any error of ours:
-    it fails, too.
+    `torch_own` is PyTorch's dense result in the same dtype; `magnitude` the same product of absolute values.
     """
-    assert actual.shape == exact.shape, f"{what}: shape {tuple(actual.shape)}, needed {tuple(exact.shape)}"
-    assert actual.dtype == torch_own.dtype, f"{what}: dtype {actual.dtype}, needed {torch_own.dtype}"
-    if exact.numel() == 0:
-        return
-    assert torch.isfinite(actual).all(), f"{what}: {int((~torch.isfinite(actual)).sum())} elements are not finite"
-    largest = float(magnitude.abs().max())
-    ulp = torch.finfo(actual.dtype).eps * largest
-    error = (actual.double().cpu() - exact.cpu()).abs()
-    own = (torch_own.double().cpu() - exact.cpu()).abs()
-    believed = max(OWN_ULPS * ulp, OWN_TF32 * largest)
-    assert float(own.max()) <= believed, f"{what}: PyTorch itself is off by {float(own.max()):.3g}: no yardstick"
-    worst, allowed = float(error.max()), 2 * float(own.max()) + FLOOR_ULPS * ulp
-    assert worst <= allowed, f"{what}: largest error {worst:.3g}, allowed {allowed:.3g}"
-    rms, allowed = float(error.square().mean().sqrt()), 2 * float(own.square().mean().sqrt()) + ulp
-    assert rms <= allowed, f"{what}: RMS error {rms:.3g}, allowed {allowed:.3g}"
+    largest = float(magnitude.abs().max()) if magnitude.numel() else 0.0
+    verdict = judge(actual, exact.cpu(), torch_own, largest)
+    assert verdict.ok, f"{what}: {verdict}"
 
 
 def as_wide_as_its_stride(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import os
 import signal
@@ -15,20 +14,16 @@ import pytest
 import torch
 
 import blocksparse as bs
+from bench import gpu, launch, page, run, step
+from bench.pages import devices, figure, goals, tables
+from bench.shared import results
+from bench.shared.clocks import Lap
+from bench.shared.rows import FAIL, OK, Times
+from bench.stages import plan, running
 from blocksparse import ops
 from processes import run as run_process
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "bench"))
-
-import gpu  # noqa: E402
-import launch  # noqa: E402
-import page  # noqa: E402
-import step  # noqa: E402
-import tiles_check  # noqa: E402
-from rows import ERROR, FAIL, OK, Times  # noqa: E402
-from timing import Lap  # noqa: E402
-
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a machine with a GPU runs the stages for real")
 
 
@@ -47,7 +42,7 @@ def one_thread():
 @pytest.mark.slow
 def test_every_stage_runs_and_makes_a_page(tmp_path):
     # A machine with a GPU may have no pytest-xdist, which the project's own options of pytest need.
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTEST_ADDOPTS": "-p no:xdist"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTEST_ADDOPTS": "-p no:xdist"}
     command = [sys.executable, str(ROOT / "bench" / "gpu.py"), "--quick", "--out", str(tmp_path)]
     done = run_process(command, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr + (tmp_path / "log.txt").read_text()[-3000:]
@@ -57,10 +52,10 @@ def test_every_stage_runs_and_makes_a_page(tmp_path):
     found = results["stages"]
     assert list(found) == ["tests", "tiles", "sanitizer", "launch", "compile", "layers", "step"]
     for name, stage in found.items():
-        needs_gpu = name in ("sanitizer", "compile")
+        needs_gpu = name in ("tiles", "sanitizer", "compile")
         assert (stage["status"], stage["why"]) == (("not run", "no CUDA device") if needs_gpu else ("ok", "")), name
     assert found["tests"]["jobs"]["tests"]["result"]["tests"] > 5
-    for name, least in (("tiles", 1), ("launch", 2), ("layers", 8), ("step", 4)):
+    for name, least in (("launch", 2), ("layers", 8), ("step", 4)):
         (job,) = found[name]["jobs"].values()
         assert len(job["result"]["rows"]) >= least, name
     assert page.main([str(tmp_path / "results.json"), "--out", str(tmp_path / "page")]) == 0
@@ -81,24 +76,23 @@ def test_without_a_gpu_only_toy_sizes_run(tmp_path, monkeypatch, capsys):
 
 
 def test_the_stages_of_a_gpu_fit_ten_minutes_and_name_real_options(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu.shutil, "which", lambda name: f"/usr/bin/{name}")
-    found = {stage.name: stage for stage in gpu.stages(tmp_path, on_gpu=True, quick=False)}
+    monkeypatch.setattr(plan.shutil, "which", lambda name: f"/usr/bin/{name}")
+    found = {stage.name: stage for stage in plan.stages(tmp_path, on_gpu=True, quick=False)}
     assert sum(stage.seconds for stage in found.values()) <= 600
     assert not any(stage.missing for stage in found.values())
-    assert {"tests/test_ops.py", "tests/test_products.py", "tests/test_tiles.py"} <= set(found["tests"].jobs[0].command)
+    assert found["tests"].jobs[0].command[-4:-1] == ("tests", "-m", "device or gpu")
+    assert found["tiles"].jobs[0].command[-3:] == (plan.TILES, "-k", "real_layer")
+    assert (ROOT / plan.TILES).exists()
     assert "addopts=" in found["tests"].jobs[0].command  # not the project's: those leave the slow ones out
     for job in found["layers"].jobs:
         assert "--json" in job.command
-    import arguments
-    import layers
-
     timed, compiled = (
         [
             (layer, word)
             for job in found[name].jobs
             # But for the backends, which may be absent here, every option is understood.
             for words in [[w for w in job.command[job.command.index("--layer") :] if w not in ("triton", "cupy")]]
-            for layer in arguments.parse_arguments(words).layers
+            for layer in run.parse_arguments(words).layers
             for word in words
             if word.startswith("--") and word not in ("--seconds", "--repeats")
         ]
@@ -106,12 +100,9 @@ def test_the_stages_of_a_gpu_fit_ten_minutes_and_name_real_options(tmp_path, mon
     )
     shapes = [{(layer.shape, layer.stride, layer.size, word) for layer, word in each} for each in (timed, compiled)]
     assert shapes[0] == shapes[1]  # what is timed is compiled before
-    parts = [job.command[job.command.index("--part") + 1] for job in found["tiles"].jobs]
-    assert parts == [f"{i}/{gpu.PARTS}" for i in range(gpu.PARTS)]
-    assert all(layers.parse_layer(spec) for spec in (*tiles_check.REAL, *tiles_check.SMALL))
 
 
-def writes_then_sleeps(folder: Path, name: str) -> gpu.Job:
+def writes_then_sleeps(folder: Path, name: str) -> plan.Job:
     """A process that writes a result, says so, and would go on for ever."""
     code = (
         "import json, sys, time\n"
@@ -119,7 +110,7 @@ def writes_then_sleeps(folder: Path, name: str) -> gpu.Job:
         f"open({str(folder / name) + '.done'!r}, 'w').close()\n"
         "time.sleep(600)"
     )
-    return gpu.Job(name, (sys.executable, "-c", code))
+    return plan.Job(name, (sys.executable, "-c", code))
 
 
 def wait_for(file: Path) -> None:
@@ -128,7 +119,7 @@ def wait_for(file: Path) -> None:
 
 
 def test_a_process_past_its_limit_is_stopped_and_its_result_kept(tmp_path, monkeypatch):
-    real = gpu.finish
+    real = running.finish
 
     def finish_late(waiting, found, out):
         for job, _, _ in waiting:
@@ -136,10 +127,10 @@ def test_a_process_past_its_limit_is_stopped_and_its_result_kept(tmp_path, monke
         real([(job, process, 0.0) for job, process, _ in waiting], found, out)
         waiting.clear()
 
-    monkeypatch.setattr(gpu, "finish", finish_late)
+    monkeypatch.setattr(running, "finish", finish_late)
     found: dict = {}
     with (tmp_path / "log").open("w") as log:
-        gpu.run_stage(gpu.Stage("launch", 1.0, [writes_then_sleeps(tmp_path, "slow")]), 1.0, tmp_path, log, found)
+        running.run_stage(plan.Stage("launch", 1.0, [writes_then_sleeps(tmp_path, "slow")]), 1.0, tmp_path, log, found)
     assert found["status"] == "late"
     assert found["why"] == "stopped at its limit: slow"
     assert found["jobs"]["slow"]["late"] is True
@@ -149,7 +140,7 @@ def test_a_process_past_its_limit_is_stopped_and_its_result_kept(tmp_path, monke
 
 def test_an_interrupt_keeps_what_was_found_and_ends_the_processes(tmp_path, monkeypatch):
     processes = []
-    real_start = gpu.start
+    real_start = running.start
 
     def start(job, log):
         processes.append(real_start(job, log))
@@ -159,9 +150,9 @@ def test_an_interrupt_keeps_what_was_found_and_ends_the_processes(tmp_path, monk
         wait_for(out / "slow.done")
         raise KeyboardInterrupt
 
-    stage = gpu.Stage("launch", 60.0, [writes_then_sleeps(tmp_path, "slow")])
-    monkeypatch.setattr(gpu, "start", start)
-    monkeypatch.setattr(gpu, "finish", interrupted)
+    stage = plan.Stage("launch", 60.0, [writes_then_sleeps(tmp_path, "slow")])
+    monkeypatch.setattr(running, "start", start)
+    monkeypatch.setattr(running, "finish", interrupted)
     monkeypatch.setattr(gpu, "stages", lambda *_, **__: [stage, dataclasses.replace(stage, name="layers")])
     assert gpu.main(["--quick", "--out", str(tmp_path)]) == 130
     results = json.loads((tmp_path / "results.json").read_text())
@@ -172,52 +163,14 @@ def test_an_interrupt_keeps_what_was_found_and_ends_the_processes(tmp_path, monk
 
 
 def test_a_stage_with_a_wrong_answer_fails(tmp_path):
-    job = gpu.Job("bad", (sys.executable, "-c", "raise SystemExit(1)"))
+    job = plan.Job("bad", (sys.executable, "-c", "raise SystemExit(1)"))
     found: dict = {}
     with (tmp_path / "log").open("w") as log:
-        gpu.run_stage(gpu.Stage("tiles", 60.0, [job, job._replace(name="worse")], True), 60.0, tmp_path, log, found)
+        running.run_stage(
+            plan.Stage("tiles", 60.0, [job, job._replace(name="worse")], True), 60.0, tmp_path, log, found
+        )
     assert found["status"] == "failed"
     assert found["why"] == "exit status not 0: bad, worse"
-
-
-# ---------------------------------------------------------------- tiles
-
-
-@no_gpu
-@pytest.mark.parametrize("kind", ["fprop", "dgrad", "wgrad"])
-def test_a_tile_that_computes_wrong_is_found(kind, monkeypatch):
-    from blocksparse.kernels import triton_conv
-
-    work = next(w for w in tiles_check.triton_work("", small=True) if w.kind == kind)
-    checker = tiles_check.Checker(torch.device("cpu"), 1)
-    assert checker.check(work).status == OK
-    right = getattr(triton_conv, kind)
-
-    def wrong(*args, **kwargs):
-        out = right(*args, **kwargs)
-        out[(0,) * out.dim()] += 0.5 * out.abs().max()
-        return out
-
-    monkeypatch.setattr(triton_conv, kind, wrong)
-    row = checker.check(work)
-    assert row.status == FAIL
-    assert "max error" in row.reason
-    monkeypatch.setattr(triton_conv, kind, lambda *_, **__: torch.zeros(()).nonexistent)
-    assert checker.check(work).status == ERROR
-
-
-def test_every_row_of_the_table_is_checked_with_its_own_warps_and_with_eight():
-    from blocksparse.kernels.tiles import TABLE
-
-    for arch in ("sm_80", "sm_90", "sm_100"):
-        found = {
-            (w.kind, w.tile[:3], w.tile.num_stages, w.tile.num_warps) for w in tiles_check.triton_work(arch, False)
-        }
-        needed = {
-            (kind, (row.block_m, row.widest, row.block_k), row.num_stages, warps)
-            for row in TABLE if arch in row.archs.split() for kind in row.kinds.split() for warps in (row.num_warps, 8)
-        }  # fmt: skip
-        assert found == needed
 
 
 # ---------------------------------------------------------------- steps
@@ -229,7 +182,9 @@ def times(*ms: float) -> Times:
 
 def test_steps_are_compared_with_the_fastest_dense_way_and_the_same_one():
     def row(structure, way, *ms):
-        return step.Row("net", structure, 0.9, "erk", 1, 8, "fp32", way, times=times(*ms) if ms else None)
+        facts = {"sparsity": 0.9, "distribution": "erk", "batch": 1, "image_size": 8, "dtype": "fp32"}
+        found = times(*ms) if ms else None
+        return step.StepRow(network="net", structure=structure, variant=way, times=found, **facts)
 
     rows = [
         row("dense", "a", 4.0),
@@ -283,7 +238,7 @@ def test_rounding_alone_is_far_from_a_failure(monkeypatch):
     torch.manual_seed(0)
     network = step.NETWORKS["vgg19"].build()
     x = torch.randn(4, 3, 32, 32)
-    monkeypatch.setattr(step, "ALLOWED", 2e-5)
+    monkeypatch.setattr(step, "NETWORK_ALLOWED", 2e-5)
     assert step.differs(step.hrbp.sparsify(network, 0.95, structure="hrbp++"), x) == ""
 
 
@@ -307,10 +262,19 @@ def test_wrong_options_end_a_step_run(options):
 
 
 def test_host_time_is_beside_that_of_the_dense_module(monkeypatch):
-    laps = itertools.cycle([1e-5, 3e-5, 2e-5, 7e-5])  # forward and step of each module in turn
-    monkeypatch.setattr(launch, "lap_of", lambda call, device: Lap(next(laps)))
+    seconds = {"dense forward": 1e-5, "dense step": 3e-5, "sparse forward": 2e-5, "sparse step": 7e-5}
+
+    class Clock:
+        def lap(self, call, cold=True):
+            return Lap(seconds[call()])
+
+    def calls(module, x):
+        name = "sparse" if isinstance(module, bs.BSRConv2d) else "dense"
+        return {kind: (lambda kind=kind: f"{name} {kind}") for kind in launch.KINDS}
+
+    monkeypatch.setattr(launch, "kinds", calls)
     monkeypatch.setattr(bs, "available_backends", lambda: {"torch": None, "triton": "absent"})
-    dense, sparse = launch.measure(torch.device("cpu"), 3)
+    dense, sparse = launch.measure(torch.device("cpu"), Clock(), 3)
     assert (dense.module, sparse.module, sparse.backend) == ("nn.Conv2d", "BSRConv2d", "torch")
     assert (dense.forward_us, dense.step_us) == (pytest.approx(10.0), pytest.approx(30.0))
     assert sparse.beyond == {"forward": pytest.approx(10.0), "step": pytest.approx(40.0)}
@@ -337,7 +301,8 @@ def test_the_readmes_table_is_that_of_the_page(tmp_path):
 def content(rows: list[dict], machine: dict | None = None) -> dict:
     where = {"device": "H", "device_type": "cuda", "threads": 1, "torch": "2", "commit": "c" * 40, "dirty": False}
     return {
-        "complete": True, "machine": where | (machine or {}), "rows": rows, "totals": [],
+        "kind": "run", "format": results.FORMAT, "complete": True, "machine": where | (machine or {}), "rows": rows,
+        "totals": [],
         "options": {"dtype": "fp16", "batch": 8, "tap_density": "1"},
         "ceilings": {"at_start": {"copy_bytes": 1e12, "matmul_flops": 1e14}, "at_end": None},
     }  # fmt: skip
@@ -345,30 +310,30 @@ def content(rows: list[dict], machine: dict | None = None) -> dict:
 
 def layer_row(sparse: float | None, dense: float, **changes) -> dict:
     def result(t):
-        return {"status": "FAIL" if t is None else "ok", "times": None if t is None else {"p50": t}}
+        return {"status": FAIL if t is None else OK, "times": None if t is None else {"p50": t}}
 
     speed = None if sparse is None else dense / sparse
     return {
         "net": "resnet50", "layer": "a", "count": 1, "shape": [64, 64, 3, 3], "x_shape": [8, 64, 9, 9], "stride": 1,
         "padding": [1, 1], "structure": "random blocks", "blocksize_asked": "32x32", "sparsity_asked": 0.9,
-        "backend_asked": "auto", "kind": "total", "sparse": result(sparse), "rivals": {"dense": result(dense)},
+        "backend_asked": "auto", "kind": "total", **result(sparse), "baselines": {"dense": result(dense)},
         "blocksize": [32, 32], "nnzb": 4, "useful_flops": 1e6, "flops_per_second": 1e9 if sparse else None,
         "percent_of_roofline": None if sparse is None else 50.0,
         "speedup": {"dense": speed, "grouped": None, "torch_bsr": None, "narrow": None},
     } | changes  # fmt: skip
 
 
-def device_of(tmp_path: Path, *contents: dict) -> page.Device:
+def device_of(tmp_path: Path, *contents: dict) -> devices.Device:
     files = []
     for i, each in enumerate(contents):
         files.append(tmp_path / f"{i}.json")
         files[-1].write_text(json.dumps(each))
-    (device,) = page.read(files)
+    (device,) = devices.read(files)
     return device
 
 
-def goals_of(device: page.Device) -> dict[str, list[str]]:
-    lines = [line[2:-2].split(" | ") for line in page.goal_table(device) if line.startswith("| ")]
+def goals_of(device: devices.Device) -> dict[str, list[str]]:
+    lines = [line[2:-2].split(" | ") for line in goals.goal_table(device) if line.startswith("| ")]
     return {cells[0]: cells[1:] for cells in lines[2:]}
 
 
@@ -391,8 +356,8 @@ def test_goals_take_the_best_pattern_of_each_layer_and_count_layers(tmp_path):
 
 def test_goals_of_steps_and_launches(tmp_path):
     step_row = {
-        "network": "vgg19", "batch": 1, "dtype": "bf16", "structure": "hrbp", "sparsity": 0.95, "way": "w",
-        "times": {"p50": 1.0}, "speedup": {"dense": 3.5, "same": 1.0}, "step_bytes": None, "state_bytes": 1,
+        "network": "vgg19", "batch": 1, "dtype": "bf16", "structure": "hrbp", "sparsity": 0.95, "variant": "w",
+        "times": {"p50": 1.0}, "speedup": {"dense": 3.5, "same": 1.0}, "extra_bytes": None, "state_bytes": 1,
     }  # fmt: skip
     launch_row = {"module": "BSRConv2d", "backend": "triton", "forward_us": 40.0, "step_us": 90.0,
                   "beyond": {"forward": 25.0, "step": 41.0}}  # fmt: skip
@@ -401,12 +366,12 @@ def test_goals_of_steps_and_launches(tmp_path):
     found = goals_of(device)
     assert found["training step, VGG-19, 95%: x dense"] == ["at least 3", "3.5", "yes"]
     assert found["host time of a module call beyond nn.Conv2d, us"] == ["at most 30", "25", "yes"]
-    assert "| BSRConv2d triton | 40 us | 25 us | 90 us | 41 us |" in page.page(device)
+    assert "| BSRConv2d triton | 40 us | 25 us | 90 us | 41 us |" in tables.page(device)
 
 
 def test_a_failed_row_shows_no_number(tmp_path):
     device = device_of(tmp_path, content([layer_row(None, 8.0), layer_row(2.0, 8.0, blocksize_asked="8x8")]))
-    (line,) = [line for line in page.page(device) if line.startswith("| 3x3, 64 channels, 9x9")]
+    (line,) = [line for line in tables.page(device) if line.startswith("| 3x3, 64 channels, 9x9")]
     assert line == "| 3x3, 64 channels, 9x9 | 8.0 ms | FAIL | 2.0 ms, **4.0x** |"
 
 
@@ -414,13 +379,13 @@ def test_points_of_the_roofline_are_useful_flops_over_least_bytes(tmp_path):
     pytest.importorskip("matplotlib")
     row = layer_row(2.0, 8.0, kind="fprop")
     device = device_of(tmp_path, content([row]))
-    (point,) = page.points(device)
+    (point,) = figure.points(device)
     nbytes = 2 * (8 * 64 * 81 + 8 * 64 * 81 + 4 * 32 * 32) + 4 * (2 + 1 + 4)
     assert point.intensity == pytest.approx(1e6 / nbytes)
     assert point.flops_per_second == 1e9
-    assert page.draw(device, tmp_path / "roofline.png") is True
+    assert figure.draw(device, tmp_path / "roofline.png") is True
     assert (tmp_path / "roofline.png").stat().st_size > 5000
-    assert page.draw(dataclasses.replace(device, runs=[]), tmp_path / "none.png") is False
+    assert figure.draw(dataclasses.replace(device, runs=[]), tmp_path / "none.png") is False
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path, capsys):

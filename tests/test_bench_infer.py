@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 import hrbp
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "bench"))
-
-import infer  # noqa: E402
-from rows import ABSENT, ERROR, FAIL, OK, Times  # noqa: E402
-from timing import Lap  # noqa: E402
+from bench import infer
+from bench.shared.clocks import Lap
+from bench.shared.rows import ABSENT, ERROR, FAIL, OK, Times
 
 QUICK = ["--network", "resnet8", "--image-size", "16", "--quick", "--device", "cpu"]
 
@@ -35,7 +29,7 @@ def test_every_way_is_timed(tmp_path, monkeypatch, capsys):
     status, rows = run(tmp_path, "--no-compile", "--structure", "block", "--blocksize", "8x8", "--threads", "2")
     assert status == 0
     assert torch.get_num_threads() == threads
-    ways = [(row["weights"], row["mode"], row["layout"]) for row in rows]
+    ways = [(row["weights"], row["mode"], row["variant"]) for row in rows]
     assert ways == [
         (weights, mode, layout)
         for weights, modes in (("dense", ("eager", "folded")), ("sparse", ("eager", "fused")))
@@ -96,7 +90,7 @@ def test_a_way_that_cannot_run_ends_nothing(tmp_path, monkeypatch):
 
 def test_ratios_are_to_the_fastest_dense_way_of_pytorch():
     def row(weights, mode, ms):
-        return infer.Row("net", weights, mode, "contiguous", times=Times.of([Lap(1e-3 * ms)]))
+        return infer.InferRow(network="net", weights=weights, mode=mode, times=Times.of([Lap(1e-3 * ms)]))
 
     rows = [row("dense", "eager", 8), row("dense", "folded", 4), row("dense", "onnx", 1), row("sparse", "fused", 2)]
     infer.compare(rows, batch=3)
@@ -114,9 +108,9 @@ def test_what_onnx_needs_is_said(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--sparsity", "1"], "--sparsity 1.0: it needs a number between 0 and 1"),
-        (["--batch", "0"], "--batch 0: it needs a positive number"),
-        (["--threads", "0"], "--threads 0: it needs a positive number"),
+        (["--sparsity", "1"], "--sparsity: 1 is not between 0 and 1"),
+        (["--batch", "0"], "--batch: 0 is not a positive number"),
+        (["--threads", "0"], "--threads: 0 is not a positive number"),
         (["--blocksize", "8x8"], "--blocksize 8x8: of --structure block alone, not of hrbp"),
         (["--structure", "block", "--blocksize", "group"], "--blocksize group: it needs BKxBC"),
         (["--structure", "block", "--blocksize", "8"], "it needs BKxBC"),

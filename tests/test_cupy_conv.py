@@ -18,6 +18,7 @@ from blocksparse.kernels.slots import SlotTile
 from emulator import Emulator, EmulatorError
 from strategies import guarded
 
+pytestmark = pytest.mark.device
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KINDS = ("fprop", "dgrad", "wgrad")
 emulated = pytest.mark.skipif(DEVICE == "cuda", reason="about the emulator's build of the kernels")

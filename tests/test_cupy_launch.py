@@ -15,6 +15,7 @@ from blocksparse.kernels import cupy_conv
 cupy = pytest.importorskip("cupy")
 from cupy.cuda.function import Function  # noqa: E402
 
+pytestmark = pytest.mark.device
 without_driver = pytest.mark.skipif(torch.cuda.is_available(), reason="about what CuPy does before it needs a driver")
 
 

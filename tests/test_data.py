@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from hrbp import data
 from hrbp.data import Batches, MemorySet, cifar, folders, load, sets, shapes
 
-CUDA = [pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+CUDA = [pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 def numbered(count: int, size: tuple[int, int] = (16, 16)) -> MemorySet:

@@ -106,7 +106,7 @@ def test_bad_arguments(call, message):
         call()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.gpu
 def test_mixed_devices():
     with pytest.raises(ValueError, match=r"the pattern on cpu; move one of them \(pattern.to\('cuda:0'\)\)"):
         conv(x=X.cuda(), values=VALUES.cuda())
@@ -114,6 +114,7 @@ def test_mixed_devices():
         conv(x=X.cuda())
 
 
+@pytest.mark.device
 def test_a_named_backend_never_gives_way_to_another():
     device = "cuda" if torch.cuda.is_available() else "cpu"
     fine = bs.BSRPattern.random((16, 8, 3, 3), (8, 1), 0.5)

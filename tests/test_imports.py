@@ -199,6 +199,37 @@ def test_blocksparse_knows_nothing_of_pruning():
                 assert not any(name.split(".")[0] == "hrbp" for name in names), path
 
 
+# The rooms of bench/ and what each may import of it; "": the scripts, which do not import each other.
+BENCH = {
+    "shared": {"shared"},
+    "layers": {"layers", "shared"},
+    "pages": {"pages", "layers", "shared"},
+    "stages": {"stages", "layers", "shared"},
+    "": {"layers", "pages", "shared", "stages"},
+}
+
+
+def absolute_imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and not node.level:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found
+
+
+def test_benchmarks_are_scripts_over_shared_parts():
+    for room, allowed in BENCH.items():
+        for path in (ROOT / "bench" / room).glob("*.py"):
+            mine = {name.split(".")[1] for name in absolute_imports(path) if name.split(".")[0] == "bench"}
+            assert mine <= allowed, path
+    assert {p.name for p in (ROOT / "bench").iterdir() if (p / "__init__.py").exists()} == set(BENCH) - {""}
+    for package in ("blocksparse", "hrbp"):
+        for path in (ROOT / package).rglob("*.py"):
+            assert not any(name.split(".")[0] == "bench" for name in absolute_imports(path)), path
+
+
 def test_importing_loads_no_backend():
     code = """if True:
         import sys, torch

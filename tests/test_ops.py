@@ -15,8 +15,8 @@ import blocksparse as bs
 from blocksparse import ops
 from runners import RUNNERS
 
+pytestmark = pytest.mark.device
 FORMATS = [torch.contiguous_format, torch.channels_last]
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 def layer(device="cpu", dtype=torch.float32, layout=torch.contiguous_format, blocksize=(8, 8), density=0.3):
@@ -338,7 +338,7 @@ def test_a_repeated_call_checks_nothing_again(monkeypatch):
 # ---------------------------------------------------------------- CUDA graphs
 
 
-@gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["triton", "cupy"])
 def test_a_training_step_captures_and_follows_a_new_mask(backend):
     """Forward, both gradients and the update in one graph; a new pattern of equal nnzb is seen by the replay."""
@@ -378,7 +378,7 @@ def test_a_training_step_captures_and_follows_a_new_mask(backend):
 # ---------------------------------------------------------------- streams
 
 
-@gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["triton", "cupy"])
 def test_launches_go_to_the_current_stream(backend):
     """Work queued on a stream of one's own behind a long kernel sees that kernel's result, and runs after it."""

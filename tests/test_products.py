@@ -13,6 +13,7 @@ from oracle import assert_products
 from runners import RUNNERS
 from strategies import DRAWS, Case, cases
 
+pytestmark = pytest.mark.device
 TILED = [runner for runner in RUNNERS if runner[0] in ("triton", "cupy")]
 HALF = (torch.float16, torch.bfloat16)
 

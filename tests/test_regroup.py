@@ -301,6 +301,7 @@ PRODUCTS = [
 ]
 
 
+@pytest.mark.device
 @pytest.mark.parametrize(
     ("backend", "device", "shape", "options"),
     [

@@ -489,7 +489,7 @@ def test_one_module_under_two_names_and_the_model_itself():
     assert torch.equal(saliency(layer, [""], "magnitude")[""], layer.weight.abs())
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.gpu
 @pytest.mark.parametrize("method", SALIENCIES)
 def test_cuda(method):
     model, batch = used_net().double().eval(), small_batch(1)

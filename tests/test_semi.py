@@ -18,7 +18,10 @@ import hrbp
 from hrbp.layers import semi_structured as semi
 from hrbp.layers.view import sparse_layers
 
-pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of SparseSemiStructuredTensor")
+pytestmark = [
+    pytest.mark.device,
+    pytest.mark.filterwarnings("ignore:The PyTorch API of SparseSemiStructuredTensor"),
+]
 GPU = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 
 

@@ -19,6 +19,7 @@ from blocksparse.geometry import KINDS
 from blocksparse.kernels import tiles
 from blocksparse.kernels.tiles import TABLE, Entry, Tile
 
+pytestmark = pytest.mark.device
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ARCHS = ("", "sm_80", "sm_86", "sm_90", "sm_100", "sm_103", "sm_120", "gfx942")
 PLAIN = ConvGeometry(2, 64, 14, 14, 64, 3, 3, (1, 1), (1, 1))

@@ -32,6 +32,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 import blocksparse as bs
 from runners import RUNNERS
 
+pytestmark = pytest.mark.device
 CONV = (2, 1), (1, 0), (1, 2)
 ONCE = "conv2d\\(\\) is differentiable once"
 

@@ -6,17 +6,18 @@ prepared inside a call that a training step could keep from the step before.
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import blocksparse as bs
-from layers import Layer
+from bench.layers.networks import Layer
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
@@ -38,7 +39,7 @@ class Contender:
         calls: what is timed.
         views: how the dense result of a kind is seen in this contender's shape (default: as it is).
         saved_bytes: by kind, tensors beyond x, y and the weights that a training step has to keep for it.
-        exact: float64 results of a contender that computes another layer than the problem's.
+        problem: what it computes where that is not the pattern: a full filter bank, or another layer.
     """
 
     role: str
@@ -46,7 +47,7 @@ class Contender:
     calls: Calls
     views: dict[str, View] = field(default_factory=dict)
     saved_bytes: dict[str, int] = field(default_factory=dict)
-    exact: Calls | None = None
+    problem: Problem | None = None
 
 
 # ---------------------------------------------------------------- tensors and truth
@@ -58,11 +59,22 @@ class Problem:
     def __init__(
         self, layer: Layer, batch: int, dtype: torch.dtype, device: torch.device, generator: torch.Generator
     ) -> None:
-        self.layer, self.batch, self.dtype, self.device = layer, batch, dtype, device
-        self.generator = generator
+        self.batch, self.dtype, self.device, self.generator = batch, dtype, device, generator
         x, dy = (self.draw(shape) for shape in (layer.x_shape(batch), layer.y_shape(batch)))
-        w = self.draw(layer.shape, (layer.weights / layer.k) ** -0.5)  # so that y is about 1
+        self._set(layer, x, dy, self.draw(layer.shape, (layer.weights / layer.k) ** -0.5))  # so that y is about 1
+
+    def _set(self, layer: Layer, x: Tensor, dy: Tensor, w: Tensor) -> None:
+        self.layer = layer
         self.x, self.dy, self.w = (in_layouts(t) for t in (x, dy, w))
+
+    def narrowed(self, c: int, k: int) -> Problem:
+        """The same images with the first `c` channels in and `k` out."""
+        other = copy.copy(self)
+        for name in ("exact_wgrad", "largest_wgrad", "full_truth"):
+            other.__dict__.pop(name, None)
+        x, dy, w = (t["contiguous"] for t in (self.x, self.dy, self.w))
+        other._set(replace(self.layer, k=k, c=c), x[:, :c], dy[:, :k], w[:k, :c])
+        return other
 
     def draw(self, shape: tuple[int, ...], scale: float = 1.0) -> Tensor:
         return (scale * torch.randn(shape, generator=self.generator)).to(device=self.device, dtype=self.dtype)
@@ -74,7 +86,17 @@ class Problem:
 
     @functools.cached_property
     def exact_wgrad(self) -> Tensor:
-        return _run_double(self, self.w["contiguous"], ("wgrad",))["wgrad"]
+        return run_as(self, torch.float64, self.w["contiguous"], ("wgrad",))["wgrad"]
+
+    @functools.cached_property
+    def full_truth(self) -> Truth:
+        """Of the problem's own filter bank, every kind."""
+        return Truth.of(self, self.w["contiguous"], ("fprop", "dgrad", "wgrad"))
+
+    @functools.cached_property
+    def largest_wgrad(self) -> float:
+        found = run_as(self, torch.float32, self.w["contiguous"], ("wgrad",), absolute=True)["wgrad"]
+        return float(found.max()) if found.numel() else 0.0
 
 
 def in_layouts(t: Tensor) -> dict[str, Tensor]:
@@ -97,93 +119,48 @@ def conv_calls(layer: Layer, x: Tensor, w: Tensor, dy: Tensor, groups: int = 1) 
 
 @dataclass(frozen=True)
 class Truth:
-    """What a pattern's results must equal: dense convolution in float64; and PyTorch's own in the timed dtype."""
+    """What a pattern's results must equal: dense convolution in float64; and what shared/equal.py needs beside it.
+
+    exact    kind -> result in float64
+    own      kind -> PyTorch's own in the timed dtype, in the contiguous format: oneDNN's channels_last weight gradient
+             of strided 1x1 convolutions is wrong for few channels (seen in PyTorch 2.13)
+    largest  kind -> the largest sum of absolute products of an element
+    """
 
     exact: dict[str, Tensor]
-    own: dict[str, dict[str, Tensor]]  # layout -> kind -> result
-    terms: dict[str, float]  # kind -> how many products an element sums up
+    own: dict[str, Tensor]
+    largest: dict[str, float]
 
     @classmethod
     def of(cls, problem: Problem, w: Tensor, kinds: tuple[str, ...]) -> Truth:
-        exact = _run_double(problem, w, tuple(kind for kind in kinds if kind != "wgrad"))
+        exact = run_as(problem, torch.float64, w, tuple(kind for kind in kinds if kind != "wgrad"))
         if "wgrad" in kinds:  # does not depend on w
             exact["wgrad"] = problem.exact_wgrad
-        own = {}
-        for layout in LAYOUTS:
-            calls = problem.conv(layout, w)
-            own[layout] = {kind: calls[kind]() for kind in kinds}
-        layer, taps = problem.layer, math.prod(problem.layer.kernel) * float((w != 0).double().mean())
-        terms = {
-            "fprop": layer.c * taps,
-            "dgrad": layer.k * taps,
-            "wgrad": float(problem.batch * math.prod(layer.output_size)),
-        }
-        return cls(exact, own, terms)
+        calls = problem.conv("contiguous", w)
+        return cls(exact, {kind: calls[kind]() for kind in kinds}, largest_sums(problem, w, kinds))
 
 
-def _run_double(problem: Problem, w: Tensor, kinds: tuple[str, ...]) -> dict[str, Tensor]:
+def largest_sums(problem: Problem, w: Tensor, kinds: tuple[str, ...]) -> dict[str, float]:
+    """The largest element of each kind on absolute values; in float32, as nothing cancels."""
+    found = run_as(problem, torch.float32, w.abs(), tuple(kind for kind in kinds if kind != "wgrad"), absolute=True)
+    sums = {kind: float(t.max()) if t.numel() else 0.0 for kind, t in found.items()}
+    return sums | ({"wgrad": problem.largest_wgrad} if "wgrad" in kinds else {})
+
+
+def run_as(
+    problem: Problem, dtype: torch.dtype, w: Tensor, kinds: tuple[str, ...], absolute: bool = False
+) -> dict[str, Tensor]:
+    """Dense convolution in another dtype; of the absolute values of x and dy where asked."""
     benchmark = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = False  # not worth a search: runs once
     try:
-        x, dy = problem.x["contiguous"].double(), problem.dy["contiguous"].double()
-        calls = conv_calls(problem.layer, x, w.double().contiguous(), dy)
+        x, dy = (t["contiguous"].to(dtype) for t in (problem.x, problem.dy))
+        if absolute:
+            x, dy = x.abs(), dy.abs()
+        calls = conv_calls(problem.layer, x, w.to(dtype).contiguous(), dy)
         return {kind: calls[kind]() for kind in kinds}
     finally:
         torch.backends.cudnn.benchmark = benchmark
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Errors against float64, and what was allowed."""
-
-    ok: bool
-    max_error: float
-    max_allowed: float
-    rms_error: float
-    rms_allowed: float
-
-    def __str__(self) -> str:
-        return (
-            f"max error {self.max_error:.2g} (allowed {self.max_allowed:.2g}),"
-            f" rms error {self.rms_error:.2g} (allowed {self.rms_allowed:.2g})"
-        )
-
-
-def precision_eps(dtype: torch.dtype, tf32: bool) -> float:
-    return 2.0**-10 if tf32 else torch.finfo(dtype).eps
-
-
-def judge(got: Tensor, exact: Tensor, own: Tensor | None, eps: float, terms: float) -> Verdict:
-    """The largest and the RMS error at most twice PyTorch's own plus a floor; NaN and wrong shapes fail.
-
-    The floor of the RMS is what rounding does to a sum of `terms` random products: eps of the result, and the
-    eps of float32 of the sum of absolute products, which is 0.64 sqrt(terms) times the RMS of the result; four
-    times that for the largest error. However bad PyTorch's own RMS error is, 1e-4 or 8 eps of the RMS of the result
-    is the cap. `own` None: the cap alone.
-    """
-    if got.shape != exact.shape:
-        return Verdict(False, math.inf, 0.0, math.inf, 0.0)
-    scale = _rms(exact)
-    max_error, rms_error = _errors(got, exact)
-    floor = (eps + 2.0**-23 * 0.64 * math.sqrt(terms)) * scale
-    max_allowed, rms_allowed = math.inf, max(1e-4, 8 * eps) * scale
-    if own is not None:
-        own_max, own_rms = _errors(own, exact)
-        max_allowed = 2 * own_max + 4 * floor
-        rms_allowed = min(rms_allowed, 2 * own_rms + floor)
-    ok = max_error <= max_allowed and rms_error <= rms_allowed  # false for NaN
-    return Verdict(ok, max_error, max_allowed, rms_error, rms_allowed)
-
-
-def _errors(got: Tensor, exact: Tensor) -> tuple[float, float]:
-    """Largest and RMS difference; NaN if there is one."""
-    error = got.to(torch.float64, copy=True).sub_(exact)
-    least, most = error.aminmax()
-    return float(torch.maximum(-least, most)), _rms(error)
-
-
-def _rms(t: Tensor) -> float:
-    return float(torch.linalg.vector_norm(t)) / math.sqrt(t.numel())
 
 
 # ---------------------------------------------------------------- contenders
@@ -203,7 +180,7 @@ def sparse(problem: Problem, pattern: bs.BSRPattern, values: Tensor, layout: str
 
 def dense(problem: Problem, layout: str) -> Contender:
     """PyTorch's convolution (oneDNN, cuDNN) with a full filter bank."""
-    return Contender("dense", layout, problem.conv(layout))
+    return Contender("dense", layout, problem.conv(layout), problem=problem)
 
 
 def grouped(problem: Problem, pattern: bs.BSRPattern, values: Tensor, layout: str) -> Contender:
@@ -283,12 +260,8 @@ def _pixels_by_k(y: Tensor) -> Tensor:
 
 def narrow(problem: Problem, density: float, layout: str) -> Contender:
     """A dense layer of equal FLOPs: fewer channels in and out, the same images and kernel."""
-    layer, form = problem.layer, LAYOUTS[layout]
-    c, k = narrow_sizes(layer.c, layer.k, density)
-    x, dy = (t[layout][:, :n].contiguous(memory_format=form) for t, n in ((problem.x, c), (problem.dy, k)))
-    w = problem.w[layout][:k, :c].contiguous(memory_format=form)
-    exact = conv_calls(layer, x.double(), w.double(), dy.double())
-    return Contender("narrow", layout, conv_calls(layer, x, w, dy), exact=exact)
+    other = problem.narrowed(*narrow_sizes(problem.layer.c, problem.layer.k, density))
+    return Contender("narrow", layout, other.conv(layout), problem=other)
 
 
 def narrow_sizes(c: int, k: int, density: float) -> tuple[int, int]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import math
 import os
 import platform
 import subprocess
@@ -14,32 +12,6 @@ from typing import Any
 import torch
 
 import blocksparse as bs
-
-
-def device(text: str) -> torch.device:
-    """The device of an option: cpu, cuda or cuda:1, as far as this machine has it."""
-    try:
-        found = torch.device(text.strip().lower())
-    except RuntimeError:
-        found = torch.device("meta")
-    if found.type not in ("cpu", "cuda"):
-        raise argparse.ArgumentTypeError(f"{text} is no device to measure on; it needs cpu, cuda or cuda:1")
-    if found.type == "cuda" and not torch.cuda.is_available():
-        raise argparse.ArgumentTypeError(f"{text}: PyTorch sees no CUDA device here")
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise argparse.ArgumentTypeError(f"{text}: PyTorch sees {torch.cuda.device_count()} CUDA device(s) here")
-    return found
-
-
-def seconds(text: str) -> float:
-    """A time that ends."""
-    try:
-        found = float(text)
-    except ValueError:
-        found = math.nan
-    if not 0 <= found < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is no number of seconds, from 0 on")
-    return found
 
 
 def set_up_gpu(device: torch.device, tf32: bool) -> None:

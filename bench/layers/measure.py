@@ -11,12 +11,16 @@ import torch
 from torch import Tensor
 
 import blocksparse as bs
-import contenders
-from contenders import LAYOUTS, Contender, NotApplicable, Problem, Truth, Verdict, judge
-from layers import Layer
-from patterns import Blocksize, Structure, build
-from rows import ABSENT, ERROR, FAIL, KINDS, OK, REFUSED, RIVALS, TOTAL, Result, Row, Times, least_bytes
-from timing import Ceilings, Clock, CpuMemory, CudaMemory, Lap, Rounds, interleave
+from bench.layers import contenders
+from bench.layers.contenders import LAYOUTS, Contender, NotApplicable, Problem, Truth
+from bench.layers.networks import Layer
+from bench.layers.patterns import Blocksize, Structure, build
+from bench.layers.rows import BASELINES, KINDS, TOTAL, LayerRow, least_bytes
+from bench.shared.ceilings import Ceilings
+from bench.shared.clocks import Clock, Lap, Rounds, interleave
+from bench.shared.equal import Verdict, judge
+from bench.shared.memory import CpuMemory, CudaMemory
+from bench.shared.rows import ABSENT, ERROR, FAIL, OK, REFUSED, Row, Times
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,6 @@ class Options:
     batch: int
     dtype: torch.dtype
     device: torch.device
-    tf32: bool = False
     kinds: tuple[str, ...] = KINDS  # that run
     report: tuple[str, ...] = (*KINDS, TOTAL)  # that get a row
     blocksizes: tuple[Blocksize, ...] = (Blocksize(32, 32),)
@@ -63,8 +66,8 @@ class Case:
     pattern: bs.BSRPattern | None = None
     plans: dict[str | None, bs.ConvPlan] = field(default_factory=dict)
     refused: dict[str | None, str] = field(default_factory=dict)  # backend -> why
-    keys: dict[str, CaseKey] = field(default_factory=dict)  # rival -> its entries
-    absent: dict[str, str] = field(default_factory=dict)  # rival -> why not
+    keys: dict[str, CaseKey] = field(default_factory=dict)  # baseline -> its entries
+    absent: dict[str, str] = field(default_factory=dict)  # baseline -> why not
 
 
 class LayerBench:
@@ -72,9 +75,8 @@ class LayerBench:
 
     def __init__(self, options: Options, clock: Clock, memory: CpuMemory | CudaMemory, ceilings: Ceilings) -> None:
         self.options, self.clock, self.memory, self.ceilings = options, clock, memory, ceilings
-        self._eps = contenders.precision_eps(options.dtype, options.tf32)
 
-    def run(self, layer: Layer, deadline: float) -> list[Row]:
+    def run(self, layer: Layer, deadline: float) -> list[LayerRow]:
         """All rows of one layer; repetitions go on until `deadline` (time.perf_counter())."""
         options = self.options
         generator = torch.Generator().manual_seed(options.seed)
@@ -165,7 +167,7 @@ class LayerBench:
             if call is None:
                 continue
             try:
-                verdict = _verdict(entry.contender, kind, call(), truth, self._eps)
+                verdict = verdict_of(entry.contender, kind, call(), truth)
             except Exception as error:  # whatever one contender raises is printed in its row and ends nothing
                 entry.failures[kind] = (ERROR, f"{entry.contender.variant}: {type(error).__name__}: {error}")
                 continue
@@ -197,13 +199,15 @@ class LayerBench:
 
     # ------------------------------------------------------------ rows
 
-    def _row(self, layer: Layer, case: Case, entries: list[Entry], backend: str | None, kind: str) -> Row:
+    def _row(self, layer: Layer, case: Case, entries: list[Entry], backend: str | None, kind: str) -> LayerRow:
         options = self.options
         equal = options.structure.name == "hrbp" or case.block.bk is None
-        row = Row(
-            layer.net, layer.full_name, str(layer), layer.count, layer.shape, layer.x_shape(options.batch),
-            layer.stride, layer.padding, "equal groups" if equal else "random blocks", str(case.block),
-            case.sparsity, backend or "auto", kind, Result(REFUSED, case.refused.get(backend, "")),
+        row = LayerRow(
+            net=layer.net, layer=layer.full_name, geometry=str(layer), count=layer.count, shape=layer.shape,
+            x_shape=layer.x_shape(options.batch), stride=layer.stride, padding=layer.padding,
+            structure="equal groups" if equal else "random blocks", blocksize_asked=str(case.block),
+            sparsity_asked=case.sparsity, backend_asked=backend or "auto", kind=kind,
+            status=REFUSED, reason=case.refused.get(backend, ""),
         )  # fmt: skip
         pattern, plan = case.pattern, case.plans.get(backend)
         if pattern is None or plan is None:
@@ -211,10 +215,11 @@ class LayerBench:
         kinds = KINDS if kind == TOTAL else (kind,)
         flops = layer.flops(options.batch, pattern.nnzb * math.prod(pattern.blocksize))
         nbytes = [least_bytes(layer, options.batch, k, options.dtype.itemsize, pattern) for k in kinds]
+        mine = sparse_result([e for e in entries if e.case == _sparse_key(case, backend)], options.kinds, kind)
         return replace(
             row,
-            sparse=sparse_result([e for e in entries if e.case == _sparse_key(case, backend)], options.kinds, kind),
-            rivals={role: self._rival(case, entries, role, kind) for role in RIVALS},
+            **vars(mine),
+            baselines={role: self._baseline(case, entries, role, kind) for role in BASELINES},
             blocksize=pattern.blocksize,
             nnzb=pattern.nnzb,
             density=pattern.density,
@@ -225,9 +230,9 @@ class LayerBench:
             peak_ms=None if (peak := self.ceilings.peak_flops) is None else 1e3 * flops * len(kinds) / peak,
         )
 
-    def _rival(self, case: Case, entries: list[Entry], role: str, kind: str) -> Result:
+    def _baseline(self, case: Case, entries: list[Entry], role: str, kind: str) -> Row:
         if role in case.absent:
-            return Result(ABSENT, case.absent[role])
+            return Row(status=ABSENT, reason=case.absent[role])
         return best_result([e for e in entries if e.case == case.keys[role]], kind)
 
 
@@ -235,14 +240,12 @@ def _sparse_key(case: Case, backend: str | None) -> CaseKey:
     return "sparse", id(case), backend
 
 
-def _verdict(contender: Contender, kind: str, got: Tensor, truth: Truth, eps: float) -> Verdict:
-    if contender.exact is not None:
-        return judge(got, contender.exact[kind](), None, eps, truth.terms[kind])
-    own = truth.own[contender.variant if contender.variant in LAYOUTS else "channels_last"][kind]
-    if contender.role == "dense":  # timed with a full filter bank, judged by the same call with the pattern's
-        return judge(own, truth.exact[kind], None, eps, truth.terms[kind])
+def verdict_of(contender: Contender, kind: str, got: Tensor, truth: Truth) -> Verdict:
+    """Hold a contender's result against the pattern's, or against what it computes instead."""
+    if contender.problem is not None:
+        truth = contender.problem.full_truth
     view = contender.views.get(kind, lambda t: t)
-    return judge(got, view(truth.exact[kind]), view(own), eps, truth.terms[kind])
+    return judge(got, view(truth.exact[kind]), view(truth.own[kind]), truth.largest[kind])
 
 
 def lost_variants(
@@ -250,7 +253,7 @@ def lost_variants(
 ) -> set[tuple[int, str]]:
     """Keys (entry, kind) of variants that take `factor` times as long as the best of their case.
 
-    A rival may change its variant from kind to kind; the library keeps one for all kinds.
+    A baseline may change its variant from kind to kind; the library keeps one for all kinds.
     """
     p50 = {key: Times.of(measured).p50 for key, measured in laps.items()}
 
@@ -264,32 +267,33 @@ def lost_variants(
     return {(at, kind) for at, kind in laps if cost(at, kind) > factor * best[cases[at], kind]}
 
 
-def result_of(entry: Entry, kind: str) -> Result:
+def result_of(entry: Entry, kind: str) -> Row:
     """What one variant says about a kind."""
     variant = entry.contender.variant
     if kind not in entry.contender.calls:
-        return Result(ABSENT, f"{', '.join(entry.contender.calls)} only", variant)
+        return Row(status=ABSENT, reason=f"{', '.join(entry.contender.calls)} only", variant=variant)
     if kind in entry.failures:
-        return Result(*entry.failures[kind], variant)
-    return Result(OK, "", variant, Times.of(entry.laps[kind]), entry.extra_bytes[kind])
+        status, reason = entry.failures[kind]
+        return Row(status=status, reason=reason, variant=variant)
+    return Row(variant=variant, times=Times.of(entry.laps[kind]), extra_bytes=entry.extra_bytes[kind])
 
 
-def added_up(results: Mapping[str, Result]) -> Result:
+def added_up(results: Mapping[str, Row]) -> Row:
     """The three kinds together: each round's three laps added, the largest extra memory; or the first that failed."""
     for kind, result in results.items():
         if result.times is None:
-            return Result(result.status, f"{kind}, {result.reason}", result.variant)
+            return Row(status=result.status, reason=f"{kind}, {result.reason}", variant=result.variant)
     times = [result.times for result in results.values() if result.times]
     host = [t.host_p50 for t in times if t.host_p50 is not None]
     rounds = zip(*(t.laps for t in times), strict=False)  # a variant that lost may have fewer
     laps = [Lap(1e-3 * sum(each), 1e-3 * sum(host) if host else None) for each in rounds]
     extra = [result.extra_bytes for result in results.values() if result.extra_bytes is not None]
     variant = "+".join(dict.fromkeys(result.variant for result in results.values()))
-    return Result(OK, "", variant, Times.of(laps), max(extra) if len(extra) == len(results) else None)
+    return Row(variant=variant, times=Times.of(laps), extra_bytes=max(extra) if len(extra) == len(results) else None)
 
 
-def best_result(variants: list[Entry], kind: str) -> Result:
-    """A rival: the fastest variant that passed; if none did, why the first did not. Total: the best of each kind."""
+def best_result(variants: list[Entry], kind: str) -> Row:
+    """A baseline: the fastest variant that passed; if none did, why the first did not. Total: the best of each kind."""
     if kind == TOTAL:
         return added_up({k: best_result(variants, k) for k in KINDS})
     results = [result_of(entry, kind) for entry in variants]
@@ -297,7 +301,7 @@ def best_result(variants: list[Entry], kind: str) -> Result:
     return min(ran, key=lambda pair: pair[0])[1] if ran else results[0]
 
 
-def sparse_result(variants: list[Entry], kinds: tuple[str, ...], kind: str) -> Result:
+def sparse_result(variants: list[Entry], kinds: tuple[str, ...], kind: str) -> Row:
     """The library: the one memory layout that is fastest over all `kinds`; a failure in any layout is shown."""
     every = [{k: result_of(entry, k) for k in kinds} for entry in variants]
     results = [added_up(by_kind) if kind == TOTAL else by_kind[kind] for by_kind in every]

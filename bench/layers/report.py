@@ -1,23 +1,24 @@
-"""How results are shown: the table, the conclusions, the JSON file and the plot."""
+"""How the results of layers are shown: the table, sums over a network, the conclusions, the plot."""
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
 import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from layers import CHOSEN
-from rows import ABSENT, ERROR, FAIL, KINDS, OK, REFUSED, RIVALS, TOTAL, Result, Row, Total
-from timing import Ceilings
+from bench.layers.networks import CHOSEN
+from bench.layers.rows import BASELINES, KINDS, TOTAL, LayerRow, Total
+from bench.shared.ceilings import Ceilings
+from bench.shared.rows import ERROR, FAIL, REFUSED
+from bench.shared.tables import WIDTH, milliseconds, number, percentiles, words
+from hrbp.columns import columns
+from hrbp.files import whole_file
 
-WIDTH = 132
-_LEFT = "{:<9}{:>6}  {:<7} {:<14}{:<6}"
-_NUMBERS = "{:>9}{:>9}{:>9}{:>9}{:>6}{:>6}{:>9}{:>9}{:>7}{:>9}{:>9}"
-_TITLES = {"dense": "x dense", "grouped": "x group", "torch_bsr": "x bsr", "narrow": "x narrow"}
+# The table is printed layer by layer: its columns are as wide in every part.
+LEFT = (7, 5, 7, 13, 5)
+NUMBERS = (6, 6, 6, 7, 5, 5, 7, 7, 5, 8, 8)
+TITLES = {"dense": "x dense", "grouped": "x group", "torch_bsr": "x bsr", "narrow": "x narrow"}
 
 
 def head_lines(machine: dict[str, Any], dtype: str, batch: int, ceilings: Ceilings) -> list[str]:
@@ -39,90 +40,67 @@ def head_lines(machine: dict[str, Any], dtype: str, batch: int, ceilings: Ceilin
 
 
 def table_head(on_gpu: bool) -> str:
-    left = _LEFT.format("blocks", "kept%", "backend", "layout", "kind")
     unit = "TFLOP/s" if on_gpu else "GFLOP/s"
-    return left + _NUMBERS.format(
-        "ms p20", "p50", "p80", unit, "roof%", "peak%", *(_TITLES[rival] for rival in RIVALS), "extra MB"
-    )
+    numbers = ["ms p20", "p50", "p80", unit, "roof%", "peak%", *(TITLES[name] for name in BASELINES), "extra MB"]
+    return _line(["blocks", "kept%", "backend", "layout", "kind"], numbers)
 
 
-def layer_lines(rows: Sequence[Row], on_gpu: bool) -> list[str]:
+def _line(left: Sequence[str], numbers: Sequence[str] = ()) -> str:
+    widths = (*LEFT, *NUMBERS)[: len(left) + len(numbers)]
+    return columns([[*left, *numbers]], tuple(range(len(LEFT))), widths)
+
+
+def layer_lines(rows: Sequence[LayerRow], on_gpu: bool) -> list[str]:
     """One layer: a title with what it is and what dense needs, then its rows."""
     first = rows[0]
     often = "once" if first.count == 1 else f"{first.count} times"
     times = "" if first.net == CHOSEN else f", {often} in {first.net}"
-    rounds = max((len(row.sparse.times.laps) for row in rows if row.sparse.times), default=0)
+    rounds = max((len(row.times.laps) for row in rows if row.times), default=0)
     title = f"{first.layer}: {first.geometry}{times}" + (f"; {rounds} rounds" if rounds else "")
-    dense = {row.kind: row.rivals["dense"] for row in rows if row.rivals}
-    said = [f"{kind} {_ms(r.p50)} ({r.variant})" for kind, r in dense.items() if r.p50 is not None]
+    dense = {row.kind: row.baselines["dense"] for row in rows if row.baselines}
+    said = [f"{kind} {milliseconds(r.p50)} ({r.variant})" for kind, r in dense.items() if r.p50 is not None]
     lines = ["", title, *([f"  best dense, ms: {', '.join(said)}"] if said else [])]
     refused: set[tuple[str, float, str]] = set()
     for row in rows:
         case = row.blocksize_asked, row.sparsity_asked, row.backend_asked
-        if row.sparse.status == REFUSED and case not in refused:
-            lines += _words("every", row)
-        elif row.sparse.status != REFUSED:
+        if row.status != REFUSED:
             lines += _row_lines(row, on_gpu)
-        refused |= {case} if row.sparse.status == REFUSED else set()
+        elif case not in refused:
+            lines += words(_line(_names(row, "every")), row)
+            refused.add(case)
     return lines
 
 
-def _row_lines(row: Row, on_gpu: bool) -> list[str]:
-    times = row.sparse.times
-    if row.sparse.status != OK or times is None:
-        return _words(row.kind, row)
-    extra = "n/a" if row.sparse.extra_bytes is None else f"{row.sparse.extra_bytes / 1e6:.1f}"
-    ratios = [_ratio(row, rival) for rival in RIVALS]
-    numbers = _NUMBERS.format(
-        _ms(times.p20),
-        _ms(times.p50),
-        _ms(times.p80),
+def _row_lines(row: LayerRow, on_gpu: bool) -> list[str]:
+    names = _names(row, row.kind)
+    if row.times is None:
+        return words(_line(names), row)
+    numbers = [
+        *percentiles(row.times),
         _rate(row.flops_per_second, on_gpu),
-        _percent(row.roofline_share),
-        _percent(row.peak_share),
-        *ratios,
-        extra,
-    )
-    return [_left(row.kind, row) + numbers]
+        number(row.roofline_share, ".0f", 100),
+        number(row.peak_share, ".0f", 100),
+        *(_ratio(row, name) for name in BASELINES),
+        number(row.extra_bytes, ".1f", 1e-6),
+    ]
+    return [_line(names, numbers)]
 
 
-def _words(kind: str, row: Row) -> list[str]:
-    """A row without numbers: what happened and why."""
-    left = _left(kind, row)
-    note = f"{row.sparse.status}: {' '.join(row.sparse.reason.split())}"
-    return textwrap.wrap(f"{left} {note}", WIDTH, subsequent_indent=" " * (len(left) + 1))
+def _names(row: LayerRow, kind: str) -> list[str]:
+    return [row.blocksize_asked, _kept(row.density), row.backend or row.backend_asked, row.variant, kind]
 
 
-def _left(kind: str, row: Row) -> str:
-    backend = row.backend or row.backend_asked
-    return _LEFT.format(row.blocksize_asked, _kept(row.density), backend, row.sparse.variant, kind)
-
-
-def _ratio(row: Row, rival: str) -> str:
-    speedup = row.speedup(rival)
-    if speedup is not None:
-        return f"{speedup:.2f}"
-    return FAIL if row.rivals.get(rival, Result(ABSENT)).status == FAIL else "n/a"
-
-
-def _ms(value: float | None) -> str:
-    """Four digits or so."""
-    if value is None:
-        return "n/a"
-    digits = next((d for limit, d in ((1, 4), (10, 3), (100, 2), (1000, 1)) if value < limit), 0)
-    return f"{value:.{digits}f}"
+def _ratio(row: LayerRow, name: str) -> str:
+    baseline = row.baselines.get(name)
+    return FAIL if baseline is not None and baseline.status == FAIL else number(row.speedup(name))
 
 
 def _rate(flops_per_second: float | None, on_gpu: bool) -> str:
-    return "n/a" if flops_per_second is None else f"{flops_per_second / (1e12 if on_gpu else 1e9):.1f}"
-
-
-def _percent(share: float | None) -> str:
-    return "n/a" if share is None else f"{100 * share:.0f}"
+    return number(flops_per_second, ".1f", 1e-12 if on_gpu else 1e-9)
 
 
 def _kept(density: float | None) -> str:
-    return "" if density is None else f"{100 * density:.1f}"
+    return "" if density is None else number(density, ".1f", 100)
 
 
 # ---------------------------------------------------------------- totals
@@ -134,16 +112,18 @@ def total_lines(sums: Sequence[Total], on_gpu: bool) -> list[str]:
     lines = ["", f"{first.net}, each {'once' if first.net == CHOSEN else 'as often as it occurs'}:"]
     for total in sums:
         backend = "+".join(total.backends) or total.backend_asked
-        left = _LEFT.format(total.blocksize_asked, _kept(total.density), backend, "best of each", total.kind)
+        names = [total.blocksize_asked, _kept(total.density), backend, "best of each", total.kind]
         if total.ms is None or total.failed:
-            lines.append(f"{left} no total: {_missing(total)}")
+            lines.append(f"{_line(names)} no total: {_missing(total)}")
             continue
         rate = None if total.useful_flops is None else 1e3 * total.useful_flops / total.ms
-        shares = (_percent(None if t is None else t / total.ms) for t in (total.roofline_ms, total.peak_ms))
-        ratios = ("n/a" if (s := total.speedup(r)) is None else f"{s:.2f}" for r in RIVALS)
-        numbers = _NUMBERS.format("", _ms(total.ms), "", _rate(rate, on_gpu), *shares, *ratios, "")
+        numbers = [
+            "", milliseconds(total.ms), "", _rate(rate, on_gpu),
+            *(number(None if t is None else t / total.ms, ".0f", 100) for t in (total.roofline_ms, total.peak_ms)),
+            *(number(total.speedup(name)) for name in BASELINES), "",
+        ]  # fmt: skip
         missing = f"  [{_missing(total)}]" if total.layers < total.layers_asked else ""
-        lines.append((left + numbers).rstrip() + missing)
+        lines.append(_line(names, numbers) + missing)
     return lines
 
 
@@ -184,10 +164,11 @@ def _conclusion(kinds: dict[str, Total], batch: int) -> str:
     if not said:
         return f"{who}nothing to compare; {_missing(some) or 'dense did not run'}."
     main = kinds.get(TOTAL, some)
-    dense, sparse, roof = main.rival_ms["dense"], main.ms, main.roofline_ms
+    dense, sparse, roof = main.baseline_ms["dense"], main.ms, main.roofline_ms
     text = f"{who}{', '.join(said)} the speed of the best dense convolution"
     if dense is not None and sparse is not None and roof:
-        text += f" ({_ms(dense)} -> {_ms(sparse)} ms for {batch} images; the roofline allows {dense / roof:.1f}x)"
+        times = f"{milliseconds(dense)} -> {milliseconds(sparse)} ms for {batch} images"
+        text += f" ({times}; the roofline allows {dense / roof:.1f}x)"
     if some.layers < some.layers_asked:
         text += f"; only {some.layers} of {some.layers_asked} shapes ran ({_missing(some)})"
     return text + "."
@@ -201,25 +182,10 @@ def drift(before: Ceilings, after: Ceilings) -> str:
     return f"Ceilings at the end against the start: copy {copy:+.0f}%, matmul {matmul:+.0f}% ({verdict})."
 
 
-# ---------------------------------------------------------------- files
+# ---------------------------------------------------------------- the plot
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Whole or not at all: a temporary file beside `path`, then a rename."""
-    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-        Path(temporary).chmod(0o644)  # mkstemp makes private files
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def plot(path: Path, rows: Sequence[Row], title: str) -> None:
+def plot(path: Path, rows: Sequence[LayerRow], title: str) -> None:
     """Bars of speed-up over dense, a group a layer and a panel a kind; one colour a pattern and backend."""
     import matplotlib
 
@@ -245,14 +211,15 @@ def plot(path: Path, rows: Sequence[Row], title: str) -> None:
     axes[-1, 0].set_xticks([i + 0.4 - width / 2 for i in range(len(layers))], layers, rotation=90)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    with whole_file(path) as file:
+        figure.savefig(file, format=path.suffix[1:].lower() or "png")
     plt.close(figure)
 
 
-def _series(row: Row) -> str:
+def _series(row: LayerRow) -> str:
     return f"{row.blocksize_asked} at {100 * row.sparsity_asked:g}%, {row.backend or row.backend_asked}"
 
 
-def failed(rows: Iterable[Row]) -> int:
+def failed(rows: Iterable[LayerRow]) -> int:
     """How many rows failed their check or raised."""
-    return sum(row.sparse.status in (FAIL, ERROR) for row in rows)
+    return sum(row.status in (FAIL, ERROR) for row in rows)

@@ -39,7 +39,7 @@ def quick(monkeypatch):
     """Figures of trainings take longer than these trainings; times of these networks tell nothing."""
     monkeypatch.setattr("hrbp.training.log.draw_training", lambda *_: None)
     monkeypatch.setattr("hrbp.study.study.ROUNDS", 1)
-    monkeypatch.setattr("hrbp.study.runner.WARM_UP", 0)
+    monkeypatch.setattr("hrbp.study.timing.WARM_UP", 0)
 
 
 # ---------------------------------------------------------------- one writer

@@ -85,7 +85,9 @@ ROOMS: dict[str, list[str]] = {
         "checkpoint", "devices", "log", "older", "result", "settings", "signals", "optimizer", "continuing", "trainer",
         "run",
     ],
-    "study": ["runner", "variants", "regularity_table", "study_table", "regularity", "study"],
+    "study": [
+        "folder", "spread", "timing", "variants", "regularity_table", "study_table", "runner", "regularity", "study",
+    ],
     "cli": ["parsing", "info", "regroup", "study", "train", "main"],
 }  # fmt: skip
 ORDER = [f"{room}/{file}" if room else file for room, files in ROOMS.items() for file in files]

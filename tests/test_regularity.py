@@ -6,16 +6,13 @@ import argparse
 import copy
 import csv
 import math
-import os
-import signal
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+import studies
 from blocksparse import BSRConv2d, BSRLinear
 from hrbp import data
 from hrbp.cli import study as study_cli
@@ -25,10 +22,9 @@ from hrbp.models import build, parameter_count
 from hrbp.reports.network_costs import costs_of
 from hrbp.reports.picture import draw_regularity
 from hrbp.study import regularity
+from hrbp.study.folder import read
 from hrbp.study.regularity import Regularity
 from hrbp.study.regularity_table import GRAINS, answers, line_name, rows, table
-from hrbp.study.runner import read
-from processes import Process
 
 ROOT = Path(__file__).parent.parent
 STRUCTURES = ("dense", "narrow", "unstructured", "kernel", "hrbp")
@@ -43,14 +39,7 @@ def tiny(out, structures=STRUCTURES, **more):
     return Regularity(out, structures, images=images, quiet=True, **{**options, **more})
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick():
-    """Figures of trainings take longer than these trainings; times of these networks tell nothing."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hrbp.training.log.draw_training", lambda *_: None)
-        patch.setattr("hrbp.study.regularity.ROUNDS", 1)
-        patch.setattr("hrbp.study.runner.WARM_UP", 0)
-        yield
+quick = studies.quick("hrbp.study.regularity.ROUNDS")
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +50,7 @@ def whole(tmp_path_factory):
 
 
 def timeless(found):
-    return [{key: value for key, value in row.items() if key not in TIMES} for row in found]
+    return studies.without(found, TIMES)
 
 
 def saved(whole, structure, sparsity):
@@ -191,44 +180,23 @@ def test_times_are_of_a_wide_network_and_relative_to_dense(whole, tmp_path, monk
 
 @pytest.mark.slow
 def test_a_study_that_was_stopped_continues_in_the_middle_of_a_training(whole, tmp_path, monkeypatch):
-    class Counted(data.Batches):
-        """Asks for the end at the 19th batch that is trained with: in the third link."""
-
-        drawn = 0
-
-        def epoch(self, epoch=0, start=0):
-            for batch in super().epoch(epoch, start):
-                if self.train:
-                    Counted.drawn += 1
-                    if Counted.drawn == 19:
-                        os.kill(os.getpid(), signal.SIGTERM)
-                yield batch
-
-    monkeypatch.setattr(regularity, "Batches", Counted)
+    batches = studies.stop_at(monkeypatch, 19, "hrbp.study.runner")  # in the third link
     results = tiny(tmp_path / "s").run()
     assert results["stopped"] == read(tmp_path / "s" / "results.json")["stopped"] == "SIGTERM"
     assert len(results["runs"]) == 2
     assert "2 of 10 trainings are finished" in table(results)
     again = tiny(tmp_path / "s").run()
     assert again["stopped"] is None
-    assert Counted.drawn == 4 * (2 + 8 + 3 + 4)  # no step was done twice
+    assert batches.drawn == 4 * (2 + 8 + 3 + 4)  # no step was done twice
     assert again["times"] == results["times"]
     assert timeless(rows(again)) == timeless(rows(whole[1]))
 
 
 @pytest.mark.slow
 def test_a_study_that_was_killed_continues(whole, tmp_path):
-    out = tmp_path / "s"
-    code = f"from test_regularity import tiny; tiny({str(out)!r}).run()"
-    with Process([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONPATH": ".:tests"}) as process:
-        while process.running() and len(list(out.glob("*/result.json"))) < 4:
-            time.sleep(0.02)
-        process.kill()
-    finished = {file: file.stat().st_mtime_ns for file in out.glob("*/result.json")}
-    assert len(finished) >= 4
-    results = tiny(out).run()
+    with studies.killed("test_regularity", tmp_path / "s", results=4):
+        results = tiny(tmp_path / "s").run()
     assert timeless(rows(results)) == timeless(rows(whole[1]))
-    assert finished == {file: file.stat().st_mtime_ns for file in finished}
 
 
 def test_a_finished_study_only_reads(whole, monkeypatch):

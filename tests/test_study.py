@@ -6,25 +6,21 @@ import argparse
 import copy
 import csv
 import json
-import os
-import signal
 import statistics
-import sys
-import time
 from pathlib import Path
 
 import pytest
 
+import studies
 from hrbp import data
 from hrbp.cli import study as study_cli
 from hrbp.formats.model import load
 from hrbp.reports.picture import draw_study
 from hrbp.study import study
-from hrbp.study.runner import read
+from hrbp.study.folder import read
 from hrbp.study.study import Study
 from hrbp.study.study_table import rows, sentences, table
 from hrbp.study.variants import PRESETS, PUBLISHED, TABLE_1, Variant
-from processes import Process
 
 ROOT = Path(__file__).parent.parent
 VARIANTS = (
@@ -40,14 +36,7 @@ def tiny(out, variants=VARIANTS, **more):
     return Study(out, variants, images=images, quiet=True, **{**options, **more})
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick():
-    """Figures of trainings take longer than these trainings; times of these networks tell nothing."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hrbp.training.log.draw_training", lambda *_: None)
-        patch.setattr("hrbp.study.study.ROUNDS", 1)
-        patch.setattr("hrbp.study.runner.WARM_UP", 0)
-        yield
+quick = studies.quick("hrbp.study.study.ROUNDS")
 
 
 @pytest.fixture(scope="module")
@@ -58,51 +47,31 @@ def whole(tmp_path_factory):
 
 
 def timeless(found):
-    return [{key: value for key, value in row.items() if key not in TIMES} for row in found]
+    return studies.without(found, TIMES)
 
 
 # ---------------------------------------------------------------- stopped and continued
 
 
 def test_a_study_that_was_stopped_continues_in_the_middle_of_a_training(whole, tmp_path, monkeypatch):
-    class Counted(data.Batches):
-        """Asks for the end at the 19th batch that is trained with: the third training's second epoch."""
-
-        drawn, stop = 0, 19
-
-        def epoch(self, epoch=0, start=0):
-            for batch in super().epoch(epoch, start):
-                if self.train:
-                    Counted.drawn += 1
-                    if Counted.drawn == Counted.stop + 1:  # one more was drawn to measure
-                        os.kill(os.getpid(), signal.SIGTERM)
-                yield batch
-
-    monkeypatch.setattr(study, "Batches", Counted)
+    # One batch was drawn to measure; the third training's second epoch.
+    batches = studies.stop_at(monkeypatch, 20, "hrbp.study.runner", "hrbp.study.study")
     results = tiny(tmp_path / "s").run()
     assert results["stopped"] == read(tmp_path / "s" / "results.json")["stopped"] == "SIGTERM"
     assert len(results["runs"]) == 2
     assert f"2 of {2 * len(VARIANTS)} trainings are finished" in table(results)
     again = tiny(tmp_path / "s").run()
     assert again["stopped"] is None
-    assert Counted.drawn == 1 + 2 * len(VARIANTS) * 8  # no step was done twice, nothing measured again
+    assert batches.drawn == 1 + 2 * len(VARIANTS) * 8  # no step was done twice, nothing measured again
     assert again["steps"] == results["steps"]
     assert timeless(rows(again)) == timeless(rows(whole[1]))
 
 
 @pytest.mark.slow
 def test_a_study_that_was_killed_continues(whole, tmp_path):
-    out = tmp_path / "s"
-    code = f"from test_study import tiny; tiny({str(out)!r}).run()"
-    with Process([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONPATH": ".:tests"}) as process:
-        while process.running() and len(list(out.glob("*/result.json"))) < 3:
-            time.sleep(0.05)
-        process.kill()
-    finished = {file: file.stat().st_mtime_ns for file in out.glob("*/result.json")}
-    assert len(finished) >= 3
-    results = tiny(out).run()
+    with studies.killed("test_study", tmp_path / "s", results=3):
+        results = tiny(tmp_path / "s").run()
     assert timeless(rows(results)) == timeless(rows(whole[1]))
-    assert finished == {file: file.stat().st_mtime_ns for file in finished}
 
 
 def test_a_finished_study_only_reads(whole, monkeypatch):

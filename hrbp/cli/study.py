@@ -14,14 +14,13 @@ from ..data.loading import load, set_named
 from ..methods.registry import METHODS
 from ..models import NETWORKS
 from ..structures.registry import STRUCTURES
-from ..study.regularity import FIGURE as REGULARITY_FIGURE
+from ..study.folder import RESULTS, TABLE
 from ..study.regularity import Regularity
-from ..study.regularity_table import GRAINS, RIVALS
+from ..study.regularity_table import GRAINS
 from ..study.regularity_table import table as regularity_table
-from ..study.runner import RESULTS, TABLE
-from ..study.study import FIGURE, Study
+from ..study.study import Study
 from ..study.study_table import table
-from ..study.variants import ABLATION, PRESETS, Preset, Variant
+from ..study.variants import ABLATION, BASELINES, PRESETS, Preset, Variant
 from ..training.devices import the_device
 from . import parsing
 
@@ -132,7 +131,7 @@ def run_study(args: argparse.Namespace) -> int:
         print(f"\n{table(results)}\n")
         if results["stopped"]:
             return _stopped(results["stopped"])
-        print(f"in {made.out}: {RESULTS}, {TABLE}, {FIGURE}, and a folder for each training")
+        print(f"in {made.out}: {RESULTS}, {TABLE}, {made.figure}, and a folder for each training")
     return 0
 
 
@@ -145,7 +144,7 @@ def run_regularity(args: argparse.Namespace) -> int:
         raise ValueError("study: --preset regularity takes one --model and one --data; run it once for each")
     quick = PRESETS["quick"]
     training = _training(args, quick.training)
-    structures = [*RIVALS, *GRAINS]
+    structures = [*BASELINES, *GRAINS]
     if args.weights is not None:  # nobody knows for how long a narrow network would have to be trained
         training.pop("epochs")
         structures.remove("narrow")
@@ -166,7 +165,7 @@ def run_regularity(args: argparse.Namespace) -> int:
     print(f"\n{regularity_table(results, **budgets)}\n")
     if results["stopped"]:
         return _stopped(results["stopped"])
-    print(f"in {made.out}: {RESULTS}, {TABLE}, {REGULARITY_FIGURE}, and a folder for each training")
+    print(f"in {made.out}: {RESULTS}, {TABLE}, {made.figure}, and a folder for each training")
     return 0
 
 

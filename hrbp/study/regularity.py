@@ -7,10 +7,7 @@ each step of pruning, from one sparsity to the next.
 
 from __future__ import annotations
 
-import json
 import os
-import re
-import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -21,40 +18,37 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..data.batches import Batches
-from ..data.loading import load
 from ..data.sets import ImageSet
-from ..files import only_writer
 from ..formats.model import load as load_model
 from ..formats.model import save
 from ..formats.weights import weights_for
 from ..layers.record import plan_of
 from ..models import build, narrow
-from ..progress import Progress, duration
+from ..progress import duration
 from ..reports.model_summary import summary
 from ..reports.network_costs import costs_of
 from ..reports.picture import draw_regularity
 from ..structures.n_m import NM
 from ..structures.registry import structure as make_structure
 from ..surgery.conversion import densify, sparsify
-from ..training.devices import the_device
 from ..training.result import Diverged
 from ..training.settings import Settings
 from ..training.trainer import Trainer
-from . import runner
-from .regularity_table import FINEST, GRAINS, RIVALS, line_name, rows
+from .folder import read_result
+from .regularity_table import FINEST, GRAINS, line_name, rows
+from .runner import Line, Runner
+from .timing import interleaved, timed
+from .variants import BASELINES
 
 OPTIONS: dict[str, dict[str, Any]] = {"1xn": {"n": 8}, "n:m": {"m": 8}, "block": {"blocksize": (8, 8)}}
 SPARSITIES = (0.5, 0.75, 0.875)  # which 4:8, 2:8 and 1:8 have
 ROUNDS = 7  # in which networks take one timed step after the other
 TIMED_BATCH = 8
-TEST_BATCH = 500
-MAY_GROW = ("structures", "seeds", "trainings")  # of the settings, when a study is continued
 COSTS = ("parameters", "stream", "references", "fprop_balance", "dgrad_balance")
-FIGURE, MODEL = "regularity.png", "model.pt"
+MODEL = "model.pt"
 
 
-class Regularity:
+class Regularity(Runner):
     """Prunes one trained network with every grain to every sparsity; made and run again, it continues where it stopped.
 
         results = Regularity("runs/regularity", epochs=6).run()
@@ -94,10 +88,14 @@ class Regularity:
         ValueError: options that do not fit, or a folder with another study or with something else.
     """
 
+    who, figure, times = "Regularity()", "regularity.png", "times"
+    may_grow = "structures", "seeds", "trainings"
+    numbers, ended = ("seconds",), ("accuracy", "sparsity", "file", *COSTS)
+
     def __init__(
         self,
         out: str | os.PathLike[str],
-        structures: Sequence[str] = (*RIVALS, *GRAINS),
+        structures: Sequence[str] = (*BASELINES, *GRAINS),
         *,
         model: str = "resnet8",
         width: float = 1.0,
@@ -113,12 +111,11 @@ class Regularity:
         quiet: bool = False,
         **training: Any,
     ) -> None:
-        who = "Regularity()"
-        for name, values in (("structures", structures), ("sparsities", sparsities), ("seeds", seeds)):
-            if not values or len(set(values)) < len(values):
-                raise ValueError(f"{who}: {name} is {list(values)}; it needs one or more, each once")
-        if any(not 0 < sparsity < 1 for sparsity in sparsities):
-            raise ValueError(f"{who}: sparsities is {list(sparsities)}; they need to be between 0 and 1")
+        super().__init__(
+            out, model=model, width=width, images=images, batch_size=batch_size, device=device, quiet=quiet,
+            structures=structures, sparsities=sparsities, seeds=seeds,
+        )  # fmt: skip
+        who = self.who
         if "dense" not in structures:
             raise ValueError(f"{who}: structures has no 'dense', which losses are told against; add it")
         if weights is not None and "narrow" in structures:
@@ -126,16 +123,7 @@ class Regularity:
                 f"{who}: structures has 'narrow', which is trained as long as the network; nobody knows how long those"
                 " weights were trained: leave it out"
             )
-        self.device = the_device(device)
-        self.out, self.model, self.width, self.batch_size = Path(out), model, width, batch_size
-        self.structures, self.sparsities, self.seeds = list(structures), sorted(sparsities), list(seeds)
-        if isinstance(images, str):
-            images = load(images, "train"), load(images, "test")
-        self.train, self.test = images
-        shape = self.train.shape
-        self.shape: dict[str, Any] = {
-            "classes": len(self.train.classes), "image_size": shape[1], "channels": shape[0]
-        }  # fmt: skip
+        self.structures, self.sparsities = list(structures), sorted(sparsities)
         if weights is not None:
             training.setdefault("epochs", 1)  # of a training that there is not
         self.training = Settings(**training)
@@ -147,40 +135,24 @@ class Regularity:
         with torch.device("meta"):
             build(model, width=self.timed_width, **self.shape)  # refuses a width
         self._batches(self.seeds[0])  # refuses a size
-        self.say = Progress(quiet)
         asked = [(structure, sparsity) for structure in self.structures for sparsity in self.sparsities]
-        why = {line: self._impossible(*line) for line in asked}
-        self.lines = [line for line, reason in why.items() if reason is None]
-        self.left_out = {line_name(*line): reason for line, reason in why.items() if reason is not None}
-        kept = {structure for structure, _ in self.lines} - set(RIVALS)
-        if ("dense", self.sparsities[0]) not in self.lines or (not kept and set(structures) - set(RIVALS)):
-            reasons = [f"{name}: {reason}" for name, reason in self.left_out.items()]
-            more = f"; and {len(reasons) - 2} more" if len(reasons) > 2 else ""
-            raise ValueError(f"{who}: none of this can be trained: {'; '.join(reasons[:2])}{more}")
-        self.runs = [(structure, sparsity, seed) for seed in self.seeds for structure, sparsity in self.lines]
         settings = {
-            "model": model, "width": width, "data": self.train.name, "images": [len(self.train), len(self.test)],
-            "labels": zlib.crc32(self.train.labels.cpu().numpy().tobytes()), "shape": shape,
             "weights": None if self.weights is None else _checksum(self.weights), "structures": self.structures,
-            "sparsities": self.sparsities, "seeds": self.seeds, "batch_size": batch_size,
-            "timed_width": self.timed_width, "training": None if self.weights else asdict(self.training),
-            "retraining": asdict(self.retraining), "trainings": len(self.runs),
+            "sparsities": self.sparsities, "timed_width": self.timed_width,
+            "training": None if self.weights else asdict(self.training), "retraining": asdict(self.retraining),
         }  # fmt: skip
-        self.results: dict[str, Any] = json.loads(json.dumps({"settings": settings}))
-        self.results.update(machine=runner.machine(self.device), times={}, trained=None, runs=[], stopped=None)
-        self.results["left_out"] = self.left_out
-        self._take_up()
+        self._set_up(asked, settings)
+        self.results["trained"] = None
 
-    def _take_up(self) -> None:
-        """Take over what was measured in the folder; any other content than that of this study is refused."""
-        folders = [self.out / "trained", *(self._folder(*run) for run in self.runs)]
-        before = runner.take_up(self.out, self.results["settings"], "Regularity()", folders, MAY_GROW)
-        if before.get("machine") == self.results["machine"]:
-            self.results["times"] = runner.read_seconds(before, "times", self.out)
+    def _other_folders(self) -> list[Path]:
+        return [self.out / "trained"]
+
+    def _take_times(self, found: dict[str, Any]) -> None:
+        self.results["times"] = found
 
     def _impossible(self, structure: str, sparsity: float) -> str | None:
-        """Why this cannot be made, found by making its masks once, at random; None: it can."""
-        rule = None if structure in RIVALS else make_structure(structure, **OPTIONS.get(structure, {}))
+        """Found by making its masks once, at random."""
+        rule = None if structure in BASELINES else make_structure(structure, **OPTIONS.get(structure, {}))
         try:
             with torch.random.fork_rng():
                 if structure == "narrow":
@@ -193,78 +165,35 @@ class Regularity:
             return " ".join(str(error).split())
         return None
 
-    def run(self) -> dict[str, Any]:
-        """Train what is not finished, to the end or until SIGINT or SIGTERM.
-
-        Returns:
-            What results.json holds: "settings", "machine", "times" (structure -> sparsity -> seconds of forward +
-            backward, with those of the dense network in the same rounds), "trained" (what the network was before it was
-            pruned), "runs" (one dict a training) and "stopped" (the signal that stopped it, else None).
-        """
-        with only_writer(self.out, "Regularity()"):
-            self._take_up()
-            for line, reason in self.left_out.items():
-                self.say.say(f"left out: {line}, as {reason}")
-            return self._run_all()
-
-    def _run_all(self) -> dict[str, Any]:
-        runs = self.runs
-        found = [(run, self._result_of(*run)) for run in runs]
-        ended = [result for _, result in found if result is not None]
+    def _prepare(self, ended: list[dict[str, Any]]) -> str | None:
         self.results["trained"] = self._trained_before()
         self.results["runs"] = ended if self.results["trained"] else []  # which are told relative to it
         self._write()
         if stopped := self._train_dense():
-            return self._end(stopped)
+            return stopped
         self.results["runs"] = ended
         self._measure()
-        todo = [run for run, result in found if result is None]
-        begin = time.monotonic()
-        for i, run in enumerate(todo):
-            at = len(runs) - len(todo) + i + 1
-            left = f", {duration((time.monotonic() - begin) / i * (len(todo) - i))} left" if i else ""
-            head = f"[{at}/{len(runs)}{left}] {line_name(*run[:2])} seed {run[2]}"
-            result = self._run(*run, head)
-            if isinstance(result, str):
-                return self._end(result)
-            self.results["runs"].append(result)
-            self._write()
-            what = "diverged" if result["accuracy"] is None else f"{result['accuracy']:.2%}"
-            self.say.say(f"{head}: {what} in {duration(result['seconds'])}")
-        return self._end(None)
+        return None
 
-    def _end(self, stopped: str | None) -> dict[str, Any]:
-        self.results["stopped"] = stopped
-        self._write()
-        try:
-            draw_regularity(self.out / FIGURE, rows(self.results), self.results["settings"], self.results["machine"])
-        except ValueError as error:
-            self.say.say(f"no figure: {error}")
-        return self.results
+    def _line_name(self, structure: str, sparsity: float) -> str:
+        return line_name(structure, sparsity)
 
-    def _write(self) -> None:
-        runner.write_results(self.out, self.results, rows(self.results))
+    def _structure_of(self, line: Line) -> str:
+        return line[0]
+
+    def _rows(self) -> list[dict[str, Any]]:
+        return rows(self.results)
+
+    def _draw_to(self, path: Path) -> None:
+        draw_regularity(path, self._rows(), self.results["settings"], self.results["machine"])
 
     # ------------------------------------------------------------ trainings
-
-    def _folder(self, structure: str, sparsity: float, seed: int) -> Path:
-        return self.out / re.sub(r"[^\w.+=-]+", "-", f"{line_name(structure, sparsity)} seed {seed}")
 
     def _identity(self, structure: str, sparsity: float, seed: int) -> dict[str, Any]:
         return {"line": line_name(structure, sparsity), "structure": structure, "asked": sparsity, "seed": seed}
 
-    def _result_of(self, structure: str, sparsity: float, seed: int) -> dict[str, Any] | None:
-        folder, identity = self._folder(structure, sparsity, seed), self._identity(structure, sparsity, seed)
-        return runner.read_result(folder, identity, ("seconds",), ("accuracy", "sparsity", "file", *COSTS))
-
-    def _batches(self, seed: int) -> tuple[Batches, Batches]:
-        return (
-            Batches(self.train, self.batch_size, train=True, seed=seed, device=self.device),
-            Batches(self.test, TEST_BATCH, train=False, device=self.device),
-        )
-
     def _trained_before(self) -> dict[str, Any] | None:
-        return runner.read_result(self.out / "trained", {"line": "trained"}, ("file", *COSTS))
+        return read_result(self.out / "trained", {"line": "trained"}, ("file", *COSTS))
 
     def _train_dense(self) -> str | None:
         """The network before it is pruned, in trained/model.pt; or the signal that stopped its training."""
@@ -286,14 +215,14 @@ class Regularity:
             if last.get("diverged"):
                 raise Diverged(f"Regularity.run(): the network to prune: {last['diverged']}")
             result = {**identity, **last, **costs_of(model, self.train.shape), "file": _size(folder)}
-            runner.write_json(folder / runner.RESULT, result)
+            self._keep(folder, result)
             if "accuracy" in result:
                 self.say.say(f"the network to prune: {result['accuracy']:.2%} in {duration(result['seconds'])}")
         self.results["trained"] = result
         return None
 
-    def _run(self, structure: str, sparsity: float, seed: int, head: str) -> dict[str, Any] | str:
-        """What the table needs of one link of a chain, or the signal that stopped it."""
+    def _train_one(self, structure: str, sparsity: float, seed: int, head: str) -> dict[str, Any] | str:
+        """One link of a chain."""
         folder, identity = self._folder(structure, sparsity, seed), self._identity(structure, sparsity, seed)
         at, settings = self.sparsities.index(sparsity), self.retraining
         earlier = [i for i in range(at) if (structure, self.sparsities[i]) in self.lines]
@@ -319,8 +248,7 @@ class Regularity:
         self, model: nn.Module, settings: Settings, seed: int, folder: Path, identity: Mapping[str, Any], head: str
     ) -> tuple[nn.Module, dict[str, Any]] | str:
         trainer = Trainer(model, *self._batches(seed), settings, out=folder, resume=True, config=identity, quiet=True)
-        trainer.progress = runner.RunningLine(self.say, head)
-        return runner.finish(trainer)
+        return self._finish(trainer, head)
 
     def _result(
         self, folder: Path, identity: Mapping[str, Any], model: nn.Module | None, last: Mapping[str, Any]
@@ -332,9 +260,7 @@ class Regularity:
             refused = [name for name, why in dense.items() if plan and why.startswith(f"{plan.structure.name}: ")]
             costs = {"sparsity": summary(model).sparsity, "file": _size(folder), **costs_of(model, self.train.shape)}
             result |= {**costs, "refused": refused}
-        folder.mkdir(exist_ok=True)
-        runner.write_json(folder / runner.RESULT, result)
-        return result
+        return self._keep(folder, result)
 
     def _pruned(self, model: nn.Module, structure: str, sparsity: float, saliency: str, seed: int = 0) -> nn.Module:
         return sparsify(
@@ -365,7 +291,7 @@ class Regularity:
             steps = {"dense": self._step(self._timed_network("dense", 0.0), images)}
             for sparsity in (s for made, s in self.lines if made == structure):
                 steps[str(sparsity)] = self._step(self._timed_network(structure, sparsity), images)
-            times[structure] = runner.in_turns(steps, ROUNDS)
+            times[structure] = interleaved(steps, ROUNDS)
             self._write()
 
     def _timed_network(self, structure: str, sparsity: float) -> nn.Module:
@@ -385,7 +311,7 @@ class Regularity:
             y.float().square().mean().backward()
             model.zero_grad(set_to_none=True)
 
-        return partial(runner.timed, self.device, step)
+        return partial(timed, self.device, step)
 
 
 def _size(folder: Path) -> int:

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..columns import columns
-from . import runner
-from .variants import RIVALS
+from . import spread
+from .variants import BASELINES
 
 GRAINS = {
     "unstructured": "0-D weight", "vector": "1-D vector", "kernel": "2-D kernel", "filter": "3-D filter",
@@ -51,11 +51,11 @@ def rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
             right = [run["accuracy"] for run in ended]
             row: dict[str, Any] = {
                 "line": line_name(structure, asked), "structure": GRAINS.get(structure, structure), "asked": asked,
-                "accuracy": runner.mean(right), "deviation": runner.deviation(right),
+                "accuracy": spread.mean(right), "deviation": spread.deviation(right),
                 "seeds": len(ended), "diverged": len(runs) - len(ended), "loss": None, "of_finest": None,
             }  # fmt: skip
             for key in ("parameters", "sparsity", "stream", "file", "references", "fprop_balance", "dgrad_balance"):
-                row[key] = runner.mean([run[key] for run in ended])
+                row[key] = spread.mean([run[key] for run in ended])
             row["refused"] = " ".join(runs[0].get("refused", ()))
             stream = row.pop("stream")
             row["storage"] = stream / trained["stream"] if ended else None
@@ -117,7 +117,7 @@ def table(results: Mapping[str, Any], *, max_time: float = 0.5, max_storage: flo
 
 
 def _shown_sparsity(row: Mapping[str, Any]) -> str:
-    if row["structure"] in RIVALS:
+    if row["structure"] in BASELINES:
         return f"as {100 * row['asked']:g}"
     return f"{100 * (row['asked'] if row['sparsity'] is None else row['sparsity']):.2f}"
 
@@ -145,7 +145,7 @@ def answers(found: Sequence[Mapping[str, Any]], *, max_time: float, max_storage:
         _answer(known, file_budget, {"file_ratio": max_storage}),
         _answer(known, f"{time_budget} and {file_budget}", {"time": max_time, "file_ratio": max_storage}),
     ]
-    doubt = runner.doubt(known)
+    doubt = spread.doubt(known)
     return [*said, f"{doubt[0].upper()}{doubt[1:]}."]
 
 
@@ -156,8 +156,8 @@ def _answer(known: Sequence[Mapping[str, Any]], budget: str, limits: Mapping[str
         return f"Within {budget} nothing fits; {_named(nearest)} comes nearest: {_told(nearest)}."
     best = max(fits, key=lambda row: row["accuracy"])
     said = f"Within {budget} {_named(best)} is the most accurate: {_told(best)}"
-    sparse = [row for row in fits if row["structure"] not in RIVALS]
-    if best["structure"] in RIVALS:
+    sparse = [row for row in fits if row["structure"] not in BASELINES]
+    if best["structure"] in BASELINES:
         if not sparse:
             return f"{said}; nothing sparse fits."
         best = max(sparse, key=lambda row: row["accuracy"])

@@ -1,154 +1,38 @@
-"""What studies share: a folder of trainings that may be stopped anywhere, and times that are measured in turns."""
+"""What both studies are: trainings in a folder, one after the other, that may be stopped anywhere and continued."""
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-import math
 import os
-import statistics
+import re
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
-from ..files import LOCK, whole_file
-from ..progress import Progress
-from ..training.checkpoint import LAST, PREVIOUS, differences
+from ..data.batches import Batches
+from ..data.loading import load
+from ..data.sets import ImageSet
+from ..files import only_writer, write_json
+from ..progress import Progress, duration
+from ..training.devices import the_device
 from ..training.result import Diverged
 from ..training.trainer import Trainer
+from . import folder, timing
+from .variants import BASELINES
 
-RESULTS, TABLE, RESULT = "results.json", "table.csv", "result.json"
-WARM_UP = 2  # rounds that are not counted
+TEST_BATCH = 500
 
-
-# ---------------------------------------------------------------- the folder
-
-
-def take_up(
-    out: Path, settings: Mapping[str, Any], who: str, trainings: Iterable[Path], may_grow: Sequence[str]
-) -> dict[str, Any]:
-    """What results.json of the folder holds; {} for a new folder, or for one in which nothing has been trained yet.
-
-    A study may be continued with more in it: what `may_grow` may differ where no training there is left out.
-
-    Args:
-        out: folder of the study.
-        settings: of the study.
-        who: for messages.
-        trainings: the folders of its trainings.
-        may_grow: names of settings that say which trainings there are, and nothing of how one is done.
-
-    Raises:
-        ValueError: the folder holds another study, or something else.
-    """
-    file = out / RESULTS
-    if not file.exists():
-        if out.exists() and (not out.is_dir() or any(not _ours(path.name) for path in out.iterdir())):
-            raise ValueError(f"{who}: {out} holds something that is no study; use a new folder")
-        return {}
-    before = read(file)
-    begun = {path.parent for name in (RESULT, LAST, PREVIOUS) for path in out.glob(f"*/{name}")}
-    if not begun:
-        return {}
-    there = before.get("settings")
-    found = differences(there, settings)
-    fixed = [text for text in found if text.split(".")[0].split(" ")[0] not in may_grow]
-    if fixed or (found and begun - set(trainings)):
-        more = f"; and {len(found) - 3} more" if len(found) > 3 else ""
-        raise ValueError(
-            f"{who}: {out} holds a study with other settings: {'; '.join(found[:3])}{more}; use those, or another"
-            " folder"
-        )
-    return before
-
-
-def _ours(name: str) -> bool:
-    """Whether this is the lock, or what a process that was killed left of a file."""
-    return name == LOCK or (name.startswith(".") and name.endswith(".part"))
-
-
-def read(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """A JSON file of a study; ValueError if it is damaged."""
-    try:
-        found = json.loads(Path(path).read_text())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"Study(): {path} is damaged ({error}); remove it") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"Study(): {path} is no file of a study; remove it")
-    return found
-
-
-def is_number(value: Any) -> TypeGuard[float]:
-    """Finite, and no truth value."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def read_seconds(before: Mapping[str, Any], key: str, out: Path) -> dict[str, Any]:
-    """Times under a key of results.json: name -> seconds, or name -> name -> seconds."""
-    found = before.get(key)
-    flat = [
-        seconds
-        for part in (found.values() if isinstance(found, dict) else [None])
-        for seconds in (part.values() if isinstance(part, dict) else [part])
-    ]
-    if not isinstance(found, dict) or not all(is_number(seconds) and seconds > 0 for seconds in flat):
-        raise ValueError(f"Study(): {out / RESULTS} is damaged: {key!r} has no times; remove it")
-    return found
-
-
-def read_result(
-    folder: Path, identity: Mapping[str, Any], numbers: Sequence[str], ended: Sequence[str] = ()
-) -> dict[str, Any] | None:
-    """What the finished training in this folder came to; None if it is not finished.
-
-    Args:
-        folder: of the training.
-        identity: what it has to be of.
-        numbers: keys that it needs.
-        ended: further ones, of a training whose loss stayed finite.
-    """
-    file = folder / RESULT
-    if not file.exists():
-        return None
-    result = read(file)
-    if any(result.get(key) != value for key, value in identity.items()):
-        raise ValueError(f"Study(): {file} is of another training; remove it, or use another folder")
-    diverged = result.get("accuracy") is None and isinstance(result.get("diverged"), str)
-    for key in numbers if diverged else (*numbers, *ended):
-        if not is_number(result.get(key)):
-            raise ValueError(
-                f"Study(): {file} is damaged: {key!r} is {str(result.get(key))[:60]}, no number; remove it"
-            )
-    return result
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write plain values, whole or not at all."""
-    with whole_file(path) as file:
-        file.write((json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
-
-
-def write_results(out: Path, results: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write results.json, and table.csv from the rows."""
-    write_json(out / RESULTS, results)
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, list(rows[0]) if rows else ["line"])
-    writer.writeheader()
-    writer.writerows(rows)
-    with whole_file(out / TABLE) as file:
-        file.write(text.getvalue().encode())
-
-
-# ---------------------------------------------------------------- one training
+Line = tuple[Any, float]  # a line of the table: what is trained, and its sparsity
 
 
 class RunningLine(Progress):
-    """A training's lines, each in place of the one before, after what the study says of it."""
+    """A training's lines, each in place of the one before, behind what the study says of it."""
 
     def __init__(self, progress: Progress, head: str) -> None:
         super().__init__(progress.quiet, progress.stream)
@@ -163,75 +47,216 @@ class RunningLine(Progress):
             self.show(text)
 
 
-def finish(trainer: Trainer) -> tuple[nn.Module, dict[str, Any]] | str:
-    """Train to the end: the model, and what it came to as plain values; or the signal that stopped it."""
-    try:
-        result = trainer.run()
-    except Diverged as error:
-        return trainer.model, {"accuracy": None, "diverged": str(error), "seconds": 0.0}
-    if result.stopped:
-        return result.stopped
-    ended = {"accuracy": result.accuracy, "steps": result.steps, "seconds": result.seconds}
-    return result.model, ended | {"step_seconds": result.step_seconds, "memory": result.memory}
+class Runner(ABC):
+    """Trains every line with every seed; results.json, table.csv and the figure are written anew after each training.
 
+    A study says which lines there are, how one is trained and what its result is; see the abstract methods.
 
-# ---------------------------------------------------------------- times
-
-
-def in_turns(steps: Mapping[str, Callable[[], float]], rounds: int, first: str = "dense") -> dict[str, float]:
-    """Median seconds of steps, from rounds in which each is taken once: what else the machine does meets them alike.
-
-    Ratios to `first` are those within a round: what slows a round down slows both sides.
+    In the folder `out` each training has a folder of its own with its log, its checkpoints and, once it is finished,
+    result.json. Made and run again, a study reads those and continues where it was stopped.
     """
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds + WARM_UP):
-        for name, step in steps.items():
-            times[name].append(step())
-    counted = {name: seconds[WARM_UP:] for name, seconds in times.items()}
-    pace = statistics.median(counted[first])
-    return {
-        name: pace * statistics.median(t / d for t, d in zip(seconds, counted[first], strict=True))
-        for name, seconds in counted.items()
-    }
 
+    who: ClassVar[str]  # for messages
+    figure: ClassVar[str]  # file name
+    may_grow: ClassVar[Sequence[str]]  # settings that may differ when a study is continued
+    numbers: ClassVar[Sequence[str]]  # that a result needs
+    ended: ClassVar[Sequence[str]]  # further ones, of a training whose loss stayed finite
+    times: ClassVar[str]  # key of results.json that has the measured seconds
+    pace: float | None = None  # seconds for a unit of `_work`, before anything is trained; None: not known
 
-def timed(device: torch.device, step: Callable[[], Any]) -> float:
-    """Seconds of a step, with all that it starts on the device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    begin = time.perf_counter()
-    step()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - begin
+    def __init__(
+        self,
+        out: str | os.PathLike[str],
+        *,
+        model: str,
+        width: float,
+        images: tuple[ImageSet, ImageSet] | str,
+        batch_size: int,
+        device: torch.device | str | None,
+        quiet: bool,
+        **lists: Sequence[Any],
+    ) -> None:
+        """`lists`: what is compared, sparsities and seeds: one or more of each, each once."""
+        for name, values in lists.items():
+            if not values or len(set(values)) < len(values):
+                raise ValueError(f"{self.who}: {name} is {list(values)}; it needs one or more, each once")
+        if any(not 0 < sparsity < 1 for sparsity in lists["sparsities"]):
+            raise ValueError(f"{self.who}: sparsities is {list(lists['sparsities'])}; they need to be between 0 and 1")
+        self.device, self.say = the_device(device), Progress(quiet)
+        self.out, self.model, self.width, self.batch_size = Path(out), model, width, batch_size
+        self.seeds = list(lists["seeds"])
+        self.train, self.test = (load(images, "train"), load(images, "test")) if isinstance(images, str) else images
+        shape = self.train.shape
+        self.shape: dict[str, Any] = {"classes": len(self.train.classes), "image_size": shape[1], "channels": shape[0]}
 
+    def _set_up(self, asked: Sequence[Line], settings: Mapping[str, Any]) -> None:
+        """Find out which lines can be trained, and take over what the folder holds; last step of __init__.
 
-def machine(device: torch.device) -> str:
-    """What the times are of."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    threads = torch.get_num_threads()
-    return f"{threads} CPU thread{'s' if threads > 1 else ''}"
+        Raises:
+            ValueError: nothing of it can be trained, or the folder holds something else.
+        """
+        why = [(line, self._impossible(*line)) for line in asked]
+        self.lines = [line for line, reason in why if reason is None]
+        self.left_out = {self._line_name(*line): reason for line, reason in why if reason is not None}
+        sparse = [[self._structure_of(line) not in BASELINES for line in lines] for lines in (self.lines, asked)]
+        if not self.lines or (any(sparse[1]) and not any(sparse[0])):
+            reasons = [f"{name}: {reason}" for name, reason in self.left_out.items()]
+            more = f"; and {len(reasons) - 2} more" if len(reasons) > 2 else ""
+            raise ValueError(f"{self.who}: none of this can be trained: {'; '.join(reasons[:2])}{more}")
+        self.runs = [(what, sparsity, seed) for seed in self.seeds for what, sparsity in self.lines]
+        settings = {
+            "model": self.model, "width": self.width, "data": self.train.name,
+            "images": [len(self.train), len(self.test)],
+            "labels": zlib.crc32(self.train.labels.cpu().numpy().tobytes()), "shape": self.train.shape,
+            "seeds": self.seeds, "batch_size": self.batch_size, **settings, "trainings": len(self.runs),
+        }  # fmt: skip
+        self.results: dict[str, Any] = json.loads(json.dumps({"settings": settings}))
+        self.results |= {"machine": timing.machine(self.device), self.times: {}, "runs": [], "stopped": None}
+        self.results["left_out"] = self.left_out
+        self._take_up()
 
+    def _take_up(self) -> None:
+        """Take over what was measured in the folder; any other content than that of this study is refused."""
+        folders = [*self._other_folders(), *(self._folder(*run) for run in self.runs)]
+        before = folder.take_up(self.out, self.results["settings"], self.who, folders, self.may_grow)
+        if before.get("machine") == self.results["machine"]:
+            self._take_times(folder.read_seconds(before, self.times, self.out))
 
-# ---------------------------------------------------------------- seeds
+    def run(self) -> dict[str, Any]:
+        """Train what is not finished, to the end or until SIGINT or SIGTERM.
 
+        Returns:
+            What results.json holds: "settings", "machine", measured seconds ("steps" of a `Study`: of a training step
+            by line of the table; "times" of a `Regularity`: structure -> sparsity -> of forward + backward, with those
+            of the dense network in the same rounds), "runs" (one dict a training) and "stopped" (the signal that
+            stopped it, else None); of a `Regularity` also "trained", the network before it was pruned.
+        """
+        with only_writer(self.out, self.who):
+            self._take_up()
+            for line, reason in self.left_out.items():
+                self.say.say(f"left out: {line}, as {reason}")
+            found = [(run, self._result_of(*run)) for run in self.runs]
+            stopped = self._prepare([result for _, result in found if result is not None])
+            return self._end(stopped or self._train_all([run for run, result in found if result is None]))
 
-def mean(values: Sequence[float]) -> float | None:
-    """None of nothing."""
-    return statistics.mean(values) if values else None
+    def _train_all(self, todo: Sequence[tuple[Any, float, int]]) -> str | None:
+        """The trainings that are left; the signal that stopped one of them."""
+        begin, done, pace = time.monotonic(), 0.0, self.pace
+        for i, run in enumerate(todo):
+            left = "" if pace is None else f", {duration(pace * sum(self._work(*r) for r in todo[i:]))} left"
+            at = len(self.runs) - len(todo) + i + 1
+            head = f"[{at}/{len(self.runs)}{left}] {self._line_name(*run[:2])} seed {run[2]}"
+            result = self._train_one(*run, head)
+            if isinstance(result, str):
+                return result
+            self.results["runs"].append(result)
+            self._write()
+            done += self._work(*run)
+            pace = (time.monotonic() - begin) / done  # trainings test and write, too
+            what = "diverged" if result["accuracy"] is None else f"{result['accuracy']:.2%}"
+            self.say.say(f"{head}: {what} in {duration(result['seconds'])}")
+            if i + 1 < len(todo) and todo[i + 1][2] != run[2]:
+                self._seed_ended()
+        return None
 
+    def _end(self, stopped: str | None) -> dict[str, Any]:
+        self.results["stopped"] = stopped
+        self._write()
+        self._draw()
+        return self.results
 
-def deviation(values: Sequence[float]) -> float | None:
-    """Of a sample; None of one value."""
-    return statistics.stdev(values) if len(values) > 1 else None
+    def _write(self) -> None:
+        folder.write_results(self.out, self.results, self._rows())
 
+    def _draw(self) -> None:
+        """The figure; without matplotlib a line that says so."""
+        try:
+            self._draw_to(self.out / self.figure)
+        except ValueError as error:
+            self.say.say(f"no figure: {error}")
 
-def doubt(found: Sequence[Mapping[str, Any]]) -> str:
-    """Which differences of accuracy say nothing: those under twice their standard error, deviations pooled."""
-    spread = [(row["seeds"], row["deviation"]) for row in found if row["deviation"] is not None]
-    if not spread:
-        return "with one seed, small differences say nothing"
-    variance = sum((n - 1) * d**2 for n, d in spread) / sum(n - 1 for n, _ in spread)
-    points = 200 * math.sqrt(2 * variance / min(row["seeds"] for row in found))
-    return f"differences under {points:.1f} points are within the spread of the seeds"
+    # ------------------------------------------------------------ one training
+
+    def _folder(self, what: Any, sparsity: float, seed: int) -> Path:
+        """Of one training."""
+        return self.out / re.sub(r"[^\w.+=-]+", "-", f"{self._line_name(what, sparsity)} seed {seed}")
+
+    def _result_of(self, what: Any, sparsity: float, seed: int) -> dict[str, Any] | None:
+        """What a training came to; None: it is not finished."""
+        run = what, sparsity, seed
+        return folder.read_result(self._folder(*run), self._identity(*run), self.numbers, self.ended)
+
+    def _batches(self, seed: int) -> tuple[Batches, Batches]:
+        """To train and to test with."""
+        return (
+            Batches(self.train, self.batch_size, train=True, seed=seed, device=self.device),
+            Batches(self.test, TEST_BATCH, train=False, device=self.device),
+        )
+
+    def _finish(self, trainer: Trainer, head: str) -> tuple[nn.Module, dict[str, Any]] | str:
+        """Train to the end: the model, and what it came to as plain values; or the signal that stopped it."""
+        trainer.progress = RunningLine(self.say, head)
+        try:
+            result = trainer.run()
+        except Diverged as error:
+            return trainer.model, {"accuracy": None, "diverged": str(error), "seconds": 0.0}
+        if result.stopped:
+            return result.stopped
+        ended = {"accuracy": result.accuracy, "steps": result.steps, "seconds": result.seconds}
+        return result.model, ended | {"step_seconds": result.step_seconds, "memory": result.memory}
+
+    def _keep(self, where: Path, result: dict[str, Any]) -> dict[str, Any]:
+        """Write a finished training's result.json."""
+        where.mkdir(parents=True, exist_ok=True)
+        write_json(where / folder.RESULT, result)
+        return result
+
+    # ------------------------------------------------------------ what a study says
+
+    @abstractmethod
+    def _line_name(self, what: Any, sparsity: float) -> str:
+        """Of a line of the table."""
+
+    @abstractmethod
+    def _structure_of(self, line: Line) -> str:
+        """Name of its structure, or "dense", or "narrow"."""
+
+    @abstractmethod
+    def _impossible(self, what: Any, sparsity: float) -> str | None:
+        """Why this cannot be trained; None: it can."""
+
+    @abstractmethod
+    def _identity(self, what: Any, sparsity: float, seed: int) -> dict[str, Any]:
+        """What says in result.json which training it is of."""
+
+    @abstractmethod
+    def _train_one(self, what: Any, sparsity: float, seed: int, head: str) -> dict[str, Any] | str:
+        """Train, and what the table needs of it; or the signal that stopped it. head: for the running line."""
+
+    @abstractmethod
+    def _prepare(self, ended: list[dict[str, Any]]) -> str | None:
+        """Measure times, and set results["runs"] to the trainings that have ended; the signal that stopped it."""
+
+    @abstractmethod
+    def _take_times(self, found: dict[str, Any]) -> None:
+        """Take over times that were measured on this machine, as far as they are those of this study."""
+
+    @abstractmethod
+    def _rows(self) -> list[dict[str, Any]]:
+        """Of the table."""
+
+    @abstractmethod
+    def _draw_to(self, path: Path) -> None:
+        """Draw the figure; ValueError where there is nothing to draw."""
+
+    def _work(self, what: Any, sparsity: float, seed: int) -> float:
+        """How long a training takes, in any unit."""
+        return 1.0
+
+    def _other_folders(self) -> list[Path]:
+        """Of trainings that are in no line."""
+        return []
+
+    def _seed_ended(self) -> None:
+        """Called when all lines are trained with a seed and there are more."""
+        self._draw()

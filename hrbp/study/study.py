@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import re
 import sys
-import time
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -21,34 +17,28 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..data.batches import Batches
-from ..data.loading import load
 from ..data.sets import ImageSet
-from ..files import only_writer
 from ..layers.view import sparse_layers
 from ..methods.evolver import Evolver
 from ..methods.registry import METHODS
 from ..models import build, narrow, parameter_count
-from ..progress import Progress, duration
 from ..reports.model_report import report_model
 from ..reports.model_summary import summary
 from ..reports.picture import draw_study
 from ..surgery.conversion import sparsify
-from ..training.devices import the_device
 from ..training.settings import Settings
 from ..training.trainer import Trainer
-from . import runner
+from .folder import RESULT
+from .runner import Line, Runner
 from .study_table import line_name, rows, table
-from .variants import QUICK, RIVALS, Variant
+from .timing import interleaved, timed
+from .variants import QUICK, Variant
 
 ROUNDS = 15  # in which every network takes one timed step after the other
 IMAGES_PER_CLASS = 10  # that gradients of saliencies are of; GraSP's
-TEST_BATCH = 500
-FIGURE = "study.png"
-MAY_GROW = ("variants", "sparsities", "seeds", "trainings")  # of the settings, when a study is continued
-NUMBERS, ENDED = ("sparsity", "parameters", "storage"), ("accuracy", "seconds", "step_seconds", "memory")  # of a result
 
 
-class Study:
+class Study(Runner):
     """Trains every variant at every sparsity with every seed; made and run again, it continues where it was stopped.
 
         results = Study("runs/study", epochs=6).run()
@@ -82,6 +72,11 @@ class Study:
         FileNotFoundError: no CIFAR at `root`; the message says what to put there.
     """
 
+    who, figure, times = "Study()", "study.png", "steps"
+    may_grow = "variants", "sparsities", "seeds", "trainings"
+    numbers, ended = ("sparsity", "parameters", "storage"), ("accuracy", "seconds", "step_seconds", "memory")
+    pace = 1.0  # work is in seconds
+
     def __init__(
         self,
         out: str | os.PathLike[str],
@@ -98,74 +93,45 @@ class Study:
         quiet: bool = False,
         **training: Any,
     ) -> None:
-        who = "Study()"
-        for name, values in (("variants", [v.name for v in variants]), ("sparsities", sparsities), ("seeds", seeds)):
-            if not values or len(set(values)) < len(values):
-                raise ValueError(f"{who}: {name} is {list(values)}; it needs one or more, each once")
-        if any(not 0 < sparsity < 1 for sparsity in sparsities):
-            raise ValueError(f"{who}: sparsities is {list(sparsities)}; they need to be between 0 and 1")
+        super().__init__(
+            out, model=model, width=width, images=images, batch_size=batch_size, device=device, quiet=quiet,
+            variants=[v.name for v in variants], sparsities=sparsities, seeds=seeds,
+        )  # fmt: skip
         if every is not None and every < 1:
-            raise ValueError(f"{who}: every is {every}; it needs an integer >= 1")
+            raise ValueError(f"{self.who}: every is {every}; it needs an integer >= 1")
         for variant in variants:
             if reason := variant.refuses():
-                raise ValueError(f"{who}: {variant.name!r} cannot be trained: {reason}; leave it out")
-        self.device = the_device(device)
-        self.out, self.model, self.width, self.batch_size = Path(out), model, width, batch_size
-        if isinstance(images, str):
-            images = load(images, "train"), load(images, "test")
-        self.train, self.test = images
-        shape = self.train.shape
-        self.shape = {"classes": len(self.train.classes), "image_size": shape[1], "channels": shape[0]}
+                raise ValueError(f"{self.who}: {variant.name!r} cannot be trained: {reason}; leave it out")
         self.training = Settings(**training)
         taken = {name for variant in variants for name in METHODS[variant.method].options()}
         if unknown := sorted(set(self.training.evolve_options) - taken):
-            raise ValueError(f"{who}: evolve_options has {', '.join(unknown)}, which no method of the variants takes")
+            raise ValueError(
+                f"{self.who}: evolve_options has {', '.join(unknown)}, which no method of the variants takes"
+            )
         self.total_steps = self.training.epochs * (len(self.train) // batch_size)
         self.every = max(1, min(100, self.total_steps // 40)) if every is None else every
         self.every_by_default = every is None
-        self.say, self.seeds = Progress(quiet), list(seeds)
         asked = [
             (variant, sparsity)
             for sparsity in sparsities
             for variant in variants
             if variant.structure != "dense" or sparsity == sparsities[0]
         ]
-        why = [(line, self._impossible(*line)) for line in asked]
-        self.lines = [line for line, reason in why if reason is None]
-        self.left_out = {line_name(*line): reason for line, reason in why if reason is not None}
-        sparse = [line[0].structure not in RIVALS for line in self.lines]
-        if not self.lines or (not any(sparse) and any(v.structure not in RIVALS for v in variants)):
-            reasons = [f"{name}: {reason}" for name, reason in self.left_out.items()]
-            more = f"; and {len(reasons) - 2} more" if len(reasons) > 2 else ""
-            raise ValueError(f"{who}: none of this can be trained: {'; '.join(reasons[:2])}{more}")
-        self.runs = [(variant, sparsity, seed) for seed in seeds for variant, sparsity in self.lines]
         with torch.device("meta"):
-            dense = build(model, width=width, **self.shape)  # type: ignore[arg-type]
+            dense = build(model, width=width, **self.shape)
         settings = {
-            "model": model, "width": width, "data": self.train.name, "images": [len(self.train), len(self.test)],
-            "labels": zlib.crc32(self.train.labels.cpu().numpy().tobytes()),
-            "shape": shape, "dense_parameters": parameter_count(dense), "variants": [asdict(v) for v in variants],
-            "sparsities": sparsities, "seeds": self.seeds, "batch_size": batch_size, "every": self.every,
-            "training": asdict(self.training), "trainings": len(self.runs),
+            "dense_parameters": parameter_count(dense), "variants": [asdict(v) for v in variants],
+            "sparsities": sparsities, "every": self.every, "training": asdict(self.training),
         }  # fmt: skip
-        self.results: dict[str, Any] = json.loads(json.dumps({"settings": settings}))
-        self.results.update(
-            machine=runner.machine(self.device), steps={}, runs=[], stopped=None, left_out=self.left_out
-        )
-        self._take_up()
+        self._set_up(asked, settings)
 
-    def _take_up(self) -> None:
-        """Take over what was measured in the folder; any other content than that of this study is refused."""
-        folders = [self._folder(*run) for run in self.runs]
-        before = runner.take_up(self.out, self.results["settings"], "Study()", folders, MAY_GROW)
-        if before.get("machine") == self.results["machine"]:
-            steps = runner.read_seconds(before, "steps", self.out)
-            if {"dense", *(line_name(v.layout, s) for v, s in self.lines)} <= steps.keys():
-                self.results["steps"] = steps
+    def _take_times(self, found: dict[str, Any]) -> None:
+        if {"dense", *(line_name(v.layout, s) for v, s in self.lines)} <= found.keys():
+            self.results["steps"] = found
 
     def _impossible(self, variant: Variant, sparsity: float) -> str | None:
-        """Why this cannot be trained, found by making its trainer once; None: it can, or has been."""
-        if any((self._folder(variant, sparsity, seed) / runner.RESULT).exists() for seed in self.seeds):
+        """Found by making its trainer once, unless it has been trained."""
+        if any((self._folder(variant, sparsity, seed) / RESULT).exists() for seed in self.seeds):
             return None
         drawn = replace(variant, saliency="random")
         try:
@@ -177,59 +143,34 @@ class Study:
             return " ".join(str(error).split())
         return None
 
-    def run(self) -> dict[str, Any]:
-        """Train what is not finished, to the end or until SIGINT or SIGTERM.
-
-        Returns:
-            What results.json holds: "settings", "machine", "steps" (seconds of a step by line of the table), "runs"
-            (one dict a training) and "stopped" (the signal that stopped it, else None).
-        """
-        with only_writer(self.out, "Study()"):
-            self._take_up()
-            for line, reason in self.left_out.items():
-                self.say.say(f"left out: {line}, as {reason}")
-            return self._run()
-
-    def _run(self) -> dict[str, Any]:
-        found = [
-            (run, runner.read_result(self._folder(*run), self._identity(*run), NUMBERS, ENDED)) for run in self.runs
-        ]
-        self.results["runs"] = [result for _, result in found if result is not None]
+    def _prepare(self, ended: list[dict[str, Any]]) -> str | None:
+        self.results["runs"] = ended
         self._write()
         if not self.results["steps"]:
             self._measure()
             self._write()
-        todo = [run for run, result in found if result is None]
-        begin, done, scale = time.monotonic(), 0.0, 1.0
-        for i, (variant, sparsity, seed) in enumerate(todo):
-            left = duration(scale * sum(self._expected(v, s) for v, s, _ in todo[i:]))
-            at = len(self.runs) - len(todo) + i + 1
-            head = f"[{at}/{len(self.runs)}, {left} left] {line_name(variant, sparsity)} seed {seed}"
-            result = self._train(variant, sparsity, seed, head)
-            if isinstance(result, str):
-                self.results["stopped"] = result
-                break
-            self.results["runs"].append(result)
-            self._write()
-            done += self._expected(variant, sparsity)
-            scale = (time.monotonic() - begin) / done  # trainings test and write, too
-            what = "diverged" if result["accuracy"] is None else f"{result['accuracy']:.2%}"
-            self.say.say(f"{head}: {what} in {duration(result['seconds'])}")
-            if i + 1 < len(todo) and todo[i + 1][2] != seed:
-                self.say.say(f"\n{table(self.results)}\n")
-                self._draw()
-        self._write()
-        self._draw()
-        return self.results
+        return None
 
-    def _expected(self, variant: Variant, sparsity: float) -> float:
+    def _work(self, variant: Variant, sparsity: float, seed: int) -> float:
         return self.results["steps"][line_name(variant.layout, sparsity)] * self.total_steps
 
-    # ------------------------------------------------------------ one training
+    def _seed_ended(self) -> None:
+        self.say.say(f"\n{table(self.results)}\n")
+        self._draw()
 
-    def _folder(self, variant: Variant, sparsity: float, seed: int) -> Path:
-        name = re.sub(r"[^\w.+=-]+", "-", f"{line_name(variant, sparsity)} seed {seed}")
-        return self.out / name
+    def _line_name(self, variant: Variant, sparsity: float) -> str:
+        return line_name(variant, sparsity)
+
+    def _structure_of(self, line: Line) -> str:
+        return line[0].structure
+
+    def _rows(self) -> list[dict[str, Any]]:
+        return rows(self.results)
+
+    def _draw_to(self, path: Path) -> None:
+        draw_study(path, self._rows(), self.results["settings"], self.results["machine"])
+
+    # ------------------------------------------------------------ one training
 
     def _identity(self, variant: Variant, sparsity: float, seed: int) -> dict[str, Any]:
         sparsity = 0.0 if variant.structure == "dense" else sparsity
@@ -246,17 +187,12 @@ class Study:
         settings = Settings(**{**asdict(self.training), "evolve": variant.method, "evolve_options": options})
         return Trainer(
             self._network(variant, 0.0 if _prunes(variant) else sparsity, seed),
-            Batches(self.train, self.batch_size, train=True, seed=seed, device=self.device),
-            Batches(self.test, TEST_BATCH, train=False, device=self.device),
-            settings, quiet=True, **more,
+            *self._batches(seed), settings, quiet=True, **more,
         )  # fmt: skip
 
-    def _train(self, variant: Variant, sparsity: float, seed: int, head: str) -> dict[str, Any] | str:
-        """What the table needs of a training, or the signal that stopped it."""
+    def _train_one(self, variant: Variant, sparsity: float, seed: int, head: str) -> dict[str, Any] | str:
         folder, identity = self._folder(variant, sparsity, seed), self._identity(variant, sparsity, seed)
-        trainer = self._trainer(variant, sparsity, seed, out=folder, resume=True, config=identity)
-        trainer.progress = runner.RunningLine(self.say, head)
-        ended = runner.finish(trainer)
+        ended = self._finish(self._trainer(variant, sparsity, seed, out=folder, resume=True, config=identity), head)
         if isinstance(ended, str):
             return ended
         made, last = ended
@@ -267,12 +203,11 @@ class Study:
             "storage": sum(s.values + s.file_index for s in stored),
             "masked": any(layer.blocksize is None for layer in sparse_layers(made).values()),
         }  # fmt: skip
-        runner.write_json(folder / runner.RESULT, finished)
-        return finished
+        return self._keep(folder, finished)
 
     def _network(self, variant: Variant, sparsity: float, seed: int) -> nn.Module:
         torch.manual_seed(seed)
-        model = build(self.model, width=self.width, **self.shape)  # type: ignore[arg-type]
+        model = build(self.model, width=self.width, **self.shape)
         if variant.structure == "dense":
             return model
         if variant.structure == "narrow":
@@ -298,7 +233,7 @@ class Study:
         x, y = next(iter(batches.epoch()))
         layouts = {line_name(v.layout, s): (v.layout, s) for v, s in [(Variant("dense"), 0.0), *self.lines]}
         steps = {name: self._step(variant, sparsity, x, y) for name, (variant, sparsity) in layouts.items()}
-        self.results["steps"] = runner.in_turns(steps, ROUNDS)
+        self.results["steps"] = interleaved(steps, ROUNDS)
 
     def _step(self, variant: Variant, sparsity: float, x: torch.Tensor, y: torch.Tensor) -> Callable[[], float]:
         """A function that takes one step on a batch and returns its seconds."""
@@ -322,16 +257,7 @@ class Study:
                 evolver.step()
             optimizer.zero_grad(set_to_none=True)
 
-        return partial(runner.timed, self.device, step)
-
-    def _write(self) -> None:
-        runner.write_results(self.out, self.results, rows(self.results))
-
-    def _draw(self) -> None:
-        try:
-            draw_study(self.out / FIGURE, rows(self.results), self.results["settings"], self.results["machine"])
-        except ValueError as error:
-            self.say.say(f"no figure: {error}")
+        return partial(timed, self.device, step)
 
 
 def _prunes(variant: Variant) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..columns import columns
 from ..methods.registry import METHODS
-from . import runner
+from . import spread
 from .variants import PRESETS, PUBLISHED, Published, Variant
 
 
@@ -37,19 +37,19 @@ def rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     for run in sorted(results["runs"], key=lambda run: run["asked"]):
         lines.setdefault(run["line"], []).append(run)
     order = {Variant(**v).name: i for i, v in enumerate(settings["variants"])}
-    dense = runner.mean([r["accuracy"] for r in lines.get("dense", []) if r["accuracy"] is not None])
+    dense = spread.mean([r["accuracy"] for r in lines.get("dense", []) if r["accuracy"] is not None])
     for line, runs in lines.items():
         variant = Variant(**{key: runs[0][key] for key in Variant.__dataclass_fields__})
         asked = runs[0]["asked"]
         ended = [run for run in runs if run["accuracy"] is not None]
         right = [run["accuracy"] for run in ended]
-        accuracy, parameters = runner.mean(right), round(statistics.mean(run["parameters"] for run in runs))
-        memory = runner.mean([run["memory"] for run in ended])
+        accuracy, parameters = spread.mean(right), round(statistics.mean(run["parameters"] for run in runs))
+        memory = spread.mean([run["memory"] for run in ended])
         seconds = steps.get(line_name(variant.layout, asked))
         paper, speedup = published.get(variant.name, {}).get(asked, (None, None))
         found.append({
             "line": line, "structure": variant.name, "asked": asked, "accuracy": accuracy,
-            "deviation": runner.deviation(right), "seeds": len(ended), "diverged": len(runs) - len(ended),
+            "deviation": spread.deviation(right), "seeds": len(ended), "diverged": len(runs) - len(ended),
             "kept": accuracy / dense if accuracy is not None and dense else None,
             "parameters": parameters, "sparsity": statistics.mean(run["sparsity"] for run in runs),
             "model_sparsity": 1 - parameters / settings["dense_parameters"],
@@ -159,5 +159,5 @@ def sentences(found: Sequence[Mapping[str, Any]]) -> list[str]:
             ]
             parts[1:] = [part.replace(" keeps", "", 1) for part in parts[1:]]
         listed = parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
-        said.append(f"{start}{listed}; {runner.doubt(here)}.")
+        said.append(f"{start}{listed}; {spread.doubt(here)}.")
     return said

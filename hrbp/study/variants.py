@@ -10,7 +10,7 @@ from typing import Any
 from ..methods.registry import METHODS, method_named
 from ..surgery.planning import structure_for
 
-RIVALS = ("dense", "narrow")  # trained beside the sparse networks: one without pruning, and a thinner one
+BASELINES = ("dense", "narrow")  # trained beside the sparse networks: one without pruning, and a thinner one
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,53 @@
+"""How long steps of networks take, measured side by side."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+WARM_UP = 2  # rounds that are not counted
+
+
+def interleaved(steps: Mapping[str, Callable[[], float]], rounds: int, first: str = "dense") -> dict[str, float]:
+    """Median seconds of steps that take turns, so that the rest of the machine's load meets all of them alike.
+
+    Ratios to `first` are those within a round: what slows a round down slows both sides.
+
+    Args:
+        steps: name -> a function that takes one step and returns its seconds.
+        rounds: in each of which every step is taken once; WARM_UP more come before them.
+        first: what the others are relative to.
+    """
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds + WARM_UP):
+        for name, step in steps.items():
+            times[name].append(step())
+    counted = {name: seconds[WARM_UP:] for name, seconds in times.items()}
+    pace = statistics.median(counted[first])
+    return {
+        name: pace * statistics.median(t / d for t, d in zip(seconds, counted[first], strict=True))
+        for name, seconds in counted.items()
+    }
+
+
+def timed(device: torch.device, step: Callable[[], Any]) -> float:
+    """Seconds of a step, with all that it starts on the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    begin = time.perf_counter()
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+
+def machine(device: torch.device) -> str:
+    """What the times are of."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"{threads} CPU thread{'s' if threads > 1 else ''}"

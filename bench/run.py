@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import math
 import sys
 import time
@@ -30,6 +29,7 @@ from bench.shared.memory import make_memory
 from bench.shared.results import Writer
 from bench.shared.rows import ERROR, FAIL, OK
 from bench.shared.schedule import Schedule
+from hrbp.reports.picture import check_plot
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -258,8 +258,8 @@ def _complete(args: argparse.Namespace) -> None:
     for name in args.backend:
         if name != "auto" and absent[name] is not None:
             raise ValueError(f"--backend {name} cannot run here: {absent[name]}")
-    if args.plot and importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("--plot needs matplotlib: pip install 'blocksparse-conv[plot]'")
+    if args.plot:
+        check_plot(args.plot)
 
 
 def make_options(args: argparse.Namespace) -> Options:

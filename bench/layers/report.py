@@ -13,7 +13,7 @@ from bench.shared.ceilings import Ceilings
 from bench.shared.rows import ERROR, FAIL, REFUSED
 from bench.shared.tables import WIDTH, milliseconds, number, percentiles, words
 from hrbp.columns import columns
-from hrbp.files import whole_file
+from hrbp.reports.picture import save_figure
 
 # The table is printed layer by layer: its columns are as wide in every part.
 LEFT = (7, 5, 7, 13, 5)
@@ -211,8 +211,7 @@ def plot(path: Path, rows: Sequence[LayerRow], title: str) -> None:
     axes[-1, 0].set_xticks([i + 0.4 - width / 2 for i in range(len(layers))], layers, rotation=90)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as file:
-        figure.savefig(file, format=path.suffix[1:].lower() or "png")
+    save_figure(figure, path)
     plt.close(figure)
 
 

@@ -12,7 +12,7 @@ from bench.layers.networks import Layer
 from bench.layers.rows import KINDS, least_bytes
 from bench.pages.devices import Device, Json, time_of
 from bench.pages.tables import series_of
-from hrbp.files import whole_file
+from hrbp.reports.picture import save_figure
 
 SIZES = {"fp16": 2, "bf16": 2, "fp32": 4, "tf32": 4}
 
@@ -59,7 +59,7 @@ def draw(device: Device, path: Path) -> bool:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(8, 5))
+    figure, axis = plt.subplots(figsize=(8, 5), dpi=150)
     for label in dict.fromkeys(point.label for point in found):
         mine = [point for point in found if point.label == label]
         axis.scatter([p.intensity for p in mine], [p.flops_per_second for p in mine], s=12, label=label)
@@ -81,8 +81,7 @@ def draw(device: Device, path: Path) -> bool:
     axis.set_title(f"{device.name}: layers under the ceilings measured in the same run", fontsize="small")
     axis.legend(fontsize="x-small")
     figure.tight_layout()
-    with whole_file(path) as file:
-        figure.savefig(file, dpi=150, format="png")
+    save_figure(figure, path)
     plt.close(figure)
     assert all(math.isfinite(point.intensity) for point in found)
     return True

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import naming, whole_file
-from ..reports.picture import check_plot
+from ..reports.picture import check_plot, save_figure
 
 
 def start_log(path: Path, entries: Sequence[dict[str, Any]]) -> None:
@@ -80,5 +80,4 @@ def draw_training(path: Path, history: Sequence[dict[str, Any]]) -> None:
     for axis in (accuracy, loss, masks, *cells):
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
-    with whole_file(path) as file:
-        figure.savefig(file, format=path.suffix[1:].lower())
+    save_figure(figure, path)

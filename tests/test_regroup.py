@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import itertools
 import math
 from dataclasses import dataclass, field
@@ -15,7 +17,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import blocksparse as bs
-from hrbp.structures.grouping import Grouping, GroupShape, group_shape
+from hrbp.structures.grouping import Grouping, GroupOptions, GroupShape
+from hrbp.structures.registry import structure
 from hrbp.structures.regrouping import _alternate, _by_score, _Found, _Search, keep_by_counts, regroup
 from oracle import assert_products
 from runners import RUNNERS
@@ -119,9 +122,7 @@ def test_counts_are_those_of_the_contract(layer):
     g = layer.regroup()
     (k, c, r, s), granule = layer.shape, layer.options["granule"]
     groups, channels, taps = contract(layer)
-    assert group_shape(
-        layer.shape, layer.sparsity, **{n: v for n, v in layer.options.items() if n not in ("balanced", "method")}
-    ) == (GroupShape(groups, channels, taps))
+    assert GroupOptions(**layer.options).size(layer.shape, layer.sparsity) == GroupShape(groups, channels, taps)
     assert (g.shape, g.granule) == (layer.shape, granule)
     assert g.channels.shape == (groups, channels)
     assert g.taps.shape == (groups, taps)
@@ -160,11 +161,27 @@ def test_wide_granules(method, granule, balanced):
     assert pattern.density == pytest.approx(g.density)
 
 
+def test_options_are_said_once():
+    """regroup's own defaults, those of the structures and those of the command line are the fields of one class."""
+    fields = {f.name: f.default for f in dataclasses.fields(GroupOptions)}
+    keywords = [p for p in inspect.signature(regroup).parameters.values() if p.kind == p.KEYWORD_ONLY]
+    assert {p.name: p.default for p in keywords if p.name != "seed"} == fields
+    for name, tap_density in (("hrbp", 1.0), ("hrbp++", 4 / 9)):
+        made = dataclasses.asdict(structure(name))
+        assert made == fields | {"name": name, "tap_density": tap_density}
+
+
+def test_filters_that_stay_are_those_of_runs_as_large_as_a_group():
+    score = torch.rand(24, 16, 3, 3)
+    assert regroup(score, 0.8, row_granule=None) == regroup(score, 0.8, row_granule=8)
+    assert regroup(score, 0.8, row_granule=None).row_order.tolist() == list(range(24))
+
+
 def test_the_shapes_of_the_house():
     """Counts worked out by hand."""
 
     def sizes(shape: tuple[int, ...], sparsity: float, **options: float) -> tuple[int, int, int]:
-        size = group_shape(shape, sparsity, **options)
+        size = GroupOptions(**options).size(shape, sparsity)
         return size.groups, size.channels, size.taps
 
     assert sizes((64, 64, 3, 3), 0.9) == (8, 6, 9)

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from ..progress import Progress
 from ..reports.mask_report import report_mask
 from ..reports.picture import check_plot, draw_grouping
 from ..reports.score import Score, total_score
-from ..structures.grouping import Grouping
+from ..structures.grouping import RULES, Grouping, GroupOptions
 from ..structures.groups import Groups
 from ..structures.registry import structure
 from . import parsing
@@ -67,18 +67,17 @@ def add_regroup(commands: parsing.Commands) -> None:
     add("--sparsity", type=parsing.number(0, 1, "[0, 1)"), default=0.9, help="share that is dropped, default 0.9")
     add("--distribution", choices=("erk", "uniform"), default="erk", help="of the layers' densities, default erk")
     add("--structure", choices=("hrbp++", "hrbp"), default="hrbp++", help="default hrbp++")
-    add("--groups", type=parsing.positive, default=8, help="most groups of a layer, default 8")
-    add("--tap-density", type=parsing.share, help="share of the taps that a group keeps, default 4/9 (hrbp: 1)")
-    add("--granule", type=parsing.positive, default=1, help="channels in aligned runs of this many, default 1")
-    add(
-        "--row-granule",
-        type=parsing.rows,
-        default=1,
-        help="filters move in runs of this many, default 1; 'stay': not at all",
-    )
-    add("--min-rows", type=parsing.positive, default=8, help="least filters of a group, default 8")
-    add("--balanced", action="store_true", help="every channel is kept by equally many groups, give or take one")
-    add("--method", choices=("assign", "paper"), default="assign", help="ours (default) or Algorithm 1 alone")
+    kinds: dict[str, dict[str, Any]] = {
+        "tap_density": {"type": parsing.share, "default": None},
+        "row_granule": {"type": parsing.rows},
+        "balanced": {"action": "store_true"},
+        "method": {"choices": RULES},
+    }
+    more = {"tap_density": ", default 4/9 (hrbp: 1)", "row_granule": ", default 1; 'stay': not at all", "balanced": ""}
+    for field in fields(GroupOptions):
+        text = field.metadata["help"] + more.get(field.name, f", default {field.default}")
+        kind = {"default": field.default, **kinds.get(field.name, {"type": parsing.positive})}
+        add(f"--{field.name.replace('_', '-')}", help=text, **kind)
     add("--seed", type=parsing.seed, default=0, help="of the search, default 0")
     add("--layers", type=parsing.regex, metavar="REGEX", help="only layers whose name has a match, stems and all")
     add("--save", type=parsing.path, metavar="OUT.npz", help="write every layer's mask, row_order, channels and taps")
@@ -125,11 +124,10 @@ def run_regroup(args: argparse.Namespace) -> int:
         check_plot(args.picture)
     if args.layer and not args.picture:
         raise ValueError("--layer is the layer of a picture; give --picture OUT.png too, or --layers to choose layers")
-    options = {"tap_density": args.tap_density} if args.tap_density else {}
-    made = structure(
-        args.structure, groups=args.groups, granule=args.granule, row_granule=args.row_granule, min_rows=args.min_rows,
-        balanced=args.balanced, method=args.method, **options,
-    )  # fmt: skip
+    asked = {field.name: getattr(args, field.name) for field in fields(GroupOptions)}
+    if asked["tap_density"] is None:
+        del asked["tap_density"]  # that of the structure
+    made = structure(args.structure, **asked)
     assert isinstance(made, Groups)
     weights, dense = _chosen_layers(layers(read_weights(args.file)), made, args.layers, args.file)
     if args.layer and args.layer not in weights:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .base import Choice, Structure, named, sparsity_of
-from .grouping import group_shape
+from .grouping import GroupOptions
 from .regrouping import regroup
 from .selection import check_score
 
@@ -37,7 +37,8 @@ class Elementwise(Structure):
 
     def density(self, shape: Sequence[int], density: float) -> float:
         cells = shape[1] * shape[2] * shape[3]
-        size = group_shape((shape[0], cells, 1, 1), sparsity_of(density), groups=self.groups, min_rows=self.min_rows)
+        options = GroupOptions(groups=self.groups, min_rows=self.min_rows)
+        size = options.size((shape[0], cells, 1, 1), sparsity_of(density))
         return size.channels / cells
 
 

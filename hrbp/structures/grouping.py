@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any
 
@@ -15,6 +15,7 @@ from blocksparse import BSRPattern
 
 from ..arguments import check_sparsity
 
+RULES = ("assign", "paper")
 MAX_BLOCK_ROWS = 128  # rows of a block by default
 
 
@@ -199,47 +200,72 @@ class GroupShape:
     taps: int
 
 
-def group_shape(
-    shape: Sequence[int],
-    sparsity: float,
-    *,
-    groups: int = 8,
-    tap_density: float = 1.0,
-    granule: int = 1,
-    row_granule: int = 1,
-    min_rows: int = 8,
-) -> GroupShape:
-    """What `regroup` makes of a layer, from its shape alone.
+def option(default: Any, text: str) -> Any:
+    """A field that the command line offers, too, with this help."""
+    return field(default=default, metadata={"help": text})
 
-    groups    the largest t <= groups with K % t = 0, K/t >= min_rows and K/t % row_granule = 0; else 1
-    taps      max(1, round(R*S * tap_density)); where more than that is kept of the layer, ceil(R*S * (1 - sparsity))
-    channels  granule * max(1, round(C * (1 - sparsity) / (tap_density * granule))), at most C; tap_density is that of
-              the taps where they were raised or the kernel is 1x1
 
-    Raises:
-        ValueError: a number out of its range, or a granule that does not divide.
+@dataclass(frozen=True, kw_only=True)
+class GroupOptions:
+    """How groups are chosen: the options of `regroup`, of "hrbp" and "hrbp++", and of `python -m hrbp regroup`.
+
+    `regroup` says what each does. row_granule None: filters stay where they are.
     """
-    who = "regroup()"
-    if len(shape) != 4 or min(shape) < 1:
-        raise ValueError(f"{who}: score has shape {tuple(shape)}; it needs [K, C, R, S], none of them 0")
-    k, c, r, s = shape
-    check_sparsity(sparsity, who)
-    value: Any = tap_density
-    if not isinstance(value, Real) or not 0 < tap_density <= 1:
-        raise ValueError(f"{who}: tap_density is {tap_density!r}; it needs a number in (0, 1]")
-    for name, value in (("groups", groups), ("granule", granule), ("row_granule", row_granule), ("min_rows", min_rows)):
-        if not isinstance(value, Integral) or value < 1:
-            raise ValueError(f"{who}: {name} is {value!r}; it needs a positive integer")
-    if c % granule:
-        raise ValueError(f"{who}: granule is {granule}; it needs a divisor of C = {c} (1 takes any C)")
-    if k % row_granule:
-        raise ValueError(f"{who}: row_granule is {row_granule}; it needs a divisor of K = {k} (1 takes any K)")
-    density = 1 - sparsity
-    taps = max(1, round(r * s * tap_density))
-    if density > tap_density:
-        taps = min(r * s, math.ceil(r * s * density - 1e-9))
-    if density > tap_density or r * s == 1:
-        tap_density = taps / (r * s)
-    channels = min(c, granule * max(1, round(c * density / (tap_density * granule))))
-    fits = [t for t in range(1, min(groups, k) + 1) if k % t == 0 and k // t >= min_rows and k // t % row_granule == 0]
-    return GroupShape(max(fits, default=1), channels, taps)
+
+    groups: int = option(8, "most groups of a layer")
+    tap_density: float = option(1.0, "share of the taps that a group keeps")
+    granule: int = option(1, "channels are kept in aligned runs of this many")
+    row_granule: int | None = option(1, "filters move in aligned runs of this many")
+    min_rows: int = option(8, "least filters of a group")
+    balanced: bool = option(False, "every channel is kept by equally many groups, give or take one")
+    method: str = option("assign", "assign: keeps the most; paper: Algorithm 1 of HRBP alone")
+
+    def size(self, shape: Sequence[int], sparsity: float) -> GroupShape:
+        """What `regroup` makes of a layer, from its shape alone.
+
+        groups    the largest t <= groups with K % t = 0, K/t >= min_rows and K/t % row_granule = 0; else 1
+        taps      max(1, round(R*S * tap_density)); where more than that is kept of the layer,
+                  ceil(R*S * (1 - sparsity))
+        channels  granule * max(1, round(C * (1 - sparsity) / (tap_density * granule))), at most C; tap_density is that
+                  of the taps where they were raised or the kernel is 1x1
+
+        Raises:
+            ValueError: a number out of its range, or a granule that does not divide.
+        """
+        who = "regroup()"
+        if self.method not in RULES:
+            raise ValueError(f"{who}: method is {self.method!r}; it needs {' or '.join(map(repr, RULES))}")
+        if len(shape) != 4 or min(shape) < 1:
+            raise ValueError(f"{who}: score has shape {tuple(shape)}; it needs [K, C, R, S], none of them 0")
+        k, c, r, s = shape
+        check_sparsity(sparsity, who)
+        value: Any = self.tap_density
+        if not isinstance(value, Real) or not 0 < self.tap_density <= 1:
+            raise ValueError(f"{who}: tap_density is {value!r}; it needs a number in (0, 1]")
+        for name in ("groups", "granule", "row_granule", "min_rows"):
+            value = getattr(self, name)
+            if not isinstance(value, Integral) or value < 1:
+                if name == "row_granule" and value is None:
+                    continue
+                raise ValueError(f"{who}: {name} is {value!r}; it needs a positive integer")
+        granule, row_granule, tap_density = self.granule, self.row_granule or 1, self.tap_density
+        if c % granule:
+            raise ValueError(f"{who}: granule is {granule}; it needs a divisor of C = {c} (1 takes any C)")
+        if k % row_granule:
+            raise ValueError(f"{who}: row_granule is {row_granule}; it needs a divisor of K = {k} (1 takes any K)")
+        density = 1 - sparsity
+        taps = max(1, round(r * s * tap_density))
+        if density > tap_density:
+            taps = min(r * s, math.ceil(r * s * density - 1e-9))
+        if density > tap_density or r * s == 1:
+            tap_density = taps / (r * s)
+        channels = min(c, granule * max(1, round(c * density / (tap_density * granule))))
+        fits = [
+            t for t in range(1, min(self.groups, k) + 1)
+            if k % t == 0 and k // t >= self.min_rows and k // t % row_granule == 0
+        ]  # fmt: skip
+        return GroupShape(max(fits, default=1), channels, taps)
+
+    def moved_rows(self, shape: Sequence[int], sparsity: float = 0.0) -> int:
+        """Filters move in runs of this many: of whole groups where they stay where they are."""
+        return self.row_granule or shape[0] // self.size(shape, sparsity).groups

@@ -2,70 +2,35 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Annotated
+from dataclasses import dataclass, fields
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
 
 from .base import Choice, Structure, named, sparsity_of
-from .grouping import Grouping, GroupShape, group_shape
-from .regrouping import keep_by_counts, regroup
+from .grouping import Grouping, GroupOptions
+from .regrouping import keep_by_counts, regroup_by
 from .selection import balanced, staying, swapped, top
 
 
-@dataclass(frozen=True)
-class Groups(Structure):
-    """HRBP and HRBP++; the options are those of `regroup`. row_granule None: filters stay where they are."""
+@dataclass(frozen=True, kw_only=True)
+class Groups(GroupOptions, Structure):
+    """HRBP and HRBP++."""
 
     name: str
-    tap_density: float
-    groups: int = 8
-    granule: int = 1
-    row_granule: int | None = 1
-    min_rows: int = 8
-    balanced: bool = False
-    method: str = "assign"
 
     def refuses(self, shape: Sequence[int]) -> str | None:
-        for name, size, axis in (("row_granule", self._rows(shape), shape[0]), ("granule", self.granule, shape[1])):
-            if size < 1 or axis % size:
+        for name, axis in (("row_granule", shape[0]), ("granule", shape[1])):
+            size = getattr(self, name)
+            if size is not None and (size < 1 or axis % size):
                 return f"{name} = {size} does not divide {axis}"
         return None
 
-    def _rows(self, shape: Sequence[int]) -> int:
-        if self.row_granule is not None:
-            return self.row_granule
-        size = group_shape(shape, 0.0, groups=self.groups, min_rows=self.min_rows)
-        return shape[0] // size.groups
-
     def choose(self, score: Tensor, sparsity: float, seed: int = 0) -> Choice:
-        grouping = regroup(
-            score,
-            sparsity,
-            groups=self.groups,
-            tap_density=self.tap_density,
-            granule=self.granule,
-            row_granule=self._rows(score.shape),
-            min_rows=self.min_rows,
-            balanced=self.balanced,
-            method=self.method,
-            seed=seed,
-        )
-        return grouping_choice(grouping)
-
-    def size(self, shape: Sequence[int], sparsity: float) -> GroupShape:
-        """Groups, channels and taps of a layer of this shape."""
-        return group_shape(
-            shape,
-            sparsity,
-            groups=self.groups,
-            tap_density=self.tap_density,
-            granule=self.granule,
-            row_granule=self._rows(shape),
-            min_rows=self.min_rows,
-        )
+        return grouping_choice(regroup_by(self, score, sparsity, seed))
 
     def grouping(self, mask: Tensor, row_order: Tensor | None) -> Grouping:
         """The groups of a mask that this structure made, rows in this order."""
@@ -153,20 +118,20 @@ def grouping_choice(grouping: Grouping) -> Choice:
 
 
 def _maker(name: str, tap_density: float, place: int, what: str) -> Callable[..., Structure]:
-    """The function that makes one of the two."""
+    """The function that makes one of the two; its options are the fields of GroupOptions."""
 
-    def make(
-        *,
-        groups: int = 8,
-        tap_density: Annotated[float, "a number in (0, 1]"] = tap_density,
-        granule: int = 1,
-        row_granule: int | None = 1,
-        min_rows: int = 8,
-        balanced: bool = False,
-        method: str = "assign",
-    ) -> Structure:
-        return Groups(name, tap_density, groups, granule, row_granule, min_rows, balanced, method)
+    def make(**options: Any) -> Structure:
+        return Groups(name=name, **{"tap_density": tap_density, **options})
 
+    kinds = get_type_hints(GroupOptions, include_extras=True)
+    parameters = [
+        inspect.Parameter(
+            f.name, inspect.Parameter.KEYWORD_ONLY, annotation=kinds[f.name],
+            default=tap_density if f.name == "tap_density" else f.default,
+        )
+        for f in fields(GroupOptions)
+    ]  # fmt: skip
+    make.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     make.__doc__ = what
     # Of random scores groups of neighbours are as good as any and cost nothing when running; balanced, every channel is
     # read by equally many.

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import any_case
-from .grouping import Grouping, GroupShape, group_shape
+from .grouping import RULES, Grouping, GroupOptions, GroupShape
 from .selection import balanced as choose_balanced
 from .selection import check_score, top
 
@@ -37,7 +37,7 @@ def regroup(
     groups: int = 8,
     tap_density: float = 1.0,
     granule: int = 1,
-    row_granule: int = 1,
+    row_granule: int | None = 1,
     min_rows: int = 8,
     balanced: bool = False,
     method: str = "assign",
@@ -63,10 +63,10 @@ def regroup(
     Args:
         score: [K, C, R, S] >= 0, floating point or bool, on any device: the work is done there.
         sparsity: share of the weights that is dropped, in [0, 1). What comes out is given by whole channels and taps.
-        groups: at most so many groups; see `group_shape` for the number used, and for channels and taps.
+        groups: at most so many groups; see `GroupOptions.size` for the number used, and for channels and taps.
         tap_density: share of the taps that a group keeps; 1 is HRBP, the paper's HRBP++ has 4/9.
         granule: channels are kept in aligned runs of this many (8 is what 16-byte loads of float16 ask for).
-        row_granule: rows move in aligned runs of this many; K/groups keeps the filters where they are.
+        row_granule: filters move in aligned runs of this many; None: they stay where they are.
         min_rows: least filters of a group (the paper's B1).
         balanced: every channel (every run, for a granule) is kept by as many groups as any other, give or take one, so
             that the input gradient is as balanced as the output.
@@ -80,26 +80,25 @@ def regroup(
 
     Source: HRBP (CPAL 2024), section 4.1, for method="paper"; method="assign" is this library's.
     """
-    method = any_case(method, ("assign", "paper"))
-    if method not in ("assign", "paper"):
-        raise ValueError(f"regroup(): method is {method!r}; it needs 'assign' or 'paper'")
-    size = group_shape(
-        score.shape,
-        sparsity,
-        groups=groups,
-        tap_density=tap_density,
-        granule=granule,
-        row_granule=row_granule,
-        min_rows=min_rows,
-    )
+    options = GroupOptions(
+        groups=groups, tap_density=tap_density, granule=granule, row_granule=row_granule, min_rows=min_rows,
+        balanced=balanced, method=any_case(method, RULES),
+    )  # fmt: skip
+    return regroup_by(options, score, sparsity, seed)
+
+
+def regroup_by(options: GroupOptions, score: Tensor, sparsity: float, seed: int = 0) -> Grouping:
+    """See `regroup`."""
+    size = options.size(score.shape, sparsity)
+    granule, row_granule = options.granule, options.moved_rows(score.shape, sparsity)
     cells = check_score(score, sparsity, "regroup()")
     counted = _counted(cells, sparsity)
     # From here on a row is a run of row_granule filters and a channel a run of granule channels.
-    search = _Search(_runs(cells, row_granule, granule), size, granule, balanced, seed)
-    counts = _Search(_runs(counted, row_granule, granule), size, granule, balanced, seed)
+    search = _Search(_runs(cells, row_granule, granule), size, granule, options.balanced, seed)
+    counts = _Search(_runs(counted, row_granule, granule), size, granule, options.balanced, seed)
     kernels = round(counts.rows * counts.channels * min(1.0, (1 - sparsity) * score[0, 0].numel() / size.taps))
     found = _by_counts(counts, kernels)
-    if method == "assign":
+    if options.method == "assign":
         found = _by_score(search, found)
     return _grouping(found, tuple(score.shape), row_granule, granule)
 

@@ -19,7 +19,7 @@ import torch
 from bench.shared import machine
 from bench.shared.options import make_parser
 from bench.shared.results import FORMAT
-from bench.stages.plan import stages
+from bench.stages.jobs import stages
 from bench.stages.running import run_stage, summary_of
 from hrbp.files import write_json
 from hrbp.progress import duration

@@ -79,7 +79,7 @@ NETWORKS = {
     "wrn32-2": Network("wrn32-2", "resnet32", 2, 10, 32, 128, 16, 0.95),
     "resnet8": Network("resnet8", "resnet8", 1, 10, 16, 8, 2, 0.9),  # for a first look
 }
-STRUCTURES: dict[str, dict[str, Any]] = {
+CASES: dict[str, dict[str, Any]] = {
     "hrbp": {"structure": "hrbp"},
     "hrbp++": {"structure": "hrbp++"},
     "hrbpx8": {"structure": "hrbp", "granule": 8},
@@ -147,7 +147,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = options.make_parser("step", DESCRIPTION, EPILOG)
     add = parser.add_argument
     add("--network", nargs="+", choices=tuple(NETWORKS), default=["resnet50", "vgg19", "wrn32-2"])
-    add("--structure", nargs="+", choices=tuple(STRUCTURES), default=["hrbp", "hrbp++", "hrbpx8", "block"])
+    add("--structure", nargs="+", choices=tuple(CASES), default=["hrbp", "hrbp++", "hrbpx8", "block"])
     add("--sparsity", type=options.share, help="default: 0.9 for ImageNet's networks, 0.95 for CIFAR's")
     add("--distribution", choices=("erk", "uniform"), default="erk", help="how densities differ between layers")
     add("--batch", type=options.positive, help="images; default: 128 on a GPU, 2 or 16 on a CPU")
@@ -189,7 +189,7 @@ def measure_network(network: Network, args: argparse.Namespace, deadline: float)
         model, why = copy.deepcopy(dense), ""
         if structure != DENSE:
             try:
-                hrbp.sparsify(model, sparsity, distribution=args.distribution, **STRUCTURES[structure])
+                hrbp.sparsify(model, sparsity, distribution=args.distribution, **CASES[structure])
                 why = differs(model, x[:8])
             except Exception as error:  # one structure that cannot be made or run ends nothing
                 why = f"{type(error).__name__}: {error}"

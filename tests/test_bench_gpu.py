@@ -19,7 +19,7 @@ from bench.pages import devices, figure, goals, tables
 from bench.shared import results
 from bench.shared.clocks import Lap
 from bench.shared.rows import FAIL, OK, Times
-from bench.stages import plan, running
+from bench.stages import jobs, running
 from blocksparse import ops
 from processes import run as run_process
 
@@ -76,13 +76,13 @@ def test_without_a_gpu_only_toy_sizes_run(tmp_path, monkeypatch, capsys):
 
 
 def test_the_stages_of_a_gpu_fit_ten_minutes_and_name_real_options(tmp_path, monkeypatch):
-    monkeypatch.setattr(plan.shutil, "which", lambda name: f"/usr/bin/{name}")
-    found = {stage.name: stage for stage in plan.stages(tmp_path, on_gpu=True, quick=False)}
+    monkeypatch.setattr(jobs.shutil, "which", lambda name: f"/usr/bin/{name}")
+    found = {stage.name: stage for stage in jobs.stages(tmp_path, on_gpu=True, quick=False)}
     assert sum(stage.seconds for stage in found.values()) <= 600
     assert not any(stage.missing for stage in found.values())
     assert found["tests"].jobs[0].command[-4:-1] == ("tests", "-m", "device or gpu")
-    assert found["tiles"].jobs[0].command[-3:] == (plan.TILES, "-k", "real_layer")
-    assert (ROOT / plan.TILES).exists()
+    assert found["tiles"].jobs[0].command[-3:] == (jobs.TILES, "-k", "real_layer")
+    assert (ROOT / jobs.TILES).exists()
     assert "addopts=" in found["tests"].jobs[0].command  # not the project's: those leave the slow ones out
     for job in found["layers"].jobs:
         assert "--json" in job.command
@@ -102,7 +102,7 @@ def test_the_stages_of_a_gpu_fit_ten_minutes_and_name_real_options(tmp_path, mon
     assert shapes[0] == shapes[1]  # what is timed is compiled before
 
 
-def writes_then_sleeps(folder: Path, name: str) -> plan.Job:
+def writes_then_sleeps(folder: Path, name: str) -> jobs.Job:
     """A process that writes a result, says so, and would go on for ever."""
     code = (
         "import json, sys, time\n"
@@ -110,7 +110,7 @@ def writes_then_sleeps(folder: Path, name: str) -> plan.Job:
         f"open({str(folder / name) + '.done'!r}, 'w').close()\n"
         "time.sleep(600)"
     )
-    return plan.Job(name, (sys.executable, "-c", code))
+    return jobs.Job(name, (sys.executable, "-c", code))
 
 
 def wait_for(file: Path) -> None:
@@ -130,7 +130,7 @@ def test_a_process_past_its_limit_is_stopped_and_its_result_kept(tmp_path, monke
     monkeypatch.setattr(running, "finish", finish_late)
     found: dict = {}
     with (tmp_path / "log").open("w") as log:
-        running.run_stage(plan.Stage("launch", 1.0, [writes_then_sleeps(tmp_path, "slow")]), 1.0, tmp_path, log, found)
+        running.run_stage(jobs.Stage("launch", 1.0, [writes_then_sleeps(tmp_path, "slow")]), 1.0, tmp_path, log, found)
     assert found["status"] == "late"
     assert found["why"] == "stopped at its limit: slow"
     assert found["jobs"]["slow"]["late"] is True
@@ -150,7 +150,7 @@ def test_an_interrupt_keeps_what_was_found_and_ends_the_processes(tmp_path, monk
         wait_for(out / "slow.done")
         raise KeyboardInterrupt
 
-    stage = plan.Stage("launch", 60.0, [writes_then_sleeps(tmp_path, "slow")])
+    stage = jobs.Stage("launch", 60.0, [writes_then_sleeps(tmp_path, "slow")])
     monkeypatch.setattr(running, "start", start)
     monkeypatch.setattr(running, "finish", interrupted)
     monkeypatch.setattr(gpu, "stages", lambda *_, **__: [stage, dataclasses.replace(stage, name="layers")])
@@ -163,11 +163,11 @@ def test_an_interrupt_keeps_what_was_found_and_ends_the_processes(tmp_path, monk
 
 
 def test_a_stage_with_a_wrong_answer_fails(tmp_path):
-    job = plan.Job("bad", (sys.executable, "-c", "raise SystemExit(1)"))
+    job = jobs.Job("bad", (sys.executable, "-c", "raise SystemExit(1)"))
     found: dict = {}
     with (tmp_path / "log").open("w") as log:
         running.run_stage(
-            plan.Stage("tiles", 60.0, [job, job._replace(name="worse")], True), 60.0, tmp_path, log, found
+            jobs.Stage("tiles", 60.0, [job, job._replace(name="worse")], True), 60.0, tmp_path, log, found
         )
     assert found["status"] == "failed"
     assert found["why"] == "exit status not 0: bad, worse"
@@ -224,7 +224,7 @@ def test_a_sparse_network_that_learns_something_else_gets_no_time(name, monkeypa
 
 
 def test_a_structure_that_cannot_be_made_ends_nothing(monkeypatch, tmp_path):
-    monkeypatch.setitem(step.STRUCTURES, "block", {"structure": "block", "blocksize": (7, 7)})
+    monkeypatch.setitem(step.CASES, "block", {"structure": "block", "blocksize": (7, 7)})
     file = tmp_path / "step.json"
     options = ["--network", "resnet8", "--structure", "block", "--quick", "--device", "cpu", "--json", str(file)]
     assert step.main(options) == 1

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.shared.rows import ERROR, FAIL
-from bench.stages.plan import BENCH, Job, Stage
+from bench.stages.jobs import BENCH, Job, Stage
 
 PATIENCE = 8.0  # seconds between an interrupt and the end
 

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from ..training.devices import the_device
+
 AS_WRITTEN = argparse.RawDescriptionHelpFormatter  # of help texts that are laid out already
 MOST_SEED = 2**63 - 1  # that torch's and numpy's generators take
 
@@ -28,6 +30,18 @@ class Parser(argparse.ArgumentParser):
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[Parser]
+
+
+def add_device(add: Callable[..., Any]) -> None:
+    """--device and --amp; `running` says what they come to."""
+    add("--device", help="default cuda if there is a GPU, else cpu")
+    add("--amp", choices=("none", "bf16", "fp16"), help="mixed precision, default bf16 on a GPU, none on a CPU")
+
+
+def running(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings of a training that depend on the device."""
+    on_gpu = the_device(args.device).type == "cuda"
+    return {"amp": {"none": None, None: "bf16" if on_gpu else None}.get(args.amp, args.amp), "channels_last": on_gpu}
 
 
 def number(low: float, high: float, text: str) -> Callable[[str], float]:

@@ -21,7 +21,6 @@ from ..study.regularity_table import table as regularity_table
 from ..study.study import Study
 from ..study.study_table import table
 from ..study.variants import ABLATION, BASELINES, PRESETS, Preset, Variant
-from ..training.devices import the_device
 from . import parsing
 
 REGULARITY = "regularity"
@@ -88,8 +87,7 @@ def add_study(commands: parsing.Commands) -> None:
         help="steps between mask changes, default 100, in short trainings a fortieth, of subp an epoch",
     )
     add("--out", type=parsing.path, metavar="DIR", help="folder, default runs/study, runs/study-PRESET")
-    add("--device", help="default cuda if there is a GPU, else cpu")
-    add("--amp", choices=("none", "bf16", "fp16"), help="mixed precision, default bf16 on a GPU, none on a CPU")
+    parsing.add_device(add)
     add = parser.add_argument_group("--preset regularity").add_argument
     add("--weights", type=parsing.path, metavar="FILE", help="of the trained network, default: it is trained first")
     add("--retrain", type=int, help=f"epochs after each pruning, default {RETRAIN}")
@@ -171,10 +169,8 @@ def run_regularity(args: argparse.Namespace) -> int:
 
 def _training(args: argparse.Namespace, preset: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of the trainings."""
-    on_gpu = the_device(args.device).type == "cuda"
     given = {key: value for key in ("epochs", "lr") if (value := getattr(args, key)) is not None}
-    amp = {"none": None, None: "bf16" if on_gpu else None}.get(args.amp, args.amp)
-    return {**preset, **given, "amp": amp, "channels_last": on_gpu}
+    return {**preset, **given, **parsing.running(args)}
 
 
 def _stopped(name: str) -> int:

@@ -8,6 +8,8 @@ import dataclasses
 import os
 import signal
 import sys
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,15 +30,19 @@ from ..structures.registry import STRUCTURES
 from ..structures.registry import listed as listed_structures
 from ..structures.registry import structure as make_structure
 from ..surgery.conversion import sparsify
-from ..training.devices import the_device
 from ..training.result import Diverged
 from ..training.run import train
-from ..training.settings import RATES, SCHEDULES
+from ..training.settings import RATES, SCHEDULES, Settings
 from . import parsing
 
 EPOCHS = {"shapes": 20, "cifar10": 160, "cifar100": 160}  # the last two: the HRBP paper's
 FOLDER_EPOCHS = 100
 DENSE, NARROW = "dense", "narrow"
+DEFAULTS = {field.name: field.default for field in dataclasses.fields(Settings)}
+AS_THEY_ARE = (  # options that are fields of Settings
+    "optimizer", "lr", "momentum", "nesterov", "weight_decay", "schedule", "gamma", "warmup", "label_smoothing",
+    "accumulate", "ema", "evolve", "compile", "save_minutes",
+)  # fmt: skip
 
 DESCRIPTION = """\
 Trains one network, sparse from the first step on: weights, gradients and optimizer state are the stored blocks only.
@@ -124,35 +130,48 @@ def add_train(commands: parsing.Commands) -> None:
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=int, help="default 20 for shapes, 160 for CIFAR, 100 for a folder")
     add("--batch-size", type=int, default=128, help="of all ranks together, default 128")
-    add("--optimizer", choices=RATES, default="sgd", help="default sgd")
-    add("--lr", type=float, help="highest learning rate, default 0.1 for sgd, 0.001 for adamw")
-    add("--momentum", type=float, default=0.9, help="of sgd, default 0.9")
-    add("--nesterov", action="store_true", help="of sgd")
-    add("--weight-decay", type=float, help="default 5e-4 for sgd, 0.01 for adamw; none on biases and batch norm")
-    add("--schedule", choices=SCHEDULES, default="cosine", help="default cosine")
-    add("--milestones", type=float, nargs="+", default=[0.5, 0.75], help="of step: shares of the training, .5 .75")
-    add("--gamma", type=float, default=0.1, help="of step: the factor at each, default 0.1")
-    add("--warmup", type=float, default=0.0, help="epochs in which the learning rate rises, default 0")
-    add("--label-smoothing", type=float, default=0.0, help="default 0")
-    add("--ema", type=float, metavar="DECAY", help="average the weights, as 0.999; the average is tested and saved")
+    lr, decay = (", ".join(f"{rates[i]:g} for {name}" for name, rates in RATES.items()) for i in (0, 1))
+    setting = partial(_add_setting, add)
+    setting("optimizer", "", choices=RATES)
+    setting("lr", f"highest learning rate, default {lr}", type=float)
+    setting("momentum", "of sgd", type=float)
+    setting("nesterov", "of sgd", action="store_true")
+    setting("weight_decay", f"default {decay}; none on biases and batch norm", type=float)
+    setting("schedule", "", choices=SCHEDULES)
+    setting("milestones", "of step: shares of the training", type=float, nargs="+")
+    setting("gamma", "of step: the factor at each", type=float)
+    setting("warmup", "epochs in which the learning rate rises", type=float)
+    setting("label_smoothing", "share of the target that is spread over all classes", type=float)
+    setting("ema", "average the weights, as 0.999; the average is tested and saved", type=float, metavar="DECAY")
     add("--seed", type=parsing.seed, default=0, help="of weights, masks and the order of images, default 0")
 
     add = parser.add_argument_group("running").add_argument
     add("--out", type=parsing.path, help="folder to write to, default runs/MODEL-STRUCTURE-SPARSITY-EVOLVE-SEED")
     add("--resume", action="store_true", help="continue what the folder holds, if it holds anything")
-    add("--device", help="default cuda if there is a GPU, else cpu")
-    add("--amp", choices=("none", "bf16", "fp16"), help="mixed precision, default bf16 on a GPU, none on a CPU")
+    parsing.add_device(add)
     add("--channels-last", action=argparse.BooleanOptionalAction, help="memory format, default yes on a GPU")
-    add("--accumulate", type=int, default=1, help="parts in which a batch goes through the network, default 1")
-    add("--compile", action="store_true", help="run steps through torch.compile")
-    add("--save-minutes", type=float, default=10.0, help="between checkpoints within an epoch, default 10")
+    setting = partial(_add_setting, add)
+    setting("accumulate", "parts in which a batch goes through the network", type=int)
+    setting("compile", "run steps through torch.compile", action="store_true")
+    setting("save_minutes", "minutes between checkpoints within an epoch", type=float)
     parser.set_defaults(run=run_train)
+
+
+def _add_setting(add: Callable[..., Any], name: str, text: str, **more: Any) -> None:
+    """An option that is a field of Settings, with the default that it has there."""
+    default = DEFAULTS[name]
+    if default is not None and not isinstance(default, bool):
+        shown = " ".join(map(str, default)) if isinstance(default, tuple) else f"{default}"
+        text = f"{text}, default {shown}" if text else f"default {shown}"
+    add(f"--{name.replace('_', '-')}", default=default, help=text, **more)
 
 
 def run_train(args: argparse.Namespace) -> int:
     """One training, and what it came to."""
     evolve_options = _evolve_options(args)
-    on_gpu, first = the_device(args.device).type == "cuda", int(os.environ.get("RANK", 0)) == 0
+    running, first = parsing.running(args), int(os.environ.get("RANK", 0)) == 0
+    if args.channels_last is not None:
+        running["channels_last"] = args.channels_last
     options, args.data = _structure_options(args), set_named(args.data)
     sets = [
         load(args.data, split, root=args.root, image_size=args.image_size, seed=args.seed)
@@ -181,24 +200,10 @@ def run_train(args: argparse.Namespace) -> int:
             resume=args.resume,
             config={name: getattr(args, name) for name in described},
             epochs=EPOCHS.get(args.data, FOLDER_EPOCHS) if args.epochs is None else args.epochs,
-            optimizer=args.optimizer,
-            lr=args.lr,
-            momentum=args.momentum,
-            nesterov=args.nesterov,
-            weight_decay=args.weight_decay,
-            schedule=args.schedule,
+            **{name: getattr(args, name) for name in AS_THEY_ARE},
             milestones=tuple(args.milestones),
-            gamma=args.gamma,
-            warmup=args.warmup,
-            label_smoothing=args.label_smoothing,
-            amp={"none": None, None: "bf16" if on_gpu else None}.get(args.amp, args.amp),
-            channels_last=on_gpu if args.channels_last is None else args.channels_last,
-            accumulate=args.accumulate,
-            ema=args.ema,
-            evolve=args.evolve,
+            **running,
             evolve_options=evolve_options,
-            compile=args.compile,
-            save_minutes=args.save_minutes,
         )
     except Diverged as error:
         print(f"python -m hrbp train: {error}", file=sys.stderr)

@@ -42,7 +42,7 @@ MOST = 1.5e9  # multiplications of a dense product
 
 
 def draw(rng: random.Random) -> dict[str, Any]:
-    """A layer that a person could meet. A 0 in a block size: an eighth of the channels."""
+    """A random layer of realistic size. A 0 in a block size stands for an eighth of the channels."""
     while True:
         c, k = (rng.choice((8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)) for _ in range(2))
         kernel = rng.choice((1, 1, 3, 3, 3, 5, 7))

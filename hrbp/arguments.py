@@ -1,4 +1,4 @@
-"""What callers write for a name or a share, as it is meant."""
+"""Checks of arguments that many functions take: names in any case, sparsities."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ def columns(lines: list[list[str]], left: tuple[int, ...] = (0,), least: tuple[i
     Args:
         lines: cells, equally many in each.
         left: which columns start at the left.
-        least: width of each column at least, for a table that is printed in parts.
+        least: minimal width of each column, for a table that is printed in parts.
     """
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     widths = [max(pair) for pair in zip(widths, least or [0] * len(widths), strict=True)]

@@ -1,4 +1,4 @@
-"""What programs leave on a disk: files that are whole, and a folder's one writer."""
+"""Atomic writes, and a lock that gives a folder one writer."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def whole_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
-    """A file to write that appears at `path` when all is written: till then, and after an error, the old one stays.
+    """Write a file atomically: it appears at `path` when it is complete; after an error the old one stays.
 
     Raises:
         OSError: it cannot be written; the error names `path`.
@@ -49,7 +49,7 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
             os.fsync(file.fileno())
         Path(temporary).chmod(0o644)  # mkstemp makes private files
         os.replace(temporary, path)
-    except OSError as error:  # nobody asked for the file with the hidden name
+    except OSError as error:  # name the file asked for, not the temporary one
         if error.errno is None or not Path(str(error.filename or start)).name.startswith(start):
             raise
         raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
@@ -75,11 +75,11 @@ def memory_bytes() -> int:
 
 @contextlib.contextmanager
 def only_writer(folder: str | os.PathLike[str], who: str) -> Iterator[None]:
-    """Hold a folder: a second process, or a second writer of this one, that wants it meanwhile is refused.
+    """Lock a folder: a second process, or a second writer of this process, is refused meanwhile.
 
-    A lock of the operating system on the file .lock in it, which goes with its holder, however that ends; a killed
-    process leaves nothing that has to be cleared. It is not handed on to forked processes. Over NFS it holds between
-    machines where the server's lock service runs; where a file system has no locks, nothing is held.
+    An operating-system lock on the file .lock in the folder: it ends with the process, however that ends, and needs no
+    clean-up. Forked processes do not inherit it. Over NFS it works between machines if the server's lock service runs;
+    on a file system without locks it has no effect.
 
     Args:
         folder: is made if it is not there.

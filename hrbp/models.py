@@ -1,4 +1,4 @@
-"""The networks of the papers, at any width: ResNets, VGG-19, MobileNetV1 and V2, and their narrow dense rivals."""
+"""The networks of the papers, at any width: ResNets, VGG-19, MobileNetV1 and V2, and narrow dense baselines."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def build(name: str, *, classes: int, width: float = 1.0, image_size: int = 32, 
 
 
 def narrow(name: str, parameters: int, *, classes: int, image_size: int = 32, channels: int = 3) -> nn.Module:
-    """The dense network `name`, as narrow or wide as it takes to have as many `parameters`: the rival of a sparse one.
+    """The dense network `name`, of the width that has as many `parameters`: the baseline of a sparse one.
 
     Channel counts are multiples of 8, for the sake of its speed, where that comes within 1% of the budget and leaves no
     layer at less than 16 channels; else of 4, 2 or 1. The nearest count is taken: within 1% for the networks here down

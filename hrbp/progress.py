@@ -1,4 +1,4 @@
-"""The one running line: what a person sees of work that takes a while."""
+"""Progress of long work: the one running line of a terminal."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class Progress:
         self.shown, self.width = time.monotonic(), 0
 
     def due(self) -> bool:
-        """Whether a new running line is worth its making."""
+        """Whether it is time for a new running line."""
         every = TERMINAL_SECONDS if self.terminal else PIPE_SECONDS
         return not self.quiet and time.monotonic() - self.shown >= every
 
     def show(self, text: str) -> None:
-        """The running line."""
+        """Show or replace the running line."""
         self.shown = time.monotonic()
         if self.terminal:
             print(f"\r{text:<{self.width}}", end="", file=self.stream, flush=True)
@@ -32,14 +32,14 @@ class Progress:
             self.say(text)
 
     def say(self, text: str) -> None:
-        """A line that stays."""
+        """Print a line that stays."""
         if not self.quiet:
             start = "\r" if self.terminal else ""
             print(f"{start}{text:<{self.width}}", file=self.stream, flush=True)
         self.width = 0
 
     def clear(self) -> None:
-        """Take the running line away again."""
+        """Remove the running line."""
         if self.terminal:
             print(f"\r{'':<{self.width}}\r", end="", file=self.stream, flush=True)
         self.width = 0

@@ -186,7 +186,7 @@ def test_zeros_by_chance_are_no_mask(tmp_path, capsys):
     lines = {line.split()[0]: line for line in out.splitlines() if line}
     for name in ("dense", "one", "many", "pair", "fc"):
         assert lines[name].split()[2:5] == ["100.00", "dense", "100.0"], name
-    assert "zeros in dense weights, taken for chance: one (1), many (46), pair (2), fc (1)" in out
+    assert "zeros in dense weights, counted as chance: one (1), many (46), pair (2), fc (1)" in out
     assert lines["filter"].split()[3] == "filters"
     assert "single weights" in lines["half"]
     assert float(lines["half"].split()[5]) == pytest.approx(133.7, abs=0.5)

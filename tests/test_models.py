@@ -1,4 +1,4 @@
-"""The networks have the published sizes, names and shapes, and their narrow rivals the parameters asked for."""
+"""The networks have the published sizes, names and shapes, and narrow baselines the parameters asked for."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ def test_every_link_prunes_what_the_one_before_came_to(whole):
         before = after
 
 
-def test_rivals_are_trained_as_long(whole):
+def test_baselines_are_trained_as_long(whole):
     dense, narrow = (load(saved(whole, name, 0.75)) for name in ("dense", "narrow"))
     parameters = {row["line"]: row["parameters"] for row in rows(whole[1])}
     assert parameter_count(dense) == parameters["dense 75%"] == parameters["dense 50%"]
@@ -315,11 +315,11 @@ def test_the_answer_is_the_most_accurate_within_the_budget():
     ]
 
 
-def test_the_answer_says_when_a_rival_wins_or_nothing_fits():
+def test_the_answer_says_when_a_baseline_wins_or_nothing_fits():
     by_time, by_file, by_both, _ = answers(HAND_MADE, max_time=0.42, max_storage=0.1)
     assert by_time == (
         "Within 0.42 of the dense time the narrow network as large as 50% is the most accurate: 82.0% (8.0 points less "
-        "than dense) in 0.40 of the time and 0.50 of the file; of what is sparse hrbp at 87.5%: 81.0% (9.0 points less "
+        "than dense) in 0.40 of the time and 0.50 of the file; among sparse networks hrbp at 87.5%: 81.0% (9.0 points less "
         "than dense) in 0.35 of the time and 0.15 of the file."
     )
     assert by_file == (
@@ -398,5 +398,5 @@ def test_what_the_command_asks_for(monkeypatch):
     del given["epochs"]
     with pytest.raises(InterruptedError):
         command("--weights", "w.pt", "--lr", 0.01)
-    assert "epochs" not in given  # and no rival that would be trained as long
+    assert "epochs" not in given  # and no baseline that would be trained for as long
     assert (given["weights"], given["lr"], given["structures"]) == ("w.pt", 0.01, ("dense", *GRAINS))

@@ -1,7 +1,7 @@
-"""Every way of computing a layer that is timed, and what each must equal.
+"""Every way to compute a layer that is timed, and the result that each must equal.
 
-A contender is a set of calls, one a kind (fprop, dgrad, wgrad), over tensors that are ready. Nothing is
-prepared inside a call that a training step could keep from the step before.
+A contender is a set of calls, one a kind (fprop, dgrad, wgrad), over tensors that are ready. A call does
+not prepare anything that a training step could keep from the step before.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How one layer is measured: patterns, contenders, checks, interleaved laps, and the rows that come of it."""
+"""Measures one layer: builds patterns and contenders, checks them, times them interleaved, and makes the rows."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from bench.shared.rows import ABSENT, ERROR, FAIL, OK, REFUSED, Row, Times
 
 @dataclass(frozen=True)
 class Options:
-    """What is measured of every layer. backends: None lets the library choose."""
+    """What is measured for every layer. backends: None lets the library choose."""
 
     batch: int
     dtype: torch.dtype
@@ -45,7 +45,7 @@ CaseKey = tuple[object, ...]
 
 @dataclass
 class Entry:
-    """A contender in the running. Entries of one case are variants of it, of which the best counts."""
+    """A contender and what was measured of it. Entries of one case are variants, of which the best counts."""
 
     contender: Contender
     case: CaseKey
@@ -59,7 +59,7 @@ class Entry:
 
 @dataclass
 class Case:
-    """One pattern of a layer and what competes on it, or why nothing does."""
+    """One pattern of a layer and its contenders, or why there are none."""
 
     block: Blocksize
     sparsity: float
@@ -86,7 +86,7 @@ class LayerBench:
         for block in options.blocksizes:
             for sparsity in options.sparsities:
                 cases.append(self._case(problem, block, sparsity, entries))
-        self._weigh(entries)
+        self._measure_memory(entries)
         self._time(entries, deadline)
         return [
             self._row(layer, case, entries, backend, kind)
@@ -98,7 +98,7 @@ class LayerBench:
     # ------------------------------------------------------------ before the clock runs
 
     def _case(self, problem: Problem, block: Blocksize, sparsity: float, entries: list[Entry]) -> Case:
-        """Builds the pattern, adds its contenders to `entries`, checked."""
+        """Builds the pattern, checks its contenders and adds them to `entries`."""
         case, layer, options = Case(block, sparsity), problem.layer, self.options
         try:
             pattern = build(layer.shape, block, options.structure, sparsity, problem.generator)
@@ -131,7 +131,7 @@ class LayerBench:
     def _contenders(
         self, problem: Problem, case: Case, pattern: bs.BSRPattern, values: Tensor, known: set[CaseKey]
     ) -> list[Entry]:
-        """What competes at this pattern, but for what is `known` from an earlier pattern of the layer."""
+        """The contenders of this pattern, without those `known` from an earlier pattern of the layer."""
         layer, entries = problem.layer, []
         for backend in case.plans:
             for layout in LAYOUTS:
@@ -168,14 +168,14 @@ class LayerBench:
                 continue
             try:
                 verdict = verdict_of(entry.contender, kind, call(), truth)
-            except Exception as error:  # whatever one contender raises is printed in its row and ends nothing
+            except Exception as error:  # printed in its row; the others go on
                 entry.failures[kind] = (ERROR, f"{entry.contender.variant}: {type(error).__name__}: {error}")
                 continue
             if not verdict.ok:
                 entry.failures[kind] = (FAIL, f"{entry.contender.variant}: {verdict}")
 
-    def _weigh(self, entries: list[Entry]) -> None:
-        """Extra memory of every call; warms it up a second time."""
+    def _measure_memory(self, entries: list[Entry]) -> None:
+        """Extra memory of every call, which also warms it up a second time."""
         for entry in entries:
             for kind, call in entry.contender.calls.items():
                 if kind in self.options.kinds and entry.runs(kind):
@@ -193,7 +193,9 @@ class LayerBench:
             if entry.runs(kind)
         }
         cases = [entry.case for entry in entries]
-        laps = interleave(calls, self.clock, self.options.rounds, deadline, lambda laps: lost_variants(laps, cases))
+        laps = interleave(
+            calls, self.clock, self.options.rounds, deadline, drop=lambda laps: lost_variants(laps, cases)
+        )
         for (at, kind), measured in laps.items():
             entries[at].laps[kind] = measured
 
@@ -268,7 +270,7 @@ def lost_variants(
 
 
 def result_of(entry: Entry, kind: str) -> Row:
-    """What one variant says about a kind."""
+    """The measurement of one variant for a kind."""
     variant = entry.contender.variant
     if kind not in entry.contender.calls:
         return Row(status=ABSENT, reason=f"{', '.join(entry.contender.calls)} only", variant=variant)

@@ -1,4 +1,4 @@
-"""What a layer's measurement says: a row for each layer, pattern, backend and kind; and sums over a network."""
+"""Results of layers: a row for each layer, pattern, backend and kind; and sums over a network."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What this machine could do: bytes per second of a copy, FLOP/s of a matmul and of multiply-adds alone."""
+"""The ceilings of this machine: bytes per second of a copy, FLOP/s of a matmul and of multiply-adds alone."""
 
 from __future__ import annotations
 

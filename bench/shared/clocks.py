@@ -90,7 +90,7 @@ class CudaClock:
         stop.record()
         torch.cuda.synchronize(self._device)
         del result
-        # A slowly forgotten maximum: the next wait covers calls that keep the host as long as recent ones.
+        # A decaying maximum: the next wait is long enough for calls whose enqueueing takes as long as recent ones.
         self._host_seconds = min(5e-3, max(host, 0.9 * self._host_seconds))
         return Lap(start.elapsed_time(stop) * 1e-3, host)
 
@@ -164,13 +164,13 @@ def interleave(
     clock: Clock,
     rounds: Rounds,
     deadline: float,
-    hopeless: Callable[[Mapping[Key, list[Lap]]], set[Key]] = lambda laps: set(),
+    drop: Callable[[Mapping[Key, list[Lap]]], set[Key]] = lambda laps: set(),
     cold: bool = True,
 ) -> dict[Key, list[Lap]]:
     """Laps of every call, one lap each per round, in an order that is shuffled every round.
 
-    Rounds go on until `deadline` (time.perf_counter()) or `rounds.most`. After `rounds.least` rounds `hopeless`
-    may name calls that need no further laps. cold: caches are emptied before every lap, where the clock does that.
+    Rounds go on until `deadline` (time.perf_counter()) or `rounds.most`. After `rounds.least` rounds `drop` may
+    name calls that get no further laps. cold: caches are emptied before every lap, where the clock does that.
     """
     shuffle = random.Random(0).shuffle
     laps: dict[Key, list[Lap]] = {key: [] for key in calls}
@@ -184,7 +184,7 @@ def interleave(
             for key in alive:
                 laps[key].append(clock.lap(calls[key], cold))
             if done + 1 >= rounds.least:
-                dropped = hopeless(laps)
+                dropped = drop(laps)
                 alive = [key for key in alive if key not in dropped]
                 now = time.perf_counter()
                 if now + (now - begin) > deadline:

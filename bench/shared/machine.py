@@ -1,4 +1,4 @@
-"""What the measurements ran on: device, versions, source tree; and how PyTorch is set up for them."""
+"""The machine of a measurement: device, versions, source tree; and how PyTorch is set up for it."""
 
 from __future__ import annotations
 

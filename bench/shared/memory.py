@@ -1,4 +1,4 @@
-"""How much memory a call takes at most beyond what was there before it."""
+"""Peak memory of a call, beyond what was allocated before it."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class CpuMemory:
 
     Everything counts, scratch space inside oneDNN or MKL too; resolution about 0.1 MB; Linux with glibc only.
     Before a call the allocator gives back all free memory, so that reused memory counts like new memory.
-    Buffers that a library keeps from one call to the next are not seen. Where a trial allocation is not
-    measured to within 5 %, nothing is claimed: extra_bytes returns None.
+    Buffers that a library keeps from one call to the next are not seen. If a trial allocation is not measured
+    to within 5 %, extra_bytes returns None.
     """
 
     _RESET, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")

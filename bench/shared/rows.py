@@ -1,4 +1,4 @@
-"""What a measurement says: the one Row of all benchmarks, and its form in a result file."""
+"""The one row type of all benchmarks, and its form in a result file."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Times:
 
 @dataclass(kw_only=True)
 class Row:
-    """One way to compute one thing: how it ended and, where it passed its check, how long it took.
+    """One measurement: its status and, where the result passed its check, its times.
 
     A benchmark adds the columns that say what was computed in a subclass.
 

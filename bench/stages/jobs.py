@@ -1,4 +1,4 @@
-"""Which stages bench/gpu.py has, and the processes of each."""
+"""The stages of bench/gpu.py, and the processes of each."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Stage:
 
 
 def stages(out: Path, on_gpu: bool, quick: bool, scale: float = 1.0) -> list[Stage]:
-    """All stages, in the order in which they are worth having."""
+    """All stages, the most important first."""
     no_gpu = "" if on_gpu else "no CUDA device"
     sanitizer = shutil.which("compute-sanitizer")
     no_sanitizer = "" if sanitizer else "compute-sanitizer is not on the PATH"

@@ -1,4 +1,4 @@
-"""How the stages of bench/gpu.py run: processes within limits, and what they leave when they are stopped."""
+"""Runs the stages of bench/gpu.py: processes within limits, whose results are kept when they are stopped."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def finish(waiting: list[tuple[Job, subprocess.Popen[bytes], float]], found: dic
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """An interrupt, after which it writes what it has; then the end, for all that it started."""
+    """Interrupt a process, so that it writes its results; then kill it and all that it started."""
     with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
         os.killpg(process.pid, signal.SIGINT)
         process.wait(PATIENCE)

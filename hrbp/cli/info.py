@@ -1,4 +1,4 @@
-"""python -m hrbp info: which masks a file's weights have, and what a network of this library looks like."""
+"""python -m hrbp info: the masks in a file of weights, or the layers of a network."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..structures.recognise import stored_blocks
 from . import parsing
 
 INFO = """\
-Tells which masks the weights of a file have (their zeros), or what a network of this library looks like.
+Reports the masks (zeros) of the weights in a file, or lists the layers of a network of this library.
 
   python -m hrbp info pruned.pt
   python -m hrbp info sparse.pt                       a checkpoint of BSR layers
@@ -29,9 +29,9 @@ Tells which masks the weights of a file have (their zeros), or what a network of
 
 INFO_END = """\
 columns
-  structure        what the mask looks like: dense, groups of filters that keep the same channels and taps,
+  structure        what is recognised: dense, groups of filters that keep the same channels and taps,
                    filters, channels, kernels, vectors, blocks, element-wise groups, n:m, single weights
-  kept%            share of the weights; up to 1% of zeros without a structure that pays are chance: dense
+  kept%            share of the weights; a layer with up to 1% of zeros and no structure counts as dense
   model%           storage by the model of Mao et al. (2017), 8 bits a weight and 4 an index, relative to dense; over
                    100 the index takes more than the zeros save
   dense, memory, file kB   the dense weight; stored blocks with their index in memory; in a checkpoint
@@ -96,7 +96,7 @@ def run_info(args: argparse.Namespace) -> int:
         print(table(reports))
     if chance:
         listed = ", ".join(f"{name} ({zeros})" for name, zeros in chance.items())
-        print(f"\nzeros in dense weights, taken for chance: {listed}")
+        print(f"\nzeros in dense weights, counted as chance: {listed}")
     if unknown:
         print(("\n" if reports else "") + _unknown_table(tensors, unknown))
     return 0
@@ -119,7 +119,7 @@ def _shapes(like: str, args: argparse.Namespace) -> dict[str, tuple[int, ...]]:
 
 
 def _unknown_table(tensors: Mapping[str, Tensor], names: Sequence[str]) -> str:
-    """What a checkpoint of an older version tells of BSR layers: all but the numbers of channels and taps."""
+    """A checkpoint of an older version does not tell the channels and taps of BSR layers: all that it does tell."""
     lines = [["BSR layer", "filters", "blocks", "blocksize", "kB"]]
     for name in names:
         prefix = f"{name}." if name else ""

@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for add in (add_train, add_study, add_regroup, add_info):
         add(commands)
     words = sys.argv[1:] if argv is None else argv
-    if not words:  # a person sees what there is, a script that something is missing
+    if not words:  # help for a person, exit status 2 for a script
         parser.print_help(sys.stderr)
         return 2
     args = parser.parse_args(words)
@@ -44,27 +44,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = args.run(args)
         sys.stdout.flush()
         return status
-    except BrokenPipeError:  # whoever reads has seen enough, as `| head` does
+    except BrokenPipeError:  # the reader has closed the pipe, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Diverged as error:
-        return _said(error, 1)
-    except (ValueError, OSError, ImportError) as error:  # a user's mistake: what the library refuses says why
-        if isinstance(error, OSError) and error.filename is None and error.errno in FULL:  # files have names
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or it is tried again at the end
+        return _fail(error, 1)
+    except (ValueError, OSError, ImportError) as error:  # wrong input: the message says why
+        if isinstance(error, OSError) and error.filename is None and error.errno in FULL:  # no file: standard output
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the exit would flush it once more
             error = OSError(error.errno, error.strerror, "standard output")
-        return _said(error, 2)
+        return _fail(error, 2)
     except (MemoryError, RuntimeError) as error:
         if not (isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)):
             raise
         what = (str(error).splitlines() or ["no more is to be had"])[0]
-        return _said(f"out of memory: {what}; lower --batch-size, --width or --image-size, or raise --accumulate", 2)
+        return _fail(f"out of memory: {what}; lower --batch-size, --width or --image-size, or raise --accumulate", 2)
     except KeyboardInterrupt:
-        return _said("interrupted", 130)
+        return _fail("interrupted", 130)
 
 
-def _said(error: Exception | str, status: int) -> int:
-    """One line on stderr."""
+def _fail(error: Exception | str, status: int) -> int:
+    """Print one line on stderr; returns the exit status."""
     print(f"python -m hrbp: {_one_line(error)}", file=sys.stderr)
     return status
 

@@ -1,4 +1,4 @@
-"""The command line's options: names in any case, numbers and paths that are such, and one sentence for what is not."""
+"""Parsing of the command line: names in any case, typed numbers and paths, one-line errors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MOST_SEED = 2**63 - 1  # that torch's and numpy's generators take
 
 
 class Parser(argparse.ArgumentParser):
-    """Takes names of `choices` in any case, and says what is wrong without listing all options there are."""
+    """Takes names of `choices` in any case; errors are one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {' '.join(message.split())}; see {self.prog} --help\n")
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 def add_device(add: Callable[..., Any]) -> None:
-    """--device and --amp; `running` says what they come to."""
+    """The options --device and --amp; `running` evaluates them."""
     add("--device", help="default cuda if there is a GPU, else cpu")
     add("--amp", choices=("none", "bf16", "fp16"), help="mixed precision, default bf16 on a GPU, none on a CPU")
 

@@ -1,4 +1,4 @@
-"""python -m hrbp regroup: what groups keep of trained weights, layer by layer."""
+"""python -m hrbp regroup: groups of filters for trained weights, and the score that they keep."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from ..columns import columns
 from ..density import densities
 from ..formats.weights import layers, read_weights, write_groupings
-from ..progress import Progress
+from ..progress import Progress, duration
 from ..reports.mask_report import report_mask
 from ..reports.picture import check_plot, draw_grouping
 from ..reports.score import Score, total_score
@@ -31,8 +31,8 @@ from . import parsing
 FEWEST_CHANNELS = 4  # layers with no more input channels are stems and depthwise convolutions
 
 REGROUP = """\
-Chooses groups of filters that share input channels (hrbp) and kernel offsets (hrbp++), from the magnitudes in a
-file of trained weights, and tells what they keep.
+Chooses groups of filters that share input channels (hrbp) and kernel offsets (hrbp++) by the magnitudes of trained
+weights, and reports the score that each layer keeps.
 
   python -m hrbp regroup model.pt
   python -m hrbp regroup model.safetensors --sparsity 0.95 --distribution uniform --structure hrbp
@@ -240,7 +240,7 @@ def _regroup_json(rows: Mapping[str, Row], dense: Mapping[str, str]) -> dict[str
 
 
 def _check_writable(path: str | None) -> None:
-    """Before the work, not after it."""
+    """ValueError for a file that cannot be written: before the work starts."""
     if path is None:
         return
     if Path(path).is_dir():
@@ -255,11 +255,11 @@ def _check_writable(path: str | None) -> None:
 
 
 def _announced(names: Iterable[str], work: Sequence[int]) -> Iterator[str]:
-    """Each name, told on stderr with the time that is left; a terminal shows one line."""
+    """Each name, shown on stderr as a running line with the time that is left."""
     begin, progress = time.perf_counter(), Progress(False, sys.stderr)
     for at, name in enumerate(names):
         done = sum(work[:at])
         left = (time.perf_counter() - begin) / done * sum(work[at:]) if done else None
-        progress.show(f"[{at + 1}/{len(work)}] {name}" + ("" if left is None else f", about {left:.0f} s left"))
+        progress.show(f"[{at + 1}/{len(work)}] {name}" + ("" if left is None else f", about {duration(left)} left"))
         yield name
     progress.clear()

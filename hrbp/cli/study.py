@@ -1,4 +1,4 @@
-"""python -m hrbp study: the options, and what is printed."""
+"""python -m hrbp study: structures and methods compared, from the command line."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ MAX_TIME, MAX_STORAGE = 0.5, 0.25
 RETRAIN, TIMED_WIDTH = 2, 8.0  # epochs after a pruning; of resnet8: layers of 128 to 512 channels
 
 DESCRIPTION = """\
-Trains one network dense and sparse, in many ways, and puts side by side what that keeps of its accuracy, and what it
-costs in memory and time. The default takes about five minutes on a laptop.
+Trains one network dense and sparse, with many structures and methods, and compares accuracy, memory and time. The
+default takes about five minutes on a laptop.
 
   python -m hrbp study
   python -m hrbp study --structures dense hrbp hrbp++ --methods static rigl hrbp --sparsities 0.8 0.9 --seeds 0 1 2
@@ -37,8 +37,8 @@ costs in memory and time. The default takes about five minutes on a laptop.
   python -m hrbp study --preset paper --model resnet32 --data cifar10 --seeds 0
 
 --preset regularity prunes one trained network instead, grain by grain (single weights, vectors, kernels, filters, ...)
-and step by step, training it again after each; the table has storage, memory references, balance and time of each, and
-ends with the structure to choose. Its default takes about ten minutes on two cores.
+and from one sparsity to the next, with retraining after each; the table has storage, memory references, balance and
+time, and ends with the best structure within the budgets. Its default takes about ten minutes on two cores.
 
   python -m hrbp study --preset regularity --max-time 0.5 --max-storage 0.2
   python -m hrbp study --preset regularity --model resnet32 --width 2 --data cifar10 --weights resnet32.pt --retrain 20
@@ -59,7 +59,7 @@ def add_study(commands: parsing.Commands) -> None:
         formatter_class=parsing.AS_WRITTEN,
     )  # fmt: skip
     add = parser.add_argument
-    add("--preset", choices=(*PRESETS, REGULARITY), default="quick", help="what holds by default, default quick")
+    add("--preset", choices=(*PRESETS, REGULARITY), default="quick", help="which defaults, default quick")
     add("--model", choices=NETWORKS, nargs="+", metavar="NAME", help=f"{', '.join(NETWORKS)}")
     add("--width", type=float, help="times the published channel counts")
     add(
@@ -93,8 +93,8 @@ def add_study(commands: parsing.Commands) -> None:
     add("--retrain", type=int, help=f"epochs after each pruning, default {RETRAIN}")
     add("--timed-width", type=float, help=f"width of the timed network, default --width, of resnet8 {TIMED_WIDTH:g}")
     budget = parsing.number(math.ulp(0.0), math.inf, "(0, inf)")
-    add("--max-time", type=budget, help="that the answer may take, relative to dense, default 0.5")
-    add("--max-storage", type=budget, help="that its file may take, relative to dense, default 0.25")
+    add("--max-time", type=budget, help=f"budget of time, relative to dense, default {MAX_TIME}")
+    add("--max-storage", type=budget, help=f"budget of file size, relative to dense, default {MAX_STORAGE}")
     parser.set_defaults(run=run_study)
 
 
@@ -143,7 +143,7 @@ def run_regularity(args: argparse.Namespace) -> int:
     quick = PRESETS["quick"]
     training = _training(args, quick.training)
     structures = [*BASELINES, *GRAINS]
-    if args.weights is not None:  # nobody knows for how long a narrow network would have to be trained
+    if args.weights is not None:  # how long a narrow network would have to be trained is not known
         training.pop("epochs")
         structures.remove("narrow")
     data, model = (args.data or quick.data)[0], (args.model or quick.models)[0]
@@ -179,7 +179,7 @@ def _stopped(name: str) -> int:
 
 
 def _variants(args: argparse.Namespace, preset: Preset, model: str, data: str) -> Sequence[Variant]:
-    """What the command line asks for: all pairs that go together."""
+    """The variants asked for: all pairs of structure and method that fit together."""
     if args.structures is None and args.methods is None:
         return (
             *preset.variants,

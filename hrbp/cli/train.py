@@ -45,7 +45,8 @@ AS_THEY_ARE = (  # options that are fields of Settings
 )  # fmt: skip
 
 DESCRIPTION = """\
-Trains one network, sparse from the first step on: weights, gradients and optimizer state are the stored blocks only.
+Trains one network that is sparse from the first step: only the stored blocks have weights, gradients and optimizer
+state.
 
   python -m hrbp train                                      HRBP++ at 90%, generated images, a few minutes on a laptop
   python -m hrbp train --structure dense                    the same network, dense
@@ -167,7 +168,7 @@ def _add_setting(add: Callable[..., Any], name: str, text: str, **more: Any) -> 
 
 
 def run_train(args: argparse.Namespace) -> int:
-    """One training, and what it came to."""
+    """Run one training and print its result."""
     evolve_options = _evolve_options(args)
     running, first = parsing.running(args), int(os.environ.get("RANK", 0)) == 0
     if args.channels_last is not None:
@@ -220,7 +221,7 @@ def run_train(args: argparse.Namespace) -> int:
 
 
 def _evolve_options(args: argparse.Namespace) -> dict[str, Any]:
-    """What the command line says about how masks change; what the method does not take is refused."""
+    """The options of the method that changes masks; one that the method does not have is refused."""
     if args.initial_sparsity is None:
         args.initial_sparsity = 0.0
     elif args.evolve not in (prunes := _taking("sparsity")):
@@ -247,7 +248,7 @@ def _taking(option: str) -> list[str]:
 
 
 def _structure_options(args: argparse.Namespace) -> dict[str, Any]:
-    """What --option says, of the structure that is asked for; anything else is refused."""
+    """The values of --option, checked against the options of the structure."""
     options = dict(args.option)
     if args.structure == DENSE:
         if options:
@@ -292,5 +293,5 @@ def _option(text: str) -> tuple[str, Any]:
         raise argparse.ArgumentTypeError(f"{text!r} is no NAME=VALUE")
     try:
         return name, ast.literal_eval(value)
-    except (MemoryError, RecursionError, SyntaxError, ValueError):  # a word, or what nobody means
+    except (MemoryError, RecursionError, SyntaxError, ValueError):  # a plain word
         return name, value

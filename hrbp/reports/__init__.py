@@ -1,6 +1,6 @@
 """What does a mask or a model keep, and what does it cost?
 
-Another figure of a mask is a file here and a field of `MaskReport`; another drawing goes into picture.py.
+A new measure of a mask is a file here and a field of `MaskReport`; a new figure goes into picture.py.
 """
 
 from .mask_report import MaskReport, report_mask

@@ -1,4 +1,4 @@
-"""Whether a mask stays regular in the input gradient, where kernels are rotated and transposed."""
+"""Regularity of a mask in the input gradient, where kernels are rotated and transposed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a mask costs and keeps: density, score, storage, memory references, balance, dense rectangles in dgrad."""
+"""Measures of a mask: density, score, storage, memory references, balance, dense rectangles in dgrad."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Storage(NamedTuple):
 
 @dataclass(frozen=True)
 class MaskReport:
-    """What `report_mask` found.
+    """The measures of a mask.
 
     shape           (K, C, R, S)
     structure       in words
@@ -79,7 +79,7 @@ def report_mask(
     index_bits: int = 4,
     seed: int = 0,
 ) -> MaskReport:
-    """What a mask keeps, what it costs to store and to read, and how evenly it is spread.
+    """Measure a mask: what it keeps, storage, memory references, balance.
 
     Storage is counted twice. The model of Mao et al. is a stream of records, each with an index and the weights of one
     grain; references are those of a machine that reads it, for one output pixel of all filters: see `Stream`. The bytes
@@ -90,14 +90,14 @@ def report_mask(
     taps.
 
     Args:
-        mask: bool [K, C, R, S] or [K, C], whose structure is recognised; or a Choice, which tells it.
-        score: of the mask's shape, finite and >= 0, floating point or bool. Default: nothing is said of scores.
+        mask: bool [K, C, R, S] or [K, C], whose structure is recognised; or a Choice.
+        score: of the mask's shape, finite and >= 0, floating point or bool. Default: no score is reported.
         dtype: of the stored values.
         value_bits, index_bits: of the model; the defaults are those of its source.
         seed: of the random groups.
 
     Raises:
-        ValueError, TypeError: a mask or a score that is none; the message says why.
+        ValueError, TypeError: an invalid mask or score; the message says why.
 
     Source: Mao et al., Exploring the Regularity of Sparse Structure in Convolutional Neural Networks (2017), for the
     storage and for references that coarse grains merge.

@@ -1,4 +1,4 @@
-"""What the masks of a whole model keep and cost, as a table."""
+"""Reports on the masks of a whole model, and their table."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ def report_model(
     """`report_mask` of every layer, by name.
 
     Args:
-        model: a module, whose BSRConv2d and BSRLinear keep their stored blocks and whose other Conv2d and Linear what
-            is not zero in their weight (see `kept_of`); those with a dense master weight are told of as `release` would
-            leave them; or layer name -> mask (bool), weight (likewise) or Choice.
+        model: a module: the masks are the stored blocks of BSRConv2d and BSRLinear, and the non-zero weights of other
+            Conv2d and Linear (see `kept_of`); layers with a dense master weight are reported as `release` would leave
+            them. Or a mapping: layer name -> mask (bool), weight (likewise) or Choice.
         scores: layer name -> score, for some layers or all.
         dtype: of the stored values; default: that of each weight, float32 for masks.
         seed: of the random groups that efficacy compares with.
 
     Raises:
-        ValueError: a score whose layer there is not, and as in `report_mask`.
+        ValueError: a score of a layer that does not exist; and as in `report_mask`.
     """
     layers = _layers_of(model) if isinstance(model, nn.Module) else {name: (t, None) for name, t in model.items()}
     scores = scores or {}

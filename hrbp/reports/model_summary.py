@@ -1,4 +1,4 @@
-"""What every layer of a model holds and costs, sparse or dense."""
+"""The summary of a model: density, bytes, FLOPs, backend and time of every layer."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ INDEX_BYTES = 16  # of a stored block, in memory
 
 @dataclass
 class Row:
-    """One layer in a summary. What depends on the input is of the one that the summary was given, else None.
+    """One layer in a summary. Fields that depend on an input are None where the summary was given none.
 
     flops      of the weights that are kept, in the forward pass
     run_flops  that are run: those of the stored blocks; all of them under a mask, or where the dense product is taken
@@ -120,14 +120,14 @@ def summary(model: nn.Module, x: Tensor | Sequence[int] | None = None, *, measur
 
     Args:
         model: any module; wrappers are looked through.
-        x: an input, or the shape of one: with it, floating-point operations and backends are told. A forward pass is
-            run in eval mode, without gradients.
-        measure: also time forward + backward of each sparse layer and of its dense twin on its input from x, in turns.
+        x: an input, or its shape: with it, FLOPs and backends are reported. A forward pass is run in eval mode, without
+            gradients.
+        measure: also time forward + backward of each sparse layer and of its dense twin, interleaved, on its input.
 
     Returns:
         A Summary; print it. MB are those of weights, biases and index; GFLOP those of the weights kept, in the forward
         pass, and `run` the share of the dense layer's that is run: 100% under a mask, and where the dense product is
-        taken as the faster one. It bounds what time can be saved, and says no more; ms and speed (dense time / time)
+        taken as the faster one. It bounds the time that can be saved; ms and speed (dense time / time)
         are measured.
     """
     model = unwrapped(model)

@@ -1,4 +1,4 @@
-"""What one image costs a whole network, and how evenly that work is spread."""
+"""Parameters, storage, memory references and balance of a whole network, for one image."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a mask keeps of a score, beside what single weights and random groups keep."""
+"""The score that a mask keeps, compared with single weights and with random groups."""
 
 from __future__ import annotations
 
@@ -54,10 +54,10 @@ def score_of(choice: Choice, score: Tensor, seed: int) -> Score:
 
 
 def random_groups(score: Tensor, like: Grouping, seed: int = 0, draws: int = RANDOM_DRAWS) -> float:
-    """What groups of random rows keep of a score [K, C, R, S], in the mean over `draws`; shapes and granule of `like`.
+    """The score [K, C, R, S] that groups of random rows keep, mean over `draws`; shapes and granule as in `like`.
 
-    A group has the best channels for its taps and the best taps for its channels, found by turns: from all taps, from
-    each single one, the best result.
+    Channels and taps of a group are optimized in alternation, starting from all taps and from each single tap; the best
+    result counts.
     """
     k, c, r, s = like.shape
     runs = score.view(k, c // like.granule, like.granule, r * s).sum(2)

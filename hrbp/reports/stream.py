@@ -1,4 +1,4 @@
-"""A mask as a stream of records with relative indices: what a compressed file holds, and what a machine reads."""
+"""A mask as a stream of records with relative indices: its size in a compressed file, its memory references."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ class Stream:
     """The records of one layer, in the order in which they are stored and read.
 
     A record has an index and the weights of one grain: a box of the filter bank, or one input channel of a group with
-    the taps of that group. The index is the number of grains that are passed over since the record before, of
-    `index_bits`. Where more are passed over than it can tell, a filler stands after the last one that it can: a grain
-    of zeros, with an index and weights as any other.
+    the taps of that group. The index, of `index_bits`, is the number of grains skipped since the record before. Where
+    more are skipped than it can hold, a filler record is inserted: a grain of zeros, with an index and weights like any
+    other.
 
-    The machine that reads it has registers for one grain. For every output pixel and record it reads the index, the
-    weights and the inputs that they multiply, adds up what belongs to one filter, and writes that partial sum: a grain
-    shares its index, its inputs among its filters, and a partial sum among its weights of a filter. The channels of a
-    group are a dense rectangle and share the partial sums, too. Fillers are read as what they are: zeros. A filter that
-    was moved has an index more, and a group those of its taps if it has not all of them.
+    The modelled machine has registers for one grain. For every output pixel and record it reads the index, the weights
+    and the inputs that they multiply, sums up the products of each filter, and writes these partial sums: the weights
+    of a grain share one index, its filters share the inputs, and its weights of one filter share a partial sum. The
+    channels of a group are a dense rectangle and share the partial sums, too. Fillers are read like other records. A
+    filter that was moved needs one more index, and a group without all taps the indices of its taps.
 
     gaps        int64 [n], the indices of the records
     fillers     bool [n]
@@ -63,7 +63,7 @@ class Stream:
         return len(self.gaps) * (self.index_bits + self.weights * value_bits) + self.list_bits
 
     def references(self) -> References:
-        """What the machine reads and writes for one output pixel of all filters."""
+        """Memory references of the modelled machine for one output pixel of all filters."""
         n = len(self.gaps)
         indices = n if self.index_bits else 0
         return References(n * self.weights, indices + self.lists, n * self.inputs, self.sums)

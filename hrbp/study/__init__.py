@@ -1,7 +1,7 @@
-"""What do many trainings, side by side, come to?
+"""How do structures and methods compare?
 
-runner.py is what studies share: a folder that can be taken up again, times measured in turns. A study is a file here
-that runs it, and one that makes a table of what it came to.
+runner.py is what studies share: trainings that can be resumed, folder.py their files, timing.py interleaved step times.
+A study is a file here that runs it, and a file that makes its table.
 """
 
 from .regularity import Regularity

@@ -1,4 +1,4 @@
-"""The folder of a study: what it may hold, how its files are read and written."""
+"""The folder of a study: which content is accepted, how its files are read and written."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ RESULTS, TABLE, RESULT = "results.json", "table.csv", "result.json"
 def take_up(
     out: Path, settings: Mapping[str, Any], who: str, trainings: Iterable[Path], may_grow: Sequence[str]
 ) -> dict[str, Any]:
-    """What results.json of the folder holds; {} for a new folder, or for one in which nothing has been trained yet.
+    """The content of results.json; {} for a new folder, or for one without any training yet.
 
-    A study may be continued with more in it: what `may_grow` may differ where no training there is left out.
+    A study may be continued with more trainings: settings in `may_grow` may differ, if no training there is dropped.
 
     Args:
         out: folder of the study.
         settings: of the study.
         who: for messages.
         trainings: the folders of its trainings.
-        may_grow: names of settings that say which trainings there are, and nothing of how one is done.
+        may_grow: names of settings that decide which trainings there are, not how one is done.
 
     Raises:
         ValueError: the folder holds another study, or something else.
@@ -56,7 +56,7 @@ def take_up(
 
 
 def _ours(name: str) -> bool:
-    """Whether this is the lock, or what a process that was killed left of a file."""
+    """Whether this is the lock, or a partial file of a process that was killed."""
     return name == LOCK or (name.startswith(".") and name.endswith(".part"))
 
 
@@ -72,12 +72,12 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def is_number(value: Any) -> TypeGuard[float]:
-    """Finite, and no truth value."""
+    """Whether it is a finite number, and not a bool."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def read_seconds(before: Mapping[str, Any], key: str, out: Path) -> dict[str, Any]:
-    """Times under a key of results.json: name -> seconds, or name -> name -> seconds."""
+    """Seconds under a key of results.json: name -> seconds, or name -> name -> seconds."""
     found = before.get(key)
     flat = [
         seconds
@@ -92,13 +92,13 @@ def read_seconds(before: Mapping[str, Any], key: str, out: Path) -> dict[str, An
 def read_result(
     folder: Path, identity: Mapping[str, Any], numbers: Sequence[str], ended: Sequence[str] = ()
 ) -> dict[str, Any] | None:
-    """What the finished training in this folder came to; None if it is not finished.
+    """The result of the training in this folder; None if it is not finished.
 
     Args:
         folder: of the training.
-        identity: what it has to be of.
-        numbers: keys that it needs.
-        ended: further ones, of a training whose loss stayed finite.
+        identity: values that result.json needs to have.
+        numbers: keys that need a number.
+        ended: further ones, unless the training diverged.
     """
     file = folder / RESULT
     if not file.exists():

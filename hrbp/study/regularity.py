@@ -1,4 +1,4 @@
-"""How regular a mask may be: one trained network, pruned grain by grain, and what each kind of grain keeps and costs.
+"""The regularity study: one trained network, pruned with each kind of grain; accuracy, storage and time of each.
 
 The study of Mao et al., Exploring the Regularity of Sparse Structure in Convolutional Neural Networks (2017): a grain
 is worth the sum of |w| in it, every layer keeps the same share of its grains, and the network is trained again after
@@ -41,32 +41,32 @@ from .timing import interleaved, timed
 from .variants import BASELINES
 
 OPTIONS: dict[str, dict[str, Any]] = {"1xn": {"n": 8}, "n:m": {"m": 8}, "block": {"blocksize": (8, 8)}}
-SPARSITIES = (0.5, 0.75, 0.875)  # which 4:8, 2:8 and 1:8 have
-ROUNDS = 7  # in which networks take one timed step after the other
+SPARSITIES = (0.5, 0.75, 0.875)  # those of 4:8, 2:8 and 1:8
+ROUNDS = 7  # of the interleaved timing
 TIMED_BATCH = 8
 COSTS = ("parameters", "stream", "references", "fprop_balance", "dgrad_balance")
 MODEL = "model.pt"
 
 
 class Regularity(Runner):
-    """Prunes one trained network with every grain to every sparsity; made and run again, it continues where it stopped.
+    """Prunes one trained network with every grain to every sparsity; run again, it continues where it stopped.
 
         results = Regularity("runs/regularity", epochs=6).run()
         print(table(results, max_time=0.5, max_storage=0.25))
 
-    Each grain and seed is a chain: the trained network is pruned to the lowest sparsity and trained again, the result
-    is pruned to the next one, and so on. Beside them two rivals are trained as long: the dense network, which is the
-    one that losses are told against, and with as many parameters as the sparse ones a narrow network, from scratch.
+    Each grain and seed is a chain: the trained network is pruned to the lowest sparsity and retrained, the result is
+    pruned to the next sparsity, and so on. Two baselines are trained for as long: the dense network, to which losses
+    are relative, and a narrow network with as many parameters as the sparse ones, from scratch.
 
-    Times are those of forward + backward of the same network, `timed_width` times as wide as published, with masks of
-    the same kinds and sparsities, against the dense one, in turns: networks that train in minutes have layers too small
-    to tell how a structure runs.
+    Times are of forward + backward of the same network, `timed_width` times as wide as published, with masks of the
+    same kinds and sparsities, interleaved with the dense network: networks that train in minutes have layers too small
+    to show the speed of a structure.
 
-    What cannot be made (a structure at a sparsity that it has not, or in that network) is left out with its reason; the
-    rest of its chain is trained. The study in a folder may be continued with more structures and seeds.
+    A link that cannot be made (a structure that does not have that sparsity, or does not fit the network) is left out,
+    with the reason; the rest of its chain is trained. A study may be continued with more structures and seeds.
 
-    In the folder `out`: results.json and table.csv, written anew after every training, regularity.png, and a folder for
-    each training with its log, its checkpoints and, once it is finished, model.pt and result.json.
+    The folder `out` holds results.json and table.csv, rewritten after every training, regularity.png, and a folder for
+    each training with its log, its checkpoints and, when it is finished, model.pt and result.json.
 
     Args:
         out: folder; a new one, or that of the same study.
@@ -79,7 +79,7 @@ class Regularity(Runner):
         batch_size: images of a step.
         retrain: epochs after each pruning.
         retrain_lr: learning rate there; default: half of that before.
-        timed_width: see above; default: `width`.
+        timed_width: of the timed network; default: `width`.
         device: default: the GPU if there is one.
         quiet: print nothing.
         **training: see `Settings`; epochs, those of the network before it is pruned, is needed without `weights`.
@@ -117,15 +117,15 @@ class Regularity(Runner):
         )  # fmt: skip
         who = self.who
         if "dense" not in structures:
-            raise ValueError(f"{who}: structures has no 'dense', which losses are told against; add it")
+            raise ValueError(f"{who}: structures has no 'dense', which losses are relative to; add it")
         if weights is not None and "narrow" in structures:
             raise ValueError(
-                f"{who}: structures has 'narrow', which is trained as long as the network; nobody knows how long those"
-                " weights were trained: leave it out"
+                f"{who}: structures has 'narrow', which is trained for as long as the network; of weights from a file"
+                " that is not known: leave it out"
             )
         self.structures, self.sparsities = list(structures), sorted(sparsities)
         if weights is not None:
-            training.setdefault("epochs", 1)  # of a training that there is not
+            training.setdefault("epochs", 1)  # not used: the network is trained already
         self.training = Settings(**training)
         assert self.training.lr is not None
         again = {"epochs": retrain, "lr": self.training.lr / 2 if retrain_lr is None else retrain_lr, "warmup": 0.0}
@@ -151,7 +151,7 @@ class Regularity(Runner):
         self.results["times"] = found
 
     def _impossible(self, structure: str, sparsity: float) -> str | None:
-        """Found by making its masks once, at random."""
+        """Tested by making its masks once, at random."""
         rule = None if structure in BASELINES else make_structure(structure, **OPTIONS.get(structure, {}))
         try:
             with torch.random.fork_rng():
@@ -167,7 +167,7 @@ class Regularity(Runner):
 
     def _prepare(self, ended: list[dict[str, Any]]) -> str | None:
         self.results["trained"] = self._trained_before()
-        self.results["runs"] = ended if self.results["trained"] else []  # which are told relative to it
+        self.results["runs"] = ended if self.results["trained"] else []  # their values are relative to it
         self._write()
         if stopped := self._train_dense():
             return stopped
@@ -226,7 +226,7 @@ class Regularity(Runner):
         folder, identity = self._folder(structure, sparsity, seed), self._identity(structure, sparsity, seed)
         at, settings = self.sparsities.index(sparsity), self.retraining
         earlier = [i for i in range(at) if (structure, self.sparsities[i]) in self.lines]
-        since = at - earlier[-1] if earlier else at + 1  # steps: those that are left out are trained all the same
+        since = at - earlier[-1] if earlier else at + 1  # links: the epochs of those left out are trained as well
         settings = replace(settings, epochs=since * settings.epochs)
         if structure == "narrow":
             epochs = self.training.epochs + (at + 1) * self.retraining.epochs
@@ -278,7 +278,7 @@ class Regularity(Runner):
     # ------------------------------------------------------------ times
 
     def _measure(self) -> None:
-        """Seconds of forward + backward at each sparsity of one structure after the other, each beside dense."""
+        """Seconds of forward + backward: structure by structure, its sparsities interleaved with dense."""
         images = torch.randn(TIMED_BATCH, *self.train.shape, device=self.device)
         times, begun = self.results["times"], False
         for structure in self.structures:

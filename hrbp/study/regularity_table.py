@@ -1,4 +1,4 @@
-"""What the pruning grain by grain came to, as rows, as a table and in answers."""
+"""The results of the regularity study: rows, a table, and answers in sentences."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..columns import columns
-from . import spread
+from .spread import deviation, doubt, mean
 from .variants import BASELINES
 
 GRAINS = {
@@ -23,14 +23,14 @@ def line_name(structure: str, sparsity: float) -> str:
 
 
 def rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The lines of the table, from what results.json holds; None where nothing is known.
+    """The rows of the table, from the content of results.json; None where a value is not known.
 
     line, structure, asked        grain and sparsity, as asked for
     accuracy, deviation           mean and sample deviation over seeds, as shares
-    seeds, diverged               trainings that came to an end; those whose loss did not stay finite
-    loss                          of accuracy, against the dense network that was trained as long
+    seeds, diverged               trainings that ended; those whose loss became infinite or NaN
+    loss                          of accuracy, relative to the dense network trained for as long
     parameters, sparsity          weights that are kept; share dropped of the layers made sparse
-    refused                       layers whose shape this grain does not fit: they stay dense
+    refused                       layers whose shape does not fit this grain: they stay dense
     storage                       8-bit weights and 4-bit relative indices, relative to the dense network: see `Stream`
     file, file_ratio              bytes that `hrbp.save` wrote; relative to the dense network's
     references, of_finest         memory references of one image's forward pass; relative to single weights there
@@ -51,11 +51,11 @@ def rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
             right = [run["accuracy"] for run in ended]
             row: dict[str, Any] = {
                 "line": line_name(structure, asked), "structure": GRAINS.get(structure, structure), "asked": asked,
-                "accuracy": spread.mean(right), "deviation": spread.deviation(right),
+                "accuracy": mean(right), "deviation": deviation(right),
                 "seeds": len(ended), "diverged": len(runs) - len(ended), "loss": None, "of_finest": None,
             }  # fmt: skip
             for key in ("parameters", "sparsity", "stream", "file", "references", "fprop_balance", "dgrad_balance"):
-                row[key] = spread.mean([run[key] for run in ended])
+                row[key] = mean([run[key] for run in ended])
             row["refused"] = " ".join(runs[0].get("refused", ()))
             stream = row.pop("stream")
             row["storage"] = stream / trained["stream"] if ended else None
@@ -73,7 +73,7 @@ def rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def table(results: Mapping[str, Any], *, max_time: float = 0.5, max_storage: float = 0.25) -> str:
-    """The table, what must be known to read it, and which structure a time and a storage leave: see `answers`."""
+    """The table, notes on its columns, and the best structure within a time and a storage budget: see `answers`."""
     found = rows(results)
     if not found:
         return "no training is finished yet"
@@ -100,12 +100,12 @@ def table(results: Mapping[str, Any], *, max_time: float = 0.5, max_storage: flo
         f" {len(results['runs'])} of {settings['trainings']} trainings are finished"
     )
     notes = [
-        "loss: points under the dense network that was trained as long",
+        "loss: points below the dense network trained for as long",
         "storage: 8-bit weights, 4-bit relative indices with fillers; file: what hrbp.save wrote; relative to dense",
         "references: to memory in a forward pass, relative to single weights at that sparsity",
         "filters, channels: largest / mean work of 8 filters in the output, of 8 input channels in the input gradient",
         f"time: forward + backward of {settings['model']} x {settings['timed_width']:g} with such masks, relative to"
-        f" dense, measured in turns on {results['machine']}",
+        f" dense, measured side by side on {results['machine']}",
     ]
     if any(row["structure"] == "narrow" for row in found):
         notes.append("narrow: a dense network of as many parameters as the sparse ones, from scratch, trained as long")
@@ -123,7 +123,7 @@ def _shown_sparsity(row: Mapping[str, Any]) -> str:
 
 
 def answers(found: Sequence[Mapping[str, Any]], *, max_time: float, max_storage: float) -> list[str]:
-    """Which structure at which sparsity is the most accurate within a time, within a storage, and within both.
+    """The most accurate structure and sparsity within a time budget, a storage budget, and both.
 
     Args:
         found: the rows.
@@ -131,7 +131,7 @@ def answers(found: Sequence[Mapping[str, Any]], *, max_time: float, max_storage:
         max_storage: of the file, relative to the dense network's.
 
     Returns:
-        Three sentences, and one on what the spread of the seeds leaves open.
+        Three sentences, and one on how large a difference has to be, given the spread of the seeds.
     """
     for name, most in (("max_time", max_time), ("max_storage", max_storage)):
         if not 0 < most < math.inf:
@@ -145,23 +145,23 @@ def answers(found: Sequence[Mapping[str, Any]], *, max_time: float, max_storage:
         _answer(known, file_budget, {"file_ratio": max_storage}),
         _answer(known, f"{time_budget} and {file_budget}", {"time": max_time, "file_ratio": max_storage}),
     ]
-    doubt = spread.doubt(known)
-    return [*said, f"{doubt[0].upper()}{doubt[1:]}."]
+    caveat = doubt(known)
+    return [*said, f"{caveat[0].upper()}{caveat[1:]}."]
 
 
 def _answer(known: Sequence[Mapping[str, Any]], budget: str, limits: Mapping[str, float]) -> str:
     fits = [row for row in known if all(row[key] <= limit for key, limit in limits.items())]
     if not fits:
         nearest = min(known, key=lambda row: max(row[key] / limit for key, limit in limits.items()))
-        return f"Within {budget} nothing fits; {_named(nearest)} comes nearest: {_told(nearest)}."
+        return f"Within {budget} nothing fits; {_named(nearest)} comes nearest: {_costs(nearest)}."
     best = max(fits, key=lambda row: row["accuracy"])
-    said = f"Within {budget} {_named(best)} is the most accurate: {_told(best)}"
+    said = f"Within {budget} {_named(best)} is the most accurate: {_costs(best)}"
     sparse = [row for row in fits if row["structure"] not in BASELINES]
     if best["structure"] in BASELINES:
         if not sparse:
             return f"{said}; nothing sparse fits."
         best = max(sparse, key=lambda row: row["accuracy"])
-        said += f"; of what is sparse {_named(best)}: {_told(best)}"
+        said += f"; among sparse networks {_named(best)}: {_costs(best)}"
     return f"{said}."
 
 
@@ -172,7 +172,7 @@ def _named(row: Mapping[str, Any]) -> str:
     return f"the narrow network as large as {at}" if row["structure"] == "narrow" else f"{row['structure']} at {at}"
 
 
-def _told(row: Mapping[str, Any]) -> str:
+def _costs(row: Mapping[str, Any]) -> str:
     loss = "" if row["loss"] is None else f" ({100 * row['loss']:.1f} points less than dense)"
     return (
         f"{100 * row['accuracy']:.1f}%{loss} in {row['time']:.2f} of the time and {row['file_ratio']:.2f} of the file"

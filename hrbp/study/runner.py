@@ -1,4 +1,4 @@
-"""What both studies are: trainings in a folder, one after the other, that may be stopped anywhere and continued."""
+"""What both studies share: trainings in a folder, one after the other, which may be stopped anywhere and resumed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Line = tuple[Any, float]  # a line of the table: what is trained, and its sparsi
 
 
 class RunningLine(Progress):
-    """A training's lines, each in place of the one before, behind what the study says of it."""
+    """Shows the lines of a training as the running line of the study, with a prefix."""
 
     def __init__(self, progress: Progress, head: str) -> None:
         super().__init__(progress.quiet, progress.stream)
@@ -48,12 +48,12 @@ class RunningLine(Progress):
 
 
 class Runner(ABC):
-    """Trains every line with every seed; results.json, table.csv and the figure are written anew after each training.
+    """Trains every line of the table with every seed; results.json and table.csv are rewritten after each training.
 
-    A study says which lines there are, how one is trained and what its result is; see the abstract methods.
+    A study defines which lines there are, how one is trained and what its result holds; see the abstract methods.
 
-    In the folder `out` each training has a folder of its own with its log, its checkpoints and, once it is finished,
-    result.json. Made and run again, a study reads those and continues where it was stopped.
+    Each training has a folder in `out` with its log, its checkpoints and, when it is finished, result.json. A study
+    that is run again reads these and continues where it was stopped.
     """
 
     who: ClassVar[str]  # for messages
@@ -76,7 +76,7 @@ class Runner(ABC):
         quiet: bool,
         **lists: Sequence[Any],
     ) -> None:
-        """`lists`: what is compared, sparsities and seeds: one or more of each, each once."""
+        """lists: variants or structures, sparsities, seeds; one or more of each, without duplicates."""
         for name, values in lists.items():
             if not values or len(set(values)) < len(values):
                 raise ValueError(f"{self.who}: {name} is {list(values)}; it needs one or more, each once")
@@ -90,10 +90,10 @@ class Runner(ABC):
         self.shape: dict[str, Any] = {"classes": len(self.train.classes), "image_size": shape[1], "channels": shape[0]}
 
     def _set_up(self, asked: Sequence[Line], settings: Mapping[str, Any]) -> None:
-        """Find out which lines can be trained, and take over what the folder holds; last step of __init__.
+        """Find which lines can be trained, and read what the folder holds; the last step of __init__.
 
         Raises:
-            ValueError: nothing of it can be trained, or the folder holds something else.
+            ValueError: no line can be trained, or the folder holds something else.
         """
         why = [(line, self._impossible(*line)) for line in asked]
         self.lines = [line for line, reason in why if reason is None]
@@ -116,7 +116,7 @@ class Runner(ABC):
         self._take_up()
 
     def _take_up(self) -> None:
-        """Take over what was measured in the folder; any other content than that of this study is refused."""
+        """Read the times measured before; a folder with anything but this study is refused."""
         folders = [*self._other_folders(), *(self._folder(*run) for run in self.runs)]
         before = folder.take_up(self.out, self.results["settings"], self.who, folders, self.may_grow)
         if before.get("machine") == self.results["machine"]:
@@ -140,7 +140,7 @@ class Runner(ABC):
             return self._end(stopped or self._train_all([run for run, result in found if result is None]))
 
     def _train_all(self, todo: Sequence[tuple[Any, float, int]]) -> str | None:
-        """The trainings that are left; the signal that stopped one of them."""
+        """Run the trainings that are left; returns the signal that stopped one of them."""
         begin, done, pace = time.monotonic(), 0.0, self.pace
         for i, run in enumerate(todo):
             left = "" if pace is None else f", {duration(pace * sum(self._work(*r) for r in todo[i:]))} left"
@@ -182,19 +182,19 @@ class Runner(ABC):
         return self.out / re.sub(r"[^\w.+=-]+", "-", f"{self._line_name(what, sparsity)} seed {seed}")
 
     def _result_of(self, what: Any, sparsity: float, seed: int) -> dict[str, Any] | None:
-        """What a training came to; None: it is not finished."""
+        """The result of a training; None: it is not finished."""
         run = what, sparsity, seed
         return folder.read_result(self._folder(*run), self._identity(*run), self.numbers, self.ended)
 
     def _batches(self, seed: int) -> tuple[Batches, Batches]:
-        """To train and to test with."""
+        """Batches to train and to test with."""
         return (
             Batches(self.train, self.batch_size, train=True, seed=seed, device=self.device),
             Batches(self.test, TEST_BATCH, train=False, device=self.device),
         )
 
     def _finish(self, trainer: Trainer, head: str) -> tuple[nn.Module, dict[str, Any]] | str:
-        """Train to the end: the model, and what it came to as plain values; or the signal that stopped it."""
+        """Train to the end; returns the model and its result as plain values, or the signal that stopped it."""
         trainer.progress = RunningLine(self.say, head)
         try:
             result = trainer.run()
@@ -227,19 +227,19 @@ class Runner(ABC):
 
     @abstractmethod
     def _identity(self, what: Any, sparsity: float, seed: int) -> dict[str, Any]:
-        """What says in result.json which training it is of."""
+        """The keys of result.json that identify the training."""
 
     @abstractmethod
     def _train_one(self, what: Any, sparsity: float, seed: int, head: str) -> dict[str, Any] | str:
-        """Train, and what the table needs of it; or the signal that stopped it. head: for the running line."""
+        """Train; returns what the table needs, or the signal that stopped it. head: prefix of the running line."""
 
     @abstractmethod
     def _prepare(self, ended: list[dict[str, Any]]) -> str | None:
-        """Measure times, and set results["runs"] to the trainings that have ended; the signal that stopped it."""
+        """Measure times, and set results["runs"] to the finished trainings; returns the signal that stopped it."""
 
     @abstractmethod
     def _take_times(self, found: dict[str, Any]) -> None:
-        """Take over times that were measured on this machine, as far as they are those of this study."""
+        """Keep times measured earlier on this machine, if they cover this study."""
 
     @abstractmethod
     def _rows(self) -> list[dict[str, Any]]:
@@ -250,13 +250,13 @@ class Runner(ABC):
         """Draw the figure; ValueError where there is nothing to draw."""
 
     def _work(self, what: Any, sparsity: float, seed: int) -> float:
-        """How long a training takes, in any unit."""
+        """Expected duration of a training, in any unit."""
         return 1.0
 
     def _other_folders(self) -> list[Path]:
-        """Of trainings that are in no line."""
+        """Folders of trainings that belong to no line."""
         return []
 
     def _seed_ended(self) -> None:
-        """Called when all lines are trained with a seed and there are more."""
+        """Called when all lines are trained with one seed and others follow."""
         self._draw()

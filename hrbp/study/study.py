@@ -1,4 +1,4 @@
-"""Which structure keeps how much accuracy, at what memory and time: many trainings, one table, one figure."""
+"""Accuracy, memory and time of many structures and methods: many trainings, one table, one figure."""
 
 from __future__ import annotations
 
@@ -34,24 +34,24 @@ from .study_table import line_name, rows, table
 from .timing import interleaved, timed
 from .variants import QUICK, Variant
 
-ROUNDS = 15  # in which every network takes one timed step after the other
-IMAGES_PER_CLASS = 10  # that gradients of saliencies are of; GraSP's
+ROUNDS = 15  # of the interleaved timing
+IMAGES_PER_CLASS = 10  # for the gradients of saliencies, as in GraSP
 
 
 class Study(Runner):
-    """Trains every variant at every sparsity with every seed; made and run again, it continues where it was stopped.
+    """Trains every variant at every sparsity with every seed; run again, it continues where it was stopped.
 
         results = Study("runs/study", epochs=6).run()
         print(table(results))
 
-    What cannot be trained (a structure at a sparsity that it has not, or in that network) is left out with its reason;
-    the rest is trained. The study in a folder may be continued with more variants, sparsities and seeds.
+    A variant that cannot be trained (a structure that does not have that sparsity, or does not fit the network) is left
+    out, with the reason. The study in a folder may be continued with more variants, sparsities and seeds.
 
-    In the folder `out`: results.json and table.csv, written anew after every training, study.png, after every seed, and
-    a folder for each training with its log, its checkpoints and, once it is finished, result.json.
+    The folder `out` holds results.json and table.csv, rewritten after every training, study.png, redrawn after every
+    seed, and a folder for each training with its log, its checkpoints and, when it is finished, result.json.
 
-    Step times are measured first: all networks take one step after the other, over and over, so that whatever else the
-    machine does meets all of them alike. They are those of steps that do not change masks, at the final sparsity.
+    Step times are measured first, interleaved: all networks take one step in turn, over many rounds, so that other load
+    on the machine affects all of them alike. They are of steps at the final sparsity that do not change masks.
 
     Args:
         out: folder; a new one, or that of the same study.
@@ -130,13 +130,13 @@ class Study(Runner):
             self.results["steps"] = found
 
     def _impossible(self, variant: Variant, sparsity: float) -> str | None:
-        """Found by making its trainer once, unless it has been trained."""
+        """Tested by making its trainer once, unless it has been trained."""
         if any((self._folder(variant, sparsity, seed) / RESULT).exists() for seed in self.seeds):
             return None
         drawn = replace(variant, saliency="random")
         try:
             with torch.random.fork_rng():
-                if _prunes(variant):  # which starts elsewhere
+                if _prunes(variant):  # it starts at another sparsity
                     self._network(drawn.layout, sparsity, self.seeds[0])
                 self._trainer(drawn, sparsity, self.seeds[0])
         except ValueError as error:
@@ -177,7 +177,7 @@ class Study(Runner):
         return {"line": line_name(variant, sparsity), **asdict(variant), "asked": sparsity, "seed": seed}
 
     def _trainer(self, variant: Variant, sparsity: float, seed: int, **more: Any) -> Trainer:
-        """Of one training; more: where it writes."""
+        """The trainer of one training; more: its folder."""
         method = METHODS[variant.method]
         options: dict[str, Any] = {} if method.by_epoch and self.every_by_default else {"every": self.every}
         options |= {"seed": seed, **self.training.evolve_options}
@@ -227,7 +227,7 @@ class Study(Runner):
     # ------------------------------------------------------------ step times
 
     def _measure(self) -> None:
-        """Median seconds of a step of every network, from rounds in which each takes one."""
+        """Median seconds of a step of every network, interleaved."""
         self.say.say(f"measuring steps of {len(self.lines)} networks on {self.results['machine']}")
         batches = Batches(self.train, self.batch_size, train=True, device=self.device)
         x, y = next(iter(batches.epoch()))
@@ -245,7 +245,7 @@ class Study(Runner):
         if method.begins_dense:  # at its final sparsity
             evolver = Evolver(model, optimizer, variant.method, total_steps=1, every=1)
             evolver.step()
-        elif method.changes:  # what it does at every step counts; masks are looked at too rarely to
+        elif method.changes:  # its work in every step counts; updates of masks are too rare to
             evolver = Evolver(model, optimizer, variant.method, total_steps=1, every=sys.maxsize)
 
         def step() -> None:

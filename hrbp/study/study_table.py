@@ -1,4 +1,4 @@
-"""What a study came to, as rows, as a table and in sentences."""
+"""The results of a study: rows, a table, and sentences."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from ..columns import columns
 from ..methods.registry import METHODS
-from . import spread
+from .spread import deviation, doubt, mean
 from .variants import PRESETS, PUBLISHED, Published, Variant
 
 
@@ -17,11 +17,11 @@ def line_name(variant: Variant, sparsity: float) -> str:
 
 
 def rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The lines of the table, from what results.json holds; None where nothing is known.
+    """The rows of the table, from the content of results.json; None where a value is not known.
 
     line, structure, asked        variant and sparsity, as asked for
     accuracy, deviation           mean and sample deviation over seeds, as shares
-    seeds, diverged               trainings that came to an end; those whose loss did not stay finite
+    seeds, diverged               trainings that ended; those whose loss became infinite or NaN
     kept                          accuracy / that of the dense network
     parameters                    weights that are not masked away
     sparsity, model_sparsity      of the layers made sparse; of the whole network, relative to the dense one
@@ -37,19 +37,19 @@ def rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     for run in sorted(results["runs"], key=lambda run: run["asked"]):
         lines.setdefault(run["line"], []).append(run)
     order = {Variant(**v).name: i for i, v in enumerate(settings["variants"])}
-    dense = spread.mean([r["accuracy"] for r in lines.get("dense", []) if r["accuracy"] is not None])
+    dense = mean([r["accuracy"] for r in lines.get("dense", []) if r["accuracy"] is not None])
     for line, runs in lines.items():
         variant = Variant(**{key: runs[0][key] for key in Variant.__dataclass_fields__})
         asked = runs[0]["asked"]
         ended = [run for run in runs if run["accuracy"] is not None]
         right = [run["accuracy"] for run in ended]
-        accuracy, parameters = spread.mean(right), round(statistics.mean(run["parameters"] for run in runs))
-        memory = spread.mean([run["memory"] for run in ended])
+        accuracy, parameters = mean(right), round(statistics.mean(run["parameters"] for run in runs))
+        memory = mean([run["memory"] for run in ended])
         seconds = steps.get(line_name(variant.layout, asked))
         paper, speedup = published.get(variant.name, {}).get(asked, (None, None))
         found.append({
             "line": line, "structure": variant.name, "asked": asked, "accuracy": accuracy,
-            "deviation": spread.deviation(right), "seeds": len(ended), "diverged": len(runs) - len(ended),
+            "deviation": deviation(right), "seeds": len(ended), "diverged": len(runs) - len(ended),
             "kept": accuracy / dense if accuracy is not None and dense else None,
             "parameters": parameters, "sparsity": statistics.mean(run["sparsity"] for run in runs),
             "model_sparsity": 1 - parameters / settings["dense_parameters"],
@@ -62,7 +62,7 @@ def rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _published(settings: Mapping[str, Any]) -> Published:
-    """What the paper says of this study; nothing if it trains otherwise."""
+    """The paper's numbers for this study; none if its training settings differ."""
     paper = PRESETS["paper"]
     same = {name: list(v) if isinstance(v, tuple) else v for name, v in paper.training.items()}
     model = settings["model"]
@@ -74,7 +74,7 @@ def _published(settings: Mapping[str, Any]) -> Published:
 
 
 def table(results: Mapping[str, Any]) -> str:
-    """The table, what it says in a sentence for each sparsity, and what must be known to read it."""
+    """The table, notes on its columns, and a sentence for each sparsity."""
     found = rows(results)
     if not found:
         return "no training is finished yet"
@@ -119,7 +119,7 @@ def _notes(results: Mapping[str, Any], found: Sequence[Mapping[str, Any]], paper
     if (dense := results["steps"].get("dense")) is not None:
         notes.append(
             f"step: time of a training step on {results['machine']} relative to dense ({1e3 * dense:.3g} ms for"
-            f" {results['settings']['batch_size']} images), measured in turns; under 1 is faster"
+            f" {results['settings']['batch_size']} images), measured side by side; below 1 is faster"
         )
         slow = dict.fromkeys(row["structure"] for row in found if row["step"] and row["step"] > 1.05)
         if slow:
@@ -143,7 +143,7 @@ def _notes(results: Mapping[str, Any], found: Sequence[Mapping[str, Any]], paper
 
 
 def sentences(found: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What each structure keeps, best first: one sentence for each sparsity, computed from the rows."""
+    """One sentence for each sparsity: the accuracy that each structure keeps, best first."""
     ended = [row for row in found if row["accuracy"] is not None]
     dense = next((row for row in ended if row["structure"] == "dense"), None)
     said = []
@@ -159,5 +159,5 @@ def sentences(found: Sequence[Mapping[str, Any]]) -> list[str]:
             ]
             parts[1:] = [part.replace(" keeps", "", 1) for part in parts[1:]]
         listed = parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
-        said.append(f"{start}{listed}; {spread.doubt(here)}.")
+        said.append(f"{start}{listed}; {doubt(here)}.")
     return said

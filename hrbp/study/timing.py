@@ -1,4 +1,4 @@
-"""How long steps of networks take, measured side by side."""
+"""Step times of networks, measured interleaved."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import Any
 
 import torch
 
-WARM_UP = 2  # rounds that are not counted
+WARM_UP = 2  # rounds before those that count
 
 
 def interleaved(steps: Mapping[str, Callable[[], float]], rounds: int, first: str = "dense") -> dict[str, float]:
-    """Median seconds of steps that take turns, so that the rest of the machine's load meets all of them alike.
+    """Median seconds of interleaved steps: other load on the machine affects all of them alike.
 
-    Ratios to `first` are those within a round: what slows a round down slows both sides.
+    Ratios to `first` are taken within a round: what slows a round down slows both sides.
 
     Args:
         steps: name -> a function that takes one step and returns its seconds.
-        rounds: in each of which every step is taken once; WARM_UP more come before them.
-        first: what the others are relative to.
+        rounds: each takes every step once; WARM_UP rounds come before, not counted.
+        first: the step that ratios are relative to.
     """
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds + WARM_UP):
@@ -35,7 +35,7 @@ def interleaved(steps: Mapping[str, Callable[[], float]], rounds: int, first: st
 
 
 def timed(device: torch.device, step: Callable[[], Any]) -> float:
-    """Seconds of a step, with all that it starts on the device."""
+    """Seconds of a step; on a GPU until the device is idle."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     begin = time.perf_counter()
@@ -46,7 +46,7 @@ def timed(device: torch.device, step: Callable[[], Any]) -> float:
 
 
 def machine(device: torch.device) -> str:
-    """What the times are of."""
+    """The device that times are measured on, in words."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()

@@ -1,4 +1,4 @@
-"""What is compared, by default and in the HRBP paper, and what that paper says of it."""
+"""The variants of a study, by default and in the HRBP paper, and the numbers of that paper."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 from ..methods.registry import METHODS, method_named
 from ..surgery.planning import structure_for
 
-BASELINES = ("dense", "narrow")  # trained beside the sparse networks: one without pruning, and a thinner one
+BASELINES = ("dense", "narrow")  # networks that are not pruned: the full one, and a thin one
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to train; with a sparsity it is a line of the table.
+    """One way to train; with a sparsity, a line of the table.
 
     structure     "dense"; "narrow": dense and as thin as it takes to have as many parameters as the sparse networks;
                   else as in `sparsify`
@@ -33,19 +33,19 @@ class Variant:
 
     @property
     def name(self) -> str:
-        """What differs from the ordinary, such as "hrbp++ rigl"."""
+        """Structure and non-default choices, such as "hrbp++ rigl"."""
         named = [f"{key}={Fraction(value).limit_denominator(99)}" for key, value in self.options.items()]
         ways = [way for way in (self.saliency, self.method) if way not in (Variant.saliency, Variant.method)]
         return " ".join([self.structure, *named, *ways])
 
     @property
     def layout(self) -> Variant:
-        """The same without changes of the mask, which a step takes as long as; with those that every step makes."""
+        """The variant whose step time is measured: without mask updates, unless every step makes one."""
         method = self.method if METHODS[self.method].dense_weights else "static"
         return Variant(self.structure, method, self.saliency, self.distribution, self.options)
 
     def refuses(self) -> str | None:
-        """Why these do not go together, or None."""
+        """Why structure and method do not fit together, or None."""
         method = method_named(self.method, "Study()")
         if self.structure in ("dense", "narrow"):
             return "it has no mask" if method.changes else None
@@ -112,7 +112,7 @@ for _variant, _accuracies in zip(
 
 @dataclass(frozen=True)
 class Preset:
-    """What a study does where nothing else is said."""
+    """Defaults of a study."""
 
     models: Sequence[str]
     width: Mapping[str, float]

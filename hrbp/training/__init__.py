@@ -1,7 +1,7 @@
 """How is a model trained, stopped and continued?
 
-`train` is one training in one call, `Trainer` the object behind it, `Settings` all that it can be told. A new setting
-is a field of `Settings` with its check; what a checkpoint has to hold of it goes into continuing.py.
+`train` is one training in one call, `Trainer` the object behind it, `Settings` its options. A new setting is a field of
+`Settings` with its check; state that a checkpoint has to hold goes into continuing.py.
 """
 
 from .devices import ranks, the_device

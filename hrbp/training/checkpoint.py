@@ -1,4 +1,4 @@
-"""The state of a training under way, in two files of which one is whole at every moment; how two states differ."""
+"""Checkpoints: two files, one of which is whole at every moment; and the comparison of two states."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def read_training(folder: Path, refuses: Callable[[Any], str | None], say: Calla
     Args:
         folder: of the two files.
         refuses: why a state is not of this training, or None.
-        say: told which file is not used, and why. It is set aside under another name.
+        say: called with which file is not used, and why. It is set aside under another name.
 
     Raises:
         ValueError: there are checkpoints, and none can be used. They stay as they are.
@@ -65,7 +65,7 @@ def has_training(folder: Path) -> bool:
 
 
 def stamp(folder: Path) -> tuple[int, int] | None:
-    """Which file last.pt is; None: there is none. Another one that is written has another stamp."""
+    """Identity of last.pt, which changes when it is rewritten; None: there is none."""
     try:
         found = (folder / LAST).stat()
     except FileNotFoundError:
@@ -74,13 +74,13 @@ def stamp(folder: Path) -> tuple[int, int] | None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what a process that was killed while writing left behind."""
+    """Remove partial files of processes that were killed."""
     for path in folder.glob(".*.part"):
         path.unlink(missing_ok=True)
 
 
 def differences(there: Any, here: Any, name: str = "") -> list[str]:
-    """Where two plain values differ, in words."""
+    """The differences of two plain values, in words."""
     if isinstance(there, dict) and isinstance(here, dict):
         return [
             text

@@ -1,4 +1,4 @@
-"""How a training is saved, and continued to the bit: what makes it, all that the rest of it depends on, its folder."""
+"""How a training is saved and resumed bit for bit: its configuration, its state, its folder."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ NOT_COMPARED = ("save_minutes", "compile")  # settings that may differ when a tr
 
 
 class Continued:
-    """The half of `Trainer` that writes its folder and takes it up again; a Trainer sets what is declared here."""
+    """The half of `Trainer` that writes its folder and resumes from it; Trainer sets the attributes declared here."""
 
     rank: int
     world: int
@@ -60,7 +60,7 @@ class Continued:
     _saved: float
 
     def _config(self, more: Mapping[str, Any]) -> dict[str, Any]:
-        """All that decides what this training computes, as plain values."""
+        """Everything that determines what this training computes, as plain values."""
         sparse = {id(layer.parameter): layer for layer in sparse_layers(self.model).values()}
         shapes = []
         for name, p in self.model.named_parameters():
@@ -128,7 +128,7 @@ class Continued:
             self._save()
 
     def _on_first_rank(self, function: Callable[[], Any]) -> Any:
-        """What it returns or raises on rank 0, on every rank."""
+        """Call it on rank 0; every rank returns or raises the same."""
         if self.world == 1:
             return function()
         box: list[Any] = [None, None]
@@ -144,7 +144,7 @@ class Continued:
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        """While it lasts, the folder is ours alone; rank 0 holds it, and a refusal reaches every rank."""
+        """Lock the folder (rank 0) for the duration of the context; a refusal is raised on every rank."""
         with contextlib.ExitStack() as held:
             if (out := self.out) is not None:
                 self._on_first_rank(lambda: held.enter_context(only_writer(out, "Trainer()")))
@@ -165,7 +165,7 @@ class Continued:
         self._saved = time.monotonic()
 
     def _state(self) -> dict[str, Any]:
-        """Everything that the rest of the training depends on; all ranks have to call it."""
+        """The state that the rest of the training depends on; all ranks have to call it."""
         on_gpu = self.device.type == "cuda"
         mine = {
             "random": torch.get_rng_state(),

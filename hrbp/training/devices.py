@@ -1,4 +1,4 @@
-"""Which device a training is on, and which of how many ranks this process is."""
+"""The device of a training, and the rank of this process."""
 
 from __future__ import annotations
 

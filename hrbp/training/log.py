@@ -12,7 +12,7 @@ from ..reports.picture import check_plot, save_figure
 
 
 def start_log(path: Path, entries: Sequence[dict[str, Any]]) -> None:
-    """Write these entries, one JSON object a line, in place of whatever the file held."""
+    """Write these entries, one JSON object a line, replacing the file."""
     with whole_file(path) as file:
         for entry in entries:
             file.write((json.dumps(entry) + "\n").encode())
@@ -25,7 +25,7 @@ def add_to_log(path: Path, entry: dict[str, Any]) -> None:
 
 
 def checked_history(entries: Any) -> list[dict[str, Any]]:
-    """Entries of a log as `draw_training` and the end of a training read them; ValueError if they are none."""
+    """Entries of a log, checked for what `draw_training` and the result of a training need; else ValueError."""
     needs = {
         "epoch": ("step", "loss", "accuracy", "test_loss", "test_accuracy", "sparsity", "seconds"),
         "update": ("step", "changed", "sad", "drift"),

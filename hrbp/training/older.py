@@ -1,6 +1,6 @@
-"""A training that was saved when layers of single weights were masked is continued with them stored.
+"""Resumes trainings that were saved when layers of single weights were masked; now they are stored.
 
-Its model's state is taken over as it is loaded (layers/record.py); this is about what a training has beside that.
+Loading converts the model's state by itself (layers/record.py); this file converts the rest of a checkpoint.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..layers.view import sparse_layers
 
 
 def config_as_now(config: Any) -> Any:
-    """The configuration of a checkpoint, without what structures told when not all of them were stored."""
+    """The configuration of a checkpoint without fields that structures no longer have."""
     plan = config.get("plan") if isinstance(config, dict) else None
     if isinstance(plan, dict) and isinstance(plan.get("structure"), dict):
         plan["structure"].pop("stored", None)
@@ -26,12 +26,12 @@ def config_as_now(config: Any) -> Any:
 def optimizer_as_now(
     saved: Mapping[str, Any], state: Mapping[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> Mapping[str, Any]:
-    """The state_dict of an optimizer, what it kept for dense weights under a mask laid out as their stored values.
+    """The state_dict of an optimizer, with state of masked dense weights laid out as their stored values.
 
     Args:
-        saved: of the optimizer.
-        state: of the model, as it was saved with it.
-        model, optimizer: that are to load the two.
+        saved: state_dict of the optimizer.
+        state: state_dict of the model, saved with it.
+        model, optimizer: those that will load the two.
     """
     groups = zip(optimizer.state_dict()["param_groups"], optimizer.param_groups, strict=True)
     number = {id(p): i for plain, group in groups for i, p in zip(plain["params"], group["params"], strict=True)}

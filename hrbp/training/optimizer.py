@@ -1,4 +1,4 @@
-"""The optimizer of a training: its groups, its learning rate at each step, what its state may hold, its bytes."""
+"""The optimizer of a training: parameter groups, learning rate, checks of a loaded state, memory."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def training_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
 
 
 def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
-    """Weight decay is for weights that multiply inputs; biases and batch norm have one dimension."""
+    """The optimizer; weight decay applies to weights with more than one dimension, not to biases and batch norm."""
     weights = [p for p in model.parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = [
         {"params": [p for p in weights if p.dim() > 1], "weight_decay": settings.weight_decay},

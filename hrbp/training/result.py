@@ -1,4 +1,4 @@
-"""What a training came to."""
+"""The result of a training."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Result:
-    """What a training came to.
+    """The result of a training.
 
     accuracy, loss  of the test images: share that is right, mean cross entropy; NaN if it was stopped before a test
     steps           optimizer steps done
@@ -20,7 +20,7 @@ class Result:
     parameters      weights that are not masked away
     memory          bytes of weights, index, gradients and optimizer state
     history         one dict an epoch ("kind": "epoch") and one a mask update ("update"), the lines of the log
-    stopped         the signal that stopped it early, as "SIGTERM"; None: it is complete
+    stopped         the signal that stopped it early, such as "SIGTERM"; None: it is complete
     model           what was tested: the trained model, or its moving average
     """
 

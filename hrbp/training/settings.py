@@ -1,4 +1,4 @@
-"""What a training does to its model, apart from the model and the images."""
+"""The options of a training."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ MOST_EPOCHS = 1_000_000
 
 @dataclass(frozen=True)
 class Settings:
-    """What a training does to its model, apart from the model and the images.
+    """The options of a training, apart from the model and the images.
 
-    epochs           how often every image is seen
+    epochs           passes over the images
     optimizer        "sgd" or "adamw"
     lr               learning rate at its highest; default: 0.1 for SGD, 0.001 for AdamW
     momentum         of SGD
-    nesterov         SGD looks ahead
+    nesterov         Nesterov momentum, of SGD
     weight_decay     of convolutions and linear layers, not of biases and batch norm; default: 5e-4 SGD, 0.01 AdamW
     schedule         "cosine" to zero, or "step": times gamma at each milestone
     milestones       of "step", as shares of the training
@@ -36,11 +36,11 @@ class Settings:
     amp              None, "bf16", or "fp16" (with loss scaling)
     channels_last    memory format of activations
     accumulate       a batch goes through the model in this many parts; the step is that of the whole batch
-    ema              decay of an exponential moving average of the weights, which is then what is tested and saved
+    ema              decay of an exponential moving average of the weights, which is then tested and saved
     evolve           how masks change: a method of `Evolver`, in any case
     evolve_options   those of `Evolver`; unless it is given, `every` is 100 steps, for "subp" an epoch, or less where
-                     that leaves fewer than 20 updates. What is tested after an epoch has the masks of the next one
-                     already when an update has come last, and while "subp" draws these it tests low
+                     that leaves fewer than 20 updates. A test after an epoch whose last step updated the masks uses
+                     the new masks; while "subp" draws blocks back, such a test scores low
     compile          run steps through torch.compile; a name chooses its backend
     save_minutes     time between checkpoints within an epoch; each epoch ends with one anyway
 
@@ -102,7 +102,7 @@ class Settings:
 
 
 def with_every(settings: Settings, steps: int) -> Settings:
-    """The settings with the steps between updates of the masks in them, for the log and for whoever continues.
+    """The settings with `every` filled in (steps between mask updates), for the log and for resuming.
 
     Args:
         settings: of the training.

@@ -1,4 +1,4 @@
-"""How SIGINT and SIGTERM end a training: they are noted, and acted upon after the step."""
+"""SIGINT and SIGTERM during a training: recorded, and handled after the step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 @contextmanager
 def noted(note: Callable[[int], None]) -> Iterator[None]:
-    """While it lasts, SIGINT and SIGTERM are told to `note`; a second one acts at once. In the main thread alone."""
+    """Pass SIGINT and SIGTERM to `note` within the context; a second signal acts at once. Main thread only."""
     before: dict[int, Any] = {}
 
     def handle(number: int, _: FrameType | None) -> None:

@@ -1,4 +1,4 @@
-"""One training: dense or sparse, on one device or many, that can be stopped anywhere and continued to the bit."""
+"""One training: dense or sparse, on one device or many; stopped anywhere, it resumes bit for bit."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from .result import Diverged, Result
 from .settings import Settings, with_every
 from .signals import noted
 
-CHECK_STEPS = 10  # between looks at the loss on a GPU, each of which waits for it; on a CPU every step is looked at
+CHECK_STEPS = 10  # steps between checks of the loss on a GPU, as each one synchronizes; on a CPU every step is checked
 
 
 class Trainer(Continued):
@@ -50,8 +50,8 @@ class Trainer(Continued):
     (checkpoints, see checkpoint.py), training.png, and at the end model.pt, for hrbp.load (of dense master weights only
     what takes part).
 
-    A training that is continued ends with the same bits as one that was not stopped, where the operators have
-    deterministic kernels (on a CPU they do; on a GPU call torch.use_deterministic_algorithms(True)).
+    A training that is resumed ends with the same bits as one that was not stopped, if the operators have deterministic
+    kernels (on a CPU they do; on a GPU call torch.use_deterministic_algorithms(True)).
 
     Inside torchrun, in `ranks()`, every rank makes a Trainer of the same model with its own share of the batches:
     gradients of the stored blocks are averaged, masks are the same everywhere, rank 0 tests along and writes.
@@ -61,8 +61,8 @@ class Trainer(Continued):
         train, test: `Batches` of the images to train and to test with, on one device.
         settings: see `Settings`.
         out: folder of the log and the checkpoints; None writes nothing.
-        resume: continue what is in `out`, if there is anything. Without it, a folder that holds a training is refused.
-        config: more of what makes this training, as plain values: written to the log, and compared on resume.
+        resume: continue the training in `out`, if there is one. Without it, a folder that holds a training is refused.
+        config: more facts that identify this training, as plain values: logged, and compared on resume.
         quiet: print nothing.
 
     Raises:
@@ -160,7 +160,7 @@ class Trainer(Continued):
         self._signal = number
 
     def _ended(self) -> Result:
-        """What is said and written when no further step is taken."""
+        """Report and write the end of the training, or where it was stopped."""
         stopped = signal.Signals(self._stop).name if self._stop else None
         if stopped:
             where = f"epoch {self.epoch + 1}, batch {self.batch}"
@@ -205,7 +205,7 @@ class Trainer(Continued):
         )
 
     def _run_step(self, x: Tensor, y: Tensor) -> bool:
-        """One step of the optimizer, and of the masks; whether the state should be saved."""
+        """One step of the optimizer and of the masks; returns whether to save the state."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.settings, self.step, len(self.train))
         dense = self.evolver is not None and self.evolver.wants_dense_grad()
@@ -221,7 +221,7 @@ class Trainer(Continued):
                 self.scaler.scale(loss / len(parts)).backward()
             right = (logits.argmax(1) == ys).sum()
             self.sums += torch.stack((loss.detach().double() * len(ys), right.double()))
-        save = self._look()
+        save = self._check()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.step, self.batch = self.step + 1, self.batch + 1
@@ -232,8 +232,8 @@ class Trainer(Continued):
             self.ema.update_parameters(self.model)
         return save
 
-    def _look(self) -> bool:
-        """Stop if the loss is not finite; agree between ranks on stopping and saving; whether to save."""
+    def _check(self) -> bool:
+        """Raise if the loss is not finite; agree between ranks on stopping and saving; returns whether to save."""
         last = self.batch + 1 == len(self.train)
         if self.device.type != "cpu" and (self.step + 1) % CHECK_STEPS and not last:
             return False
@@ -266,7 +266,7 @@ class Trainer(Continued):
         )
 
     def _note(self, update: Update) -> None:
-        """Log a change of the masks; after one that moved tensors, make anew what holds the old ones.
+        """Log an update of the masks; after one that replaced tensors, rebuild what refers to the old ones.
 
         sad, drift: see `Update`; of all layers, and of each.
         """
@@ -289,7 +289,7 @@ class Trainer(Continued):
         """The model as a step runs it: data-parallel, and compiled but for steps that need dense gradients."""
         self.wrapped = self.compiled = self.model
         if self.world > 1:
-            # Buffers are left alone: running statistics are only read in tests, index tables are the same everywhere.
+            # Buffers are not synchronized: running statistics are read in tests alone, index tables are equal.
             wrap: Any = nn.parallel.DistributedDataParallel
             renamed = "forward_sync_buffers" in inspect.signature(wrap).parameters  # torch 2.13
             self.wrapped = self.compiled = wrap(
@@ -331,7 +331,7 @@ class Trainer(Continued):
             dist.all_reduce(sums)
         return sums
 
-    # ------------------------------------------------------------------ what is said
+    # ------------------------------------------------------------------ progress and log
 
     def _line(self, first: int) -> str:
         done = max(1, self.batch * self.train.batch_size // self.world)

@@ -33,6 +33,7 @@ from bench.shared.clocks import Clock, Rounds, interleave, make_clock
 from bench.shared.rows import Times
 from blocksparse.geometry import KINDS
 from blocksparse.kernels import cost
+from hrbp.columns import columns
 from hrbp.files import write_json
 from hrbp.progress import Progress
 
@@ -103,7 +104,7 @@ def fit(rows: list[dict[str, Any]], kind: str, side: int) -> cost.Terms:
 
 def judge(rows: list[dict[str, Any]], constants: dict[str, tuple[cost.Terms, cost.Terms]], threads: int) -> None:
     """Print how much longer the chosen product takes than the faster one, and than dense."""
-    print(f"{'# kind':<8}{'blocks':>8}{'mean':>8}{'worst':>8}{'> 5% over dense':>18}   over the faster one")
+    lines = [["# kind", "blocks", "mean", "worst", "> 5% over dense"]]
     for kind in KINDS:
         ratios, over, blocks = [], [], 0
         for row in rows:
@@ -116,7 +117,9 @@ def judge(rows: list[dict[str, Any]], constants: dict[str, tuple[cost.Terms, cos
             ratios.append(took / min(row["seconds"][f"{b} {kind}"] for b in ("cpu", "torch")))
             over.append(took / row["seconds"][f"torch {kind}"])
         late = sum(r > 1.05 for r in over)
-        print(f"# {kind:<6}{blocks:>8}{statistics.mean(ratios):>8.3f}{max(ratios):>8.2f}{late:>10} of {len(rows)}")
+        mean, worst = f"{statistics.mean(ratios):.3f}", f"{max(ratios):.2f}"
+        lines.append([f"# {kind}", f"{blocks}", mean, worst, f"{late} of {len(rows)}"])
+    print(f"{columns(lines)}\n# mean, worst: time of the choice / time of the faster one")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

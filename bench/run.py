@@ -29,6 +29,7 @@ from bench.shared.memory import make_memory
 from bench.shared.results import Writer
 from bench.shared.rows import ERROR, FAIL, OK
 from bench.shared.schedule import Schedule
+from hrbp.columns import columns
 from hrbp.reports.picture import check_plot
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -86,8 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs everything; returns the exit status."""
     args = parse_arguments(argv)
     if args.list:
-        for layer in (layer for net in NETS.values() for layer in net()):
-            print(f"{layer.full_name:<28}{layer!s:<36}{layer.count} x")
+        layers = [layer for net in NETS.values() for layer in net()]
+        print(columns([[layer.full_name, str(layer), f"{layer.count} x"] for layer in layers], left=(0, 1)))
         return 0
     warnings.filterwarnings("ignore", message="Sparse BSR tensor support is in beta")
     begin = time.perf_counter()

@@ -337,6 +337,14 @@ def goals_of(device: devices.Device) -> dict[str, list[str]]:
     return {cells[0]: cells[1:] for cells in lines[2:]}
 
 
+def test_every_goal_has_a_measure_and_a_limit(tmp_path):
+    listed = json.loads(goals.FILE.read_text())
+    assert {goal["measure"] for goal in listed} == set(goals.MEASURES)
+    assert all(("at_least" in goal) != ("at_most" in goal) for goal in listed)
+    assert len({goal["goal"] for goal in listed}) == len(listed)
+    assert all(cells[1:] == ["n/a", ""] for cells in goals_of(device_of(tmp_path, content([]))).values())
+
+
 def test_goals_take_the_best_pattern_of_each_layer_and_count_layers(tmp_path):
     rows = [
         layer_row(2.0, 8.0),  # 4x

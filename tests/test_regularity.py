@@ -319,8 +319,8 @@ def test_the_answer_says_when_a_baseline_wins_or_nothing_fits():
     by_time, by_file, by_both, _ = answers(HAND_MADE, max_time=0.42, max_storage=0.1)
     assert by_time == (
         "Within 0.42 of the dense time the narrow network as large as 50% is the most accurate: 82.0% (8.0 points less "
-        "than dense) in 0.40 of the time and 0.50 of the file; among sparse networks hrbp at 87.5%: 81.0% (9.0 points less "
-        "than dense) in 0.35 of the time and 0.15 of the file."
+        "than dense) in 0.40 of the time and 0.50 of the file; among sparse networks hrbp at 87.5%: 81.0% (9.0 points "
+        "less than dense) in 0.35 of the time and 0.15 of the file."
     )
     assert by_file == (
         "Within 0.1 of the dense file nothing fits; hrbp at 87.5% comes nearest: 81.0% (9.0 points less than dense) in "

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.shared import results
+from bench.shared.rows import OK
 
 Json = dict[str, Any]
 
@@ -70,6 +71,8 @@ def check_line(name: str, stage: Json, found: list[Json]) -> str:
     said = f"{name}: {stage['status']}"
     for counts in (result for result in found if "tests" in result):
         said += f", {counts['tests']} tests, {counts['failures'] + counts['errors']} failed"
+    if name == "tiles" and (rows := [row for result in found for row in result.get("rows", ())]):  # an older file
+        said += f", {len(rows)} tiles, {sum(row['status'] != OK for row in rows)} wrong"
     return said + (f" ({stage['why']})" if stage.get("why") else "")
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -213,7 +213,7 @@ class GroupOptions:
     """
 
     groups: int = option(8, "most groups of a layer")
-    tap_density: float = option(1.0, "share of the taps that a group keeps")
+    tap_density: Annotated[float, "a number in (0, 1]"] = option(1.0, "share of the taps that a group keeps")
     granule: int = option(1, "channels are kept in aligned runs of this many")
     row_granule: int | None = option(1, "filters move in aligned runs of this many")
     min_rows: int = option(8, "least filters of a group")

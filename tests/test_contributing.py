@@ -24,10 +24,13 @@ def test_code_stands_in_an_example():
 
 
 def test_rooms_exist():
-    tree = TEXT.split("```\nblocksparse/ ")[1].split("```")[0]
-    for line in tree.splitlines()[1:]:
-        inner = line.startswith("  ")
-        for name in line.split("  ")[1 if inner else 0].split():
-            home = ROOT / ("hrbp" if tree.index(line) > tree.index("\nhrbp/") else "blocksparse") if inner else ROOT
-            name = name.strip(",")
-            assert (home / name).is_dir() or (home / f"{name}.py").is_file(), name
+    tree = re.search(r"```\n(blocksparse/ .*?)```", TEXT, re.DOTALL)
+    assert tree is not None
+    home = ROOT
+    for line in tree[1].splitlines():
+        names = [name.strip(",/") for name in re.split(r"\s{2,}", line.strip())[0].split()]
+        if not line.startswith(" "):
+            home = ROOT / names[0]
+        elif not line.startswith("   "):
+            assert [name for name in names if not ((home / name).is_dir() or (home / f"{name}.py").is_file())] == []
+        assert home.is_dir()

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,13 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from bench.layers.networks import NETS
 from blocksparse import BSRConv2d
 from hrbp import densify, sparsify, summary
 from hrbp.models import NETWORKS, build, narrow, parameter_count, rebuild
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
-
-import layers as bench_layers
 
 
 def shapes_only(name: str, **options) -> nn.Module:
@@ -174,7 +169,7 @@ def test_the_benchmark_measures_these_layers(name, width, size):
     """Every convolution of the network, as often as it occurs, is in the benchmark's table of it: and no other."""
     ours = Counter(output_sizes(shapes_only(name, classes=10, width=width, image_size=size), size))
     table = Counter()
-    for layer in bench_layers.NETS[name]():
+    for layer in NETS[name]():
         table[layer.k, layer.c, layer.kernel, (layer.stride,) * 2, layer.padding, layer.size] += layer.count
     assert ours == table
 

@@ -32,6 +32,22 @@ class Layout(NamedTuple):
     row_order: tuple[int, int] | None  # [K] filter of each BSR row; None: row i is filter i
 
 
+class Piece(NamedTuple):
+    """A table as memory, for a launch: what a view tells of itself, without its cost."""
+
+    packed: Tensor
+    place: tuple[int, int]
+
+    def data_ptr(self) -> int:
+        return self.packed.data_ptr() + 4 * self.place[0]
+
+    def numel(self) -> int:
+        return self.place[1]
+
+    def element_size(self) -> int:
+        return 4
+
+
 class IndexTables:
     """The tables of a packed buffer, by the names of `Layout`: each a view that is made when it is asked for."""
 
@@ -43,6 +59,11 @@ class IndexTables:
     def _view(self, place: tuple[int, int]) -> Tensor:
         start, length = place
         return self.packed[start : start + length]  # half the cost of narrow() and split()
+
+    def piece(self, name: str) -> Piece | None:
+        """A table as memory; None: there is no row order."""
+        place = getattr(self.layout, name)
+        return None if place is None else Piece(self.packed, place)
 
     @property
     def indptr(self) -> Tensor:

@@ -21,6 +21,7 @@ import numpy as np
 from torch import Tensor
 
 import processes
+from blocksparse.index import Piece
 from blocksparse.kernels import cupy_conv
 from processes import ONE_THREAD
 
@@ -121,7 +122,7 @@ def launch(run: Any, name: str, ctas: int, threads: int, shared: int, args: tupl
     """Run every CTA of a build, in an order drawn from `seed`; EmulatorError where it breaks a rule."""
     cells, sizes = [], []
     for arg in args:
-        if arg is None or isinstance(arg, Tensor):
+        if arg is None or isinstance(arg, Tensor | Piece):
             cells.append(np.array(0 if arg is None else arg.data_ptr(), np.uint64))
             size = 0 if arg is None else arg.numel() * arg.element_size()
             sizes.append(size if size < UNFENCED else 0)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import mmap
 import re
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -287,13 +286,12 @@ def test_values_past_2_to_31_elements():
     last = 2**21
     values = vast((last + 1, 32, 32))
     values[last] = torch.randn(32, 32, generator=torch.Generator().manual_seed(0)).half()
-    zeros = torch.zeros(last + 1, dtype=torch.int32)
-    rows, t_rows = torch.tensor([last, last + 1], dtype=torch.int32), torch.tensor([0, 1], dtype=torch.int32)
-    t_perm = torch.tensor([last], dtype=torch.int32)
-    tables = SimpleNamespace(
-        indptr=rows, indices=zeros, t_indptr=t_rows, t_indices=zeros, t_perm=t_perm, row_order=None
-    )
-    g = ConvGeometry(1, 32, 3, 3, 32, 1, 1)
+    g, blocks = ConvGeometry(1, 32, 3, 3, 32, 1, 1), ((32, 32), last + 1)
+    size = index.packed_size(g.weight_shape, *blocks, row_order=False)
+    tables = index.unpack(torch.zeros(size, dtype=torch.int32), g.weight_shape, *blocks)
+    tables.indptr.copy_(torch.tensor([last, last + 1]))
+    tables.t_indptr.copy_(torch.tensor([0, 1]))
+    tables.t_perm[0] = last
     x = torch.randn(g.x_shape).half().contiguous(memory_format=torch.channels_last)
     for kind, exact in (("fprop", "ncpq,kc->nkpq"), ("dgrad", "nkpq,kc->ncpq")):
         got = run(kind, x, x, values, tables, g, Tile(16, 32, 16, 4, 2))

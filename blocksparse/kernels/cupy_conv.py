@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..geometry import ConvGeometry
-from ..index import IndexTables
+from ..index import IndexTables, Piece
 from ..layout import format_of, memory_format
 from . import slots
 from .slots import MATH, SlotTile
@@ -90,7 +90,7 @@ class Cuda:
     def launch(
         self, name: str, kind: str, flags: tuple[str, ...], ctas: int, threads: int, shared: int, args: tuple[Any, ...]
     ) -> None:
-        """Run `name` of the kind's source. Tensors become pointers, None a null pointer."""
+        """Run `name` of the kind's source. Tensors and pieces become pointers, None a null pointer."""
         import cupy
 
         device = next(a.device.index for a in args if isinstance(a, Tensor))
@@ -105,7 +105,7 @@ class Cuda:
 def _pointer(arg: Any) -> Any:
     if arg is None:
         return np.uint64(0)
-    return np.uint64(arg.data_ptr()) if isinstance(arg, Tensor) else arg
+    return np.uint64(arg.data_ptr()) if isinstance(arg, Tensor | Piece) else arg
 
 
 runtime: Any = Cuda()
@@ -140,6 +140,10 @@ def _prepared(
     return options(dtype, bc, tile, precision), slots.grid(kind, g, blocksize, dtype, tile), conv
 
 
+def _index(tables: IndexTables) -> tuple[Piece | None, Piece | None, Piece | None]:
+    return tables.piece("indptr"), tables.piece("indices"), tables.piece("row_order")
+
+
 def _aligned(values: Tensor) -> Tensor:
     """Values are copied to shared memory 16 bytes at a time."""
     return values if values.data_ptr() % 16 == 0 else values.clone()
@@ -169,7 +173,8 @@ def fprop(
         return y.zero_() if bias is None else y.copy_(bias.view(1, -1, 1, 1))
     blocksize = values.shape[1], values.shape[2]
     flags, ctas, conv = _prepared("fprop", x.stride(), y.stride(), g, blocksize, x.dtype, tile, precision)
-    args = (x, _aligned(values), tables.indptr, tables.indices, bias, tables.row_order, y, conv)
+    indptr, indices, order = _index(tables)
+    args = (x, _aligned(values), indptr, indices, bias, order, y, conv)
     runtime.launch("fprop", "fprop", flags, ctas, 32 * tile.warps, tile.shared, args)
     return y
 
@@ -197,7 +202,7 @@ def dgrad(
         return dx.zero_()
     blocksize = values.shape[1], values.shape[2]
     flags, ctas, conv = _prepared("dgrad", dx.stride(), dy.stride(), g, blocksize, dy.dtype, tile, precision)
-    args = (dy, _aligned(values), tables.indptr, tables.indices, tables.row_order, dx, conv)
+    args = (dy, _aligned(values), *_index(tables), dx, conv)
     runtime.launch("dgrad", "dgrad", flags, ctas, 32 * tile.warps, tile.shared, args)
     return dx
 
@@ -229,7 +234,7 @@ def wgrad(
     if tile.splits > 1:
         sums = torch.empty((tile.splits, *values_shape), dtype=torch.float32, device=x.device)
     threads, size = 32 * tile.warps, np.int64(out.numel())
-    args = (x, dy, tables.indptr, tables.indices, tables.row_order, out, sums, size, conv)
+    args = (x, dy, *_index(tables), out, sums, size, conv)
     runtime.launch("wgrad", "wgrad", flags, ctas, threads, tile.shared, args)
     if sums is not None:
         ctas = -(-out.numel() // threads)

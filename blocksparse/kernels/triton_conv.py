@@ -39,15 +39,17 @@ _launchers: dict[tuple[object, ...], tuple[Callable[..., None], list[object]]] =
 def _launch(
     kernel: Any,
     tensors: tuple[Tensor | None, ...],
+    offsets: tuple[int, ...],
     facts: tuple[object, ...],
     describe: Callable[[], tuple[int, dict[str, object]]],
 ) -> None:
-    """kernel[(programs,)](*tensors, **constants) on the device of the first tensor.
+    """kernel[(programs,)](*tensors, *offsets, **constants) on the device of the first tensor.
 
     Triton spends some 40 us of a launch on finding its compiled kernel. So that is kept by all that it depends on: the
     facts, the device, which tensors are None, and that every pointer is a multiple of 16; others take Triton's way.
 
     Args:
+        offsets: of the tables, which no compiled kernel depends on but by being 32 or 64 bits wide.
         facts: what the constants and the dtypes of the tensors follow from.
         describe: (programs, constants), asked on the first launch.
     """
@@ -57,16 +59,16 @@ def _launch(
     for t in tensors:
         if t is not None:
             pointers |= t.data_ptr()
-    key = (id(kernel), lead.get_device(), *[t is None for t in tensors], *facts)
+    key = (id(kernel), lead.get_device(), *[t is None for t in tensors], *[at >> 31 for at in offsets], *facts)
     found = _launchers.get(key) if pointers % 16 == 0 else None
     with _on(lead):
         if found is not None:
-            found[0](*tensors, *found[1])
+            found[0](*tensors, *offsets, *found[1])
             return
         programs, constants = describe()
-        compiled = kernel[(programs,)](*tensors, **constants)
+        compiled = kernel[(programs,)](*tensors, *offsets, **constants)
         if compiled is not None and pointers % 16 == 0:  # the interpreter compiles nothing
-            names = list(inspect.signature(kernel.fn).parameters)[len(tensors) :]
+            names = list(inspect.signature(kernel.fn).parameters)[len(tensors) + len(offsets) :]
             _launchers[key] = compiled[(programs, 1, 1)], [constants[name] for name in names]
 
 
@@ -128,8 +130,14 @@ def fprop(
         constants |= {"pixels": pixels, "X_LAST": x_last, "Y_LAST": y_last}
         return triton.cdiv(pixels, tile.block_m) * (g.k // bk), constants
 
-    tensors = (x, values, tables.indptr, tables.indices, bias, tables.row_order, y)
-    _launch(fprop_kernel, tensors, (g, bk, bc, tile, precision, x.dtype, x_last, y_last), describe)
+    tensors = (x, values, tables.packed, bias, tables.row_order, y)
+    _launch(
+        fprop_kernel,
+        tensors,
+        (tables.layout.indices[0],),
+        (g, bk, bc, tile, precision, x.dtype, x_last, y_last),
+        describe,
+    )
     return y
 
 
@@ -166,8 +174,15 @@ def dgrad(
         constants |= {"DY_LAST": dy_last, "DX_LAST": dx_last}
         return triton.cdiv(largest, tile.block_m) * classes * (g.c // bc), constants
 
-    tensors = (dy, values, tables.t_indptr, tables.t_indices, tables.t_perm, dx)
-    _launch(dgrad_kernel, tensors, (g, bk, bc, tile, precision, dy.dtype, dy_last, dx_last), describe)
+    layout = tables.layout
+    offsets = layout.t_indptr[0], layout.t_indices[0], layout.t_perm[0]
+    _launch(
+        dgrad_kernel,
+        (dy, values, tables.packed, dx),
+        offsets,
+        (g, bk, bc, tile, precision, dy.dtype, dy_last, dx_last),
+        describe,
+    )
     return dx
 
 
@@ -207,11 +222,10 @@ def wgrad(
         return tiles * tile.splits, constants
 
     facts = (g, values_shape, tile, precision, x.dtype, x_last, dy_last)
-    _launch(wgrad_kernel, (x, dy, tables.indptr, tables.indices, sums), facts, describe)
+    _launch(wgrad_kernel, (x, dy, tables.packed, sums), (tables.layout.indices[0],), facts, describe)
     if tile.splits > 1:
         size = out.numel()
         constants: dict[str, object] = {"size": size, "splits": tile.splits, "BLOCK": 1024}
-        _launch(
-            add_splits_kernel, (sums, out), (size, tile.splits, out.dtype), lambda: (triton.cdiv(size, 1024), constants)
-        )
+        adding = (size, tile.splits, out.dtype)
+        _launch(add_splits_kernel, (sums, out), (), adding, lambda: (triton.cdiv(size, 1024), constants))
     return out

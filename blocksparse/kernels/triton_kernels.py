@@ -28,6 +28,8 @@ Splits of wgrad go through an fp32 workspace that a second kernel adds up in ord
 Block-row b owns the tiles from slot(b) = indptr[b]*chunks/CH + b on: always enough of them, and their total depends on
 nnzb alone, so no grid depends on the mask.
 
+Tables are offsets into the one packed index, whose first is indptr.
+
 Budget, per K-tile of 2-byte values: 2*BLOCK_K*(BLOCK_M + N) bytes for 2*BLOCK_M*N*BLOCK_K FLOP. So N = bk (fprop,
 wgrad) or bc (dgrad) sets how often activations come from L2 again, and narrow blocks are bound by it, dgrad of bc = 8
 first: adjacent channel blocks rarely share a tap and block-row, so they do not share dy. HBM sees each activation about
@@ -106,6 +108,7 @@ def _dot(a, b, acc, PRECISION: tl.constexpr):
 _SIZES = (
     "pixels", "images", "height", "width", "p_size", "q_size", "k_blocks", "c_blocks", "stride_h", "stride_w",
     "pad_h", "pad_w", "dilation_h", "dilation_w", "tiles", "steps", "size", "splits",
+    "indices_at", "t_indptr_at", "t_indices_at", "t_perm_at",
 )  # fmt: skip
 
 
@@ -116,7 +119,7 @@ def _kernel(fn: Callable[..., None]) -> Any:
 
 @_kernel
 def fprop_kernel(
-    x, values, indptr, indices, bias, row_order, y,
+    x, values, index, bias, row_order, y, indices_at,
     pixels, height, width, p_size, q_size, k_blocks, c_blocks,
     stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
     R: tl.constexpr, S: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr,
@@ -125,6 +128,7 @@ def fprop_kernel(
 ):  # fmt: skip
     CHUNKS: tl.constexpr = BLOCK_K // GRANULE
     PARTS: tl.constexpr = BC // GRANULE  # chunks of one stored block
+    indptr, indices = index, index + indices_at
     # Block-rows run fastest: they share the pixel tile, which so stays in L2.
     row = tl.program_id(0) % k_blocks
     m = tl.program_id(0) // k_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -163,7 +167,7 @@ def fprop_kernel(
 
 @_kernel
 def dgrad_kernel(
-    dy, values, t_indptr, t_indices, t_perm, dx,
+    dy, values, index, dx, t_indptr_at, t_indices_at, t_perm_at,
     images, height, width, p_size, q_size, k_blocks, c_blocks,
     stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
     R: tl.constexpr, S: tl.constexpr, STRIDED: tl.constexpr, TAPS: tl.constexpr,
@@ -173,6 +177,7 @@ def dgrad_kernel(
 ):  # fmt: skip
     CHUNKS: tl.constexpr = BLOCK_K // GRANULE
     PARTS: tl.constexpr = BK // GRANULE
+    t_indptr, t_indices, t_perm = index + t_indptr_at, index + t_indices_at, index + t_perm_at
     c_block, rest = tl.program_id(0) % c_blocks, tl.program_id(0) // c_blocks
     # Residue class (a, b) of x's pixels, then a tile of its (image, i, j): h = a + i*stride_h, w = b + j*stride_w.
     columns = tl.minimum(stride_w, width)
@@ -233,7 +238,7 @@ def dgrad_kernel(
 
 @_kernel
 def wgrad_kernel(
-    x, dy, indptr, indices, out,
+    x, dy, index, out, indices_at,
     pixels, tiles, steps, size, height, width, p_size, q_size, k_blocks, c_blocks,
     stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
     R: tl.constexpr, S: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr,
@@ -242,6 +247,7 @@ def wgrad_kernel(
 ):  # fmt: skip
     CHUNKS: tl.constexpr = BLOCK_M // GRANULE
     PARTS: tl.constexpr = BC // GRANULE
+    indptr, indices = index, index + indices_at
     # Tiles of one split run side by side: they share its pixels.
     tile, split = tl.program_id(0) % tiles, tl.program_id(0) // tiles
 

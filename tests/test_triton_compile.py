@@ -366,6 +366,20 @@ def test_a_kept_kernel_is_launched_as_triton_would():
         assert len(first) == (2 if case.kind == "wgrad" else 1)
 
 
+def test_a_kept_kernel_gets_the_offsets_of_its_own_index():
+    """Two layers that differ in their number of blocks share a kernel; their tables lie elsewhere."""
+    few = [Case(kind, "sm_90", (32, 32), height=5, batch=1) for kind in ("fprop", "dgrad")]
+    many = [case._replace(density=0.12) for case in few]
+    assert [case.tile for case in few] == [case.tile for case in many]
+    started = [start("launch", cases) for cases in (many, [*few, *many])]
+    alone, both = (result_of(process) for process in started)
+    for at in range(len(many)):
+        (needed,), (found,), (other,) = alone[3 * at], both[3 * (len(few) + at)], both[3 * at]
+        assert (needed.pop("by"), found.pop("by")) == ("triton", "us")
+        assert found == needed
+        assert found["args"] != other["args"]
+
+
 if __name__ == "__main__":
     wanted = [Case(*fields[:2], tuple(fields[2]), *fields[3:]) for fields in json.load(sys.stdin)]
     json.dump({"compile": compile_cases, "launch": launch_cases}[sys.argv[1]](wanted), sys.stdout)

@@ -68,11 +68,6 @@ class BSRModule(IndexedModule):
         return super().__getattr__(name)
 
     @property
-    def _dense_shape(self) -> tuple[int, ...]:
-        """Of the dense layer's weight."""
-        return self.weight_shape
-
-    @property
     def pattern(self) -> BSRPattern:
         """The pattern this module runs now (a copy: writing to neither touches the other)."""
         nnzb, bk, bc = self.values.shape
@@ -211,7 +206,7 @@ class BSRModule(IndexedModule):
         destination[prefix + "indices"] = pattern.indices
         if (order := pattern.row_order) is not None:
             destination[prefix + "row_order"] = order
-        shape = torch.tensor(self._dense_shape, dtype=torch.int32, device=pattern.device)
+        shape = torch.tensor(self.weight_shape, dtype=torch.int32, device=pattern.device)
         destination[prefix + "weight_shape"] = shape
 
     def _load_from_state_dict(
@@ -266,10 +261,10 @@ class BSRModule(IndexedModule):
     def _pattern_of(self, saved: dict[str, Any]) -> BSRPattern:
         if saved["weight_shape"] is not None:  # files of older versions do not have it
             found = tuple(integers(saved["weight_shape"], "weight_shape", "load_state_dict()").tolist())
-            if (*found, 1, 1)[:4] != self.weight_shape:
+            if found != self.weight_shape:
                 raise ValueError(
                     f"the saved layer has a weight of shape {found}, and this {type(self).__name__} one of"
-                    f" {self._dense_shape}; make it from a pattern of the saved shape"
+                    f" {self.weight_shape}; make it from a pattern of the saved shape"
                 )
         values = saved["values"]
         if not isinstance(values, Tensor):

@@ -143,10 +143,6 @@ class BSRLinear(BSRModule):
             linear = nn.Linear(c, k, bias=self.bias is not None, device=self.values.device, dtype=self.values.dtype)
         return _fill_dense(linear, self, self.pattern.to_dense(self.values.detach())[:, :, 0, 0])
 
-    @property
-    def _dense_shape(self) -> tuple[int, ...]:
-        return self.weight_shape[:2]
-
     def forward(self, input: Tensor) -> Tensor:
         return apply_linear(input, self.values, self.index, self.bias, self.weight_shape, self.backend)
 

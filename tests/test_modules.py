@@ -545,7 +545,7 @@ def test_states_with_and_without_the_shape_load():
     pattern = random_pattern(shape=(8, 12, 1, 1))
     conv, linear = bs.BSRConv2d(pattern), bs.BSRLinear(pattern)
     assert conv.state_dict()["weight_shape"].tolist() == [8, 12, 1, 1]
-    assert linear.state_dict()["weight_shape"].tolist() == [8, 12]
+    assert linear.state_dict()["weight_shape"].tolist() == [8, 12, 1, 1]
     conv.load_state_dict(linear.state_dict())  # the same filter bank
     assert torch.equal(conv.values, linear.values)
     old = {key: t for key, t in linear.state_dict().items() if key != "weight_shape"}

@@ -439,11 +439,11 @@ def test_sparse_layers_of_a_checkpoint(tmp_path):
     assert layers(tensors) == {}
     assert sparse_layer(tensors, "conv") == sparse_layer(tensors, "conv", shape) == conv
     assert sparse_layer(tensors, "fc") == sparse_layer(tensors, "fc", (8, 4)) == linear
-    assert (saved_shape(tensors, "conv"), saved_shape(tensors, "fc")) == (shape, (8, 4))
+    assert (saved_shape(tensors, "conv"), saved_shape(tensors, "fc")) == (shape, (8, 4, 1, 1))
     with pytest.raises(ValueError, match=r"conv: the saved layer has a weight of shape .*; \(16, 2, 3, 3\) was asked"):
         sparse_layer(tensors, "conv", (16, 2, 3, 3))
     for damage in (torch.tensor([16, 8, 3]), torch.ones(4), torch.tensor([16, 8, 0, 3], dtype=torch.int32)):
-        with pytest.raises(ValueError, match=r"conv: weight_shape is .*; it needs int32 \[K, C, R, S\] or \[K, C\]"):
+        with pytest.raises(ValueError, match=r"conv: weight_shape is .*; it needs int32 \[K, C, R, S\]"):
             sparse_layer({**tensors, "conv.weight_shape": damage}, "conv")
     # Files of older versions do not have it.
     tensors = {key: t for key, t in tensors.items() if not key.endswith("weight_shape")}

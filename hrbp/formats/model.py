@@ -164,7 +164,7 @@ def _make_sparse(model: nn.Module, state: Mapping[str, Tensor], plan: Sparsity |
             if values is None or values.dim() != 3 or indices is None:
                 raise ValueError(f"{name} has no values [nnzb, bk, bc] or no indices")
             saved = saved_shape(state, name)
-            if saved is not None and (*saved, 1, 1)[:4] != shape:
+            if saved is not None and saved != shape:
                 raise ValueError(
                     f"{name} has a weight of shape {saved} in the file, and {tuple(layer.weight.shape)} here"
                 )

@@ -35,9 +35,9 @@ def _bit_bytes(pattern: BSRPattern) -> int:
 
 
 def _table_bytes(pattern: BSRPattern) -> int:
-    """Of indptr, indices and row_order, int32."""
+    """Of indptr, indices, row_order and weight_shape, int32."""
     k, moved = pattern.shape[0], pattern.row_order is not None
-    return 4 * (k // pattern.blocksize[0] + 1 + pattern.nnzb + k * moved)
+    return 4 * (k // pattern.blocksize[0] + 1 + pattern.nnzb + k * moved + 4)
 
 
 def pack(state: Mapping[str, Tensor], layers: Mapping[str, tuple[BSRPattern, list[int]]]) -> dict[str, Tensor]:

@@ -330,14 +330,12 @@ def sparse_names(tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 def saved_shape(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...] | None:
-    """The shape [K, C, R, S] or [K, C] of a BSRConv2d's or BSRLinear's weight; None in files of older versions."""
+    """The shape (K, C, R, S) of a BSRConv2d's or BSRLinear's weight; None in files of older versions."""
     shape = tensors.get(f"{name}.weight_shape" if name else "weight_shape")
     if shape is None:
         return None
-    if shape.dtype != torch.int32 or shape.dim() != 1 or shape.numel() not in (2, 4) or int(shape.min()) < 1:
-        raise ValueError(
-            f"{name}: weight_shape is {shape.dtype} {shape.tolist()}; it needs int32 [K, C, R, S] or [K, C]"
-        )
+    if shape.dtype != torch.int32 or shape.dim() != 1 or shape.numel() != 4 or int(shape.min()) < 1:
+        raise ValueError(f"{name}: weight_shape is {shape.dtype} {shape.tolist()}; it needs int32 [K, C, R, S]")
     return tuple(shape.tolist())
 
 
@@ -352,7 +350,7 @@ def sparse_layer(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...
             filter bank.
     """
     prefix, saved = f"{name}." if name else "", saved_shape(tensors, name)
-    if saved is not None and shape is not None and saved != shape:
+    if saved is not None and shape is not None and saved != (*shape, 1, 1)[:4]:
         raise ValueError(f"{name}: the saved layer has a weight of shape {saved}; {tuple(shape)} was asked for")
     shape = saved or shape
     if shape is None:

@@ -119,7 +119,7 @@ def _shapes(like: str, args: argparse.Namespace) -> dict[str, tuple[int, ...]]:
 
 
 def _unknown_table(tensors: Mapping[str, Tensor], names: Sequence[str]) -> str:
-    """A checkpoint of an older version does not tell the channels and taps of BSR layers: all that it does tell."""
+    """BSR layers whose shape is not known: all but the numbers of channels and taps."""
     lines = [["BSR layer", "filters", "blocks", "blocksize", "kB"]]
     for name in names:
         prefix = f"{name}." if name else ""

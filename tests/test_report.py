@@ -343,7 +343,7 @@ def test_dense_layers_store_no_index():
     assert (storage.dense, storage.values, storage.memory_index, storage.file_index) == (576, 576, 0, 0)
     assert storage.model == storage.model_dense == 288
     full = stored_blocks(BSRPattern.full((8, 4, 3, 3), (4, 4)))
-    assert report_mask(full).storage.file_index == 4 * (3 + 18)
+    assert report_mask(full).storage.file_index == 4 * (3 + 18 + 4)  # indptr, indices, weight_shape
 
 
 def test_blocks_with_holes_store_more_than_they_keep():

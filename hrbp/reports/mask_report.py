@@ -28,7 +28,7 @@ class Storage(NamedTuple):
     dense: int  # all weights in the dtype
     values: int  # stored blocks in the dtype
     memory_index: int  # of the tables in memory
-    file_index: int  # as `hrbp.save` writes it: indptr, indices, row_order and shape, or for single weights a bit a weight
+    file_index: int  # as `hrbp.save` writes it: indptr, indices, row_order, shape; of single weights a bit a weight
 
 
 @dataclass(frozen=True)

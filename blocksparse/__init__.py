@@ -13,7 +13,7 @@ from .carry import OptimizerTensor, optimizer_tensors
 from .functional import conv2d, conv2d_dgrad, conv2d_wgrad, linear
 from .geometry import ConvGeometry
 from .indexed import IndexedModule
-from .modules import BSRConv2d, BSRLinear
+from .modules import BSRConv2d, BSRLinear, symmetric_padding
 from .pattern import BSRPattern
 from .plan import ConvPlan, available_backends, explain
 
@@ -33,4 +33,5 @@ __all__ = [
     "linear",
     "optimizer_tensors",
     "reference",
+    "symmetric_padding",
 ]

@@ -71,7 +71,7 @@ class BSRConv2d(BSRModule):
         if conv.padding_mode != "zeros":
             raise ValueError(f"{who}: conv has padding_mode={conv.padding_mode!r}; only 'zeros' is supported")
         module = cls(
-            pattern, conv.stride, _symmetric_padding(conv, who), conv.dilation, conv.bias is not None,
+            pattern, conv.stride, symmetric_padding(conv, who), conv.dilation, conv.bias is not None,
             backend=backend, device=conv.weight.device, dtype=conv.weight.dtype,
         )  # fmt: skip
         _copy_dense(module, conv, pattern, conv.weight)
@@ -171,8 +171,8 @@ def _fill_dense(dense: Any, module: BSRModule, weight: Tensor) -> Any:
     return dense.train(module.training)
 
 
-def _symmetric_padding(conv: nn.Conv2d, who: str) -> tuple[int, ...]:
-    """conv.padding as ints; torch's 'same' pads one more cell at the end when dilation*(kernel - 1) is odd."""
+def symmetric_padding(conv: nn.Conv2d, who: str = "symmetric_padding()") -> tuple[int, ...]:
+    """conv.padding in numbers; ValueError where 'same' pads one cell more at the end, dilation * (kernel - 1) being odd."""
     if conv.padding == "valid":
         return 0, 0
     if conv.padding == "same":

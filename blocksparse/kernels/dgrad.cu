@@ -16,7 +16,7 @@
 
 constexpr bool BY_ITEM = G != 1;
 constexpr int ROW = BY_ITEM ? row_bytes(N) : row_bytes(ITEMS);
-constexpr int IMAGE_AT = VALUES_AT + (BY_ITEM ? ITEMS : N) * ROW;
+constexpr int PATCH_AT = VALUES_AT + (BY_ITEM ? ITEMS : N) * ROW;
 constexpr int SUM_PLANE = POSITIONS * SLOT + 4;  // floats from one channel of the sum to the next: other banks
 
 // Along one axis: dy row of tap r is this much further than the tile's own, for taps that the residue class owns.
@@ -101,10 +101,10 @@ dgrad(const T* __restrict__ dy, const T* __restrict__ values, const int* __restr
     const int first_block = first_channel / g.bc, first_part = first_channel % g.bc / G;
     const int blocks = min(max(g.range / g.bc, 1), g.c_blocks - first_block);
     const int parts = min(g.range / G, 1 << g.log_parts);  // of a block, in the range
-    const unsigned sum_at = IMAGE_AT + (g.filters + 1) * g.plane * 16;
+    const unsigned sum_at = PATCH_AT + (g.filters + 1) * g.plane * 16;
     float* sum = (float*)(shared + sum_at);
     for (int i = threadIdx.x; i < g.range * SUM_PLANE; i += THREADS) sum[i] = 0.0f;
-    clear_zero_plane(IMAGE_AT, g.filters, g);
+    clear_zero_plane(PATCH_AT, g.filters, g);
     const Pixels pixels = find_pixels(1, 1, g);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int taps_h = g.taps == g.r_size * g.s_size ? g.r_size : 1, taps_w = g.taps / taps_h;
@@ -133,7 +133,7 @@ dgrad(const T* __restrict__ dy, const T* __restrict__ values, const int* __restr
                     table(CHANNELS_AT)[i] = row_order ? row_order[k] : k;
                 }
                 __syncthreads();
-                load_image(IMAGE_AT, dy, g.y, g.p_size, g.q_size, g, image0, band, i0 + least_h, j0 + least_w, 1, 1,
+                load_patch(PATCH_AT, dy, g.y, g.p_size, g.q_size, g, image0, band, i0 + least_h, j0 + least_w, 1, 1,
                            g.rows, g.cols, g.plane, table(CHANNELS_AT), filters);
                 for (int unit = 0; unit < end;) {
                     const Chunk chunk = take(unit, end, first_part, parts, N / G, 32 * MAX_TAPS, g);
@@ -141,7 +141,7 @@ dgrad(const T* __restrict__ dy, const T* __restrict__ values, const int* __restr
                     cp_async_wait();
                     __syncthreads();
                     float acc[MT][NT][4] = {};
-                    multiply<BY_ITEM>(acc, IMAGE_AT, pixels, VALUES_AT, ROW, count);
+                    multiply<BY_ITEM>(acc, PATCH_AT, pixels, VALUES_AT, ROW, count);
 #pragma unroll
                     for (int n = 0; n < NT; ++n) {
 #pragma unroll

@@ -11,7 +11,7 @@
 
 constexpr bool BY_ITEM = G == 1;  // values of an entry lie by filter; else those of a filter by channel
 constexpr int ROW = BY_ITEM ? row_bytes(N) : row_bytes(ITEMS);
-constexpr int IMAGE_AT = VALUES_AT + (BY_ITEM ? ITEMS : N) * ROW;
+constexpr int PATCH_AT = VALUES_AT + (BY_ITEM ? ITEMS : N) * ROW;
 constexpr int OUT_PLANE = POSITIONS | 1;  // slots from one filter to the next in the tile of results
 
 // Values of the listed entries x the CTA's filters, zero for items from `count` up to a multiple of STEP.
@@ -58,7 +58,7 @@ fprop(const T* __restrict__ x, const T* __restrict__ values, const int* __restri
 
     const Pixels pixels = find_pixels(g.stride_h / g.step_h, g.stride_w / g.step_w, g);
     float acc[MT][NT][4] = {};
-    clear_zero_plane(IMAGE_AT, g.units * G, g);
+    clear_zero_plane(PATCH_AT, g.units * G, g);
 
     const int blocks_at_once = min(MAX_BLOCKS, CELLS / g.taps);
     for (int first_tap = 0; first_tap < g.r_size * g.s_size; first_tap += g.taps) {
@@ -79,11 +79,11 @@ fprop(const T* __restrict__ x, const T* __restrict__ values, const int* __restri
                 const int count = list_items(chunk, first_block, g);
                 __syncthreads();
                 load_values(values, filter, count, g);
-                load_image(IMAGE_AT, x, g.x, g.height, g.width, g, image0, band * g.stride_h, h0, w0, g.step_h,
+                load_patch(PATCH_AT, x, g.x, g.height, g.width, g, image0, band * g.stride_h, h0, w0, g.step_h,
                            g.step_w, g.rows, g.cols, g.plane, table(CHANNELS_AT), chunk.units * G);
                 cp_async_wait();
                 __syncthreads();
-                multiply<BY_ITEM>(acc, IMAGE_AT, pixels, VALUES_AT, ROW, count);
+                multiply<BY_ITEM>(acc, PATCH_AT, pixels, VALUES_AT, ROW, count);
                 __syncthreads();
                 unit += chunk.units;
             }

@@ -1,15 +1,15 @@
-// What fprop.cu, dgrad.cu and wgrad.cu share: slots of images in shared memory, lists of stored entries, fragments.
+// What fprop.cu, dgrad.cu and wgrad.cu share: patches of images in shared memory, lists of stored entries, fragments.
 // instructions.cu comes before it.
 //
 // A slot is 16 bytes of shared memory: one pixel of one channel in SLOT images (eight of 2 bytes, four of 4 bytes), or,
 // where the batch is small, in SLOT bands of rows of one image (BANDS). Either way its members lie equally far apart.
-// An image is [channels][plane] slots: a region of pixels of some channels, zero outside the tensor. Whatever its tap,
+// A patch is [channels][plane] slots: a region of pixels of some channels, zero outside the tensor. Whatever its tap,
 // stride, dilation and border, a stored (tap, channel) is one byte offset into it, and ldmatrix takes one address per
 // row: gathering a list of them costs what a dense operand costs. `plane` is odd, so that neighbouring channels of one
 // pixel lie in different banks.
 //
 // Stored entries. A block-row lists them by tap, then by channel block. scan() spreads those of some taps and channel
-// blocks into a table; the channels that occur, in units of G = min(bc, 16 bytes), are then taken in chunks whose image
+// blocks into a table; the channels that occur, in units of G = min(bc, 16 bytes), are then taken in chunks whose patch
 // and list fit. Nothing here depends on how the blocks are spread but the number of steps.
 //
 // Specialised by -D: MATH, G (channels of a unit), NT (tiles of 8 in the product's N), MT (tiles of 16 in its M, of one
@@ -46,8 +46,8 @@ struct Conv {
     int channels_last;
     int tile_h, tile_w, tiles_h, tiles_w;  // a tile's pixels, and the number of tiles of a band
     int taps;                              // of a group: all, those of one kernel row, or one
-    int step_h, step_w;                    // from one row or column of the image to the next, in pixels of the tensor
-    int rows, cols, plane;                 // of the image
+    int step_h, step_w;                    // from one row or column of the patch to the next, in pixels of the tensor
+    int rows, cols, plane;                 // of the patch
     int units;                             // of a chunk at most
     int splits, lists;                     // wgrad: of the pixels, and of the chunks
     int filters, range;                    // dgrad: filters of a step, channels of a CTA
@@ -55,10 +55,10 @@ struct Conv {
 
 // ---------------------------------------------------------------------- shared memory
 
-// The tables come first, then the values, then the image; the host adds up the same sizes (slots.py).
-constexpr int ITEMS_AT = 0;                                  // [ITEMS] byte offset into the image of each row of K
+// The tables come first, then the values, then the patch; the host adds up the same sizes (slots.py).
+constexpr int ITEMS_AT = 0;                                  // [ITEMS] byte offset into the patch of each row of K
 constexpr int ENTRIES_AT = ITEMS_AT + ITEMS * 4;             // [ITEMS / G] entry << log_parts | part
-constexpr int CHANNELS_AT = ENTRIES_AT + ITEMS * 4;          // [LANES * G] channel of each plane of the image
+constexpr int CHANNELS_AT = ENTRIES_AT + ITEMS * 4;          // [LANES * G] channel of each plane of the patch
 constexpr int DISPLACED_AT = CHANNELS_AT + LANES * SLOT * 4; // [MAX_TAPS] slots from a pixel to the one a tap reads
 constexpr int TAPS_AT = DISPLACED_AT + MAX_TAPS * 4;         // [MAX_BLOCKS] taps of a channel block, one bit each
 constexpr int USED_AT = TAPS_AT + MAX_BLOCKS * 4;            // [MAX_BLOCKS + 1] those with any, their number last
@@ -78,13 +78,13 @@ __device__ __forceinline__ Slot zero_slot() {
     return Slot{{0, 0, 0, 0}};
 }
 
-// ---------------------------------------------------------------------- global memory -> image
+// ---------------------------------------------------------------------- global memory -> patch
 
 // Overlap: on the 3x3 layers of ResNet-50 at batch 64 and 90%, loading takes three to eight times as long as
 // multiplying by the sum of the budgets (slots.py). Hiding the multiplication altogether would save 13% to 29%, and two
-// CTAs to a multiprocessor hide most of it already. A second image would cost the second CTA: there is none.
+// CTAs to a multiprocessor hide most of it already. A second patch would cost the second CTA: there is none.
 
-// Walks the slots of an image, THREADS at a time, neighbouring threads on neighbouring elements of the tensor: a number
+// Walks the slots of a patch, THREADS at a time, neighbouring threads on neighbouring elements of the tensor: a number
 // of three digits whose carries cost less than dividing anew for every slot.
 struct Walk {
     int size[3], at[3], step[3];  // the first digit runs fastest
@@ -122,7 +122,7 @@ __device__ __forceinline__ long long apart(const Strides& stride, int band) {
 
 // Rows and columns row0 + i*step_h, col0 + j*step_w of `count` channels of a slot's members, to `at`.
 template <bool LAST>
-__device__ __forceinline__ void load_image_as(
+__device__ __forceinline__ void load_patch_as(
     unsigned at, const T* __restrict__ in, const Strides& stride, int height, int width, const Conv& g, int image0,
     int band, int row0, int col0, int step_h, int step_w, int rows, int cols, int plane, const int* channels,
     int count) {
@@ -154,15 +154,15 @@ __device__ __forceinline__ void load_image_as(
     }
 }
 
-__device__ __forceinline__ void load_image(
+__device__ __forceinline__ void load_patch(
     unsigned at, const T* __restrict__ in, const Strides& stride, int height, int width, const Conv& g, int image0,
     int band, int row0, int col0, int step_h, int step_w, int rows, int cols, int plane, const int* channels,
     int count) {
     if (g.channels_last) {
-        load_image_as<true>(at, in, stride, height, width, g, image0, band, row0, col0, step_h, step_w, rows, cols,
+        load_patch_as<true>(at, in, stride, height, width, g, image0, band, row0, col0, step_h, step_w, rows, cols,
                             plane, channels, count);
     } else {
-        load_image_as<false>(at, in, stride, height, width, g, image0, band, row0, col0, step_h, step_w, rows, cols,
+        load_patch_as<false>(at, in, stride, height, width, g, image0, band, row0, col0, step_h, step_w, rows, cols,
                              plane, channels, count);
     }
 }
@@ -231,7 +231,7 @@ __device__ __forceinline__ Chunk take(
     return chunk;
 }
 
-// Lists the chunk's entries by tap, then by channel: ENTRIES, ITEMS (offsets into the image) and CHANNELS. Items
+// Lists the chunk's entries by tap, then by channel: ENTRIES, ITEMS (offsets into the patch) and CHANNELS. Items
 // beyond the last, up to a multiple of STEP, point at the plane of zeros behind `units` planes. Returns their number.
 __device__ __forceinline__ int list_items(const Chunk& chunk, int first_block, const Conv& g) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -259,14 +259,14 @@ __device__ __forceinline__ int list_items(const Chunk& chunk, int first_block, c
 }
 
 // The plane that items beyond the last point at.
-__device__ __forceinline__ void clear_zero_plane(unsigned image, int planes, const Conv& g) {
-    image += planes * g.plane * 16;
-    for (int i = threadIdx.x; i < g.plane; i += THREADS) *(Slot*)(shared + image + i * 16) = zero_slot();
+__device__ __forceinline__ void clear_zero_plane(unsigned patch, int planes, const Conv& g) {
+    patch += planes * g.plane * 16;
+    for (int i = threadIdx.x; i < g.plane; i += THREADS) *(Slot*)(shared + patch + i * 16) = zero_slot();
 }
 
-// ---------------------------------------------------------------------- pixels x N += gathered image x values
+// ---------------------------------------------------------------------- pixels x N += gathered patch x values
 
-// Where this lane's pixels of the tile lie in the image. M is (pixel of the tile, member of the slot).
+// Where this lane's pixels of the tile lie in the patch. M is (pixel of the tile, member of the slot).
 struct Pixels {
 #if MATH == FP16 || MATH == BF16
     unsigned at[MT];  // the pixel whose slot ldmatrix takes from this lane
@@ -280,7 +280,7 @@ __device__ __forceinline__ unsigned pixel_at(int position, int step_h, int step_
     return (position / g.tile_w * step_h * g.cols + position % g.tile_w * step_w) * 16;
 }
 
-// step_h, step_w: rows and columns of the image from one pixel of the tile to the next.
+// step_h, step_w: rows and columns of the patch from one pixel of the tile to the next.
 __device__ __forceinline__ Pixels find_pixels(int step_h, int step_w, const Conv& g) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     Pixels pixels;
@@ -301,11 +301,11 @@ __device__ __forceinline__ float read(unsigned at) {
     return *(const float*)(shared + at);
 }
 
-// acc += image[items] x values over `count` items, rounded up to STEP. The values lie as [item][n] (BY_ITEM) or
+// acc += patch[items] x values over `count` items, rounded up to STEP. The values lie as [item][n] (BY_ITEM) or
 // [n][item], in rows of `row` bytes.
 template <bool BY_ITEM>
 __device__ __forceinline__ void multiply(
-    float (&acc)[MT][NT][4], unsigned image, const Pixels& pixels, unsigned values, int row, int count) {
+    float (&acc)[MT][NT][4], unsigned patch, const Pixels& pixels, unsigned values, int row, int count) {
     const int lane = threadIdx.x % 32;
     const int* items = table(ITEMS_AT);
     for (int k = 0; k < count; k += STEP) {
@@ -323,7 +323,7 @@ __device__ __forceinline__ void multiply(
             b[n][0] = two[0], b[n][1] = two[1];
             if (n + 1 < NT) b[n + 1][0] = two[2], b[n + 1][1] = two[3];
         }
-        const unsigned item = image + items[k + (lane >> 4) * 8 + (lane & 7)];
+        const unsigned item = patch + items[k + (lane >> 4) * 8 + (lane & 7)];
 #pragma unroll
         for (int m = 0; m < MT; ++m) {
             unsigned a[4];
@@ -341,7 +341,7 @@ __device__ __forceinline__ void multiply(
                 b[n][i] = round_tf32(read(values + (BY_ITEM ? item * row + column * 4 : column * row + item * 4)));
             }
         }
-        const unsigned lower = image + items[k + (lane & 3)], upper = image + items[k + 4 + (lane & 3)];
+        const unsigned lower = patch + items[k + (lane & 3)], upper = patch + items[k + 4 + (lane & 3)];
 #pragma unroll
         for (int m = 0; m < MT; ++m) {
             const unsigned a[4] = {
@@ -362,7 +362,7 @@ __device__ __forceinline__ void multiply(
                     b[n][j] = read(values + (BY_ITEM ? i * row + column * 4 : column * row + i * 4));
                 }
             }
-            const unsigned item = image + items[i];
+            const unsigned item = patch + items[i];
 #pragma unroll
             for (int m = 0; m < MT; ++m) {
                 const float upper = read(item + pixels.at[m][0]), lower = read(item + pixels.at[m][1]);

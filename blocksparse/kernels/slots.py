@@ -1,6 +1,6 @@
 """SlotTile: how the CUDA C++ backend cuts its work, and which work it can take.
 
-A leaf: nothing here imports CuPy, touches a device or looks at a mask. slots.cu says what a slot, an image and a unit
+A leaf: nothing here imports CuPy, touches a device or looks at a mask. slots.cu says what a slot, a patch and a unit
 are, and the budgets beside each kernel what its sizes cost; the sizes of shared memory here are theirs.
 """
 
@@ -46,7 +46,7 @@ class SlotTile(NamedTuple):
     tile_h: int
     tile_w: int
     taps: int  # of a group: all, those of one kernel row, or one
-    rows: int  # of the image
+    rows: int  # of the patch
     cols: int
     units: int = 0  # fprop, wgrad: units of a chunk at most
     filters: int = 0  # dgrad: filters of a step
@@ -128,7 +128,7 @@ def tiles_of(kind: str, g: ConvGeometry, dtype: torch.dtype, tile: SlotTile) -> 
 
 
 def steps(kind: str, g: ConvGeometry, taps: int) -> tuple[int, int]:
-    """Pixels of the tensor from one row, and one column, of the image to the next."""
+    """Pixels of the tensor from one row, and one column, of the patch to the next."""
     if kind == "dgrad":
         return 1, 1
     tall, wide = _group(g, taps)
@@ -154,8 +154,8 @@ def _group(g: ConvGeometry, taps: int) -> tuple[int, int]:
     return tall, taps // tall
 
 
-def _image(kind: str, g: ConvGeometry, taps: int, high: int, wide: int) -> tuple[int, int]:
-    """Rows and columns of the image under a tile of high x wide pixels."""
+def _patch(kind: str, g: ConvGeometry, taps: int, high: int, wide: int) -> tuple[int, int]:
+    """Rows and columns of the patch under a tile of high x wide pixels."""
     tall, broad = _group(g, taps)
     (sh, sw), (dh, dw) = g.stride, g.dilation
     if kind == "dgrad":
@@ -169,7 +169,7 @@ def _row_bytes(count: int, size: int) -> int:
 
 
 def _tables(kind: str, items: int, nt: int, bc: int, dtype: torch.dtype) -> int:
-    """Bytes of shared memory in front of the image: IMAGE_AT of each kernel."""
+    """Bytes of shared memory in front of the patch: PATCH_AT of each kernel."""
     size = dtype.itemsize
     values_at = 8 * items + 4 * LANES * slot_of(dtype) + 4 * MAX_TAPS + 8 * MAX_BLOCKS + 16 + 4 * CELLS
     if kind == "wgrad":
@@ -250,7 +250,7 @@ def _candidates(
             if taps > MAX_TAPS or taps * unit > items:
                 continue
             for tile_h, tile_w in _shapes(kind, g, bands, pixels):
-                rows, cols = _image(kind, g, taps, tile_h, tile_w)
+                rows, cols = _patch(kind, g, taps, tile_h, tile_w)
                 tile = SlotTile(nt, mt, warps, items, bands, 0, tile_h, tile_w, taps, rows, cols)
                 for budget in (SM_BYTES // 4 - 1024, SHARED_BYTES):
                     if kind == "dgrad":

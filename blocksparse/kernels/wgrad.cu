@@ -14,7 +14,7 @@
 constexpr int MAX_PIXELS = 256;                        // of a tile
 constexpr int FILTERS_AT = VALUES_AT;                  // [N] channel of dy of each filter
 constexpr int PIXELS_AT = FILTERS_AT + N * 4;          // [MAX_PIXELS + 4] byte offset of a pixel in a plane of x
-constexpr int IMAGE_AT = PIXELS_AT + (MAX_PIXELS + 4) * 4;
+constexpr int PATCH_AT = PIXELS_AT + (MAX_PIXELS + 4) * 4;
 
 // acc[m][n] += x[items of tile m] x dy[filters of tile n] over the pixels of the tile.
 __device__ __forceinline__ void multiply_pixels(
@@ -87,7 +87,7 @@ wgrad(const T* __restrict__ x, const T* __restrict__ dy, const int* __restrict__
 
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int area = g.tile_h * g.tile_w, dy_plane = (area + 1) | 1;
-    const unsigned dy_at = IMAGE_AT + g.units * G * g.plane * 16;
+    const unsigned dy_at = PATCH_AT + g.units * G * g.plane * 16;
     for (int i = threadIdx.x; i < N; i += THREADS) {
         const int k = row * g.bk + min(filter + i, g.bk - 1);
         table(FILTERS_AT)[i] = row_order ? row_order[k] : k;
@@ -126,11 +126,11 @@ wgrad(const T* __restrict__ x, const T* __restrict__ dy, const int* __restrict__
                     if (first < count) item_tiles = m + 1;
 #if MATH != FP32
                     const int item = first + lane % 16;
-                    at[m][0] = IMAGE_AT + (item < count ? table(ITEMS_AT)[item] : 0);
+                    at[m][0] = PATCH_AT + (item < count ? table(ITEMS_AT)[item] : 0);
 #else
                     for (int half = 0; half < 2; ++half) {
                         const int item = first + half * 8 + lane / 4;
-                        at[m][half] = IMAGE_AT + (item < count ? table(ITEMS_AT)[item] : 0);
+                        at[m][half] = PATCH_AT + (item < count ? table(ITEMS_AT)[item] : 0);
                     }
 #endif
                 }
@@ -140,9 +140,9 @@ wgrad(const T* __restrict__ x, const T* __restrict__ dy, const int* __restrict__
                     const int image0 = tile / g.tiles_w / g.tiles_h * IMAGES;
                     const int h0 = p0 * g.stride_h + r0 * g.dilation_h - g.pad_h;
                     const int w0 = q0 * g.stride_w + s0 * g.dilation_w - g.pad_w;
-                    load_image(IMAGE_AT, x, g.x, g.height, g.width, g, image0, band * g.stride_h, h0, w0, g.step_h,
+                    load_patch(PATCH_AT, x, g.x, g.height, g.width, g, image0, band * g.stride_h, h0, w0, g.step_h,
                                g.step_w, g.rows, g.cols, g.plane, table(CHANNELS_AT), chunk.units * G);
-                    load_image(dy_at, dy, g.y, g.p_size, g.q_size, g, image0, band, p0, q0, 1, 1, g.tile_h, g.tile_w,
+                    load_patch(dy_at, dy, g.y, g.p_size, g.q_size, g, image0, band, p0, q0, 1, 1, g.tile_h, g.tile_w,
                                dy_plane, table(FILTERS_AT), filters);
                     __syncthreads();
                     multiply_pixels(acc, at, item_tiles, dy_at, dy_plane, area);

@@ -1,4 +1,4 @@
-"""What nn.Conv2d computes, where PyTorch's own convolution goes wrong or reads its padding in words."""
+"""What nn.Conv2d computes, where PyTorch's own convolution goes wrong."""
 
 from __future__ import annotations
 
@@ -27,12 +27,3 @@ def masked_conv(layer: nn.Conv2d, x: Tensor, weight: Tensor) -> Tensor:
 def contiguous(t: Tensor) -> Tensor:
     """t, contiguous in its strides too: where sizes of one fit both formats, PyTorch goes by these."""
     return t.contiguous().flatten().view(t.shape)
-
-
-def symmetric_padding(conv: nn.Conv2d) -> tuple[int, ...]:
-    """conv.padding in numbers, of a layer whose padding is symmetric."""
-    if conv.padding == "valid":
-        return 0, 0
-    if conv.padding == "same":
-        return tuple(d * (k - 1) // 2 for d, k in zip(conv.dilation, conv.kernel_size, strict=True))
-    return tuple(int(p) for p in conv.padding)

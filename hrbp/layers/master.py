@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from blocksparse import BSRPattern, IndexedModule, conv2d, linear
+from blocksparse import BSRPattern, IndexedModule, conv2d, linear, symmetric_padding
 
 from ..structures.base import Choice, Structure
-from .dense_conv import masked_conv, symmetric_padding
+from .dense_conv import masked_conv
 from .gradients import _StraightThrough, _StraightThroughForward, with_dense_gradient
 from .twin import twin
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..layers.dense_conv import symmetric_padding
+from blocksparse import symmetric_padding
+
 from ..layers.gradients import dense_gradient, with_dense_gradient
 from ..layers.view import SparseLayer
 

@@ -170,7 +170,7 @@ class Evolver:
         self._method.check(self._now())
         self._attached = self._method.attach(model, self._now(), optimizer)
         self._drift = Drift(self.layers)
-        self._arm()
+        self._register_hooks()
 
     # ------------------------------------------------------------------ the loop's side
 
@@ -191,7 +191,7 @@ class Evolver:
         try:
             return self._update() if self._is_due(self.steps) else None
         finally:
-            self._arm()
+            self._register_hooks()
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs beside the model's and the optimizer's own state."""
@@ -214,7 +214,7 @@ class Evolver:
         position = {"the step of the state": str(self.steps), "an update that is due": str(self._overdue)}
         who, remedy = "Evolver.load_state_dict()", "; load the same state everywhere"
         require_same(lambda: position | facts(self.plan, self.layers), who, remedy)
-        self._arm()
+        self._register_hooks()
 
     # ------------------------------------------------------------------ when
 
@@ -223,7 +223,7 @@ class Evolver:
 
     # ------------------------------------------------------------------ dense gradients
 
-    def _arm(self) -> None:
+    def _register_hooks(self) -> None:
         """Gather dense gradients in the coming step if it needs them."""
         if self._dense is not None:
             self._dense.close()

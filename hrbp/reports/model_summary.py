@@ -12,11 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from blocksparse import BSRConv2d, BSRLinear, explain
+from blocksparse import BSRConv2d, BSRLinear, explain, symmetric_padding
 
 from ..columns import columns
 from ..layers import semi_structured
-from ..layers.dense_conv import symmetric_padding
 from ..layers.master import MasterLinear
 from ..layers.record import Sparsity, plan_of
 from ..layers.view import SparseLayer, sparse_layers

@@ -172,7 +172,7 @@ def _fill_dense(dense: Any, module: BSRModule, weight: Tensor) -> Any:
 
 
 def symmetric_padding(conv: nn.Conv2d, who: str = "symmetric_padding()") -> tuple[int, ...]:
-    """conv.padding in numbers; ValueError where 'same' pads one cell more at the end, dilation * (kernel - 1) being odd."""
+    """conv.padding in numbers; ValueError where 'same' pads one cell more at the end."""
     if conv.padding == "valid":
         return 0, 0
     if conv.padding == "same":

@@ -123,11 +123,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     options.add_device(parser)
     options.add_time(parser, 180.0, "3 of each; compiling counts")
     options.add_json(parser)
-    args = parser.parse_args(argv)
-    try:
-        options.complete(args)
-    except ValueError as error:
-        parser.error(str(error))
+    args = options.parsed(parser, argv)
     args.image_size = args.image_size or IMAGE_SIZES.get(args.network, 32)
     args.structure_options = {}
     if args.blocksize is not None:

@@ -76,12 +76,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     options.add_device(parser)
     parser.add_argument("--quick", action="store_true", help="20 repetitions instead of 400")
     options.add_json(parser)
-    args = parser.parse_args(argv)
-    try:
-        options.complete(args)
-    except ValueError as error:
-        parser.error(str(error))
-    return args
+    return options.parsed(parser, argv)
 
 
 def measure(device: torch.device, clock: Clock, repetitions: int) -> list[HostRow]:

@@ -156,11 +156,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     options.add_device(parser)
     options.add_time(parser, 120.0, "3 of each")
     options.add_json(parser)
-    args = parser.parse_args(argv)
-    try:
-        options.complete(args)
-    except ValueError as error:
-        parser.error(str(error))
+    args = options.parsed(parser, argv)
     args.dtype = args.dtype or ("bf16" if args.device.type == "cuda" else "fp32")
     return args
 

@@ -198,9 +198,9 @@ def _defaults(work: Work, who: str) -> dict[str, tuple[Backend, str]]:
             if (obstacle := obstacles[run.name]) is not None:
                 skipped.append(obstacle)
                 continue
-            rivals = [other.name for other, at, _ in offers if at == turn and other.name in times]
-            if run.name in times and len(rivals) > 1:
-                said = ", ".join(f"{1e3 * times[name]:.3g} ms by {name}" for name in rivals)
+            alike = [other.name for other, at, _ in offers if at == turn and other.name in times]
+            if run.name in times and len(alike) > 1:
+                said = ", ".join(f"{1e3 * times[name]:.3g} ms by {name}" for name in alike)
                 why = f"estimated {said}" + (f"; threads: {work.setting.threads}" if work.setting else "")
             chosen[kind] = run, "; ".join([why, *skipped])
             break

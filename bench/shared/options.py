@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,16 @@ def complete(args: argparse.Namespace) -> None:
         args.device = torch.device("cuda", torch.cuda.current_device())
     for option in ("json", "plot"):
         check_file(f"--{option}", getattr(args, option, None))
+
+
+def parsed(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The options of a command line, completed; what `complete` refuses ends the program with a message."""
+    args = parser.parse_args(argv)
+    try:
+        complete(args)
+    except ValueError as error:
+        parser.error(str(error))
+    return args
 
 
 def check_file(option: str, path: Path | None) -> None:

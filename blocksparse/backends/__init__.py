@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..geometry import ConvGeometry
 from ..index import IndexTables, Layout
+from ..kernels import cost
 from ..kernels.cost import Setting
 
 
@@ -49,6 +50,12 @@ class Work(NamedTuple):
     @property
     def arch(self) -> str:
         return arch_of(self.device)
+
+    def seconds_on_a_cpu(self, kind: str) -> tuple[float, float] | None:
+        """Estimates for stored blocks and for the dense product; None on other devices and for other dtypes."""
+        if self.setting is None or not cost.known(self.dtype):
+            return None
+        return cost.on_cpu(kind, self.geometry, self.blocksize, self.nnzb, self.dtype, self.setting)
 
 
 class Backend:

@@ -25,7 +25,7 @@ class Cpu(Backend):
         return (0, "the default on a CPU") if work.setting and cost.known(work.dtype) else None
 
     def seconds(self, kind: str, work: Work) -> float | None:
-        both = cost.on_cpu(kind, *work[:4], work.setting) if work.setting and cost.known(work.dtype) else None
+        both = work.seconds_on_a_cpu(kind)
         return both and both[0]
 
     def fprop(

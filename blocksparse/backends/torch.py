@@ -22,7 +22,7 @@ class Torch(Backend):
         return 9, "dense"
 
     def seconds(self, kind: str, work: Work) -> float | None:
-        both = cost.on_cpu(kind, *work[:4], work.setting) if work.setting and cost.known(work.dtype) else None
+        both = work.seconds_on_a_cpu(kind)
         return both and both[1]
 
     def fprop(

@@ -10,7 +10,7 @@ from torch import nn
 import hrbp
 from hrbp.arguments import any_case, check_sparsity
 from hrbp.density import densities
-from hrbp.layers.record import plan_of
+from hrbp.layers.record import record_of
 from hrbp.layers.view import sparse_layers
 from hrbp.saliencies import SALIENCIES
 from hrbp.structures.registry import STRUCTURES, structure
@@ -60,14 +60,14 @@ def test_every_door_of_sparsify_takes_any_case(saliency):
         hrbp.sparsify(net(), 0.5, structure=s, saliency=t, distribution=d, batch=batch)
         for s, t, d in (("hrbp++", saliency, "erk"), ("HRBP++", saliency.upper(), "ERK"))
     )
-    assert plan_of(plain) == plan_of(shouted)
+    assert record_of(plain) == record_of(shouted)
     for a, b in zip(sparse_layers(plain).values(), sparse_layers(shouted).values(), strict=True):
         assert torch.equal(a.mask(), b.mask())
     assert all(layer.row_order() is None for layer in sparse_layers(shouted).values()) is (saliency == "random")
 
 
 def test_other_doors_take_any_case():
-    assert plan_of(hrbp.sparsify(net(), 0.5, structure="2:4", method="SR-STE")).method == "sr-ste"
+    assert record_of(hrbp.sparsify(net(), 0.5, structure="2:4", method="SR-STE")).method == "sr-ste"
     assert hrbp.saliency(net(), ["0"], "Magnitude").keys() == {"0"}
     assert densities({"a": (8, 8)}, 0.5, "Uniform") == {"a": 0.5}
     assert torch.equal(regroup(score(), 0.5, method="Paper").mask(), regroup(score(), 0.5, method="paper").mask())

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 import hrbp
-from hrbp.layers.record import plan_of
+from hrbp.layers.record import record_of
 from hrbp.layers.view import sparse_layers
 from hrbp.methods.evolver import Evolver
 
@@ -113,7 +113,7 @@ def test_an_average_follows_without_being_told_of(name, kind):
     update_bn([batch(step)[0] for step in range(3)], average)
 
 
-@pytest.mark.parametrize("name", ["set", "gmp", "subp"])
+@pytest.mark.parametrize("name", ["set", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gmp", "subp"))])
 def test_it_is_what_an_average_that_the_evolver_knows_becomes(name):
     found = []
     for known in (True, False):
@@ -208,16 +208,16 @@ def test_a_training_that_was_stopped_between_an_update_and_the_average():
 
 def test_lineages():
     net = sparse("set")
-    lineage = plan_of(net).lineage
+    lineage = record_of(net).lineage
     twin = copy.deepcopy(net)
-    assert plan_of(twin).lineage.parent is lineage
-    assert plan_of(twin) == plan_of(net)
-    assert set(lineage.copies) == {plan_of(twin).lineage}
+    assert record_of(twin).lineage.parent is lineage
+    assert record_of(twin) == record_of(net)
+    assert set(lineage.copies) == {record_of(twin).lineage}
     buffer = io.BytesIO()
     torch.save(net, buffer)
     buffer.seek(0)
     loaded = torch.load(buffer, weights_only=False)
-    assert plan_of(loaded).lineage.parent is None
+    assert record_of(loaded).lineage.parent is None
     del twin
     gc.collect()
     assert not lineage.copies

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import blocksparse as bs
 import hrbp
-from hrbp.layers.record import plan_of
+from hrbp.layers.record import record_of
 from hrbp.layers.view import sparse_layers
 
 STRUCTURES = {"blocks": {"structure": "1xn", "n": 4}, "mask": {"structure": "kernel"}}
@@ -189,7 +189,7 @@ def test_layers_that_blocks_cannot_replace_stay_with_their_reason():
     x = torch.randn(2, 8)
     expected = net(x)
     hrbp.sparsify(net, 0.0, structure="1xn", n=4)
-    assert plan_of(net).dense == {
+    assert record_of(net).dense == {
         "first": "the first layer, by data flow",
         "patched": "its forward was replaced",
         "saved": "a hook reads or writes its state_dict",
@@ -226,7 +226,7 @@ def test_layers_without_a_shape_or_values_are_refused():
     odd = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
     odd[1].weight = nn.Parameter(odd[1].weight.detach().to(torch.complex64))
     hrbp.sparsify(odd, 0.5, structure="1xn", n=4)
-    assert plan_of(odd).dense["1"] == "its weight is a Parameter of complex64"
+    assert record_of(odd).dense["1"] == "its weight is a Parameter of complex64"
 
 
 def test_wrappers():
@@ -241,8 +241,8 @@ def test_wrappers():
         hrbp.densify(DistributedDataParallel(net))
     finally:
         torch.distributed.destroy_process_group()
-    assert plan_of(net, required=False) is None
+    assert record_of(net, required=False) is None
     compiled = torch.compile(net, backend="eager")
     assert hrbp.sparsify(compiled, 0.5, include=["1"], **STRUCTURES["blocks"]) is compiled
     assert list(sparse_layers(compiled)) == ["1"]
-    assert plan_of(compiled) is plan_of(net)
+    assert record_of(compiled) is record_of(net)

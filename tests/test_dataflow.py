@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import hrbp
-from hrbp.layers.record import plan_of
+from hrbp.layers.record import record_of
 from hrbp.layers.view import sparse_layers
 from hrbp.surgery.dataflow import FLOW, ORDER, ends
 
@@ -202,7 +202,7 @@ def test_a_model_and_the_generators_are_as_before(with_batch):
     others = [name for name in before if not name.startswith("middle")]
     assert all(torch.equal(now[name], before[name]) for name in others)
     assert list(sparse_layers(model)) == ["middle"]
-    assert plan_of(model).dense == {"stem": f"the first layer, {FLOW}", "head": f"the last layer, {FLOW}"}
+    assert record_of(model).dense == {"stem": f"the first layer, {FLOW}", "head": f"the last layer, {FLOW}"}
 
 
 def test_the_summary_names_every_first_and_last_layer():

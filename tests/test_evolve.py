@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 import hrbp
-from hrbp.layers.record import plan_of
+from hrbp.layers.record import record_of
 from hrbp.layers.view import SparseLayer, sparse_layers
 from hrbp.methods.evolver import Evolver, Update
 
@@ -78,7 +78,7 @@ def dense_gradients(net: Net, *seeds: int) -> dict[str, Tensor]:
 def units(net: Net, layer: SparseLayer) -> list[list[list[tuple[int, ...]]]]:
     """Rows of units of cells that are kept or dropped together, by the definitions of the structures."""
     k, c, r, s = layer.shape
-    rule = plan_of(net).structure
+    rule = record_of(net).structure
     cells = [(a, b, i, j) for a in range(k) for b in range(c) for i in range(r) for j in range(s)]
     name = rule.name
 
@@ -153,7 +153,7 @@ def after_an_update(net: Net, method: str, **options):
     grads = dense_gradients(net)
     backward(net)
     optimizer.step()
-    rule = plan_of(net).structure
+    rule = record_of(net).structure
     before = {
         n: (rule.grouping(layer.mask(), layer.row_order()), layer.weight()) for n, layer in sparse_layers(net).items()
     }

@@ -15,7 +15,7 @@ from torch import nn
 import hrbp
 from hrbp import data
 from hrbp.cli.main import main
-from hrbp.layers.record import plan_of
+from hrbp.layers.record import record_of
 from hrbp.layers.view import sparse_layers
 from hrbp.methods.registry import METHODS
 from hrbp.structures.registry import CLASSES, STRUCTURES
@@ -94,8 +94,8 @@ def test_a_new_method_and_a_new_structure_train(extended, tmp_path):
         assert not torch.equal(layer.mask(), before[name])
     hrbp.save(net, tmp_path / "model.pt")
     again = hrbp.load(tmp_path / "model.pt", network())
-    assert plan_of(again).structure == plan_of(net).structure
-    assert type(plan_of(again).structure) is CLASSES["Diagonals"]
+    assert record_of(again).structure == record_of(net).structure
+    assert type(record_of(again).structure) is CLASSES["Diagonals"]
     x = torch.randn(2, 8, 4, 4)
     torch.testing.assert_close(again(x), net.eval()(x))
 
@@ -171,9 +171,9 @@ from hrbp.methods.set import SET
 class Counting(SET):
     name = "counting"
 
-    def choices(self, now):
+    def selections(self, now):
         now.state["updates"] = now.state.get("updates", 0) + 1
-        return super().choices(now)
+        return super().selections(now)
 """
 
 
@@ -237,7 +237,7 @@ class Unset(Static):
             "methods",
             "from hrbp.methods.base import Method\nclass Lazy(Method):\n    name = 'lazy'\n",
             TypeError,
-            "Lazy has a name and no choices, due; define them",
+            "Lazy has a name and no due, selections; define them",
         ),
         (
             "structures",

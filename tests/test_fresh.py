@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import init
 
 import hrbp
-from hrbp.layers.record import plan_of
+from hrbp.layers.record import record_of
 from hrbp.layers.view import sparse_layers
 from hrbp.surgery.fresh import trained
 
@@ -119,7 +119,7 @@ def test_auto_is_random_for_fresh_weights_and_magnitude_for_trained_ones(structu
         masks = {}
         for asked in ("auto", "random", "magnitude"):
             sparse = hrbp.sparsify(copy.deepcopy(model), 0.8, structure=structure, seed=3, saliency=asked)
-            plan = plan_of(sparse)
+            plan = record_of(sparse)
             assert plan.saliency == (taken if asked == "auto" else asked)
             assert (why in plan.saliency_why) is (asked == "auto")
             note = f"masks first chosen by {plan.saliency}" + (" ('auto', as " if asked == "auto" else "\n")
@@ -136,4 +136,4 @@ def test_auto_is_random_for_fresh_weights_and_magnitude_for_trained_ones(structu
 def test_a_file_says_what_chose_the_masks(tmp_path):
     model = hrbp.sparsify(hrbp.models.build("resnet8", classes=10, width=0.5), 0.5)
     hrbp.save(model, tmp_path / "model.pt")
-    assert plan_of(hrbp.load(tmp_path / "model.pt")) == plan_of(model)
+    assert record_of(hrbp.load(tmp_path / "model.pt")) == record_of(model)

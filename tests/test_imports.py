@@ -73,7 +73,7 @@ ROOMS: dict[str, list[str]] = {
         "following", "static", "set", "rigl", "hrbp", "gmp", "ste", "sr_ste", "subp", "registry", "evolver",
     ],
     "surgery": [
-        "carry", "dataflow", "fresh", "candidates", "planning", "conversion", "prune", "folding", "symbols",
+        "carry", "dataflow", "fresh", "candidates", "decision", "conversion", "prune", "folding", "symbols",
         "fusion",
     ],
     "formats": ["packed", "sealed", "weights", "model"],

@@ -14,9 +14,9 @@ from torch.optim.swa_utils import AveragedModel
 
 import hrbp
 from hrbp.layers.master import MasterConv2d, MasterLinear, with_master
-from hrbp.layers.record import plan_of
+from hrbp.layers.record import record_of
 from hrbp.layers.view import sparse_layers
-from hrbp.structures.base import Choice
+from hrbp.structures.base import Selection
 from hrbp.structures.registry import structure
 
 pytestmark = pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
@@ -28,14 +28,14 @@ def draw(generator: torch.Generator, *shape: int, dtype=torch.float64) -> Tensor
     return t + 0.1 * t.sign()
 
 
-def block_choice(shape, blocksize, share: float, generator: torch.Generator, shuffled: bool = False) -> Choice:
+def block_selection(shape, blocksize, share: float, generator: torch.Generator, shuffled: bool = False) -> Selection:
     (k, c, r, s), (bk, bc) = shape, blocksize
     kept = torch.rand(k // bk, c // bc, r, s, generator=generator) < share
     mask = kept.repeat_interleave(bk, 0).repeat_interleave(bc, 1)
     if not shuffled:
-        return Choice(mask, blocksize)
+        return Selection(mask, blocksize)
     order = torch.randperm(k, generator=generator)
-    return Choice(mask[torch.argsort(order)], blocksize, order)
+    return Selection(mask[torch.argsort(order)], blocksize, order)
 
 
 def conv(k=16, c=12, kernel=3, generator=None, **options) -> nn.Conv2d:
@@ -54,11 +54,11 @@ def products(layer: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
     return {"y": y.detach(), **dict(zip(named, torch.autograd.grad(y, list(named.values()), dy), strict=True))}
 
 
-def reference(layer: nn.Module, choice: Choice, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
+def reference(layer: nn.Module, selection: Selection, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
     """The dense layer with the weight E * W; the gradient of W is that of E * W, whole."""
     twin = copy.deepcopy(layer)
     with torch.no_grad():
-        twin.weight.mul_(choice.mask.view(twin.weight.shape))
+        twin.weight.mul_(selection.mask.view(twin.weight.shape))
     return products(twin, x, dy)
 
 
@@ -82,14 +82,14 @@ def test_blocks_compute_what_the_dense_layer_does(
     generator = torch.Generator().manual_seed(seed)
     options = {"stride": stride, "padding": padding, "dilation": dilation, "bias": bias}
     dense = conv(16, 8, kernel, generator, **options)
-    choice = block_choice((16, 8, *kernel), blocksize, share, generator, shuffled)
+    selection = block_selection((16, 8, *kernel), blocksize, share, generator, shuffled)
     x = draw(generator, 2, 8, 7, 8)
     if channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
     dy = draw(generator, *dense(x).shape)
-    expected = reference(dense, choice, x, dy)
-    layer = with_master(copy.deepcopy(dense), choice)
-    assert torch.equal(layer.live(), choice.mask)
+    expected = reference(dense, selection, x, dy)
+    layer = with_master(copy.deepcopy(dense), selection)
+    assert torch.equal(layer.live(), selection.mask)
     assert_same(products(layer, x, dy), expected)
     assert torch.equal(layer.weight, dense.weight)
 
@@ -99,25 +99,25 @@ def test_blocks_compute_what_the_dense_layer_does(
 def test_linear_layers(shape, blocksize):
     generator = torch.Generator().manual_seed(3)
     dense = nn.Linear(12, 16).double()
-    choice = block_choice((16, 12, 1, 1), blocksize, 0.4, generator)
+    selection = block_selection((16, 12, 1, 1), blocksize, 0.4, generator)
     x, dy = draw(generator, *shape), draw(generator, *shape[:-1], 16)
-    layer, mask = copy.deepcopy(dense), choice.mask.clone()
-    layer = with_master(layer, choice)
+    layer, mask = copy.deepcopy(dense), selection.mask.clone()
+    layer = with_master(layer, selection)
     assert type(layer) is MasterLinear
-    assert_same(products(layer, x, dy), reference(dense, choice, x, dy))
-    layer.set_choice(Choice(~mask, blocksize))
-    assert torch.equal(choice.mask, mask)
+    assert_same(products(layer, x, dy), reference(dense, selection, x, dy))
+    layer.set_selection(Selection(~mask, blocksize))
+    assert torch.equal(selection.mask, mask)
 
 
 @pytest.mark.parametrize("padding", ["same", "valid"])
 def test_padding_by_name(padding):
     generator = torch.Generator().manual_seed(4)
     dense = conv(16, 12, 3, generator, padding=padding, dilation=2)
-    choice = block_choice((16, 12, 3, 3), (8, 1), 0.4, generator)
+    selection = block_selection((16, 12, 3, 3), (8, 1), 0.4, generator)
     x = draw(generator, 2, 12, 7, 7)
     dy = draw(generator, *dense(x).shape)
-    layer = with_master(copy.deepcopy(dense), choice)
-    assert_same(products(layer, x, dy), reference(dense, choice, x, dy))
+    layer = with_master(copy.deepcopy(dense), selection)
+    assert_same(products(layer, x, dy), reference(dense, selection, x, dy))
 
 
 @pytest.mark.parametrize(("name", "sparsity"), [("2:4", 0.5), ("1:4", 0.75), ("unstructured", 0.7), ("kernel", 0.6)])
@@ -128,12 +128,12 @@ def test_a_mask_that_follows_the_weight(name, sparsity):
     x, dy = draw(generator, 2, 12, 5, 5), draw(generator, 2, 16, 5, 5)
     masks = []
     for _ in range(3):
-        choice = rule.choose(layer.weight.detach().abs(), sparsity)
+        selection = rule.choose(layer.weight.detach().abs(), sparsity)
         masks.append(layer.live())
-        assert torch.equal(masks[-1], choice.mask)
+        assert torch.equal(masks[-1], selection.mask)
         plain = layer.to_dense()
         assert type(plain) is nn.Conv2d
-        assert torch.equal(plain.weight, layer.weight * choice.mask)
+        assert torch.equal(plain.weight, layer.weight * selection.mask)
         assert_same(products(layer, x, dy), products(plain, x, dy))
         with torch.no_grad():
             layer.weight.add_(draw(generator, *layer.weight.shape))
@@ -144,7 +144,7 @@ def test_a_mask_that_follows_the_weight(name, sparsity):
 def made(blocksize=(8, 1), seed: int = 0, share: float = 0.4) -> MasterConv2d:
     generator = torch.Generator().manual_seed(seed)
     layer = conv(generator=torch.Generator().manual_seed(0), padding=1)
-    return with_master(layer, block_choice((16, 12, 3, 3), blocksize, share, generator))
+    return with_master(layer, block_selection((16, 12, 3, 3), blocksize, share, generator))
 
 
 def following() -> MasterConv2d:
@@ -170,16 +170,18 @@ def test_autocast_computes_in_half_precision_and_hands_whole_gradients_back(make
         assert (a - b).norm() < 0.02 * b.norm()
 
 
-def test_compiled_without_breaks_and_without_recompiling_for_an_equally_large_choice():
+def test_compiled_without_breaks_and_without_recompiling_for_an_equally_large_selection():
     layer, counter = made(), CompileCounter()
-    choices = [block_choice((16, 12, 3, 3), (8, 1), 0.4, torch.Generator().manual_seed(seed)) for seed in range(40)]
+    selections = [
+        block_selection((16, 12, 3, 3), (8, 1), 0.4, torch.Generator().manual_seed(seed)) for seed in range(40)
+    ]
     first = int(layer.live().sum())
     compiled = torch.compile(layer, fullgraph=True, backend=counter)
     x, dy = (draw(torch.Generator().manual_seed(i), *shape) for i, shape in enumerate([(2, 12, 6, 6), (2, 16, 6, 6)]))
-    same = [choice for choice in choices if int(choice.mask.sum()) == first]
+    same = [selection for selection in selections if int(selection.mask.sum()) == first]
     assert len(same) >= 2
-    for choice in same:
-        layer.set_choice(choice)
+    for selection in same:
+        layer.set_selection(selection)
         xs = x.clone().requires_grad_()
         y = compiled(xs)
         ours = torch.autograd.grad(y, [xs, layer.weight], dy)
@@ -232,7 +234,7 @@ def test_a_layer_used_twice_and_a_frozen_one():
     assert x.grad.abs().sum() > 0
 
 
-def test_a_new_choice_writes_in_place_where_it_is_as_large():
+def test_a_new_selection_writes_in_place_where_it_is_as_large():
     layer = made()
     optimizer = torch.optim.SGD(layer.parameters(), 0.1, momentum=0.9)
     x = draw(torch.Generator().manual_seed(1), 2, 12, 5, 5)
@@ -241,13 +243,13 @@ def test_a_new_choice_writes_in_place_where_it_is_as_large():
     before = copy.deepcopy((layer.weight, layer.weight.grad, optimizer.state[layer.weight]["momentum_buffer"]))
     index, weight = layer.index.data_ptr(), layer.weight.data_ptr()
     old = layer.pattern
-    flipped = Choice(layer.live().flip(0), (8, 1))
+    flipped = Selection(layer.live().flip(0), (8, 1))
     shared = flipped.mask.clone()
-    assert layer.set_choice(flipped) is True
+    assert layer.set_selection(flipped) is True
     assert layer.index.data_ptr() == index
     assert old != layer.pattern
-    fewer = block_choice((16, 12, 3, 3), (8, 1), 0.1, torch.Generator().manual_seed(7))
-    assert layer.set_choice(fewer) is False
+    fewer = block_selection((16, 12, 3, 3), (8, 1), 0.1, torch.Generator().manual_seed(7))
+    assert layer.set_selection(fewer) is False
     assert torch.equal(flipped.mask, shared)
     assert layer.pattern == fewer.pattern()
     assert layer.weight.data_ptr() == weight
@@ -258,17 +260,17 @@ def test_a_new_choice_writes_in_place_where_it_is_as_large():
     assert_same(products(layer, x, dy), products(plain, x, dy))
 
     kept = copy.deepcopy(layer.state_dict())
-    for choice, message in [
-        (Choice(torch.ones(16, 12, 1, 1, dtype=torch.bool), (8, 1)), r"mask has shape \(16, 12, 1, 1\); it needs"),
-        (Choice(fewer.mask, (4, 1)), r"blocksize \(4, 1\); it needs \(8, 1\)"),
+    for selection, message in [
+        (Selection(torch.ones(16, 12, 1, 1, dtype=torch.bool), (8, 1)), r"mask has shape \(16, 12, 1, 1\); it needs"),
+        (Selection(fewer.mask, (4, 1)), r"blocksize \(4, 1\); it needs \(8, 1\)"),
     ]:
-        with pytest.raises(ValueError, match=rf"MasterConv2d\.set_choice\(\): .*{message}"):
-            layer.set_choice(choice)
+        with pytest.raises(ValueError, match=rf"MasterConv2d\.set_selection\(\): .*{message}"):
+            layer.set_selection(selection)
     assert all(torch.equal(t, kept[name]) for name, t in layer.state_dict().items())
     follows = conv()
     follows = with_master(follows, rule=structure("2:4"), sparsity=0.5)
     with pytest.raises(ValueError, match="the mask follows the weight"):
-        follows.set_choice(fewer)
+        follows.set_selection(fewer)
 
 
 @pytest.mark.parametrize("blocksize", [(8, 1), (1, 1)])
@@ -280,7 +282,7 @@ def test_states_load_into_layers_with_another_mask(blocksize):
     assert torch.equal(twin(x), source(x))
     assert not torch.equal(target(x), source(x))
     untouched = source(x)
-    twin.set_choice(Choice(~twin.live(), blocksize))
+    twin.set_selection(Selection(~twin.live(), blocksize))
     assert torch.equal(source(x), untouched)
     assert not torch.equal(twin(x), untouched)
     assert torch.equal(twin.to(torch.float32).to(torch.float64)(x), twin(x))
@@ -289,7 +291,7 @@ def test_states_load_into_layers_with_another_mask(blocksize):
 def test_a_row_order_travels_with_the_state():
     shape, generator = (16, 12, 3, 3), torch.Generator().manual_seed(6)
     source, target = made(), made()
-    source.set_choice(block_choice(shape, (8, 1), 0.4, generator, shuffled=True))
+    source.set_selection(block_selection(shape, (8, 1), 0.4, generator, shuffled=True))
     target.load_state_dict(source.state_dict())
     x = draw(generator, 2, 12, 5, 5)
     assert torch.equal(target(x), source(x))
@@ -344,31 +346,31 @@ def test_shared_memory_holds_the_index_too():
     nn.Sequential(layer).share_memory()
     assert layer.index.is_shared()
     index, before = layer.index, copy.deepcopy(layer.state_dict())
-    same = Choice(layer.live().flip(1), layer.blocksize)
-    other = block_choice(layer.weight_shape, layer.blocksize, 0.8, torch.Generator().manual_seed(5))
-    with pytest.raises(ValueError, match=r"set_choice\(\): the layer is in shared memory"):
-        layer.set_choice(other)
+    same = Selection(layer.live().flip(1), layer.blocksize)
+    other = block_selection(layer.weight_shape, layer.blocksize, 0.8, torch.Generator().manual_seed(5))
+    with pytest.raises(ValueError, match=r"set_selection\(\): the layer is in shared memory"):
+        layer.set_selection(other)
     larger = copy.deepcopy(layer)
-    assert not larger.set_choice(other)
+    assert not larger.set_selection(other)
     with pytest.raises(RuntimeError, match="the layer is in shared memory"):
         layer.load_state_dict(larger.state_dict())
     assert all(torch.equal(t, before[name]) for name, t in layer.state_dict().items())
-    assert layer.set_choice(same)
+    assert layer.set_selection(same)
     assert layer.index is index
     kept = index.clone()
     layer.load_state_dict(larger.state_dict(), assign=True)
     layer.double()
-    layer.set_choice(same)
+    layer.set_selection(same)
     assert torch.equal(index, kept)
 
 
 @pytest.mark.parametrize("blocksize", [(8, 1), (1, 1)])
-def test_a_choice_or_state_of_inference_mode_leaves_a_layer_that_trains(blocksize):
+def test_a_selection_or_state_of_inference_mode_leaves_a_layer_that_trains(blocksize):
     layer, generator = made(blocksize), torch.Generator().manual_seed(5)
     shape = layer.weight_shape
     with torch.inference_mode():
         for share in (0.4, 0.8):
-            layer.set_choice(block_choice(shape, blocksize, share, generator, shuffled=True))
+            layer.set_selection(block_selection(shape, blocksize, share, generator, shuffled=True))
             layer(torch.randn(2, shape[1], 6, 6, dtype=layer.weight.dtype))
         source = made(blocksize, share=0.2)
         layer.load_state_dict(source.state_dict())
@@ -379,9 +381,9 @@ def test_a_choice_or_state_of_inference_mode_leaves_a_layer_that_trains(blocksiz
 def test_averaged_copies_follow():
     layer = made()
     average = AveragedModel(layer)
-    fewer = block_choice((16, 12, 3, 3), (8, 1), 0.1, torch.Generator().manual_seed(7))
+    fewer = block_selection((16, 12, 3, 3), (8, 1), 0.1, torch.Generator().manual_seed(7))
     for model in (layer, average.module):
-        model.set_choice(fewer)
+        model.set_selection(fewer)
     average.update_parameters(layer)
     x = draw(torch.Generator().manual_seed(1), 2, 12, 5, 5)
     assert torch.equal(average(x), layer(x))
@@ -420,7 +422,7 @@ def sparse(method: str, name: str, sparsity: float, options: dict, seed: int = 0
     net = hrbp.sparsify(Net(), sparsity, structure=name, method=method, seed=seed, **options, **more)
     if method == "subp":  # which begins with all blocks
         for layer in sparse_layers(net).values():
-            layer.set(plan_of(net).structure.choose(torch.rand(layer.shape), sparsity))
+            layer.set(record_of(net).structure.choose(torch.rand(layer.shape), sparsity))
     return net
 
 
@@ -445,7 +447,7 @@ def test_a_model_keeps_its_weights_and_computes_with_a_part(case, x):
             dense.get_submodule(name).weight.mul_(layer.mask().view(dense.get_submodule(name).weight.shape))
             assert torch.equal(layer.weight().view(-1), dense.get_submodule(name).weight.view(-1))
     torch.testing.assert_close(net(x), dense(x))
-    assert plan_of(net).method == case[0]
+    assert record_of(net).method == case[0]
     assert hrbp.summary(net).sparsity == pytest.approx(case[2], abs=0.03)
 
 
@@ -454,7 +456,7 @@ def test_release_and_densify_compute_the_same(case, x):
     net = sparse(*case)
     expected = net(x)
     released = hrbp.release(copy.deepcopy(net))
-    assert plan_of(released).method is None
+    assert record_of(released).method is None
     assert not any(layer.master for layer in sparse_layers(released).values())
     for name, layer in sparse_layers(net).items():
         assert torch.equal(sparse_layers(released)[name].mask(), layer.mask())
@@ -472,7 +474,7 @@ def test_files_hold_the_whole_weight(case, x, tmp_path):
     net = sparse(*case)
     hrbp.save(net, tmp_path / "model.pt")
     again = hrbp.load(tmp_path / "model.pt", Net())
-    assert plan_of(again) == plan_of(net)
+    assert record_of(again) == record_of(net)
     assert torch.equal(again(x), net(x))
     assert again.state_dict().keys() == net.state_dict().keys()
     assert all(torch.equal(t, net.state_dict()[name]) for name, t in again.state_dict().items())
@@ -517,7 +519,7 @@ def test_reports_are_of_what_takes_part():
 
 def test_layers_that_a_structure_refuses_stay_dense_unless_they_are_named():
     net = sparse("ste", "2:4", 0.5, {})
-    assert plan_of(net).dense == {
+    assert record_of(net).dense == {
         "stem": "the first layer, by data flow",
         "depth": "depthwise",
         "two": "2:4: m = 4 does not divide C = 30",
@@ -535,7 +537,7 @@ def test_depthwise_and_narrow_layers_of_mobile_networks_stay_dense(name):
     """As in the papers, and without a list of exceptions: m = 32 does not divide all of their widths."""
     model = hrbp.models.build(name, classes=5, width=0.25, image_size=32)
     hrbp.sparsify(model, 0.75, structure="8:32", method="sr-ste")
-    plan = plan_of(model)
+    plan = record_of(model)
     modules = dict(model.named_modules())
     for layer, why in plan.dense.items():
         module = modules[layer]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import blocksparse as bs
 import hrbp
-from hrbp.layers.record import plan_of
+from hrbp.layers.record import record_of
 from hrbp.layers.view import sparse_layers
 
 SIZES = [2, 4, 8, 16, 32]
@@ -117,7 +117,7 @@ def test_layers_that_blocks_do_not_divide_stay_dense_and_say_why():
     hrbp.sparsify(net, 0.5, structure="1xn", n=16, saliency="magnitude", rearrange=True)
     assert list(sparse_layers(net)) == ["one"]
     reason = "1xn: grains of 16 do not divide K = 24"
-    assert plan_of(net).dense["three"] == plan_of(net).dense["hidden"] == reason
+    assert record_of(net).dense["three"] == record_of(net).dense["hidden"] == reason
     assert f"dense ({reason})" in str(hrbp.summary(net))
     assert net(x).shape == (2, 5)
 
@@ -144,5 +144,5 @@ def test_rearranged_models_are_saved_densified_and_loaded(tmp_path):
     hrbp.save(net, tmp_path / "model.pt")
     loaded = hrbp.load(tmp_path / "model.pt", Net(16, 32, 16))
     assert torch.equal(loaded(x), net(x))
-    assert plan_of(loaded).structure == plan_of(net).structure
+    assert record_of(loaded).structure == record_of(net).structure
     assert torch.allclose(hrbp.densify(copy.deepcopy(net))(x), net(x), atol=1e-5)

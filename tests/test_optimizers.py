@@ -17,7 +17,7 @@ import blocksparse as bs
 import hrbp
 import processes
 from blocksparse import carry
-from hrbp.layers.record import plan_of
+from hrbp.layers.record import record_of
 from hrbp.layers.view import sparse_layers
 
 SHAPE = (8, 12, 3, 3)
@@ -82,7 +82,7 @@ def single():
     model = nn.Sequential(nn.Conv2d(SHAPE[1], SHAPE[0], 3, dtype=torch.float64))
     hrbp.sparsify(model, 0.6, structure="unstructured", include=["0"])
     layer = sparse_layers(model)["0"]
-    structure = plan_of(model).structure
+    structure = record_of(model).structure
 
     def give(grad):
         layer.parameter.grad = layer.module.pattern.values_from_dense(grad)
@@ -446,7 +446,7 @@ def test_models_made_sparse_in_inference_mode_train(structure, method):
         hrbp.sparsify(net, 0.5, structure=structure, method=method)
         layer = sparse_layers(net)["1"]
         if method not in ("ste", "sr-ste"):
-            layer.set(plan_of(net).structure.choose(torch.rand(layer.shape), 0.75))
+            layer.set(record_of(net).structure.choose(torch.rand(layer.shape), 0.75))
         net.load_state_dict(copy.deepcopy(net).state_dict())
         hrbp.densify(net)
 
@@ -629,6 +629,7 @@ RANK = """if True:
 """
 
 
+@pytest.mark.slow
 def test_state_that_is_sharded_over_ranks_moves_on_the_rank_that_holds_it(tmp_path):
     root = Path(bs.__file__).parent.parent
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}

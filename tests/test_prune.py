@@ -11,7 +11,7 @@ from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 import blocksparse as bs
 import hrbp
-from hrbp.layers.record import plan_of
+from hrbp.layers.record import record_of
 from hrbp.layers.view import sparse_layers
 
 
@@ -93,7 +93,7 @@ def test_masks_are_taken_over(net, x, how, tmp_path):
     assert hrbp.from_prune(net) is net
     assert not prune.is_pruned(net)
     name, blocksize = HOW[how]
-    plan = plan_of(net)
+    plan = record_of(net)
     assert (plan.structure.name, plan.method, plan.saliency) == (name, None, "torch.nn.utils.prune")
     assert plan.dense == {"split": "not pruned"}
     layers = sparse_layers(net)
@@ -115,7 +115,7 @@ def test_masks_are_taken_over(net, x, how, tmp_path):
     hrbp.save(net, tmp_path / "net.pt")
     loaded = hrbp.load(tmp_path / "net.pt", fresh)
     assert torch.equal(loaded(x), net(x))
-    assert plan_of(loaded) == plan
+    assert record_of(loaded) == plan
     assert "masks first chosen by torch.nn.utils.prune" in str(hrbp.summary(net, x))
     assert hrbp.summary(net).sparsity == pytest.approx(
         1 - sum(int(m.sum()) for m in masks.values()) / sum(m.numel() for m in masks.values())
@@ -159,7 +159,7 @@ def test_mixed_masks_stay_unless_their_structure_is_named(net, x):
     with pytest.raises(ValueError, match="masks of structure 'mixed' do not change; use method='static'"):
         hrbp.Evolver(net, optimizer, "rigl", total_steps=10)
     hrbp.from_prune(named, structure="Unstructured")
-    assert plan_of(named).structure.name == "unstructured"
+    assert record_of(named).structure.name == "unstructured"
     assert {layer.module.pattern.blocksize for layer in sparse_layers(named).values()} == {(1, 1)}
     hrbp.Evolver(named, torch.optim.SGD(named.parameters(), 0.1), "rigl", total_steps=10, every=1)
 
@@ -175,7 +175,7 @@ def test_what_is_not_taken_over_stays_pruned_and_is_named(net, x):
     expected = net.eval()(x)
     hrbp.from_prune(net)
     still = "torch.nn.utils.prune still masks its"
-    assert plan_of(net).dense == {
+    assert record_of(net).dense == {
         "stem": "not pruned",
         "norm": f"{still} bias: a BatchNorm2d",
         "point": f"{still} weight: its mask has values other than 0 and 1",
@@ -232,7 +232,7 @@ def test_refusals_leave_the_model_untouched(net, x):
             hrbp.from_prune(net, **arguments)
         assert list(net.state_dict()) == state
         assert torch.equal(net(x), expected)
-        assert plan_of(net, required=False) is None
+        assert record_of(net, required=False) is None
     hrbp.from_prune(net)
     with pytest.raises(ValueError, match=r"from_prune\(\): the model is sparse already"):
         hrbp.from_prune(net)
@@ -265,7 +265,7 @@ def test_computed_weights_stay_dense_with_their_reason(net, x, change, reason, s
     with torch.no_grad():
         net.eval()(x)
     hrbp.sparsify(net, 0.5, structure=structure)
-    assert plan_of(net).dense["point"] == reason
+    assert record_of(net).dense["point"] == reason
     assert list(sparse_layers(net)) == ["wide", "hidden"]
     assert f"dense ({reason})" in str(hrbp.summary(net, x))
     net.train()(x).sum().backward()

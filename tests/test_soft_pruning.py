@@ -15,7 +15,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.optim.swa_utils import AveragedModel
 
 import hrbp
-from hrbp.layers.record import plan_of
+from hrbp.layers.record import record_of
 from hrbp.layers.view import sparse_layers
 from hrbp.methods.evolver import Evolver
 from hrbp.methods.subp import PACES
@@ -67,7 +67,7 @@ def train(net: Net, optimizer, evolver: Evolver, step: int):
 def blocks(net: Net, name: str) -> Tensor:
     """bool [K/n, C]: the blocks that take part; the mask is made of them."""
     layer = sparse_layers(net)[name]
-    n, order = plan_of(net).structure.box[0], layer.row_order()
+    n, order = record_of(net).structure.box[0], layer.row_order()
     mask = layer.mask() if order is None else layer.mask()[order]
     k, c, r, s = mask.shape
     cells = mask.view(k // n, n, c, r * s)
@@ -96,7 +96,7 @@ def share(pace: str, epoch: float, begin: float, end: float) -> float:
 )  # fmt: skip
 def test_every_row_keeps_what_the_formula_says(pace, sparsity, begin, score, rearrange, seed):
     net = sparse(sparsity, seed, rearrange=rearrange, saliency="magnitude")
-    assert plan_of(net).dense.keys() == {"stem", "head"}
+    assert record_of(net).dense.keys() == {"stem", "head"}
     optimizer = sgd(net)
     evolver = Evolver(
         net, optimizer, "subp", total_steps=16, every=2, until=0.75, seed=seed, score=score, pace=pace, begin=begin
@@ -304,8 +304,8 @@ def test_files_and_release(tmp_path):
         train(net, optimizer, evolver, step)
     hrbp.save(net, tmp_path / "model.pt")
     again = hrbp.load(tmp_path / "model.pt", Net())
-    assert plan_of(again) == plan_of(net)
-    assert plan_of(again).target == dict.fromkeys(("three", "one", "hidden"), 0.7)
+    assert record_of(again) == record_of(net)
+    assert record_of(again).target == dict.fromkeys(("three", "one", "hidden"), 0.7)
     x, _ = batch(0, torch.float32)
     assert torch.equal(again(x), net(x))
     assert "the sparse layers end 69.47% sparse" in str(hrbp.summary(net))
@@ -314,7 +314,7 @@ def test_files_and_release(tmp_path):
     expected = net(x)
     released = hrbp.release(net)
     assert not any("subp" in note for note in hrbp.summary(released).notes)
-    assert not plan_of(released).target
+    assert not record_of(released).target
     torch.testing.assert_close(released(x), expected)
     assert hrbp.summary(released).sparsity == pytest.approx(0.6947, abs=1e-4)
     for name in ("three", "one", "hidden"):
@@ -326,10 +326,10 @@ def test_files_and_release(tmp_path):
 def test_densities_may_differ_between_layers():
     """The paper's is one sparsity for all layers, which is the default."""
     for distribution in (None, "uniform"):
-        plan = plan_of(sparse(0.3, distribution=distribution))
+        plan = record_of(sparse(0.3, distribution=distribution))
         assert (plan.distribution, set(plan.target.values())) == ("uniform", {0.3})
     net = sparse(0.8, distribution="erk")
-    target = plan_of(net).target
+    target = record_of(net).target
     assert len(set(target.values())) > 1
     sizes = {"three": 1440, "one": 128, "hidden": 96}
     assert sum(target[name] * size for name, size in sizes.items()) == pytest.approx(0.8 * 1664)
@@ -342,7 +342,7 @@ def test_densities_may_differ_between_layers():
 def test_mobilenets_keep_depthwise_layers_dense():
     net = hrbp.models.build("mobilenetv1", classes=10, width=0.25)
     hrbp.sparsify(net, 0.5, structure="1xn", n=32, method="subp")
-    dense = plan_of(net).dense
+    dense = record_of(net).dense
     depthwise = [name for name, m in net.named_modules() if isinstance(m, nn.Conv2d) and m.groups > 1]
     assert depthwise
     assert all(dense[name] == "depthwise" for name in depthwise)

@@ -10,7 +10,7 @@ from torch import nn
 
 import blocksparse as bs
 import hrbp
-from hrbp.layers.record import plan_of
+from hrbp.layers.record import record_of
 from hrbp.layers.view import sparse_layers
 
 OPTIONS = {
@@ -140,7 +140,7 @@ def test_every_structure_stores_its_own_blocks_and_nothing_else(net, structure, 
 
 def test_what_stays_dense_and_why(net):
     hrbp.sparsify(net, 0.8)
-    assert plan_of(net).dense == {
+    assert record_of(net).dense == {
         "stem": "the first layer, by data flow",
         "depth": "depthwise",
         "split": "grouped",
@@ -160,10 +160,10 @@ def test_random_groups_keep_the_filters_where_they_are(net):
 
 def test_include_and_exclude(net):
     hrbp.sparsify(net, 0.8, include=["h*", nn.Conv2d], exclude=["wide"])
-    assert list(sparse_layers(net)) == ["stem", "point", "hidden", "head"] or plan_of(net).dense["stem"].startswith(
+    assert list(sparse_layers(net)) == ["stem", "point", "hidden", "head"] or record_of(net).dense["stem"].startswith(
         "hrbp"
     )
-    assert plan_of(net).dense["wide"] == "excluded"
+    assert record_of(net).dense["wide"] == "excluded"
     with pytest.raises(ValueError, match=r"sparsify\(\): 'nothing\*' matches no Conv2d or Linear; the model has stem"):
         hrbp.sparsify(Net(), 0.8, include=["nothing*"])
 
@@ -186,7 +186,7 @@ def test_layers_that_other_code_reads_stay_dense():
     model = Reader()
     hrbp.sparsify(model, 0.5, structure="hrbp")
     assert list(sparse_layers(model)) == ["good"]
-    why = plan_of(model).dense
+    why = record_of(model).dense
     assert why["attention.out_proj"].startswith("a NonDynamicallyQuantizableLinear")
     assert why["tied"] == why["twin"] == "its weight is shared"
     assert why["normed"] == "its weight is parametrized"
@@ -219,7 +219,7 @@ def test_refusals_leave_the_model_untouched(net, x):
         with pytest.raises(ValueError, match=message):
             hrbp.sparsify(net, **arguments)
         assert unchanged(net, before)
-        assert plan_of(net, required=False) is None
+        assert record_of(net, required=False) is None
     with pytest.raises(TypeError, match="no option bananas"):
         hrbp.sparsify(net, 0.5, bananas=3)
     hrbp.sparsify(net, 0.5)
@@ -232,7 +232,7 @@ def test_refusals_leave_the_model_untouched(net, x):
 def test_a_structure_that_does_not_fit_leaves_that_layer_dense(net):
     hrbp.sparsify(net, 0.5, structure="block", blocksize=(32, 16))
     assert list(sparse_layers(net)) == ["wide", "point"]
-    assert plan_of(net).dense["hidden"] == "block: grains of 32 do not divide K = 48"
+    assert record_of(net).dense["hidden"] == "block: grains of 32 do not divide K = 48"
 
 
 @pytest.mark.parametrize("saliency", ["snip", "grasp", "synflow", "magnitude+gradient"])

@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import blocksparse as bs
 import hrbp
-from hrbp.layers.record import plan_of
+from hrbp.layers.record import record_of
 from hrbp.layers.view import sparse_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
@@ -261,7 +261,7 @@ def test_states_of_masked_layers_load(structure, assign):
 def test_files_of_masked_layers_load(structure, tmp_path, monkeypatch):
     """As they were written: kept weights and bits, and a plan that says whether grains were stored."""
     net = sparse(structure).eval()
-    plain = hrbp.formats.model.plain_plan(net)
+    plain = hrbp.formats.model.plain_record(net)
     if structure != "n:m":
         plain["structure"]["stored"] = structure in ("kernel", "1xn")
     state, shapes = masked_state(net), {}
@@ -276,7 +276,7 @@ def test_files_of_masked_layers_load(structure, tmp_path, monkeypatch):
     content = {"network": None, "plan": plain, "state_dict": state, "masked": shapes}
     (tmp_path / "old.pt").write_bytes(hrbp.formats.sealed.sealed_bytes("model", content))
     again = hrbp.load(tmp_path / "old.pt", dense())
-    assert plan_of(again) == plan_of(net)
+    assert record_of(again) == record_of(net)
     assert all(torch.equal(t, net.state_dict()[name]) for name, t in again.state_dict().items())
     x = batch(0)[0]
     assert torch.equal(again(x), net(x))

@@ -178,7 +178,7 @@ def test_density_is_that_of_the_mask_and_no_zero_is_stored(case, sparsity, seed)
     assert torch.equal(make_mask(score, sparsity, name, seed=seed, **options), choice.mask)
     if choice.blocksize is None:
         assert name in ("unstructured", "vector", "2:4", "n:m")
-        with pytest.raises(ValueError, match=r"^Choice.pattern\(\): this structure keeps single weights"):
+        with pytest.raises(ValueError, match=r"^Selection.pattern\(\): this structure keeps single weights"):
             choice.pattern()
         return
     pattern = choice.pattern()
@@ -397,7 +397,7 @@ def test_unknown_names_and_options_list_what_there_is():
 
 
 @pytest.mark.parametrize("name", STRUCTURES)
-def test_every_choice_has_blocks_that_store_it_and_no_zero(name):
+def test_every_selection_has_blocks_that_store_it_and_no_zero(name):
     score = torch.rand(16, 8, 3, 3, generator=torch.Generator().manual_seed(0))
     options = {"n:m": {"m": 4}, "block": {"blocksize": (4, 2)}, "1xn": {"n": 4}}.get(name, {})
     choice = choose(score, 0.5, name, **options)

@@ -23,7 +23,7 @@ from hrbp.cli import train as train_cli
 from hrbp.data import Batches, MemorySet
 from hrbp.formats import model as saved
 from hrbp.formats import sealed
-from hrbp.layers.record import plan_of
+from hrbp.layers.record import record_of
 from hrbp.layers.view import sparse_layers
 from hrbp.methods.registry import METHODS
 from hrbp.reports import picture
@@ -517,6 +517,7 @@ print("kills", kills)
 """
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments(tmp_path):
     printed = script(KILLED, tmp_path)
     assert int(printed.split()[-1]) >= 2, printed
@@ -718,11 +719,8 @@ for world in (1, 2):
 """
 
 
-@pytest.mark.parametrize(
-    "names",
-    [("rigl", "norm"), pytest.param(("set", "parts", "gmp", "sr-ste", "subp"), marks=pytest.mark.slow)],
-    ids=", ".join,
-)
+@pytest.mark.parametrize("names", [("rigl", "norm"), ("set", "parts", "gmp", "sr-ste", "subp")], ids=", ".join)
+@pytest.mark.slow
 def test_two_ranks_are_one_with_the_same_batch(names, tmp_path):
     script(RANKS, tmp_path, *names)
 
@@ -817,7 +815,7 @@ def test_saved_models_load_in_two_lines(structure, tmp_path):
     x = torch.randn(2, 3, 16, 16)
     assert torch.equal(again(x), model.eval()(x))
     assert not again.training
-    assert saved.plain_plan(again) == saved.plain_plan(model)
+    assert saved.plain_record(again) == saved.plain_record(model)
     assert [type(m) for m in again.modules()] == [type(m) for m in model.modules()]
     assert str(hrbp.summary(again)) == str(hrbp.summary(model))
     if structure is not None and structure != "elementwise":  # a loaded model can be trained on
@@ -965,7 +963,7 @@ def test_masks_that_follow_the_weights_are_logged_drawn_and_left_behind_at_the_e
     assert result.memory >= 3 * 4 * dense  # weights, gradients, momentum, of every weight
     final = saved.load(tmp_path / "model.pt", network())
     assert not any(layer.master for layer in sparse_layers(final).values())
-    assert plan_of(final).method is None
+    assert record_of(final).method is None
     x = torch.randn(4, 3, 8, 8)
     torch.testing.assert_close(final(x), result.model.eval()(x))
     assert sum(p.numel() for p in final.parameters()) == dense - dropped < dense

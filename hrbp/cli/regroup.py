@@ -179,7 +179,7 @@ def _chosen_layers(
 def _regrouped(scores: Mapping[str, Tensor], made: Groups, args: argparse.Namespace) -> dict[str, Row]:
     shapes = {name: tuple(score.shape) for name, score in scores.items()}
     density = densities(
-        shapes, args.sparsity, args.distribution, realise=lambda name, wish: made.density(shapes[name], wish)
+        shapes, args.sparsity, args.distribution, realise=lambda name, asked: made.density(shapes[name], asked)
     )
     rows = {}
     for name in _announced(scores, [score.numel() for score in scores.values()]):

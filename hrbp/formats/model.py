@@ -16,12 +16,12 @@ from .. import models
 from ..files import whole_file
 from ..layers.fused import FusedModel
 from ..layers.master import with_master
-from ..layers.record import Sparsity, plan_of, remember
+from ..layers.record import SparsityRecord, record_of, remember
 from ..layers.semi_structured import is_converted
 from ..layers.stored import PLAIN, block_module, pattern_of_mask, take_masks, was_masked
 from ..layers.view import sparse_layers
 from ..methods.registry import dense_weight_method
-from ..structures.base import Choice, sparsity_of
+from ..structures.base import Selection, sparsity_of
 from ..structures.registry import CLASSES
 from ..surgery.carry import replace_module
 from ..surgery.conversion import densify
@@ -57,7 +57,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
             packed[name] = pattern, list(layer.shape[: 2 if linear else 4])
     content = {
         "network": getattr(model, "_hrbp_network", None),
-        "plan": plain_plan(model),
+        "plan": plain_record(model),
         "state_dict": pack(model.state_dict(), packed),
         PACKED: {name: shape for name, (_, shape) in packed.items()},
     }
@@ -92,16 +92,16 @@ def load(
         )
     try:
         model = models.rebuild(content["network"]) if model is None else model
-        plan = _plan(content["plan"])
+        record = _record(content["plan"])
         state = unpack_masked(content["state_dict"], content.get(PACKED, {}))
-        _make_sparse(model, state, plan)
+        _make_sparse(model, state, record)
         take_masks(state, "", model)
         model.load_state_dict(state)
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         kind = "" if isinstance(error, RuntimeError | ValueError) else f"{type(error).__name__} "
         raise ValueError(f"{who}: {path} does not fit the model: {kind}{error}") from error
-    if plan is not None:
-        remember(model, plan)
+    if record is not None:
+        remember(model, record)
     return model.to(device).eval()
 
 
@@ -110,19 +110,20 @@ def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
     return densify(copied(unwrapped(model))).state_dict()
 
 
-def plain_plan(model: nn.Module) -> dict[str, Any] | None:
+def plain_record(model: nn.Module) -> dict[str, Any] | None:
     """What `sparsify` did to a model, as plain values."""
-    plan = plan_of(model, required=False)
-    if plan is None:
+    record = record_of(model, required=False)
+    if record is None:
         return None
-    rule = {"kind": type(plan.structure).__name__, **dataclasses.asdict(plan.structure)}  # type: ignore[call-overload]
+    rule = {"kind": type(record.structure).__name__, **dataclasses.asdict(record.structure)}  # type: ignore[call-overload]
     return {
-        "structure": rule, "distribution": plan.distribution, "asked": plan.asked, "dense": plan.dense,
-        "method": plan.method, "target": plan.target, "saliency": plan.saliency, "saliency_why": plan.saliency_why,
+        "structure": rule, "distribution": record.distribution, "asked": record.asked, "dense": record.dense,
+        "method": record.method, "target": record.target,
+        "saliency": record.saliency, "saliency_why": record.saliency_why,
     }  # fmt: skip
 
 
-def _plan(plain: dict[str, Any] | None) -> Sparsity | None:
+def _record(plain: dict[str, Any] | None) -> SparsityRecord | None:
     if plain is None:
         return None
     rule = dict(plain["structure"])
@@ -130,18 +131,18 @@ def _plan(plain: dict[str, Any] | None) -> Sparsity | None:
     structure = CLASSES[rule.pop("kind")](**rule)
     # What older files do not have.
     later = plain.get("method"), plain.get("target", {}), plain.get("saliency", ""), plain.get("saliency_why", "")
-    return Sparsity(structure, plain["distribution"], plain["asked"], plain["dense"], *later)
+    return SparsityRecord(structure, plain["distribution"], plain["asked"], plain["dense"], *later)
 
 
-def _make_sparse(model: nn.Module, state: Mapping[str, Tensor], plan: Sparsity | None) -> None:
+def _make_sparse(model: nn.Module, state: Mapping[str, Tensor], record: SparsityRecord | None) -> None:
     """Replace the layers of a dense model that are sparse in `state`; their values are loaded later."""
-    method = None if plan is None else dense_weight_method(plan.method, "its plan")
-    if plan is not None and method is not None and (reason := method.refuses(plan.structure)):
+    method = None if record is None else dense_weight_method(record.method, "its record")
+    if record is not None and method is not None and (reason := method.refuses(record.structure)):
         raise ValueError(reason)
-    if plan is not None and method is not None and method.follows_weight:
-        for name, density in plan.asked.items():
+    if record is not None and method is not None and method.follows_weight:
+        for name, density in record.asked.items():
             if type(dense := model.get_submodule(name)) in PLAIN:
-                made = with_master(dense, rule=plan.structure, sparsity=sparsity_of(density))
+                made = with_master(dense, rule=record.structure, sparsity=sparsity_of(density))
                 replace_module(model, dense, made)
     for key in state:
         name, _, part = key.rpartition(".")
@@ -150,9 +151,9 @@ def _make_sparse(model: nn.Module, state: Mapping[str, Tensor], plan: Sparsity |
         layer: Any = model.get_submodule(name)
         if type(layer) not in PLAIN:  # sparse already, or a buffer of the same name
             continue
-        if part == "mask" and plan is not None and method is not None:
-            choice = _choice(plan, state[key], state.get(f"{name}.row_order"))
-            replace_module(model, layer, with_master(layer, choice))
+        if part == "mask" and record is not None and method is not None:
+            selection = _selection(record, state[key], state.get(f"{name}.row_order"))
+            replace_module(model, layer, with_master(layer, selection))
             continue
         shape = (*layer.weight.shape, 1, 1)[:4]
         if part == "mask":  # of single weights that were packed, see packed.py
@@ -172,7 +173,7 @@ def _make_sparse(model: nn.Module, state: Mapping[str, Tensor], plan: Sparsity |
         replace_module(model, layer, block_module(layer, pattern, None))
 
 
-def _choice(plan: Sparsity, mask: Tensor, row_order: Tensor | None) -> Choice:
+def _selection(record: SparsityRecord, mask: Tensor, row_order: Tensor | None) -> Selection:
     """As `sparsify` with a method made it, of a layer that has a mask of its own."""
     shape = (*mask.shape, 1, 1)[:4]
-    return Choice(mask.view(shape), plan.structure.blocksize(shape), row_order)
+    return Selection(mask.view(shape), record.structure.blocksize(shape), row_order)

@@ -1,13 +1,13 @@
-"""What is a sparse layer, and what does it compute?
+"""The sparse layers.
 
-Stored blocks (blocksparse.BSRConv2d, BSRLinear), a dense weight under a mask, or a dense master weight of which a part
-takes part. Another kind of layer is a file here and a case of `SparseLayer` in view.py, which the rest goes by.
-record.py is what a whole model remembers of how it was made sparse.
+A layer holds stored blocks (blocksparse.BSRConv2d, BSRLinear), or a dense master weight and computes with a part of it
+(master.py). All other code uses the view `SparseLayer` (view.py): another kind of layer is a file here and a subclass
+there. record.py holds what a model remembers of how it was made sparse.
 """
 
 from .fused import FusedConv2d, FusedModel
 from .master import MasterConv2d, MasterLinear
-from .record import Sparsity, plan_of
+from .record import SparsityRecord, record_of
 from .view import SparseLayer, sparse_layers
 
 __all__ = [
@@ -16,7 +16,7 @@ __all__ = [
     "MasterConv2d",
     "MasterLinear",
     "SparseLayer",
-    "Sparsity",
-    "plan_of",
+    "SparsityRecord",
+    "record_of",
     "sparse_layers",
 ]

@@ -1,4 +1,4 @@
-"""What nn.Conv2d computes, where PyTorch's own convolution goes wrong."""
+"""nn.Conv2d's result, also where PyTorch's own convolution fails."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from blocksparse import ConvGeometry
 
 
 def masked_conv(layer: nn.Conv2d, x: Tensor, weight: Tensor) -> Tensor:
-    """What nn.Conv2d computes with this weight.
+    """The result of nn.Conv2d with this weight.
 
     It is computed contiguous where an axis of y meets only padding: on a CPU PyTorch's channels_last convolution
     crashes there.

@@ -1,4 +1,4 @@
-"""What `fuse` leaves of a network: convolutions that add a residual, and the graph that calls them."""
+"""The modules that `fuse` makes: convolutions that add a residual, and the network's graph."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class FusedConv2d(BSRConv2d):
 
 
 class FusedModel(GraphModule):
-    """A network for inference, made by `hrbp.fuse`; print(model.fusion) tells what was fused and what stayed."""
+    """A network for inference, made by `hrbp.fuse`; print(model.fusion) says what was fused and what was not."""
 
     fusion: Any  # surgery.fusion.Fusion
 

@@ -1,4 +1,4 @@
-"""Gradients of weights that take no part: straight through a mask, and the dense one of a layer on stored blocks."""
+"""Gradients of weights outside the mask: straight through, and the dense gradient of a layer on stored blocks."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class _StraightThroughForward(_StraightThrough):
 
 
 class _DenseGradient(torch.autograd.Function):
-    """y as it is; on the way back the weight takes its dense gradient from y's."""
+    """Returns y. In the backward pass the weight gets its dense gradient."""
 
     generate_vmap_rule = True
 
@@ -83,7 +83,7 @@ class _DenseGradientForward(_DenseGradient):
 
 
 def with_dense_gradient(y: Tensor, x: Tensor, weight: Tensor, conv: Conv | None) -> Tensor:
-    """y as it is; on the way back `weight` takes the dense gradient of a layer, see `dense_gradient`."""
+    """Return y. In the backward pass `weight` gets the dense gradient of a layer; see `dense_gradient`."""
     if not weight.requires_grad and forward_ad._current_level < 0:
         return y
     function = _DenseGradient if torch.compiler.is_compiling() else _DenseGradientForward

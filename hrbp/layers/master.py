@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from blocksparse import BSRPattern, IndexedModule, conv2d, linear, symmetric_padding
 
-from ..structures.base import Choice, Structure
+from ..structures.base import Selection, Structure
 from .dense_conv import masked_conv
 from .gradients import _StraightThrough, _StraightThroughForward, with_dense_gradient
 from .twin import twin
@@ -25,10 +25,10 @@ CONFIGURATION = ("rule", "sparsity", "backend", "blocksize", "nnzb")  # attribut
 
 
 class _Master(IndexedModule):
-    """What the two layers share: which part of the weight takes part, and how.
+    """The base of both layers: which part of the weight takes part, and how.
 
     rule       the mask follows the weight: at any time it is what this structure keeps of |weight| at `sparsity`, and
-               the layer computes with a masked copy of the weight; None: it is the buffer `mask`, until `set_choice`
+               the layer computes with a masked copy of the weight; None: it is the buffer `mask`, until `set_selection`
                changes it
     blocksize  (bk, bc) of a layer without a rule: forward and input gradient run on stored blocks, gathered from the
                weight at each forward
@@ -57,14 +57,14 @@ class _Master(IndexedModule):
         assert self.mask is not None
         return self.mask.view(self.weight_shape).clone()
 
-    def choice(self) -> Choice:
+    def selection(self) -> Selection:
         """What takes part now, in the structure's own blocks."""
         order, blocksize = self.row_order, self.blocksize
         if self.rule is not None:
             blocksize = self.rule.blocksize(self.weight_shape)
             order = self.rule.order(self.weight.detach().view(self.weight_shape).abs())
         assert blocksize is not None
-        return Choice(self.live(), blocksize, order)
+        return Selection(self.live(), blocksize, order)
 
     @property
     def pattern(self) -> BSRPattern:
@@ -76,34 +76,34 @@ class _Master(IndexedModule):
         """[nnzb, bk, bc]: the weights in those blocks, a copy."""
         return self._stored()[1]
 
-    def set_choice(self, choice: Choice) -> bool:
-        """Let another part of the weight take part; the weight, its gradient and optimizer state stay as they are.
+    def set_selection(self, selection: Selection) -> bool:
+        """Change which part of the weight takes part. The weight, its gradient and optimizer state stay as they are.
 
         Args:
-            choice: of a mask of the layer's shape, and with the layer's blocksize.
+            selection: of a mask of the layer's shape, and with the layer's blocksize.
 
         Returns:
             True when the index kept its memory: as many blocks as before. False: compiled code recompiles and CUDA
             graphs must be made again (the Parameter stays, so DistributedDataParallel need not).
 
         Raises:
-            ValueError: the mask follows the weight, or the choice does not fit; nothing has changed then.
+            ValueError: the mask follows the weight, or the selection does not fit; nothing has changed then.
         """
-        who = f"{type(self).__name__}.set_choice()"
+        who = f"{type(self).__name__}.set_selection()"
         if self.rule is not None:
             raise ValueError(f"{who}: the mask follows the weight ({self.rule.name}); it needs a layer with a mask")
-        if tuple(choice.mask.shape) != self.weight_shape:
-            raise ValueError(f"{who}: the mask has shape {tuple(choice.mask.shape)}; it needs {self.weight_shape}")
-        if choice.blocksize != self.blocksize:
-            raise ValueError(f"{who}: the choice has blocksize {choice.blocksize}; it needs {self.blocksize}")
+        if tuple(selection.mask.shape) != self.weight_shape:
+            raise ValueError(f"{who}: the mask has shape {tuple(selection.mask.shape)}; it needs {self.weight_shape}")
+        if selection.blocksize != self.blocksize:
+            raise ValueError(f"{who}: the selection has blocksize {selection.blocksize}; it needs {self.blocksize}")
         device = self.weight.device
         with self._ordinary_tensors():
-            pattern = choice.pattern().to(device)
+            pattern = selection.pattern().to(device)
             if obstacle := self._obstacle(pattern):
                 raise ValueError(f"{who}: {obstacle}")
             assert self.mask is not None
-            self.mask.copy_(choice.mask.view(self.mask.shape))
-            self._set_row_order(choice.row_order)
+            self.mask.copy_(selection.mask.view(self.mask.shape))
+            self._set_row_order(selection.row_order)
             return self._adopt(pattern)
 
     def to_dense(self) -> Any:
@@ -155,7 +155,7 @@ class _Master(IndexedModule):
             yield
 
     def _adopt(self, pattern: BSRPattern) -> bool:
-        """Take over a pattern; True when the index kept its memory: it was as large."""
+        """Write a pattern into the index; True when the index kept its memory, as it was equally large."""
         if self._has_room(pattern):
             self._index().copy_(pattern.index)
             return True
@@ -166,7 +166,7 @@ class _Master(IndexedModule):
         return self.nnzb == pattern.nnzb and self.index is not None and self.index.shape == pattern.index.shape
 
     def _obstacle(self, pattern: BSRPattern) -> str | None:
-        """Why this layer cannot take over a pattern, or None."""
+        """Why this layer cannot adopt a pattern, or None."""
         if self._has_room(pattern) or not self._index_is_shared():
             return None
         return (
@@ -272,23 +272,25 @@ PLAIN_OF = {master: plain for plain, master in MASTER.items()}
 
 
 def with_master(
-    layer: nn.Module, choice: Choice | None = None, *, rule: Structure | None = None, sparsity: float = 0.0,
+    layer: nn.Module, selection: Selection | None = None, *, rule: Structure | None = None, sparsity: float = 0.0,
     backend: str | None = None,
 ) -> Any:  # fmt: skip
     """A MasterConv2d or MasterLinear with the weight of a plain layer, the same Parameter.
 
     Args:
         layer: nn.Conv2d or nn.Linear.
-        choice: the part that takes part, in blocks, until the new layer's `set_choice`.
-        rule, sparsity: instead of a choice: what this structure keeps of |weight|, anew at every forward, under a mask.
+        selection: the part that takes part, in blocks, until the new layer's `set_selection`.
+        rule, sparsity: instead of a selection: what this structure keeps of |weight|, a new mask in every forward.
         backend: of the blocks, as in blocksparse.conv2d.
     """
     made: Any = twin(layer, MASTER[type(layer)])
     device = made.weight.device
     with torch.inference_mode(False):  # what a forward in training may use
-        pattern = None if choice is None else choice.pattern().to(device)
-        mask = None if choice is None else choice.mask.view(made.weight.shape).to(device, copy=True)
-        order = None if choice is None or choice.row_order is None else choice.row_order.to(device, torch.int64)
+        pattern = None if selection is None else selection.pattern().to(device)
+        mask = None if selection is None else selection.mask.view(made.weight.shape).to(device, copy=True)
+        order = (
+            None if selection is None or selection.row_order is None else selection.row_order.to(device, torch.int64)
+        )
     made.rule, made.sparsity, made.backend = rule, sparsity, backend
     made.blocksize, made.nnzb = (None, 0) if pattern is None else (pattern.blocksize, pattern.nnzb)
     made.register_buffer("mask", mask)

@@ -1,4 +1,4 @@
-"""What a model remembers of how it was made sparse."""
+"""How a model was made sparse, as the model itself remembers it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Lineage:
 
 
 @dataclass(frozen=True)
-class Sparsity:
+class SparsityRecord:
     """How a model was made sparse.
 
     asked: layer -> the density that its structure was asked for. dense: layer -> why it was left dense. method: that
@@ -50,15 +50,15 @@ class Sparsity:
     lineage: Lineage = field(default_factory=Lineage, compare=False, repr=False)
 
 
-def remember(model: nn.Module, plan: Sparsity) -> None:
-    """Let a model know how it was made sparse; from now on it also loads states in which single weights are masked."""
+def remember(model: nn.Module, record: SparsityRecord) -> None:
+    """Attach the record to a model. From now on the model also loads states with masked single weights."""
     forget(model)
-    model._hrbp_sparsity = plan  # type: ignore[assignment]
+    model._hrbp_sparsity = record  # type: ignore[assignment]
     model.register_load_state_dict_pre_hook(_before_loading)
 
 
 def forget(model: nn.Module) -> None:
-    """The end of `remember`."""
+    """Undo `remember`."""
     model.__dict__.pop("_hrbp_sparsity", None)
     hooks = model._load_state_dict_pre_hooks
     for key in [key for key, hook in hooks.items() if getattr(hook, "hook", None) is _before_loading]:
@@ -69,9 +69,9 @@ def _before_loading(model: nn.Module, state: dict[str, Any], prefix: str, *_: An
     take_masks(state, prefix, model)
 
 
-def plan_of(model: nn.Module, required: bool = True) -> Sparsity | None:
-    """What `sparsify` did to this model (or the model inside a DistributedDataParallel or compiled one)."""
-    plan = getattr(unwrapped(model), "_hrbp_sparsity", None)
-    if plan is None and required:
+def record_of(model: nn.Module, required: bool = True) -> SparsityRecord | None:
+    """The record of a model, or of the model inside a DistributedDataParallel or compiled one."""
+    record = getattr(unwrapped(model), "_hrbp_sparsity", None)
+    if record is None and required:
         raise ValueError("the model is not sparse; call hrbp.sparsify(model, sparsity) first")
-    return plan
+    return record

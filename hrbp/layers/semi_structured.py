@@ -25,9 +25,9 @@ class SemiConv2d(nn.Conv2d):
 
 
 def refuses(layer: nn.Module, weight: Tensor) -> str | None:
-    """Why a layer, plain or of stored blocks, cannot run on sparse tensor cores with this weight [K, C, R, S], or None.
+    """Why a plain or stored layer cannot run on sparse tensor cores with this weight [K, C, R, S], or None.
 
-    What the layer is comes first, where it is last: on a CPU this tells what a GPU would refuse.
+    The device is checked last: on a CPU this says what a GPU would refuse.
     """
     k, c, r, s = weight.shape
     if (r, s) != (1, 1):
@@ -49,7 +49,7 @@ def refuses(layer: nn.Module, weight: Tensor) -> str | None:
 
 
 def _multiples(dtype: torch.dtype) -> tuple[int, int]:
-    """Of the rows and columns of a matrix, for the library that torch compresses with."""
+    """Least multiples of rows and columns for the library that PyTorch compresses with."""
     cutlass = SparseSemiStructuredTensor._FORCE_CUTLASS
     kinds = torch.sparse.SparseSemiStructuredTensorCUTLASS, torch.sparse.SparseSemiStructuredTensorCUSPARSELT
     sizes = kinds[0 if cutlass else 1]._DTYPE_SHAPE_CONSTRAINTS[dtype]
@@ -90,6 +90,6 @@ def plain_layer(layer: Any) -> Any:
 
 
 def stored_bytes(weight: Any) -> int:
-    """Of a semi-structured matrix: half of the values, and which they are."""
+    """Bytes of a semi-structured matrix: half of the values, and their positions."""
     names, _ = weight.__tensor_flatten__()
     return sum(t.numel() * t.element_size() for t in (getattr(weight, name) for name in names) if isinstance(t, Tensor))

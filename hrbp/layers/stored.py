@@ -1,4 +1,4 @@
-"""Which module holds the stored blocks of a layer, and what it makes of a state in which such a layer has a mask."""
+"""Make modules of stored blocks, and convert states in which such a layer has a mask."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def block_module(layer: nn.Conv2d | nn.Linear, pattern: BSRPattern, backend: str
 
 
 def was_masked(state: Mapping[str, Any], prefix: str, shape: tuple[int, ...]) -> bool:
-    """Whether a state_dict has this layer as a dense weight [K, C, R, S] or [K, C] and a mask of single weights.
+    """Whether a state_dict holds this layer as a dense weight [K, C, R, S] or [K, C] and a mask of single weights.
 
     So `hrbp.save` packs single weights, and so layers of single weights, n:m, vectors and kernels were saved before
     they were stored as blocks of (1, 1).
@@ -40,7 +40,7 @@ def pattern_of_mask(mask: Tensor) -> BSRPattern:
 
 
 def take_masks(state: dict[str, Any], prefix: str, model: nn.Module) -> None:
-    """Before a model loads a state_dict: layers of single weights that have a mask there become what they store."""
+    """Convert a state_dict before it is loaded: masked layers of single weights become stored ones."""
     for name, module in model.named_modules():
         if not isinstance(module, BSRConv2d | BSRLinear) or tuple(module.values.shape[1:]) != (1, 1):
             continue

@@ -1,4 +1,4 @@
-"""A layer of another class with the parameters, the configuration and the attributes of a layer."""
+"""Copy a layer into another class, with the same parameters, configuration and attributes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Layer = TypeVar("Layer", bound=nn.Module)
 
 
 def twin(layer: nn.Module, kind: type[Layer]) -> Layer:
-    """A `kind` with the very parameters and buffers of `layer`, in registries of its own. No random number is drawn.
+    """A module of class `kind` that shares the parameters and buffers of `layer`. No random number is drawn.
 
     For classes that add a forward and attributes to nn.Conv2d or nn.Linear, or lack what `layer` adds.
     """

@@ -1,4 +1,4 @@
-"""One view of the sparse layers of a model, whichever way they are stored."""
+"""One interface to the sparse layers of a model, however they are stored."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from blocksparse import BSRConv2d, BSRLinear, BSRPattern, optimizer_tensors
 
-from ..structures.base import Choice
+from ..structures.base import Selection
 from ..wrappers import unwrapped
 from .master import MasterConv2d, MasterLinear
 
@@ -21,7 +21,7 @@ def shape4(layer: Any) -> tuple[int, int, int, int]:
 
 
 class SparseLayer:
-    """One sparse layer, whichever way it is stored: its mask, its weights, and a new choice of them.
+    """One sparse layer, however it is stored: its mask, its weights, and how to change them.
 
     Attributes:
         name, module: as in the model's named_modules().
@@ -56,15 +56,15 @@ class SparseLayer:
         raise NotImplementedError
 
     def pattern(self) -> BSRPattern:
-        """What it keeps, in the structure's own blocks; a copy."""
+        """The weights kept, in the structure's own blocks; a copy."""
         raise NotImplementedError
 
     def kept(self) -> int:
-        """How many weights take part."""
+        """The number of weights that take part."""
         raise NotImplementedError
 
     def bytes(self) -> int:
-        """Of the weights that it holds and of what tells their places; without the bias."""
+        """Bytes of the weights and of their index or mask, without the bias."""
         raise NotImplementedError
 
     def row_order(self) -> Tensor | None:
@@ -72,7 +72,7 @@ class SparseLayer:
         return None if self.blocksize is None else self.module.pattern.row_order
 
     def check(self, model: nn.Module, optimizer: torch.optim.Optimizer, who: str) -> None:
-        """Refuse what `set` could not keep right: shared parameters, and optimizers whose state cannot move along.
+        """Raise where `set` would go wrong: shared parameters, and optimizers whose state cannot be carried.
 
         Args:
             model: that this layer is of.
@@ -89,14 +89,14 @@ class SparseLayer:
                     " of them a copy, or leave both dense: sparsify(exclude=...)"
                 )
 
-    def set(self, choice: Choice, optimizer: torch.optim.Optimizer | None = None) -> bool:
-        """Keep what the choice keeps; weights and optimizer state that stay are carried, new ones start afresh.
+    def set(self, selection: Selection, optimizer: torch.optim.Optimizer | None = None) -> bool:
+        """Adopt a selection. Weights that stay keep their values and optimizer state; new ones start afresh.
 
         New weights are zero, and their optimizer state is what the optimizer starts with. A master weight and its
         optimizer state stay as they are. Returns True when all tensors kept their memory: as many blocks as before.
 
         Raises:
-            ValueError: the choice does not fit, or the optimizer's state cannot follow; nothing has changed then.
+            ValueError: the selection does not fit, or the optimizer's state cannot follow; nothing has changed then.
         """
         raise NotImplementedError
 
@@ -134,8 +134,8 @@ class StoredLayer(SparseLayer):
         super().check(model, optimizer, who)
         optimizer_tensors(optimizer, self.parameter, f"{who}: {self.name}")
 
-    def set(self, choice: Choice, optimizer: torch.optim.Optimizer | None = None) -> bool:
-        return self.module.set_pattern(choice.pattern(), optimizer)
+    def set(self, selection: Selection, optimizer: torch.optim.Optimizer | None = None) -> bool:
+        return self.module.set_pattern(selection.pattern(), optimizer)
 
 
 class MasterLayer(SparseLayer):
@@ -158,7 +158,7 @@ class MasterLayer(SparseLayer):
         return self.module.weight.detach().view(self.shape) * self.mask()
 
     def pattern(self) -> BSRPattern:
-        return self.module.choice().pattern()
+        return self.module.selection().pattern()
 
     def kept(self) -> int:
         return int(self.mask().sum())
@@ -166,8 +166,8 @@ class MasterLayer(SparseLayer):
     def bytes(self) -> int:
         return _bytes(self.parameter) + sum(map(_bytes, self.module.buffers(recurse=False)))
 
-    def set(self, choice: Choice, optimizer: torch.optim.Optimizer | None = None) -> bool:
-        return self.module.set_choice(choice)
+    def set(self, selection: Selection, optimizer: torch.optim.Optimizer | None = None) -> bool:
+        return self.module.set_selection(selection)
 
 
 def _bytes(t: Tensor) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from ..layers.record import Sparsity
+from ..layers.record import SparsityRecord
 from ..layers.view import SparseLayer
 
 
@@ -39,9 +39,9 @@ def require_same(facts: Callable[[], Mapping[str, str]], who: str, remedy: str) 
     where: dict[Any, list[str]] = {}
     for rank, theirs in enumerate(every):
         where.setdefault(theirs.get(differing[0]), []).append(str(rank))
-    told = " and ".join(f"{value} on rank{'s' if len(on) > 1 else ''} {', '.join(on)}" for value, on in where.items())
+    values = " and ".join(f"{value} on rank{'s' if len(on) > 1 else ''} {', '.join(on)}" for value, on in where.items())
     more = f" (and other things differ: {', '.join(differing[1:4])})" if len(differing) > 1 else ""
-    raise ValueError(f"{who}: {differing[0]} is {told}{more}; every rank needs the same{remedy}")
+    raise ValueError(f"{who}: {differing[0]} is {values}{more}; every rank needs the same{remedy}")
 
 
 def checksum(mask: Tensor, row_order: Tensor | None = None) -> str:
@@ -52,10 +52,10 @@ def checksum(mask: Tensor, row_order: Tensor | None = None) -> str:
     return f"{crc:08x}"
 
 
-def facts(plan: Sparsity, layers: Mapping[str, SparseLayer]) -> dict[str, str]:
+def facts(record: SparsityRecord, layers: Mapping[str, SparseLayer]) -> dict[str, str]:
     """What has to be the same on every rank for masks to stay so."""
-    found = {"the structure": repr(plan.structure), "the distribution": plan.distribution}
-    found |= {f"the density asked of {name!r}": repr(density) for name, density in plan.asked.items()}
-    found |= {f"the target of {name!r}": repr(sparsity) for name, sparsity in plan.target.items()}
+    found = {"the structure": repr(record.structure), "the distribution": record.distribution}
+    found |= {f"the density asked of {name!r}": repr(density) for name, density in record.asked.items()}
+    found |= {f"the target of {name!r}": repr(sparsity) for name, sparsity in record.target.items()}
     masks = {name: checksum(layer.mask(), layer.row_order()) for name, layer in layers.items()}
     return found | {f"the mask of {name!r}": mask for name, mask in masks.items()}

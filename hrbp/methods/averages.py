@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from ..layers.record import Lineage, plan_of
+from ..layers.record import Lineage, record_of
 from ..layers.view import SparseLayer, sparse_layers
 from ..wrappers import unwrapped
 
@@ -37,16 +37,16 @@ def follow(model: nn.Module, known: Collection[nn.Module]) -> None:
 
     Averages by hand, over copies that nobody tells from others, are not found.
     """
-    plan = plan_of(model)
-    assert plan is not None
-    if not plan.lineage.copies:
+    record = record_of(model)
+    assert record is not None
+    if not record.lineage.copies:
         return
     ours = {id(unwrapped(average)) for average in known}
     for found in gc.get_objects():
         # The type, as `isinstance` asks proxies for their class, and some act on that.
         if not issubclass(type(found), AveragedModel) or id(unwrapped(found)) in ours:
             continue
-        if any(lineage.parent is plan.lineage for lineage in _lineages(found)):
+        if any(lineage.parent is record.lineage for lineage in _lineages(found)):
             found.update_parameters = types.MethodType(update_parameters, found)
 
 
@@ -63,8 +63,8 @@ def update_parameters(self: AveragedModel, model: nn.Module) -> None:
 
 def _lineages(model: nn.Module) -> dict[Lineage, nn.Module]:
     """Every model that `sparsify` made in this one, by its lineage."""
-    plans = ((module.__dict__.get("_hrbp_sparsity"), module) for module in model.modules())
-    return {plan.lineage: module for plan, module in plans if plan is not None}
+    records = ((module.__dict__.get("_hrbp_sparsity"), module) for module in model.modules())
+    return {record.lineage: module for record, module in records if record is not None}
 
 
 def _pairs(average: nn.Module, model: nn.Module) -> list[tuple[SparseLayer, SparseLayer]]:
@@ -87,4 +87,4 @@ def _lay_out(average: SparseLayer, source: SparseLayer) -> None:
         if average.module.index.shape != index.shape or not torch.equal(average.module.index, index):
             average.module.set_pattern(source.module.pattern)
     elif source.module.rule is None and not torch.equal(average.mask(), source.mask().to(average.parameter.device)):
-        average.set(source.module.choice())  # masks of a rule follow the weights, of an average, too
+        average.set(source.module.selection())  # masks of a rule follow the weights, of an average, too

@@ -11,9 +11,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..layers.record import Sparsity
+from ..layers.record import SparsityRecord
 from ..layers.view import SparseLayer
-from ..structures.base import Choice, Structure
+from ..structures.base import Selection, Structure
 from .options import ANYTHING, WHO, Values
 
 LEAST_UPDATES = 20  # of a training with `default_every`
@@ -25,7 +25,7 @@ class Moment:
 
     step         optimizer steps done, this one included; 0: the Evolver is being made
     total_steps  of the whole training
-    plan         what `sparsify` made of the model: structure, distribution, targets
+    record       what `sparsify` made of the model: structure, distribution, targets
     layers       name -> each sparse layer that the optimizer updates
     live         those of them that are not frozen: only these may change
     initial      sparsity of the live layers when the Evolver was made
@@ -36,7 +36,7 @@ class Moment:
 
     step: int
     total_steps: int
-    plan: Sparsity
+    record: SparsityRecord
     layers: Mapping[str, SparseLayer]
     live: Mapping[str, SparseLayer]
     initial: float
@@ -69,7 +69,7 @@ class Method(ABC):
     needs_gradient  the Evolver gathers dense gradients for its updates
     dense_weights   `sparsify` has to be told of it: layers keep a dense weight and compute with a part of it
     follows_weight  of those: that part is at any time what the structure keeps of the largest |weight|
-    begins_dense    of those: all weights take part at first, and Sparsity.target holds what each layer is pruned to
+    begins_dense    of those: all weights take part at first; SparsityRecord.target says what each layer is pruned to
     distribution    of the layers' densities, by default
     by_epoch        by default an update comes every epoch
     """
@@ -170,5 +170,5 @@ class Method(ABC):
         """
 
     @abstractmethod
-    def choices(self, now: Moment) -> dict[str, Choice]:
+    def selections(self, now: Moment) -> dict[str, Selection]:
         """layer -> what it keeps from now on, of the layers that change; every rank has to come to the same."""

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..layers.record import plan_of
+from ..layers.record import record_of
 from ..layers.view import SparseLayer, sparse_layers
 from . import averages
 from .agreement import checksum, facts, ranks, require_same
@@ -126,14 +126,14 @@ class Evolver:
         told = {"method": str(method).lower(), "total_steps": total_steps} | (kind.defaults() if kind else {}) | given
         require_same(lambda: {name: repr(value) for name, value in told.items()}, who, "")
         kind = method_named(method, who)
-        plan = plan_of(model)
-        assert plan is not None
-        if plan.method != (kind.name if kind.dense_weights else None):
-            made = "without a method" if plan.method is None else f"with method={plan.method!r}"
+        record = record_of(model)
+        assert record is not None
+        if record.method != (kind.name if kind.dense_weights else None):
+            made = "without a method" if record.method is None else f"with method={record.method!r}"
             raise ValueError(
                 f"{who}: method is {kind.name!r} and the model was made by sparsify() {made}; they need the same"
             )
-        if reason := kind.refuses(plan.structure):
+        if reason := kind.refuses(record.structure):
             raise ValueError(f"{who}: {reason}")
         if reason := kind.refuses_options(given):
             raise TypeError(f"{who}: {reason}")
@@ -143,7 +143,7 @@ class Evolver:
             raise ValueError(f"{who}: total_steps is {total_steps!r}; it needs {STEPS.needs}") from None
         self._method = kind(**given)
         self._method.check_steps(self.total_steps)
-        self.model, self.optimizer, self.method, self.plan = model, optimizer, kind.name, plan
+        self.model, self.optimizer, self.method, self.record = model, optimizer, kind.name, record
         self.every, self.drop, self.until, self.sparsity, self.decay, self.seed = (
             getattr(self._method, name, None) for name in named
         )
@@ -165,7 +165,7 @@ class Evolver:
             for layer in self.layers.values():
                 dist.broadcast(layer.parameter.detach(), 0)
         remedy = "; give sparsify() the same arguments, seed and scores everywhere"
-        require_same(lambda: facts(self.plan, self.layers), who, remedy)
+        require_same(lambda: facts(self.record, self.layers), who, remedy)
         self._initial = self._sparsity_of_live()
         self._method.check(self._now())
         self._attached = self._method.attach(model, self._now(), optimizer)
@@ -213,7 +213,7 @@ class Evolver:
         self._followed = False
         position = {"the step of the state": str(self.steps), "an update that is due": str(self._overdue)}
         who, remedy = "Evolver.load_state_dict()", "; load the same state everywhere"
-        require_same(lambda: position | facts(self.plan, self.layers), who, remedy)
+        require_same(lambda: position | facts(self.record, self.layers), who, remedy)
         self._register_hooks()
 
     # ------------------------------------------------------------------ when
@@ -266,7 +266,7 @@ class Evolver:
     def _now(self, gradients: dict[str, Tensor] | None = None) -> Moment:
         """What the method sees."""
         return Moment(
-            self.steps, self.total_steps, self.plan, self.layers, self._live(), self._initial, gradients, self._state
+            self.steps, self.total_steps, self.record, self.layers, self._live(), self._initial, gradients, self._state
         )
 
     def _sparsity_of_live(self) -> float:
@@ -286,15 +286,17 @@ class Evolver:
             self._overdue = grads is None
             if grads is None:
                 return None
-        choices = self._method.choices(self._now(grads))
+        selections = self._method.selections(self._now(grads))
         require_same(
-            lambda: {f"the new mask of {n!r}": checksum(c.mask, c.row_order) for n, c in choices.items()}, who, remedy
+            lambda: {f"the new mask of {n!r}": checksum(c.mask, c.row_order) for n, c in selections.items()},
+            who,
+            remedy,
         )
         averages.follow(self.model, self.ema)
         in_place = True
         copies = [sparse_layers(model) for model in self.ema]
-        for name, choice in choices.items():
-            in_place &= self.layers[name].set(choice, self.optimizer)
+        for name, selection in selections.items():
+            in_place &= self.layers[name].set(selection, self.optimizer)
             for copy in copies:
-                copy[name].set(choice)
+                copy[name].set(selection)
         return self._drift.update(self.steps, reallocated=not in_place)

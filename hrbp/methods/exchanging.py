@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..layers.view import SparseLayer
-from ..structures.base import Choice, Structure
+from ..structures.base import Selection, Structure
 from .base import Method, Moment
 from .options import WHO, Drop, Every, Seeded, Until
 
@@ -48,8 +48,8 @@ class Exchanging(Seeded, Until, Drop, Every, Method):
         end = max(1.0, self.until * total_steps)
         return self.drop / 2 * (1 + math.cos(math.pi * min(1.0, step / end)))
 
-    def choices(self, now: Moment) -> dict[str, Choice]:
-        share, rule = self.share(now.step, now.total_steps), now.plan.structure
+    def selections(self, now: Moment) -> dict[str, Selection]:
+        share, rule = self.share(now.step, now.total_steps), now.record.structure
         return {
             name: self.exchanged(
                 rule, layer.mask(), layer.row_order(), self.worth(now, i, name, layer),
@@ -60,8 +60,8 @@ class Exchanging(Seeded, Until, Drop, Every, Method):
 
     def exchanged(
         self, rule: Structure, mask: Tensor, order: Tensor | None, weight: Tensor, growth: Tensor, share: float
-    ) -> Choice:
-        """The choice when `share` of a mask is exchanged; see Structure.exchange."""
+    ) -> Selection:
+        """The selection when `share` of a mask is exchanged; see Structure.exchange."""
         return rule.exchange(mask, order, weight, growth, share)
 
     def worth(self, now: Moment, i: int, name: str, layer: SparseLayer) -> Tensor:

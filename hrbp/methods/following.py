@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..structures.base import Choice, Structure
+from ..structures.base import Selection, Structure
 from .base import Method, Moment
 from .options import Every
 
@@ -28,5 +28,5 @@ class Following(Every, Method):
     def due(self, step: int, total_steps: int, overdue: bool) -> bool:
         return step % self.every == 0
 
-    def choices(self, now: Moment) -> dict[str, Choice]:
+    def selections(self, now: Moment) -> dict[str, Selection]:
         return {}

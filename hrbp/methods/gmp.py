@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..density import densities
 from ..layers.view import SparseLayer
-from ..structures.base import Choice, Structure, sparsity_of
+from ..structures.base import Selection, Structure, sparsity_of
 from .arriving import Arriving
 from .base import Moment
 from .options import SPARSITY, WHO, option
@@ -48,7 +48,7 @@ class GMP(Arriving):
     def check(self, now: Moment) -> None:
         if not now.live:
             return
-        rule, sizes = now.plan.structure, {name: math.prod(layer.shape) for name, layer in now.live.items()}
+        rule, sizes = now.record.structure, {name: math.prod(layer.shape) for name, layer in now.live.items()}
         asked = self._asked(now, self.final)
         final = sum(rule.density(now.live[n].shape, at) * sizes[n] for n, at in asked.items())
         # A model that has arrived may be continued, and which layers round up or down depends on its weights.
@@ -70,9 +70,9 @@ class GMP(Arriving):
         left = 1 - min(1.0, now.step / max(1.0, self.until * now.total_steps))
         return self.final + (now.initial - self.final) * left**3
 
-    def choices(self, now: Moment) -> dict[str, Choice]:
+    def selections(self, now: Moment) -> dict[str, Selection]:
         asked = self._asked(now, self.sparsity_at(now)) if now.live else {}
-        rule, first = now.plan.structure, self._first(now)
+        rule, first = now.record.structure, self._first(now)
         return {
             name: rule.shrink(layer.mask(), layer.row_order(), _score(layer), sparsity_of(asked[name]), first)
             for name, layer in now.live.items()
@@ -84,17 +84,17 @@ class GMP(Arriving):
 
     def _asked(self, now: Moment, sparsity: float) -> dict[str, float]:
         """layer -> density at a sparsity, of the layers that can change."""
-        rule, live = now.plan.structure, now.live
+        rule, live = now.record.structure, now.live
         scores: Mapping[str, Tensor] = {}
         # As sparsify() does: what "erk" makes of a linear layer is of its two axes.
         shapes = {name: layer.shape[: 4 if hasattr(layer.module, "stride") else 2] for name, layer in live.items()}
-        if now.plan.distribution == "global":
+        if now.record.distribution == "global":
             orders = {name: None if self._first(now) else layer.row_order() for name, layer in live.items()}
             scores = {n: rule.ranked(_score(layer), orders[n]).view(shapes[n]) for n, layer in live.items()}
         return densities(
             shapes,
             sparsity,
-            now.plan.distribution,
+            now.record.distribution,
             scores=scores,
             realise=lambda name, density: rule.density(live[name].shape, density),
         )

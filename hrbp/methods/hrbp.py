@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..structures.base import Choice, Structure
+from ..structures.base import Selection, Structure
 from .rigl import RigL
 
 
@@ -35,5 +35,5 @@ class HRBP(RigL):
 
     def exchanged(
         self, rule: Structure, mask: Tensor, order: Tensor | None, weight: Tensor, growth: Tensor, share: float
-    ) -> Choice:
+    ) -> Selection:
         return rule.recount(mask, order, weight, growth, share)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..structures.base import Choice
+from ..structures.base import Selection
 from .base import Method, Moment
 
 
@@ -19,5 +19,5 @@ class Static(Method):
     def due(self, step: int, total_steps: int, overdue: bool) -> bool:
         return False
 
-    def choices(self, now: Moment) -> dict[str, Choice]:
+    def selections(self, now: Moment) -> dict[str, Selection]:
         return {}

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..structures.base import Choice, Structure
+from ..structures.base import Selection, Structure
 from ..structures.selection import top
 from .arriving import Arriving
 from .base import Moment
@@ -80,20 +80,20 @@ class SUBP(Seeded, Decaying, Arriving):
     def attach(self, model: nn.Module, now: Moment, optimizer: torch.optim.Optimizer) -> object:
         return Decay(model, now.layers.values(), optimizer, self.decay)
 
-    def choices(self, now: Moment) -> dict[str, Choice]:
-        rule, choices = now.plan.structure, {}
+    def selections(self, now: Moment) -> dict[str, Selection]:
+        rule, selections = now.record.structure, {}
         n, epoch, epochs = rule.uniform_rows, now.step / self.every, now.total_steps / self.every
         assert n is not None
         begin, end = self.begin * epochs, self.until * epochs
         arrived = now.step >= self.arrives(now.total_steps)
         for i, name, layer in now.indexed():
-            sparsity, order = now.plan.target[name], layer.row_order()
+            sparsity, order = now.record.target[name], layer.row_order()
             pruned = sparsity if arrived else pruned_share(epoch, begin, end, sparsity, self.pace)
             weight = layer.parameter.detach().view(layer.shape)
             scores = block_scores(weight, n, self.score, self.alpha, order)
             kept = kept_blocks(scores, sparsity, pruned, now.generator(self.seed, i), self.tau)
-            choices[name] = rule.of_rows(kept, layer.shape, order)
-        return choices
+            selections[name] = rule.of_rows(kept, layer.shape, order)
+        return selections
 
 
 def block_scores(

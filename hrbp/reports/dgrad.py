@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..structures.base import Choice
+from ..structures.base import Selection
 from ..structures.recognise import kinds_of_filters
 
 
-def dgrad_fill(choice: Choice) -> float:
+def dgrad_fill(choice: Selection) -> float:
     """How much of their bounding rectangles a mask's blocks fill in the input gradient; 1: they stay dense.
 
     The output is W [K, C*R*S] times im2col(x), the input gradient W' [C, K*R*S] times im2col(dy), where W' has each

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..formats.packed import file_index_bytes
-from ..structures.base import Choice
+from ..structures.base import Selection
 from ..structures.recognise import describe, grain, n_m_ratio, recognise
 from .dgrad import dgrad_fill, dgrad_ratio
 from .score import Score, score_of
@@ -71,7 +71,7 @@ class MaskReport:
 
 
 def report_mask(
-    mask: Tensor | Choice,
+    mask: Tensor | Selection,
     score: Tensor | None = None,
     *,
     dtype: torch.dtype = torch.float32,
@@ -90,7 +90,7 @@ def report_mask(
     taps.
 
     Args:
-        mask: bool [K, C, R, S] or [K, C], whose structure is recognised; or a Choice.
+        mask: bool [K, C, R, S] or [K, C], whose structure is recognised; or a Selection.
         score: of the mask's shape, finite and >= 0, floating point or bool. Default: no score is reported.
         dtype: of the stored values.
         value_bits, index_bits: of the model; the defaults are those of its source.
@@ -144,13 +144,13 @@ def report_mask(
 # ---------------------------------------------------------------------- cost
 
 
-def _dense_stream(choice: Choice) -> Stream:
+def _dense_stream(choice: Selection) -> Stream:
     """One record that needs no index."""
     k, c, r, s = choice.mask.shape
     return Stream(torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.bool), k * c * r * s, c * r * s, k, 0)
 
 
-def _run(choice: Choice, box: tuple[int, int, int, int]) -> int | None:
+def _run(choice: Selection, box: tuple[int, int, int, int]) -> int | None:
     """The m of an n:m mask."""
     ratio = n_m_ratio(choice.mask) if choice.grouping is None and box == (1, 1, 1, 1) else None
     return None if ratio is None else ratio[1]

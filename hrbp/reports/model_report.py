@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..columns import columns
 from ..layers.view import as_sparse
-from ..structures.base import Choice
+from ..structures.base import Selection
 from ..structures.recognise import stored_blocks
 from .mask_report import MaskReport, Storage, report_mask
 from .score import Score, total_score
@@ -19,7 +19,7 @@ CHANCE = 0.01  # share of zeros that a trained weight may have without a structu
 
 
 def report_model(
-    model: nn.Module | Mapping[str, Tensor | Choice],
+    model: nn.Module | Mapping[str, Tensor | Selection],
     scores: Mapping[str, Tensor] | None = None,
     *,
     dtype: torch.dtype | None = None,
@@ -30,7 +30,7 @@ def report_model(
     Args:
         model: a module: the masks are the stored blocks of BSRConv2d and BSRLinear, and the non-zero weights of other
             Conv2d and Linear (see `kept_of`); layers with a dense master weight are reported as `release` would leave
-            them. Or a mapping: layer name -> mask (bool), weight (likewise) or Choice.
+            them. Or a mapping: layer name -> mask (bool), weight (likewise) or Selection.
         scores: layer name -> score, for some layers or all.
         dtype: of the stored values; default: that of each weight, float32 for masks.
         seed: of the random groups that efficacy compares with.
@@ -50,9 +50,9 @@ def report_model(
     return reports
 
 
-def _layers_of(model: nn.Module) -> dict[str, tuple[Tensor | Choice, torch.dtype | None]]:
+def _layers_of(model: nn.Module) -> dict[str, tuple[Tensor | Selection, torch.dtype | None]]:
     """Mask or weight of each layer, and the dtype of its stored values."""
-    found: dict[str, tuple[Tensor | Choice, torch.dtype | None]] = {}
+    found: dict[str, tuple[Tensor | Selection, torch.dtype | None]] = {}
     for name, module in model.named_modules():
         if (layer := as_sparse(module)) is not None:
             found[name] = stored_blocks(layer.pattern()), layer.parameter.dtype

@@ -17,7 +17,7 @@ from blocksparse import BSRConv2d, BSRLinear, explain, symmetric_padding
 from ..columns import columns
 from ..layers import semi_structured
 from ..layers.master import MasterLinear
-from ..layers.record import Sparsity, plan_of
+from ..layers.record import SparsityRecord, record_of
 from ..layers.view import SparseLayer, sparse_layers
 from ..methods.registry import METHODS
 from ..methods.subp import counts
@@ -136,7 +136,7 @@ def summary(model: nn.Module, x: Tensor | Sequence[int] | None = None, *, measur
         )
     if measure and x is None:
         raise ValueError("summary(): measure needs x, an input or the shape of one")
-    plan = plan_of(model, required=False)
+    record = record_of(model, required=False)
     sparse = sparse_layers(model)
     calls = {} if x is None else _calls_of(model, x)
     rows, cells, kept = [], 0, 0
@@ -144,7 +144,7 @@ def summary(model: nn.Module, x: Tensor | Sequence[int] | None = None, *, measur
         layer = sparse.get(name)
         if layer is None and not isinstance(module, nn.Conv2d | nn.Linear):
             continue
-        row = _dense_row(name, module, plan) if layer is None else _sparse_row(layer, plan)
+        row = _dense_row(name, module, record) if layer is None else _sparse_row(layer, record)
         if name in calls:
             at = calls[name][-1][0]
             per_weight = sum(2 * out.numel() // row.shape[0] for _, out in calls[name])
@@ -180,25 +180,25 @@ def summary(model: nn.Module, x: Tensor | Sequence[int] | None = None, *, measur
             " gradients and optimizer state need none"
         )
     if any(layer.master for layer in sparse.values()):
-        assert plan is not None
+        assert record is not None
         notes.append(
-            f"master: {plan.method!r} trains a dense weight, with the memory of a dense layer (of its gradient and"
+            f"master: {record.method!r} trains a dense weight, with the memory of a dense layer (of its gradient and"
             " optimizer state, too) and the time of its weight gradient; hrbp.release(model) drops what takes no part"
         )
-        if plan.target:
-            shapes = {name: sparse[name].shape for name in plan.target}
+        if record.target:
+            shapes = {name: sparse[name].shape for name in record.target}
             gone = sum(
-                math.prod(shape) * counts(shape[1], plan.target[name], plan.target[name])[0] / shape[1]
+                math.prod(shape) * counts(shape[1], record.target[name], record.target[name])[0] / shape[1]
                 for name, shape in shapes.items()
             )
-            notes.append(f"{plan.method}: the sparse layers end {gone / cells:.2%} sparse, whatever they are now")
-    if plan is not None and plan.saliency and not (plan.method and METHODS[plan.method].follows_weight):
-        why = f" ('auto', as {plan.saliency_why})" if plan.saliency_why else ""
-        notes.append(f"masks first chosen by {plan.saliency}{why}")
-    others = [] if plan is None else [f"{name} ({why})" for name, why in plan.dense.items() if name not in shown]
+            notes.append(f"{record.method}: the sparse layers end {gone / cells:.2%} sparse, whatever they are now")
+    if record is not None and record.saliency and not (record.method and METHODS[record.method].follows_weight):
+        why = f" ('auto', as {record.saliency_why})" if record.saliency_why else ""
+        notes.append(f"masks first chosen by {record.saliency}{why}")
+    others = [] if record is None else [f"{name} ({why})" for name, why in record.dense.items() if name not in shown]
     if others:
         notes.append(f"left as they were: {', '.join(others)}")
-    if plan is not None and isinstance(plan.structure, NM) and plan.structure.m == 4:
+    if record is not None and isinstance(record.structure, NM) and record.structure.m == 4:
         notes.append(_semi_note({name: semi_refuses(model, layer.module, layer) for name, layer in sparse.items()}))
     return Summary(rows, 1 - kept / cells if cells else 0.0, 1 - total / max(1, dense_total), total, dense_total, notes)
 
@@ -220,7 +220,7 @@ def _semi_note(told: dict[str, str | None]) -> str:
     return "; ".join([f"sparse tensor cores, by hrbp.to_semi_structured(model): {able} of {len(told)} layers", *stay])
 
 
-def _dense_row(name: str, module: Any, plan: Sparsity | None) -> Row:
+def _dense_row(name: str, module: Any, record: SparsityRecord | None) -> Row:
     if semi_structured.is_converted(module):
         item, cells = module.weight.element_size(), module.weight.numel()
         bias = 0 if module.bias is None else module.bias.numel()
@@ -230,14 +230,14 @@ def _dense_row(name: str, module: Any, plan: Sparsity | None) -> Row:
         )
     count = sum(p.numel() for p in module.parameters())
     size = sum(p.numel() * p.element_size() for p in module.parameters())
-    why = f"dense ({plan.dense[name]})" if plan is not None and name in plan.dense else "dense"
+    why = f"dense ({record.dense[name]})" if record is not None and name in record.dense else "dense"
     return Row(name, tuple(module.weight.shape), why, 1.0, count, count, size, size)
 
 
-def _sparse_row(layer: SparseLayer, plan: Sparsity | None) -> Row:
+def _sparse_row(layer: SparseLayer, record: SparsityRecord | None) -> Row:
     bias = 0 if layer.module.bias is None else layer.module.bias.numel()
     item, cells, kept = layer.parameter.element_size(), math.prod(layer.shape), layer.kept()
-    named = plan.structure.name if plan is not None and layer.name in plan.asked else "blocks"
+    named = record.structure.name if record is not None and layer.name in record.asked else "blocks"
     named += ", masked" if layer.blocksize is None else f" {layer.blocksize}"
     named += ", master" if layer.master else ""
     dense = cells + bias

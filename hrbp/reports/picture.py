@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..files import whole_file
 from ..structures.grouping import Grouping
-from ..structures.groups import grouping_choice
+from ..structures.groups import selection_of
 from ..structures.selection import top
 from .dgrad import dgrad_fill
 from .score import Score
@@ -93,7 +93,7 @@ def draw_grouping(
         f"before: the highest scores, filters in their own order; they keep {100 * best:.1f}% of the score",
         f"after: filters in the order of their groups; {share}{efficacy}",
         "the same weights in the input gradient, kernels rotated and transposed: groups fill "
-        f"{100 * dgrad_fill(grouping_choice(grouping)):.0f}% of their rows x columns",
+        f"{100 * dgrad_fill(selection_of(grouping)):.0f}% of their rows x columns",
     )
     matrices = _matrix(torch.where(single, -2, -1)), _matrix(group[order]), turned.reshape(c, -1)
     for axis, title, matrix, width in zip(axes, titles, matrices, (c, c, k), strict=True):

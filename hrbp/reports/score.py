@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..structures.base import Choice
+from ..structures.base import Selection
 from ..structures.grouping import Grouping
 from ..structures.selection import check_score, top
 
@@ -40,7 +40,7 @@ class Score(NamedTuple):
         return (self.kept - self.random) / (self.unstructured - self.random)
 
 
-def score_of(choice: Choice, score: Tensor, seed: int) -> Score:
+def score_of(choice: Selection, score: Tensor, seed: int) -> Score:
     mask = choice.mask
     score = score[:, :, None, None] if score.dim() == 2 else score
     if score.shape != mask.shape:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..structures.base import Choice
+from ..structures.base import Selection
 
 
 class References(NamedTuple):
@@ -69,7 +69,7 @@ class Stream:
         return References(n * self.weights, indices + self.lists, n * self.inputs, self.sums)
 
 
-def stream(choice: Choice, box: tuple[int, int, int, int], m: int | None = None, index_bits: int = 4) -> Stream:
+def stream(choice: Selection, box: tuple[int, int, int, int], m: int | None = None, index_bits: int = 4) -> Stream:
     """The records of a mask.
 
     Args:

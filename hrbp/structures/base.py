@@ -1,4 +1,4 @@
-"""What a structure is, and what one keeps of a layer."""
+"""The base class of sparsity structures, and the selection that one makes in a layer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Make = TypeVar("Make", bound="Callable[..., Structure]")
 
 
 @dataclass(frozen=True, eq=False)
-class Choice:
+class Selection:
     """What a structure keeps of one layer.
 
     mask       bool [K, C, R, S], in filter order
@@ -37,7 +37,7 @@ class Choice:
 
 
 class Structure(ABC):
-    """One kind of mask. `choose` selects by score; `density` says what it makes of a wish, from the shape alone.
+    """A sparsity structure. `choose` makes a mask from a score; `density` predicts its density from the shape alone.
 
     A subclass is a frozen dataclass of plain values, in a file of this folder, with a function `named` that makes it:
     files of models hold the name of the class and its fields. `choose` and `density` are all that it needs. What else
@@ -48,11 +48,11 @@ class Structure(ABC):
     name: str
 
     @abstractmethod
-    def choose(self, score: Tensor, sparsity: float, seed: int = 0) -> Choice:
-        """What is kept of a layer with this score [K, C, R, S] >= 0 when a share `sparsity` of it is dropped."""
+    def choose(self, score: Tensor, sparsity: float, seed: int = 0) -> Selection:
+        """Select weights of a layer by their score [K, C, R, S] >= 0; a share `sparsity` of them is dropped."""
 
     def mask(self, score: Tensor, sparsity: float) -> Tensor:
-        """The mask of `choose`, for a score that is known to be finite and >= 0: it is not looked at on the host.
+        """The mask of `choose`, without checks: the score is finite and >= 0, and nothing waits for the GPU.
 
         Define it where that is cheap enough for every forward of a layer whose mask follows its weight.
         """
@@ -60,10 +60,10 @@ class Structure(ABC):
 
     @abstractmethod
     def density(self, shape: Sequence[int], density: float) -> float:
-        """The share of a layer [K, C, R, S] that is kept when `density` is asked for: whole grains, at least one."""
+        """The density that a layer [K, C, R, S] gets when `density` is asked for: whole grains, at least one."""
 
     def blocksize(self, shape: Sequence[int]) -> tuple[int, int]:
-        """(bk, bc) that stores any mask of this structure in a layer [K, C, R, S], and no zero."""
+        """(bk, bc) that stores any mask of this structure in a layer [K, C, R, S] without a zero."""
         return 1, 1
 
     def order(self, score: Tensor) -> Tensor | None:
@@ -71,7 +71,7 @@ class Structure(ABC):
         return None
 
     def ranked(self, score: Tensor, order: Tensor | None = None) -> Tensor:
-        """What a ranking over layers compares, for every weight: its own score, or that of its grain."""
+        """The score that a ranking over all layers uses, for every weight: its own, or that of its grain."""
         return score
 
     def refuses(self, shape: Sequence[int]) -> str | None:
@@ -79,7 +79,7 @@ class Structure(ABC):
         return None
 
     def can(self, ability: str) -> bool:
-        """Whether it defines one of the methods that only some structures have.
+        """Whether this structure defines an optional method.
 
         Args:
             ability: "mask", "exchange", "shrink", "recount" or "has".
@@ -88,8 +88,8 @@ class Structure(ABC):
 
     # ------------------------------------------------------------------ how masks change in training
 
-    def exchange(self, mask: Tensor, order: Tensor | None, weight: Tensor, growth: Tensor, share: float) -> Choice:
-        """The choice when `share` of the units of a mask go, those of least weight, and as many come, of most growth.
+    def exchange(self, mask: Tensor, order: Tensor | None, weight: Tensor, growth: Tensor, share: float) -> Selection:
+        """Drop `share` of the units of a mask, those of least weight, and add as many, those of most growth.
 
         It keeps exactly as many weights as before, in as many blocks.
 
@@ -101,14 +101,14 @@ class Structure(ABC):
         """
         raise self._unable("exchanges nothing")
 
-    def recount(self, mask: Tensor, order: Tensor | None, weight: Tensor, growth: Tensor, share: float) -> Choice:
+    def recount(self, mask: Tensor, order: Tensor | None, weight: Tensor, growth: Tensor, share: float) -> Selection:
         """As `exchange`, by HRBP's own rule: single weights are exchanged, then each group counts what it keeps."""
         raise self._unable("has no groups")
 
     def shrink(
         self, mask: Tensor, order: Tensor | None, score: Tensor, sparsity: float, reorder: bool = False
-    ) -> Choice:
-        """The choice when a mask is pruned to a higher sparsity.
+    ) -> Selection:
+        """Prune a mask to a higher sparsity.
 
         Args:
             mask, order: see `exchange`.
@@ -123,8 +123,8 @@ class Structure(ABC):
         """n where every n filters keep equally many channels, all taps: what SUBP trains; else None."""
         return None
 
-    def of_rows(self, kept: Tensor, shape: Sequence[int], order: Tensor | None) -> Choice:
-        """The choice that keeps these channels, bool [K/n, C], of every n filters; see `uniform_rows`."""
+    def of_rows(self, kept: Tensor, shape: Sequence[int], order: Tensor | None) -> Selection:
+        """Keep these channels, bool [K/n, C], of every n filters; see `uniform_rows`."""
         raise self._unable("has no uniform rows")
 
     def has(self, mask: Tensor) -> bool:
@@ -142,7 +142,7 @@ class Structure(ABC):
 
 
 class Named(NamedTuple):
-    """What `named` writes on a function, as its attribute `structure`."""
+    """The attribute `structure` that `named` sets on a function."""
 
     name: str
     place: int
@@ -150,14 +150,14 @@ class Named(NamedTuple):
 
 
 def named(name: str, place: int = 1000, drawn: Mapping[str, object] | None = None) -> Callable[[Make], Make]:
-    """Offer what a function makes as the structure of this name; its arguments, by keyword, are the options.
+    """Register the structure that a function makes; the keyword arguments of the function are its options.
 
         @named("stripes")
         def make_stripes(*, width: int = 2) -> Structure:
             \"\"\"stripes of `width` input channels\"\"\"
             return Stripes(width)
 
-    The docstring is what lists and help texts say of it. Annotations are checked: int, float, bool, `int | None`, ...;
+    Lists and help texts show the docstring. Annotations are checked: int, float, bool, `int | None`, ...;
     `Annotated[float, "a number in (0, 1]"]` says what an option needs. Whatever else is wrong the structure refuses.
 
     Args:

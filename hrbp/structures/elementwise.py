@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .base import Choice, Structure, named, sparsity_of
+from .base import Selection, Structure, named, sparsity_of
 from .grouping import GroupOptions
 from .regrouping import regroup
 from .selection import check_score
@@ -15,14 +15,14 @@ from .selection import check_score
 
 @dataclass(frozen=True)
 class Elementwise(Structure):
-    """Groups of filters that keep the same cells of C x R x S, which ones is free."""
+    """Groups of filters that keep the same cells of C x R x S, any of them."""
 
     groups: int = 8
     min_rows: int = 8
     method: str = "assign"
     name: str = "elementwise"
 
-    def choose(self, score: Tensor, sparsity: float, seed: int = 0) -> Choice:
+    def choose(self, score: Tensor, sparsity: float, seed: int = 0) -> Selection:
         check_score(score, sparsity, f"make_mask({self.name!r})")
         k, c, r, s = score.shape
         flat = regroup(
@@ -33,7 +33,7 @@ class Elementwise(Structure):
             method=self.method,
             seed=seed,
         )
-        return Choice(flat.mask().view(k, c, r, s), flat.blocksize, flat.row_order)
+        return Selection(flat.mask().view(k, c, r, s), flat.blocksize, flat.row_order)
 
     def density(self, shape: Sequence[int], density: float) -> float:
         cells = shape[1] * shape[2] * shape[3]

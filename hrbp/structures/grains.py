@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Choice, Structure, named
+from .base import Selection, Structure, named
 from .selection import check_score, swapped, top
 
 # The boxes (k, c, r, s) that have a name; None stands for a whole axis.
@@ -60,7 +60,7 @@ class Grains(Structure):
         return score.reshape(kk // k, k, cc // c, c, rr // r, r, ss // s, s).sum((1, 3, 5, 7))
 
     def expand(self, grains: Tensor, shape: Sequence[int], order: Tensor | None = None) -> Tensor:
-        """A value of each grain as one of each weight."""
+        """Repeat a value of each grain for each of its weights."""
         for axis, size in enumerate(self.sizes(shape)):
             grains = grains.repeat_interleave(size, axis)
         return grains if order is None else grains[order.long().argsort()]
@@ -71,16 +71,16 @@ class Grains(Structure):
         return self.expand(self.sums(cells, order), score.shape, order)
 
     def count(self, shape: Sequence[int], density: float) -> int:
-        """Grains kept: of every k filters if uniform, else of the layer."""
+        """How many grains are kept: of every k filters if uniform, else of the layer."""
         k, c, r, s = self.sizes(shape)
         each = (shape[1] // c) * (shape[2] // r) * (shape[3] // s)
         return max(1, round(density * each * (1 if self.uniform else shape[0] // k)))
 
-    def choose(self, score: Tensor, sparsity: float, seed: int = 0, order: Tensor | None = None) -> Choice:
+    def choose(self, score: Tensor, sparsity: float, seed: int = 0, order: Tensor | None = None) -> Selection:
         cells = check_score(score, sparsity, f"make_mask({self.name!r})")
         self._check(score.shape)
         order = self.order(cells) if order is None else order
-        return self.choice(self._kept(cells, sparsity, order), score.shape, order)
+        return self.selection(self._kept(cells, sparsity, order), score.shape, order)
 
     def mask(self, score: Tensor, sparsity: float) -> Tensor:
         order = self.order(score)
@@ -91,23 +91,23 @@ class Grains(Structure):
         flat = sums.flatten(1) if self.uniform else sums.view(1, -1)
         return top(flat, self.count(score.shape, 1 - sparsity)).view(sums.shape)
 
-    def exchange(self, mask: Tensor, order: Tensor | None, weight: Tensor, growth: Tensor, share: float) -> Choice:
-        kept, worth, wish = (self.sums(t, order) for t in (mask.float(), weight, growth))
+    def exchange(self, mask: Tensor, order: Tensor | None, weight: Tensor, growth: Tensor, share: float) -> Selection:
+        kept, worth, gain = (self.sums(t, order) for t in (mask.float(), weight, growth))
         shape = kept.shape
-        kept, worth, wish = (t.flatten(1) if self.uniform else t.view(1, -1) for t in (kept > 0, worth, wish))
-        return self.choice(swapped(kept, worth, wish, share).view(shape), mask.shape, order)
+        kept, worth, gain = (t.flatten(1) if self.uniform else t.view(1, -1) for t in (kept > 0, worth, gain))
+        return self.selection(swapped(kept, worth, gain, share).view(shape), mask.shape, order)
 
     def shrink(
         self, mask: Tensor, order: Tensor | None, score: Tensor, sparsity: float, reorder: bool = False
-    ) -> Choice:
+    ) -> Selection:
         return self.choose(score, sparsity, order=None if reorder else order)
 
     @property
     def uniform_rows(self) -> int | None:
         return self.box[0] if self.uniform and self.box[1:] == (1, None, None) else None
 
-    def of_rows(self, kept: Tensor, shape: Sequence[int], order: Tensor | None) -> Choice:
-        return self.choice(kept[:, :, None, None], shape, order)
+    def of_rows(self, kept: Tensor, shape: Sequence[int], order: Tensor | None) -> Selection:
+        return self.selection(kept[:, :, None, None], shape, order)
 
     def has(self, mask: Tensor) -> bool:
         if self.refuses(mask.shape) is not None:
@@ -117,9 +117,9 @@ class Grains(Structure):
         rows = (kept > 0).flatten(1).sum(1)
         return bool(whole.all()) and not (self.uniform and bool((rows != rows[0]).any()))
 
-    def choice(self, kept: Tensor, shape: Sequence[int], order: Tensor | None = None) -> Choice:
-        """The choice of these grains."""
-        return Choice(self.expand(kept, shape, order), self.blocksize(shape), order)
+    def selection(self, kept: Tensor, shape: Sequence[int], order: Tensor | None = None) -> Selection:
+        """These grains as a selection."""
+        return Selection(self.expand(kept, shape, order), self.blocksize(shape), order)
 
     def blocksize(self, shape: Sequence[int]) -> tuple[int, int]:
         return self.sizes(shape)[:2]

@@ -1,4 +1,4 @@
-"""Groups of filters that share input channels and taps: the value, and how large the groups of a layer are."""
+"""Groups of filters that share input channels and taps, and the size of a layer's groups."""
 
 from __future__ import annotations
 
@@ -201,13 +201,13 @@ class GroupShape:
 
 
 def option(default: Any, text: str) -> Any:
-    """A field that the command line offers, too, with this help."""
+    """A field that is an option of the command line, too, with this help text."""
     return field(default=default, metadata={"help": text})
 
 
 @dataclass(frozen=True, kw_only=True)
 class GroupOptions:
-    """How groups are chosen: the options of `regroup`, of "hrbp" and "hrbp++", and of `python -m hrbp regroup`.
+    """Options of `regroup`, of the structures "hrbp" and "hrbp++", and of `python -m hrbp regroup`.
 
     `regroup` says what each does. row_granule None: filters stay where they are.
     """
@@ -221,7 +221,7 @@ class GroupOptions:
     method: str = option("assign", "assign: keeps the most; paper: Algorithm 1 of HRBP alone")
 
     def size(self, shape: Sequence[int], sparsity: float) -> GroupShape:
-        """What `regroup` makes of a layer, from its shape alone.
+        """The number and size of the groups that `regroup` makes, from the layer's shape alone.
 
         groups    the largest t <= groups with K % t = 0, K/t >= min_rows and K/t % row_granule = 0; else 1
         taps      max(1, round(R*S * tap_density)); where more than that is kept of the layer,

@@ -10,7 +10,7 @@ from typing import Any, get_type_hints
 import torch
 from torch import Tensor
 
-from .base import Choice, Structure, named, sparsity_of
+from .base import Selection, Structure, named, sparsity_of
 from .grouping import Grouping, GroupOptions
 from .regrouping import keep_by_counts, regroup_by
 from .selection import balanced, staying, swapped, top
@@ -29,11 +29,11 @@ class Groups(GroupOptions, Structure):
                 return f"{name} = {size} does not divide {axis}"
         return None
 
-    def choose(self, score: Tensor, sparsity: float, seed: int = 0) -> Choice:
-        return grouping_choice(regroup_by(self, score, sparsity, seed))
+    def choose(self, score: Tensor, sparsity: float, seed: int = 0) -> Selection:
+        return selection_of(regroup_by(self, score, sparsity, seed))
 
     def grouping(self, mask: Tensor, row_order: Tensor | None) -> Grouping:
-        """The groups of a mask that this structure made, rows in this order."""
+        """Recover the groups of a mask of this structure, with its row order."""
         k, c, r, s = mask.shape
         order = torch.arange(k, device=mask.device) if row_order is None else row_order.long()
         groups = self.size(mask.shape, 0.0).groups
@@ -47,7 +47,7 @@ class Groups(GroupOptions, Structure):
 
     # ------------------------------------------------------------------ how masks change in training
 
-    def exchange(self, mask: Tensor, order: Tensor | None, weight: Tensor, growth: Tensor, share: float) -> Choice:
+    def exchange(self, mask: Tensor, order: Tensor | None, weight: Tensor, growth: Tensor, share: float) -> Selection:
         """Every group exchanges runs of channels, and keeps its taps."""
         grouping = self.grouping(mask, order)
         _, c, r, s = grouping.shape
@@ -59,37 +59,37 @@ class Groups(GroupOptions, Structure):
         def runs(t: Tensor) -> Tensor:
             return t.view(grouping.groups, -1, grouping.granule).sum(2)
 
-        worth, wish = (
+        worth, gain = (
             runs(torch.einsum("grcp,gp->gc", _in_groups(grouping, t.float()), taps)) for t in (weight, growth)
         )
         was = runs(kept.float()) > 0
         if self.balanced:
-            # Those that stay are worth more than any that may come, which keeps them: the old choice was fair, too.
+            # Channels that stay have a larger value than any new one: the old selection was balanced, too.
             stay, _ = staying(was, worth, share)
-            wish = wish / wish.max().clamp_min(1e-30)
-            value = torch.where(stay, 2.0 + grouping.groups * was.shape[1], wish.double())
+            gain = gain / gain.max().clamp_min(1e-30)
+            value = torch.where(stay, 2.0 + grouping.groups * was.shape[1], gain.double())
             chosen = balanced(value[None], int(was[0].sum()))[0]
         else:
-            chosen = swapped(was, worth, wish, share)
+            chosen = swapped(was, worth, gain, share)
         starts = chosen.nonzero()[:, 1].view(grouping.groups, -1, 1) * grouping.granule
         channels = (starts + torch.arange(grouping.granule, device=starts.device)).flatten(1)
-        return grouping_choice(Grouping(grouping.shape, grouping.row_order, channels, grouping.taps, grouping.granule))
+        return selection_of(Grouping(grouping.shape, grouping.row_order, channels, grouping.taps, grouping.granule))
 
-    def recount(self, mask: Tensor, order: Tensor | None, weight: Tensor, growth: Tensor, share: float) -> Choice:
+    def recount(self, mask: Tensor, order: Tensor | None, weight: Tensor, growth: Tensor, share: float) -> Selection:
         """Every filter exchanges single weights, then each group counts (Ma et al., 2024, section 4.2)."""
         grouping = self.grouping(mask, order)
-        kept, worth, wish = (
+        kept, worth, gain = (
             _in_groups(grouping, t).flatten(2).flatten(0, 1) for t in (grouping.mask(), weight, growth.float())
         )
-        cells = swapped(kept, worth, wish, share).view(grouping.groups, grouping.rows, grouping.shape[1], -1)
+        cells = swapped(kept, worth, gain, share).view(grouping.groups, grouping.rows, grouping.shape[1], -1)
         k, p = grouping.channels.shape[1], grouping.taps.shape[1]
         chosen = [keep_by_counts(group, k, p, grouping.granule) for group in cells]
         channels, taps = (torch.stack(lists) for lists in zip(*chosen, strict=True))
-        return grouping_choice(Grouping(grouping.shape, grouping.row_order, channels, taps, grouping.granule))
+        return selection_of(Grouping(grouping.shape, grouping.row_order, channels, taps, grouping.granule))
 
     def shrink(
         self, mask: Tensor, order: Tensor | None, score: Tensor, sparsity: float, reorder: bool = False
-    ) -> Choice:
+    ) -> Selection:
         """Fewer channels and taps; with `reorder` rows are divided into groups anew, which moves everything."""
         if reorder:
             return self.choose(score, sparsity)
@@ -104,7 +104,7 @@ class Groups(GroupOptions, Structure):
             channels = chosen.repeat_interleave(self.granule, 1)
             taps = top((sums * channels[..., None]).sum(1), size.taps)
         kept_channels, kept_taps = (t.nonzero()[:, 1].view(grouping.groups, -1) for t in (channels, taps))
-        return grouping_choice(Grouping(grouping.shape, grouping.row_order, kept_channels, kept_taps, self.granule))
+        return selection_of(Grouping(grouping.shape, grouping.row_order, kept_channels, kept_taps, self.granule))
 
 
 def _in_groups(grouping: Grouping, cells: Tensor) -> Tensor:
@@ -112,13 +112,13 @@ def _in_groups(grouping: Grouping, cells: Tensor) -> Tensor:
     return cells.flatten(2)[grouping.row_order].view(grouping.groups, grouping.rows, cells.shape[1], -1)
 
 
-def grouping_choice(grouping: Grouping) -> Choice:
-    """The choice that keeps what a grouping keeps."""
-    return Choice(grouping.mask(), grouping.blocksize, grouping.row_order, grouping)
+def selection_of(grouping: Grouping) -> Selection:
+    """A grouping as a selection."""
+    return Selection(grouping.mask(), grouping.blocksize, grouping.row_order, grouping)
 
 
 def _maker(name: str, tap_density: float, place: int, what: str) -> Callable[..., Structure]:
-    """The function that makes one of the two; its options are the fields of GroupOptions."""
+    """The factory of "hrbp" or "hrbp++"; its options are the fields of GroupOptions."""
 
     def make(**options: Any) -> Structure:
         return Groups(name=name, **{"tap_density": tap_density, **options})

@@ -1,4 +1,4 @@
-"""Masks that were taken over, each with a structure of its own."""
+"""Imported masks, each with a structure of its own."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .base import Choice, Structure
+from .base import Selection, Structure
 
 
 @dataclass(frozen=True)
 class Mixed(Structure):
-    """Masks each of which has a structure of its own: they were taken over, and stay as they are."""
+    """Imported masks, each with a structure of its own; they do not change."""
 
     name: str = "mixed"
 
-    def choose(self, score: Tensor, sparsity: float, seed: int = 0) -> Choice:
+    def choose(self, score: Tensor, sparsity: float, seed: int = 0) -> Selection:
         raise ValueError(f"structure {self.name!r} is what masks that were taken over have; it makes none")
 
     def density(self, shape: Sequence[int], density: float) -> float:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .base import Choice, Structure, named
+from .base import Selection, Structure, named
 from .selection import check_score, top, top_of_few
 
 FEW = 16  # items of which each pair is compared sooner than they are sorted
@@ -42,10 +42,10 @@ class NM(Structure):
             )
         return n
 
-    def choose(self, score: Tensor, sparsity: float, seed: int = 0) -> Choice:
+    def choose(self, score: Tensor, sparsity: float, seed: int = 0) -> Selection:
         cells = check_score(score, sparsity, f"make_mask({self.name!r})")
         self._check(score.shape)
-        return Choice(self.mask(cells, sparsity), self.blocksize(score.shape))
+        return Selection(self.mask(cells, sparsity), self.blocksize(score.shape))
 
     def mask(self, score: Tensor, sparsity: float) -> Tensor:
         k, c, r, s = score.shape

@@ -1,4 +1,4 @@
-"""Which structure a mask has, as it can be seen from the mask alone."""
+"""Find the structure of a mask from the mask alone."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from torch import Tensor
 
 from blocksparse import BSRPattern
 
-from .base import Choice
+from .base import Selection
 from .grouping import Grouping
 
 
-def stored_blocks(pattern: BSRPattern) -> Choice:
-    """The cells of a pattern's blocks, in that pattern's form."""
+def stored_blocks(pattern: BSRPattern) -> Selection:
+    """The weights of a pattern's blocks, with its blocksize and row order."""
     mask = pattern.to_mask()
     order = pattern.row_order
-    return Choice(mask, pattern.blocksize, order, recognise(mask).grouping)
+    return Selection(mask, pattern.blocksize, order, recognise(mask).grouping)
 
 
-def recognise(mask: Tensor) -> Choice:
-    """The structure of a mask, as it can be seen from the mask alone.
+def recognise(mask: Tensor) -> Selection:
+    """Find the structure of a mask from the mask alone.
 
     In this order: dense or empty; groups of two filters or more that keep channels x taps; aligned boxes of more than
     one weight; groups of two filters or more that keep the same cells; single weights.
@@ -35,7 +35,7 @@ def recognise(mask: Tensor) -> Choice:
         raise ValueError(f"report_mask(): mask has shape {tuple(mask.shape)}; it needs [K, C, R, S] or [K, C]")
     mask = mask[:, :, None, None] if mask.dim() == 2 else mask
     if mask.all() or not mask.any():
-        return Choice(mask, (mask.shape[0], mask.shape[1]))
+        return Selection(mask, (mask.shape[0], mask.shape[1]))
     order, rows = _equal_filters(mask)
     if rows > 1:
         try:
@@ -44,13 +44,13 @@ def recognise(mask: Tensor) -> Choice:
             pass
         else:
             if grouping.groups > 1 or grouping.taps.shape[1] < mask[0, 0].numel():  # else: a mask of whole channels
-                return Choice(mask, grouping.blocksize, grouping.row_order, grouping)
+                return Selection(mask, grouping.blocksize, grouping.row_order, grouping)
     box = grain(mask)
     if box != (1, 1, 1, 1):
-        return Choice(mask, box[:2])
+        return Selection(mask, box[:2])
     if rows > 1:
-        return Choice(mask, (rows, 1), order)
-    return Choice(mask, (1, 1))
+        return Selection(mask, (rows, 1), order)
+    return Selection(mask, (1, 1))
 
 
 def _equal_filters(mask: Tensor) -> tuple[Tensor, int]:
@@ -60,7 +60,7 @@ def _equal_filters(mask: Tensor) -> tuple[Tensor, int]:
 
 
 def kinds_of_filters(mask: Tensor) -> Tensor:
-    """[K] the same number for filters with equal masks; numbers without gaps."""
+    """[K]: filters with equal masks have the same number; numbers from 0, without gaps."""
     return torch.unique(mask.flatten(1), dim=0, return_inverse=True)[1]
 
 
@@ -78,19 +78,19 @@ def grain(mask: Tensor) -> tuple[int, int, int, int]:
     return k, c, r, s
 
 
-def describe(choice: Choice) -> str:
+def describe(selection: Selection) -> str:
     """A mask's structure in a few words."""
-    mask = choice.mask
+    mask = selection.mask
     k, c, r, s = mask.shape
     if mask.all():
         return "dense"
     if not mask.any():
         return "empty"
-    if (g := choice.grouping) is not None:
+    if (g := selection.grouping) is not None:
         taps = "" if r * s == 1 else f", {g.taps.shape[1]} of {r * s} taps"
         return f"{_times(g.groups, 'group')} of {g.rows}: {g.channels.shape[1]} of {c} channels{taps}"
-    if choice.row_order is not None:
-        return f"element-wise groups of {choice.blocksize[0]}"
+    if selection.row_order is not None:
+        return f"element-wise groups of {selection.blocksize[0]}"
     bk, bc, br, bs = grain(mask)
     names = {(1, c, r, s): "filters", (k, 1, r, s): "channels", (1, 1, r, s): "kernels", (1, 1, 1, s): "vectors"}
     if (bk, bc, br, bs) != (1, 1, 1, 1) and (bk, bc, br, bs) in names:

@@ -1,8 +1,8 @@
-"""Which shapes a mask may take: every sparsity structure behind one call.
+"""Every sparsity structure by its name: `make_mask` and `choose`.
 
-A structure says what may be kept together. Most are grains, boxes of the filter bank that are kept or dropped whole
-(Mao et al., Exploring the Regularity of Sparse Structure in Convolutional Neural Networks, 2017): a grain is worth the
-sum of the scores of its cells, and the best ones stay.
+A structure says which weights are kept or dropped together. Most are grains: boxes of the filter bank, kept or dropped
+whole (Mao et al., Exploring the Regularity of Sparse Structure in Convolutional Neural Networks, 2017). The score of a
+grain is the sum of its cells' scores, and the best grains are kept.
 
     unstructured  single weights
     n:m           single weights, n in every m neighbouring input channels (Zhou et al., ICLR 2021); "2:4" names one
@@ -37,9 +37,9 @@ from torch import Tensor
 
 from ..arguments import any_case
 from ..registry import Entry, Registry
-from .base import Choice, Structure
+from .base import Selection, Structure
 
-# What the value of an option has to be, by its annotation; 0 and 1 are True and False on a command line.
+# What the value of an option must be, by its annotation; 0 and 1 are True and False on a command line.
 KINDS: dict[Any, tuple[type, str]] = {
     int: (Integral, "an integer"), bool: (Integral, "True or False"), float: (Real, "a number"), str: (str, "a string"),
     type(None): (type(None), "None"),
@@ -47,14 +47,14 @@ KINDS: dict[Any, tuple[type, str]] = {
 
 
 def _makers(module: types.ModuleType) -> Iterator[Entry[Callable[..., Structure]]]:
-    """What `named` marks in a file."""
+    """The functions of a file that `named` has registered."""
     for value in vars(module).values():
         if inspect.isfunction(value) and value.__module__ == module.__name__ and hasattr(value, "structure"):
             yield Entry(value.structure.name, value, value.structure.place)
 
 
 def _classes(module: types.ModuleType) -> Iterator[Entry[type[Structure]]]:
-    """The structures of a file, as files of models name them."""
+    """The structure classes of a file, by the names that model files use."""
     for value in vars(module).values():
         if isinstance(value, type) and issubclass(value, Structure) and value.__module__ == module.__name__:
             if value is Structure:
@@ -94,20 +94,20 @@ def structure(name: str, **options: object) -> Structure:
 
 
 def options_if_drawn(name: str) -> dict[str, object]:
-    """Options of the structure of this name where the first masks are random; none for "2:4", ..."""
+    """Options of a structure for random first masks; none for "2:4", ..."""
     made: Any = STRUCTURES.get(name)
     return {} if made is None else dict(made.structure.drawn)
 
 
 def _wrong(value: object, annotation: Any) -> str | None:
-    """What a value that is not of its option's annotation should have been; None: it is as it should be."""
+    """What an option needs where this value does not fit its annotation; None where it fits."""
     needs = ""
     if typing.get_origin(annotation) is Annotated:
         annotation, needs = typing.get_args(annotation)[:2]
     kinds = typing.get_args(annotation) if typing.get_origin(annotation) in (types.UnionType, typing.Union) else ()
     texts = []
     for kind in kinds or (annotation,):
-        of, text = KINDS.get(kind, (object, ""))  # what is not there the structure itself looks at
+        of, text = KINDS.get(kind, (object, ""))  # other kinds are checked by the structure
         if isinstance(value, of):
             return None
         texts.append(text)
@@ -115,7 +115,7 @@ def _wrong(value: object, annotation: Any) -> str | None:
 
 
 def listed() -> str:
-    """A line for each structure, as help texts have it: its name, what it keeps together, its options."""
+    """The list of structures for help texts: name, unit that is kept or dropped, options."""
     lines = []
     for name, make in STRUCTURES.items():
         what = (inspect.getdoc(make) or "").split("\n")[0]
@@ -152,8 +152,8 @@ def make_mask(score: Tensor, sparsity: float, structure: str = "hrbp++", *, seed
     return choose(score, sparsity, structure, seed=seed, **options).mask.view(score.shape)
 
 
-def choose(score: Tensor, sparsity: float, structure: str = "hrbp++", *, seed: int = 0, **options: object) -> Choice:
-    """As `make_mask`, with the BSR form: Choice(mask [K, C, R, S], blocksize, row_order, grouping)."""
+def choose(score: Tensor, sparsity: float, structure: str = "hrbp++", *, seed: int = 0, **options: object) -> Selection:
+    """As `make_mask`, with the BSR form: Selection(mask [K, C, R, S], blocksize, row_order, grouping)."""
     made = _structure(structure, **options)
     if isinstance(score, Tensor) and score.dim() == 2:
         score = score[:, :, None, None]

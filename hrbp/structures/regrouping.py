@@ -48,9 +48,10 @@ def regroup(
         maximise  sum_g  sum of score[o, c, p] over rows o of g, channels c of g, taps p of g
         with equally many rows, channels and taps in every group
 
-    method="assign" alternates: given rows and taps the best channels, given rows and channels the best taps, given both
-    the best balanced assignment of rows. No step loses score. It starts from several seeds and from the paper's
-    groups, then shakes the best result and repeats, so that it never keeps less than method="paper".
+    method="assign" alternates between the best channels for given rows and taps, the best taps for given rows and
+    channels, and the best balanced assignment of rows for given channels and taps. No step loses score. It starts from
+    several seeds and from the paper's groups, then perturbs the best result and repeats: it never keeps less than
+    method="paper".
 
     method="paper" is Algorithm 1 (section 4.1), which looks at the non-zero cells of the score and never at their size:
     1. the kernels with the most non-zeros, a share of (1 - sparsity) / tap_density, make a mask of kernels;
@@ -62,7 +63,7 @@ def regroup(
 
     Args:
         score: [K, C, R, S] >= 0, floating point or bool, on any device: the work is done there.
-        sparsity: share of the weights that is dropped, in [0, 1). What comes out is given by whole channels and taps.
+        sparsity: share of the weights that is dropped, in [0, 1). The result has whole channels and taps.
         groups: at most so many groups; see `GroupOptions.size` for the number used, and for channels and taps.
         tap_density: share of the taps that a group keeps; 1 is HRBP, the paper's HRBP++ has 4/9.
         granule: channels are kept in aligned runs of this many (8 is what 16-byte loads of float16 ask for).
@@ -230,7 +231,7 @@ def _template(search: _Search, sums: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _spread(search: _Search, first: int, own: Tensor) -> Tensor:
-    """Rows that stand for the groups: each the one that loses most in the groups of those before it."""
+    """Seed rows of the groups: each is the row that loses most in the groups chosen so far."""
     chosen, covered = [first], torch.zeros_like(own)
     while len(chosen) < search.groups:
         channels, taps = _template(search, search.cells[chosen[-1]][None, None])

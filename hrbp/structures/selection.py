@@ -44,7 +44,7 @@ def check_score(score: Tensor, sparsity: float, who: str) -> Tensor:
 
 
 def top(value: Tensor, count: int) -> Tensor:
-    """bool: the `count` highest along the last axis, the first ones among equals."""
+    """bool: the `count` highest along the last axis; of equal ones the first."""
     if count == 0:
         return torch.zeros_like(value, dtype=torch.bool)
     least = value.topk(count, sorted=False).values.amin(-1, keepdim=True)
@@ -65,13 +65,13 @@ def top_of_few(value: Tensor, count: int, axis: int) -> Tensor:
     return torch.stack([places < count for places in ahead], axis)
 
 
-def swapped(kept: Tensor, worth: Tensor, wish: Tensor, share: float) -> Tensor:
-    """bool [rows, units]: in each row, `share` of the kept units go, those worth least, and as many come, most wished.
+def swapped(kept: Tensor, worth: Tensor, gain: Tensor, share: float) -> Tensor:
+    """bool [rows, units]: in each row, drop `share` of the kept units, the least worth, and add as many of most gain.
 
     A unit that goes may come back at once, as in RigL. Rows keep equally many units.
     """
     stay, go = staying(kept, worth, share)
-    return stay | top(wish.masked_fill(stay, -math.inf), go)
+    return stay | top(gain.masked_fill(stay, -math.inf), go)
 
 
 def staying(kept: Tensor, worth: Tensor, share: float) -> tuple[Tensor, int]:

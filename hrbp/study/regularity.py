@@ -22,7 +22,7 @@ from ..data.sets import ImageSet
 from ..formats.model import load as load_model
 from ..formats.model import save
 from ..formats.weights import weights_for
-from ..layers.record import plan_of
+from ..layers.record import record_of
 from ..models import build, narrow
 from ..progress import duration
 from ..reports.model_summary import summary
@@ -255,9 +255,9 @@ class Regularity(Runner):
     ) -> dict[str, Any]:
         result = {**identity, **last}
         if model is not None and last["accuracy"] is not None:
-            plan = plan_of(model, required=False)
-            dense = {} if plan is None else plan.dense
-            refused = [name for name, why in dense.items() if plan and why.startswith(f"{plan.structure.name}: ")]
+            record = record_of(model, required=False)
+            dense = {} if record is None else record.dense
+            refused = [name for name, why in dense.items() if record and why.startswith(f"{record.structure.name}: ")]
             costs = {"sparsity": summary(model).sparsity, "file": _size(folder), **costs_of(model, self.train.shape)}
             result |= {**costs, "refused": refused}
         return self._keep(folder, result)

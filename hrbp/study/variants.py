@@ -8,7 +8,7 @@ from fractions import Fraction
 from typing import Any
 
 from ..methods.registry import METHODS, method_named
-from ..surgery.planning import structure_for
+from ..surgery.decision import structure_for
 
 BASELINES = ("dense", "narrow")  # networks that are not pruned: the full one, and a thin one
 

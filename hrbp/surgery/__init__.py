@@ -1,6 +1,6 @@
 """How does a dense model become a sparse one, and a sparse one dense again?
 
-candidates.py says which layers may become sparse, planning.py what becomes of each, conversion.py does it. Another way
+candidates.py says which layers may become sparse, decision.py what becomes of each, conversion.py does it. Another way
 in or out of a sparse model is a file here with one function on a model, as prune.py and fusion.py are.
 """
 

@@ -19,14 +19,14 @@ from blocksparse import BSRConv2d, BSRLinear
 from ..layers import semi_structured
 from ..layers.fused import FusedConv2d
 from ..layers.master import with_master
-from ..layers.record import forget, plan_of, remember
+from ..layers.record import forget, record_of, remember
 from ..layers.stored import PLAIN, block_module
 from ..layers.view import SparseLayer, as_sparse, shape4, sparse_layers
 from ..structures.base import sparsity_of
 from ..wrappers import unwrapped
 from .candidates import Selector
 from .carry import carry, replace_module
-from .planning import Plan, dense_model, planned
+from .decision import Decision, decide, dense_model
 
 
 def sparsify(
@@ -92,26 +92,26 @@ def sparsify(
         ValueError: no layer is left to make sparse, or an argument is out of range; the model is untouched then.
     """
     whole, model = model, dense_model(model, "sparsify()")
-    plan = planned(
+    decided = decide(
         model, sparsity, structure=structure, method=method, distribution=distribution, saliency=saliency,
         include=include, exclude=exclude, batch=batch, loss=loss, seed=seed, options=options,
     )  # fmt: skip
-    steps = [_step(model, plan, name, backend) for name in plan.layers]
+    steps = [_step(model, decided, name, backend) for name in decided.layers]
     for step in steps:  # nothing can fail from here on
         step()
-    remember(model, plan.record)
+    remember(model, decided.record)
     return whole
 
 
-def _step(model: nn.Module, plan: Plan, name: str, backend: str | None) -> Callable[[], None]:
-    """The change of one layer, made ready: what can fail in it has been done."""
-    layer, choice, record = plan.layers[name], plan.choices[name], plan.record
-    if choice is None:
+def _step(model: nn.Module, decided: Decision, name: str, backend: str | None) -> Callable[[], None]:
+    """Prepare the replacement of one layer: all that can fail happens here."""
+    layer, selection, record = decided.layers[name], decided.selections[name], decided.record
+    if selection is None:
         made = with_master(layer, rule=record.structure, sparsity=sparsity_of(record.asked[name]))
     elif record.method is not None:
-        made = with_master(layer, choice, backend=backend)
+        made = with_master(layer, selection, backend=backend)
     else:
-        made = block_module(layer, choice.pattern(), backend)
+        made = block_module(layer, selection.pattern(), backend)
     return partial(replace_module, model, layer, made)
 
 
@@ -148,14 +148,14 @@ def release(model: nn.Module) -> nn.Module:
     Layers then hold the blocks that they compute with, as `sparsify` without a method leaves them. Other layers stay as
     they are. Returns the model, which computes the same; an optimizer has to be made anew.
     """
-    plan = plan_of(model, required=False)
+    record = record_of(model, required=False)
     for layer in sparse_layers(model).values():
         if layer.master:
             module = layer.module
-            made = block_module(module.to_dense(), module.choice().pattern(), module.backend)
+            made = block_module(module.to_dense(), module.selection().pattern(), module.backend)
             replace_module(unwrapped(model), module, made)
-    if plan is not None:
-        remember(unwrapped(model), replace(plan, method=None, target={}))
+    if record is not None:
+        remember(unwrapped(model), replace(record, method=None, target={}))
     return model
 
 
@@ -172,21 +172,21 @@ def to_semi_structured(model: nn.Module) -> dict[str, str | None]:
     Returns:
         layer -> why it stays, None for those that were converted.
     """
-    model, told = unwrapped(model), {}
+    model, refusals = unwrapped(model), {}
     sparse = sparse_layers(model)
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Conv2d | nn.Linear | BSRConv2d | BSRLinear) and not semi_structured.is_converted(
             module
         ):
             layer = sparse.get(name)
-            told[name] = semi_refuses(model, module, layer)
-            if told[name] is None:
+            refusals[name] = semi_refuses(model, module, layer)
+            if refusals[name] is None:
                 plain: Any = module
                 if layer is not None:
                     plain = layer.module.to_dense()
                     replace_module(model, module, plain)
                 replace_module(model, plain, semi_structured.converted(plain))
-    return told
+    return refusals
 
 
 def semi_refuses(model: nn.Module, module: Any, layer: SparseLayer | None) -> str | None:

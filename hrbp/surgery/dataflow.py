@@ -1,4 +1,4 @@
-"""Which layers read a model's input, and which give its output: the first and the last ones.
+"""Find the first and the last layers of a model: those that read its input, and those that give its output.
 
 A layer is first where what it reads comes from the model's input through no other layer, and last where what it gives
 reaches the model's output and feeds no other layer. So a network of two branches has two first layers, one of three

@@ -1,4 +1,4 @@
-"""Whether weights are as an initialiser drew them, or trained."""
+"""Tell trained weights from freshly initialised ones."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ CELLS, FILTERS = 200_000, 32  # of a layer, evenly spaced filters with about thi
 
 
 def trained(model: nn.Module, layers: Mapping[str, Any]) -> str | None:
-    """What says that the weights of these layers are trained, in words; None: they look freshly drawn.
+    """Why these layers look trained, in words; None where they look freshly initialised.
 
-    Trained is a model in which a normalisation has counted batches, or has statistics, weights or biases that differ
+    A model counts as trained where a normalisation has counted batches, or its statistics, weights or biases differ
     between channels; or where a layer's weights are not such as torch.nn.init draws them, with the gains and fans that
     are in use: independent, uniform (then the largest lies at the bound, within 16/n of n weights) or normal (then
     moments, the norm of each filter and each input channel, and the spectral norm are those of a normal matrix), biases

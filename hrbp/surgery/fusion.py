@@ -1,4 +1,4 @@
-"""A network for inference: what follows a convolution becomes a part of it."""
+"""Fuse BatchNorm, ReLU and residual sums into the convolutions before them, for inference."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def fuse(model: nn.Module) -> FusedModel:
 
 
 def _leave_training(module: Any) -> None:
-    """Take what only training needs off a module of a copy: the forward of an Evolver."""
+    """Remove from a copied module what only training needs: the forward of an Evolver."""
     own = vars(module).get("forward")
     if own is not None and _ours(own):
         del module.__dict__["forward"]
@@ -128,7 +128,7 @@ def _leave_training(module: Any) -> None:
 
 @dataclass
 class _Work:
-    """What becomes of a convolution or linear layer."""
+    """What is fused into a convolution or linear layer."""
 
     node: Node
     module: Any
@@ -351,7 +351,7 @@ class _Fuser:
 
 
 def _name(node: Node) -> str:
-    """What a person calls a step of the graph."""
+    """The name of a graph node in messages."""
     if node.op == "call_module":
         return str(node.target)
     inside = list(node.meta.get("nn_module_stack", {}).values())
@@ -366,7 +366,7 @@ def _is_plain(parameter: Any) -> bool:
 
 
 def _made(work: _Work) -> nn.Module:
-    """The layer with what it takes over; other holders of the old one keep it."""
+    """The fused layer, a new module: others may hold the old one."""
     made = copy.copy(work.module)
     made._parameters, made._buffers = made._parameters.copy(), made._buffers.copy()
     if work.norm is not None:

@@ -1,4 +1,4 @@
-"""The masks of torch.nn.utils.prune become a sparse model."""
+"""Import masks of torch.nn.utils.prune."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
 
-from ..layers.record import Sparsity, remember
+from ..layers.record import SparsityRecord, remember
 from ..layers.stored import block_module
-from ..structures.base import Choice, Structure
+from ..structures.base import Selection, Structure
 from ..structures.grains import BOXES, Grains
 from ..structures.mixed import Mixed
 from ..structures.n_m import NM
@@ -21,7 +21,7 @@ from ..structures.recognise import grain, n_m_ratio
 from ..structures.registry import structure as make_structure
 from .candidates import unfit, users_of
 from .carry import replace_module
-from .planning import dense_model
+from .decision import dense_model
 
 
 def from_prune(
@@ -91,15 +91,15 @@ def from_prune(
             " pruned by torch.nn.utils.prune, before prune.remove"
         )
     masks = {name: mask for name, (_, _, mask) in taken.items()}
-    rule, choices = _chosen(masks, structure, options, who)
+    rule, selections = _chosen(masks, structure, options, who)
     makes: list[Callable[[], None]] = []
     for name, (layer, plain, _) in taken.items():
-        made = block_module(plain, choices[name].pattern(), backend)
+        made = block_module(plain, selections[name].pattern(), backend)
         makes.append(partial(_put_blocks, model, layer, made))
     asked = {name: float(mask.double().mean()) for name, mask in masks.items()}
     for make in makes:  # nothing can fail from here on
         make()
-    remember(model, Sparsity(rule, "global", asked, left, saliency="torch.nn.utils.prune"))
+    remember(model, SparsityRecord(rule, "global", asked, left, saliency="torch.nn.utils.prune"))
     return whole
 
 
@@ -117,7 +117,7 @@ def _left(hooks: dict[str, int], reason: str) -> str:
 
 
 def _unpruned(layer: Any) -> Any:
-    """The layer without its mask, beside it: the same Parameters, a module of its own."""
+    """A new module with the Parameters of the layer, without its mask."""
     plain = copy.copy(layer)
     for name in ("_parameters", "_buffers", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"):
         plain.__dict__[name] = vars(layer)[name].copy()
@@ -146,8 +146,8 @@ def _put_blocks(model: nn.Module, layer: nn.Module, made: nn.Module) -> None:
 
 def _chosen(
     masks: dict[str, Tensor], name: str | None, options: dict[str, Any], who: str
-) -> tuple[Structure, dict[str, Choice]]:
-    """The structure of all masks, and each as its choice."""
+) -> tuple[Structure, dict[str, Selection]]:
+    """The common structure of all masks, and the selection of each."""
     rule: Structure
     if name is not None:
         rule = make_structure(name, **options)
@@ -162,7 +162,7 @@ def _chosen(
                     f"{who}: the mask of {layer} is not of structure {rule.name!r}; leave structure out to have"
                     " the one that it is of"
                 )
-        return rule, {layer: _as_choice(mask, rule) for layer, mask in masks.items()}
+        return rule, {layer: _as_selection(mask, rule) for layer, mask in masks.items()}
     if options:
         raise TypeError(f"{who}: no option {', '.join(sorted(options))} without a structure")
     boxes = {layer: grain(mask) for layer, mask in masks.items()}
@@ -170,19 +170,21 @@ def _chosen(
     ratios = {n_m_ratio(mask) for mask in masks.values()}
     if set(boxes.values()) == {(1, 1, 1, 1)} and len(ratios) == 1 and (ratio := ratios.pop()) is not None:
         rule = NM(ratio[1], ratio[0])
-    choices = {layer: _as_choice(mask, rule) for layer, mask in masks.items()}
-    own = {layer: _as_choice(masks[layer], _grains([(box, tuple(masks[layer].shape))])) for layer, box in boxes.items()}
-    if any(choice.blocksize != (1, 1) == choices[layer].blocksize for layer, choice in own.items()):
+    selections = {layer: _as_selection(mask, rule) for layer, mask in masks.items()}
+    own = {
+        layer: _as_selection(masks[layer], _grains([(box, tuple(masks[layer].shape))])) for layer, box in boxes.items()
+    }
+    if any(selection.blocksize != (1, 1) == selections[layer].blocksize for layer, selection in own.items()):
         return Mixed(), own
-    return rule, choices
+    return rule, selections
 
 
-def _as_choice(mask: Tensor, rule: Structure) -> Choice:
-    return Choice(mask, rule.blocksize(mask.shape))
+def _as_selection(mask: Tensor, rule: Structure) -> Selection:
+    return Selection(mask, rule.blocksize(mask.shape))
 
 
 def _grains(boxes: Collection[tuple[tuple[int, ...], tuple[int, ...]]]) -> Grains:
-    """The largest grains of which all of these are made: (box, shape of its layer)."""
+    """The largest grains that all of these are made of: (box, shape of its layer)."""
     sizes = [
         None if all(box[axis] == shape[axis] for box, shape in boxes) else math.gcd(*(box[axis] for box, _ in boxes))
         for axis in range(4)

@@ -69,7 +69,7 @@ def follow(model: nn.Module, who: str) -> tuple[Graph, dict[str, str]]:
 
 
 class _Effect(Exception):
-    """A forward does something besides what it returns."""
+    """A forward has a side effect."""
 
 
 class _Symbol(Proxy):
@@ -147,7 +147,7 @@ class _Follower(Tracer):
 
 
 def _state(m: nn.Module) -> dict[str, Any]:
-    """What a forward might change: attributes, what is in them, buffers, the random generator."""
+    """What a forward may change: attributes and their contents, buffers, the random generator."""
     state: dict[str, Any] = {}
     for name, value in vars(m).items():
         state[name] = value
@@ -181,7 +181,7 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _where(error: Exception) -> str:
-    """What went wrong, and the line of the model's own code where it did."""
+    """The error, and the line of the model's own code that raised it."""
     said = " ".join(str(error).split()) or type(error).__name__
     frames = [
         frame for frame in traceback.extract_tb(error.__traceback__)

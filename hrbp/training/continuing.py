@@ -18,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from ..data.batches import Batches
 from ..files import only_writer
-from ..formats.model import plain_plan
+from ..formats.model import plain_record
 from ..layers.view import sparse_layers
 from ..methods.evolver import Evolver
 from ..progress import Progress
@@ -81,7 +81,7 @@ class Continued:
             "settings": {name: v for name, v in asdict(self.settings).items() if name not in NOT_COMPARED},
             "data": data,
             "model": {"class": type(self.model).__name__, "shapes": zlib.crc32(repr(shapes).encode())},
-            "plan": plain_plan(self.model),
+            "plan": plain_record(self.model),
             "ranks": self.world,
         }
         try:

@@ -21,7 +21,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..data.batches import Batches
 from ..formats.model import save
-from ..layers.record import plan_of
+from ..layers.record import record_of
 from ..layers.view import sparse_layers
 from ..methods.evolver import Evolver, Update
 from ..methods.registry import METHODS
@@ -97,13 +97,13 @@ class Trainer(Continued):
                 f"{who}: batch_size is {train.batch_size} for {self.world} ranks and accumulate = {settings.accumulate}"
                 f" parts; it needs a multiple of {self.world * settings.accumulate}"
             )
-        plan = plan_of(model, required=False)
+        record = record_of(model, required=False)
         method = METHODS[settings.evolve]
-        if method.changes and plan is None:
+        if method.changes and record is None:
             raise ValueError(f"{who}: evolve is {settings.evolve!r} and the model is dense; call hrbp.sparsify() first")
-        if plan is not None and not method.changes and plan.method is not None:
+        if record is not None and not method.changes and record.method is not None:
             raise ValueError(
-                f"{who}: evolve is {settings.evolve!r}; the model was made for {plan.method!r} and needs that"
+                f"{who}: evolve is {settings.evolve!r}; the model was made for {record.method!r} and needs that"
             )
         if reason := method.refuses_options(settings.evolve_options):
             raise ValueError(f"{who}: evolve_options: {reason}")
@@ -344,7 +344,7 @@ class Trainer(Continued):
 
     def _masks(self) -> str:
         changed = "" if self.evolver is None else f"  mask change {self.changed:.2%}"
-        return f"  sparsity {self.sparsity:.2%}{changed}" if plan_of(self.model, required=False) else ""
+        return f"  sparsity {self.sparsity:.2%}{changed}" if record_of(self.model, required=False) else ""
 
     def _left(self, first: int) -> str:
         passed, done = time.monotonic() - self._began, self.step - first
@@ -358,8 +358,8 @@ class Trainer(Continued):
             log.add_to_log(self.out / "log.jsonl", entry)
 
     def _finish(self, out: Path) -> None:
-        model, plan = self._trained(), plan_of(self.model, required=False)
-        if plan is not None and plan.method is not None:
+        model, record = self._trained(), record_of(self.model, required=False)
+        if record is not None and record.method is not None:
             model = release(copied(model))
         save(model, out / "model.pt")
         try:

@@ -1,4 +1,4 @@
-"""What `sparsify` is going to do to a model: which layers, which structure, how dense each, which weights stay."""
+"""Decide what `sparsify` does: which layers become sparse, with which structure and density, and which weights stay."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from ..arguments import any_case, check_sparsity
 from ..density import DISTRIBUTIONS, densities
-from ..layers.record import Sparsity, plan_of
+from ..layers.record import SparsityRecord, record_of
 from ..layers.view import shape4
 from ..methods.base import Method
 from ..methods.registry import dense_weight_method
 from ..saliencies import SALIENCIES
 from ..saliencies import saliency as score_weights
-from ..structures.base import Choice, Structure, sparsity_of
+from ..structures.base import Selection, Structure, sparsity_of
 from ..structures.registry import STRUCTURES, options_if_drawn
 from ..structures.registry import structure as make_structure
 from ..wrappers import unwrapped
@@ -32,32 +32,32 @@ def dense_model(model: nn.Module, who: str) -> nn.Module:
             f"{who}: the model is in DistributedDataParallel, which has set up its parameters; call {who} with the"
             " model before it is wrapped"
         )
-    if plan_of(model, required=False) is not None:
+    if record_of(model, required=False) is not None:
         raise ValueError(f"{who}: the model is sparse already; call densify(model) first")
     return unwrapped(model)
 
 
 def structure_for(method: type[Method] | None, name: str, options: Mapping[str, Any]) -> Structure:
-    """The structure of this name and options; what a method needs of it besides, it gets, as a uniform 1xn for SUBP."""
+    """The structure of this name, with the options that the method needs besides (SUBP: a uniform 1xn)."""
     needed = {} if method is None else method.structure_options(any_case(name, STRUCTURES))
     return make_structure(name, **needed | dict(options))
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What is going to be done; the model is as it was.
+class Decision:
+    """What `sparsify` will do. Nothing has been changed yet.
 
-    layers   name -> the nn.Conv2d or nn.Linear that becomes sparse
-    choices  name -> what it keeps; None: its mask follows its weight, by the record's structure
-    record   what the model will remember of it
+    layers      name -> the nn.Conv2d or nn.Linear that becomes sparse
+    selections  name -> the weights it keeps; None: its mask follows its weight, by the record's structure
+    record      what the model will remember of it
     """
 
     layers: dict[str, Any]
-    choices: dict[str, Choice | None]
-    record: Sparsity
+    selections: dict[str, Selection | None]
+    record: SparsityRecord
 
 
-def planned(
+def decide(
     model: nn.Module,
     sparsity: float,
     *,
@@ -71,8 +71,8 @@ def planned(
     loss: Callable[[Any, Any], Tensor] | None,
     seed: int,
     options: dict[str, Any],
-) -> Plan:
-    """What `sparsify` makes of these arguments, which are its own; it checks them all, and changes nothing.
+) -> Decision:
+    """Check all arguments of `sparsify`, and decide what it does. Changes nothing.
 
     Raises:
         ValueError: no layer is left to make sparse, or an argument is out of range.
@@ -94,8 +94,8 @@ def planned(
     chosen, dense = candidates(model, include, exclude, seen, who)
     why = ""
     if saliency == "auto":
-        told = trained(model, chosen)
-        saliency, why = ("random", "the weights look freshly drawn") if told is None else ("magnitude", told)
+        reason = trained(model, chosen)
+        saliency, why = ("random", "the weights look freshly drawn") if reason is None else ("magnitude", reason)
     if saliency == "random":
         options = options_if_drawn(structure) | options
     shape_rule = structure_for(kind, structure, options)
@@ -127,17 +127,17 @@ def planned(
         realise=None if begins_dense else lambda name, at: shape_rule.density(shape4(chosen[name]), at),
     )
     target = {}
-    if begins_dense:  # the very number where it is one for all, as counts round it down
+    if begins_dense:  # exactly `sparsity` where all layers share it: counts round down from it
         target = {name: sparsity if distribution == "uniform" else sparsity_of(at) for name, at in asked.items()}
-    choices: dict[str, Choice | None] = {}
+    selections: dict[str, Selection | None] = {}
     for i, (name, layer) in enumerate(chosen.items()):
         share = sparsity_of(asked[name])
         if follows_weight:
-            shape_rule.choose(layer.weight.detach().view(shape4(layer)).abs(), share)  # refuses what it cannot keep
-            choices[name] = None
+            shape_rule.choose(layer.weight.detach().view(shape4(layer)).abs(), share)  # raises where it cannot
+            selections[name] = None
         else:
-            choices[name] = shape_rule.choose(scores[name].view(shape4(layer)), 0.0 if target else share, seed + i)
-    record = Sparsity(
+            selections[name] = shape_rule.choose(scores[name].view(shape4(layer)), 0.0 if target else share, seed + i)
+    record = SparsityRecord(
         shape_rule, distribution, asked, dense, None if kind is None else kind.name, target, saliency, why
     )
-    return Plan(chosen, choices, record)
+    return Decision(chosen, selections, record)

@@ -86,9 +86,12 @@ def measure(layer: dict[str, Any], dtype: torch.dtype, rounds: int, clock: Clock
     }
 
 
+def geometry_of(row: dict[str, Any]) -> bs.ConvGeometry:
+    return bs.ConvGeometry.of(row["x"], row["weight"], row["stride"], row["padding"])
+
+
 def terms(row: dict[str, Any], kind: str) -> tuple[cost.Terms, cost.Terms]:
-    g = bs.ConvGeometry.of(row["x"], row["weight"], row["stride"], row["padding"])
-    blocksize = tuple(row["blocksize"])
+    g, blocksize = geometry_of(row), tuple(row["blocksize"])
     facts = row["channels_last"], row["dtype"] in ("float16", "bfloat16")
     return cost.stored_terms(kind, g, blocksize, row["nnzb"], *facts), cost.dense_terms(g, blocksize, row["nnzb"])
 
@@ -103,23 +106,27 @@ def fit(rows: list[dict[str, Any]], kind: str, side: int) -> cost.Terms:
 
 
 def judge(rows: list[dict[str, Any]], constants: dict[str, tuple[cost.Terms, cost.Terms]], threads: int) -> None:
-    """Print how much longer the chosen product takes than the faster one, and than dense."""
-    lines = [["# kind", "blocks", "mean", "worst", "> 5% over dense"]]
-    for kind in KINDS:
-        ratios, over, blocks = [], [], 0
-        for row in rows:
-            stored, dense = (
-                cost.seconds(t, c, threads) for t, c in zip(terms(row, kind), constants[kind], strict=True)
-            )
-            chosen = "cpu" if cost.MARGIN * stored < dense else "torch"
-            blocks += chosen == "cpu"
-            took = row["seconds"][f"{chosen} {kind}"]
-            ratios.append(took / min(row["seconds"][f"{b} {kind}"] for b in ("cpu", "torch")))
-            over.append(took / row["seconds"][f"torch {kind}"])
-        late = sum(r > 1.05 for r in over)
+    """Print how much longer the chosen products take than the faster ones, and than dense; the last line: all three."""
+    lines = [["# product", "on blocks", "mean", "worst", "> 5% over dense", "worst"]]
+    taken = {kind: [_chosen(row, kind, constants[kind], threads) for row in rows] for kind in KINDS}
+    for name, kinds in [*((kind, (kind,)) for kind in KINDS), ("all three", KINDS)]:
+        totals = [
+            [sum(row["seconds"][f"{backend or taken[kind][i]} {kind}"] for kind in kinds) for backend in ("", "torch")]
+            for i, row in enumerate(rows)
+        ]
+        least = [sum(min(row["seconds"][f"{b} {kind}"] for b in ("cpu", "torch")) for kind in kinds) for row in rows]
+        ratios = [took / best for (took, _), best in zip(totals, least, strict=True)]
+        over = [took / dense for took, dense in totals]
+        blocks = sum(all(taken[kind][i] == "cpu" for kind in kinds) for i in range(len(rows)))
+        late = sum(ratio > 1.05 for ratio in over)
         mean, worst = f"{statistics.mean(ratios):.3f}", f"{max(ratios):.2f}"
-        lines.append([f"# {kind}", f"{blocks}", mean, worst, f"{late} of {len(rows)}"])
-    print(f"{columns(lines)}\n# mean, worst: time of the choice / time of the faster one")
+        lines.append([f"# {name}", f"{blocks}", mean, worst, f"{late} of {len(rows)}", f"{max(over):.2f}"])
+    print(f"{columns(lines)}\n# mean, worst: time of the choice / time of the faster one; at the end / time of dense")
+
+
+def _chosen(row: dict[str, Any], kind: str, constants: tuple[cost.Terms, cost.Terms], threads: int) -> str:
+    stored, dense = (cost.seconds(t, c, threads) for t, c in zip(terms(row, kind), constants, strict=True))
+    return "cpu" if cost.margin(geometry_of(row), row["channels_last"]) * stored < dense else "torch"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

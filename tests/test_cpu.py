@@ -108,6 +108,7 @@ def test_a_change_of_any_source_compiles_anew(monkeypatch, tmp_path):
     assert len(commands) == asked + 2  # its version and its target: nothing is compiled
 
 
+@pytest.mark.slow
 def test_processes_that_start_at_once_share_one_library(tmp_path):
     code = """if True:
         from blocksparse.kernels import cpu_build

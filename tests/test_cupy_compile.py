@@ -1,9 +1,8 @@
 """What NVRTC makes of the CUDA C++ kernels, without a driver: registers, spills and shared memory of each target.
 
 The sources are the very text that the emulator compiles (cupy_conv.source), the options those that CuPy adds to ours.
-`specialisations` are all there are: a test holds them against what tiles ask for. Each run compiles a set of them that
-shows every value on sm_90, a slow run one that shows every pair of values on every target; CUPY_COMPILE=all
-compiles them all, some two thousand kernels.
+`specialisations` are all there are: a test holds them against what tiles ask for. A slow run compiles a set of them
+that shows every pair of values on every target; CUPY_COMPILE=all compiles them all, some two thousand kernels.
 """
 
 from __future__ import annotations
@@ -66,16 +65,16 @@ def specialisations() -> Iterator[Special]:
                     yield Special(kind, dtype, precision, unit, nt, cut, bands)
 
 
-def shown(special: Special, together: int) -> set[tuple]:
-    """(kind, a value), or (kind, a value, another one)."""
+def shown(special: Special) -> set[tuple]:
+    """(kind, a value, another one)."""
     math = special.dtype, special.precision
     named = enumerate((math, special.unit, special.nt, special.cut, special.bands > 1))
-    return {(special.kind, *values) for values in itertools.combinations(named, together)}
+    return {(special.kind, *values) for values in itertools.combinations(named, 2)}
 
 
-def covering(specials: list[Special], together: int) -> list[Special]:
-    """Few of them with every value, or pair of values, that any has: again and again the one with the most new ones."""
-    of = {special: shown(special, together) for special in specials}
+def covering(specials: list[Special]) -> list[Special]:
+    """Few of them with every pair of values that any has: again and again the one with the most new ones."""
+    of = {special: shown(special) for special in specials}
     missing = set().union(*of.values())
     chosen = []
     while missing:
@@ -108,25 +107,17 @@ def compiled(source: str, flags: tuple[str, ...], arch: str) -> dict[str, Facts]
     return found
 
 
-@pytest.mark.parametrize(
-    ("together", "archs"),
-    [
-        pytest.param(1, ("sm_90",), id="every value"),
-        pytest.param(2, ARCHS, id="every pair of values", marks=[] if ALL else pytest.mark.slow),
-    ],
-)
-def test_every_kernel_fits(together, archs, capsys):
+@pytest.mark.slow
+def test_every_kernel_fits(capsys):
     """No spills, no stack, enough threads to a multiprocessor, and no shared memory but what the launch asks for."""
-    specials = list(specialisations())
-    if together == 1 or not ALL:
-        specials = covering(specials, together)
-    work = [(special, arch) for special in specials for arch in archs]
+    specials = list(specialisations()) if ALL else covering(list(specialisations()))
+    work = [(special, arch) for special in specials for arch in ARCHS]
     with ThreadPoolExecutor(2) as pool:  # NVRTC lets go of the interpreter
         found = pool.map(lambda item: compiled(cupy_conv.source(item[0].kind), item[0].flags, item[1]), work)
         facts = dict(zip(work, found, strict=True))
-    lines = [f"{'registers':58}{'  '.join(archs)}"]
+    lines = [f"{'registers':58}{'  '.join(ARCHS)}"]
     for special in specials:
-        registers = (f"{facts[special, arch][special.kind].registers:5}" for arch in archs)
+        registers = (f"{facts[special, arch][special.kind].registers:5}" for arch in ARCHS)
         lines.append(f"{special!s:58}{'  '.join(registers)}")
     with capsys.disabled():
         print("", *lines, sep="\n")
@@ -152,12 +143,11 @@ def test_every_tile_is_one_of_the_specialisations(case):
     assert asked <= {special.flags for special in specialisations()}
 
 
-@pytest.mark.parametrize(("together", "least_saved"), [(1, 30), (2, 8)])
-def test_the_covering_ones_show_every_value_or_pair(together, least_saved):
+def test_the_covering_ones_show_every_pair_of_values():
     specials = list(specialisations())
-    few = covering(specials, together)
-    assert {v for s in few for v in shown(s, together)} == {v for s in specials for v in shown(s, together)}
-    assert len(few) < len(specials) / least_saved
+    few = covering(specials)
+    assert {v for s in few for v in shown(s)} == {v for s in specials for v in shown(s)}
+    assert len(few) < len(specials) / 8
 
 
 LAYERS = {64: 56, 128: 28, 256: 14, 512: 7}  # the 3x3 layers of ResNet-50: channels and pixels

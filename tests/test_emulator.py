@@ -186,6 +186,7 @@ PLANTED = [  # statements, and what the sanitizers say: in has 61 floats, out 64
 ]
 
 
+@pytest.mark.slow
 def test_the_sanitizers_catch_what_pages_do_not():
     """To the byte and on both sides, at any seed."""
     choice = " ".join(f"if (which == {i}) {{ {statements} }}" for i, (statements, _) in enumerate(PLANTED))

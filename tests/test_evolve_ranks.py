@@ -244,6 +244,7 @@ def told(written) -> dict[str, str]:
         ("nowhere", "RuntimeError: Evolver.step(): no dense gradient of blocks.0, blocks.1, blocks.2, or of any other"),
     ],
 )
+@pytest.mark.slow
 def test_what_differs_between_ranks_is_told_on_all_of_them(told, case, message):
     assert told[case].startswith(message)
 

@@ -278,6 +278,7 @@ def test_forged_results_are_refused(tmp_path, count):
 # ---------------------------------------------------------------- studies
 
 
+@pytest.mark.slow
 def test_an_impossible_pair_does_not_end_a_study_nor_its_folder(tmp_path, capsys):
     """2:4 has one sparsity: at the other it is left out; the corrected command continues in the same folder."""
     out, options = tmp_path / "s", {"seeds": (0,), "sparsities": (0.5, 0.9)}

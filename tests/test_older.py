@@ -48,7 +48,9 @@ def as_it_was(state: dict[str, Any], stopped: Trainer) -> None:
                     kept[key] = pattern.to_dense(t).view(shape)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(
+    "case", [CASES[0], *(pytest.param(case, marks=pytest.mark.slow) for case in CASES[1:])], ids=str
+)
 def test_it_goes_on(case, tmp_path):
     whole = made(case, tmp_path / "whole").run()
     stopped = signalled(made(case, tmp_path / "cut"), 7)

@@ -21,7 +21,7 @@ from hrbp.reports.mask_report import report_mask
 from hrbp.reports.model_report import report_model, table
 from hrbp.reports.score import Score, random_groups, total_score
 from hrbp.reports.stream import stream
-from hrbp.structures.base import Choice
+from hrbp.structures.base import Selection
 from hrbp.structures.grouping import Grouping
 from hrbp.structures.recognise import describe, grain, recognise, stored_blocks
 from hrbp.structures.registry import choose
@@ -83,7 +83,7 @@ def equal_filters(mask):
 
 @given(small_masks)
 def test_dgrad_fill_is_counted_cell_by_cell(mask):
-    assert dgrad_fill(Choice(mask, (1, 1))) == pytest.approx(fill_by_hand(mask, equal_filters(mask)), abs=1e-12)
+    assert dgrad_fill(Selection(mask, (1, 1))) == pytest.approx(fill_by_hand(mask, equal_filters(mask)), abs=1e-12)
 
 
 @given(patterns(), st.integers(0, 99))
@@ -96,7 +96,7 @@ def test_dgrad_fill_of_stored_blocks(pattern, seed):
     blocks = {}
     for o, c, i, j in mask.nonzero().tolist():
         blocks.setdefault((row_of[o] // bk, c // bc, i, j), set()).add((o, c, i, j))
-    choice = Choice(mask, pattern.blocksize, pattern.row_order)
+    choice = Selection(mask, pattern.blocksize, pattern.row_order)
     expected = blocks.values() if bk > 1 and bc > 1 else equal_filters(mask)
     assert dgrad_fill(choice) == pytest.approx(fill_by_hand(mask, expected), abs=1e-12)
 
@@ -217,14 +217,14 @@ def test_efficacy_is_zero_by_chance_and_grows_with_the_search(seed):
     score = scores(seed)
     random = Grouping.from_mask(choose(torch.ones(SHAPE), 0.75, "hrbp++", groups=4).mask)
     found = regroup(score, 0.75, groups=4, tap_density=4 / 9)
-    report = report_mask(Choice(found.mask(), found.blocksize, found.row_order, found), score).score
+    report = report_mask(Selection(found.mask(), found.blocksize, found.row_order, found), score).score
     assert 0 < report.efficacy < 1
     assert Score(10.0, 4.0, 8.0, 4.0).efficacy == 0
     assert Score(10.0, 8.0, 8.0, 4.0).efficacy == 1
     assert Score(10.0, 5.0, 8.0, 4.0).efficacy == 0.25
     assert Score(10.0, 8.0, 8.0, 8.0).efficacy is None
     assert Score(10.0, 8.0, 8.0, None).efficacy is None
-    blind = report_mask(Choice(random.mask(), random.blocksize, random.row_order, random), score).score
+    blind = report_mask(Selection(random.mask(), random.blocksize, random.row_order, random), score).score
     assert blind.efficacy < report.efficacy
 
 
@@ -349,7 +349,7 @@ def test_dense_layers_store_no_index():
 def test_blocks_with_holes_store_more_than_they_keep():
     mask = torch.zeros(8, 8, 1, 1, dtype=torch.bool)
     mask[0, 0] = mask[5, 6] = True
-    report = report_mask(Choice(mask, (4, 4)))
+    report = report_mask(Selection(mask, (4, 4)))
     assert (report.kept, report.stored) == (2, 32)
 
 
@@ -380,7 +380,7 @@ def test_balance_of_eight_filters_and_eight_channels(k, c, moved, seed):
                 if mask[filter, channel, tap, 0]:
                     fprop[row // 8] += 1
                     dgrad[channel // 8] += 1
-    report = report_mask(Choice(mask, (1, 1), order))
+    report = report_mask(Selection(mask, (1, 1), order))
     assert report.fprop_balance == pytest.approx(largest_over_mean(fprop))
     assert report.dgrad_balance == pytest.approx(largest_over_mean(dgrad))
 

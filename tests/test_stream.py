@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hrbp.reports.mask_report import report_mask
-from hrbp.structures.base import Choice
+from hrbp.structures.base import Selection
 from hrbp.structures.registry import choose
 from test_report import SHAPE, STRUCTURES, scores, small_masks
 
@@ -204,7 +204,7 @@ def check(choice, seed, index_bits=4):
 @given(small_masks, st.booleans(), st.integers(0, 99), st.sampled_from([1, 2, 4]))
 def test_any_mask_is_written_and_run(mask, moved, seed, index_bits):
     order = torch.randperm(len(mask), generator=torch.Generator().manual_seed(seed))
-    check(Choice(mask, (1, 1), order if moved else None), seed, index_bits)
+    check(Selection(mask, (1, 1), order if moved else None), seed, index_bits)
 
 
 @pytest.mark.parametrize(("name", "options", "sparsity", "_"), STRUCTURES, ids=lambda v: str(v))

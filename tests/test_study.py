@@ -53,6 +53,7 @@ def timeless(found):
 # ---------------------------------------------------------------- stopped and continued
 
 
+@pytest.mark.slow
 def test_a_study_that_was_stopped_continues_in_the_middle_of_a_training(whole, tmp_path, monkeypatch):
     # One batch was drawn to measure; the third training's second epoch.
     batches = studies.stop_at(monkeypatch, 20, "hrbp.study.runner", "hrbp.study.study")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hrbp.structures.base import Choice, Structure, named
+from hrbp.structures.base import Selection, Structure, named
 from hrbp.structures.selection import check_score, swapped, top
 
 
@@ -18,14 +18,14 @@ class Diagonals(Structure):
 
     name: str = "diagonal"
 
-    def choose(self, score: Tensor, sparsity: float, seed: int = 0) -> Choice:
+    def choose(self, score: Tensor, sparsity: float, seed: int = 0) -> Selection:
         sums = self.sums(check_score(score, sparsity, f"make_mask({self.name!r})"))
         return self.choice(top(sums, self.count(score.shape, 1 - sparsity)), score.shape)
 
     def density(self, shape: Sequence[int], density: float) -> float:
         return self.count(shape, density) / shape[1]
 
-    def exchange(self, mask: Tensor, order: Tensor | None, weight: Tensor, growth: Tensor, share: float) -> Choice:
+    def exchange(self, mask: Tensor, order: Tensor | None, weight: Tensor, growth: Tensor, share: float) -> Selection:
         kept, worth, wish = (self.sums(t)[None] for t in (mask.float(), weight, growth))
         return self.choice(swapped(kept > 0, worth, wish, share)[0], mask.shape)
 
@@ -42,10 +42,10 @@ class Diagonals(Structure):
         places = self.places(score.shape, score.device)
         return score.new_zeros(score.shape[1]).index_add_(0, places.flatten(), score.sum((2, 3)).flatten())
 
-    def choice(self, kept: Tensor, shape: Sequence[int]) -> Choice:
+    def choice(self, kept: Tensor, shape: Sequence[int]) -> Selection:
         """The choice of these diagonals, bool [C]."""
         mask = kept[self.places(shape, kept.device)]
-        return Choice(mask[:, :, None, None].expand(tuple(shape)).contiguous(), self.blocksize(shape))
+        return Selection(mask[:, :, None, None].expand(tuple(shape)).contiguous(), self.blocksize(shape))
 
 
 @named("diagonal")

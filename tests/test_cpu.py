@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -20,18 +21,24 @@ from strategies import Case, cases
 ROOT = Path(__file__).parent.parent
 
 
+@contextmanager
+def pytorch_threads(count: int):
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def results(case: Case, threads: int) -> list[torch.Tensor]:
     x, values, bias, dy, pattern = case.tensors("cpu")
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with pytorch_threads(threads):
         return [
             bs.conv2d(x, values, pattern, bias, *case.conv, backend="cpu"),
             bs.conv2d_dgrad(dy, values, pattern, x.shape, *case.conv, backend="cpu"),
             bs.conv2d_wgrad(x, dy, pattern, *case.conv, backend="cpu"),
         ]
-    finally:
-        torch.set_num_threads(before)
 
 
 @given(cases("cpu", (torch.float32, torch.float64, torch.bfloat16)))
@@ -89,6 +96,32 @@ def test_a_compiler_that_fails_is_quoted(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("CXX", str(broken))
     assert cpu_build.library.__wrapped__("float") == f"{broken} does not compile it: error: no room for vectors"
+
+
+def test_a_compiler_without_openmp_is_told_and_counted_as_one_thread(monkeypatch, tmp_path):
+    partial = tmp_path / "c++"
+    partial.write_text(
+        "#!/bin/sh\ncase \"$*\" in *-fopenmp*) echo 'error: no omp.h' >&2; exit 1;; esac\n"
+        f'exec {cpu_build._compiler()} "$@"\n'
+    )
+    partial.chmod(0o755)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("CXX", str(partial))
+    with pytest.warns(RuntimeWarning, match=r"runs on one thread \(for more .*refused -fopenmp: error: no omp\.h"):
+        found = cpu_build.library.__wrapped__("float")
+    monkeypatch.setattr(cpu, "library", lambda number: found)
+    plan.plan_conv.cache_clear()
+    assert not cpu.parallel()
+    pattern = bs.BSRPattern.random((64, 64, 3, 3), (8, 8), 0.1)
+    x, values = torch.randn(8, 64, 28, 28), torch.randn(pattern.nnzb, 8, 8)
+    dense = bs.conv2d(x, values, pattern, None, 1, 1, backend="torch")
+    assert bs.explain(x, values, pattern, 1, 1).backend == "cpu"
+    with pytorch_threads(64):
+        many = bs.explain(x, values, pattern, 1, 1)
+        y = bs.conv2d(x, values, pattern, None, 1, 1, backend="cpu")
+    plan.plan_conv.cache_clear()
+    assert many.backend == "torch"  # 64 threads of PyTorch's against one
+    torch.testing.assert_close(y, dense, rtol=1e-4, atol=1e-4)
 
 
 def test_a_change_of_any_source_compiles_anew(monkeypatch, tmp_path):

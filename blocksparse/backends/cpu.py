@@ -25,6 +25,8 @@ class Cpu(Backend):
         return (0, "the default on a CPU") if work.setting and cost.known(work.dtype) else None
 
     def seconds(self, kind: str, work: Work) -> float | None:
+        if work.setting is not None and not cpu.parallel():
+            work = work._replace(setting=work.setting._replace(threads=1))
         both = work.seconds_on_a_cpu(kind)
         return both and both[0]
 

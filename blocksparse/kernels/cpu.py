@@ -41,6 +41,12 @@ def absent() -> str | None:
     return found if isinstance(found, str) else None
 
 
+def parallel() -> bool:
+    """Whether the products run on several threads: False where the compiler has no OpenMP."""
+    lib = library(NUMBERS[torch.float32])
+    return isinstance(lib, str) or bool(lib.bsr_parallel())
+
+
 def peak_flops(dtype: torch.dtype) -> float | None:
     """FLOP/s of fused multiply-adds on PyTorch's number of threads, measured now; None where the backend is absent."""
     lib = library(NUMBERS[dtype])

@@ -16,6 +16,7 @@ import shutil
 import stat
 import subprocess
 import tempfile
+import warnings
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("native") / "cpu.cpp"  # includes the headers beside it
@@ -25,6 +26,7 @@ FLAGS = (
     "-std=c++17", "-O2", "-fPIC", "-shared", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math",
     "-Wno-unknown-pragmas",
 )  # fmt: skip
+OPENMP = "-fopenmp"
 NATIVE = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
 
 
@@ -38,11 +40,21 @@ def library(number: str) -> ctypes.CDLL | str:
             " environment variable CXX"
         )
     failed = ""
-    for more in ((NATIVE, "-fopenmp"), (NATIVE,), ("-fopenmp",), ()):
+    for more in ((NATIVE, OPENMP), (NATIVE,), (OPENMP,), ()):
         try:
-            return ctypes.CDLL(str(_built(compiler, (*FLAGS, f"-DNUMBER={number}", *more))))
+            found = ctypes.CDLL(str(_built(compiler, (*FLAGS, f"-DNUMBER={number}", *more))))
         except (OSError, subprocess.SubprocessError) as error:
             failed = failed or _said(error)
+            continue
+        if failed:
+            lacks = ["one thread (for more install OpenMP: libomp-dev for clang)"] * (OPENMP not in more)
+            lacks += ["the least of this processor's instructions"] * (NATIVE not in more)
+            warnings.warn(
+                f"blocksparse: backend 'cpu' runs on {' and '.join(lacks)}: {compiler} refused"
+                f" {' and '.join(flag for flag in (NATIVE, OPENMP) if flag not in more)}: {failed}",
+                RuntimeWarning, stacklevel=2,
+            )  # fmt: skip
+        return found
     return f"{compiler} does not compile it: {failed}"
 
 

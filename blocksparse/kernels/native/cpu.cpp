@@ -47,6 +47,15 @@ template <class Body> int guarded(Body body) {
 #define NUMBER float
 #endif
 
+// Whether several threads work.
+extern "C" int bsr_parallel() {
+#ifdef _OPENMP
+    return 1;
+#else
+    return 0;
+#endif
+}
+
 // Fused multiplications and additions a second, twice counted, of so many threads that do nothing else.
 extern "C" double bsr_peak_flops(int64_t threads) {
     using A = wide<NUMBER>;

@@ -1,11 +1,14 @@
-"""python bench/gpu.py: every check that needs a GPU, in one command of ten minutes. --help explains all of it."""
+"""python bench/gpu.py: every check and measurement that needs a GPU, in three commands. --help explains all of it."""
 
 from __future__ import annotations
 
 import argparse
+import shutil
 import signal
 import subprocess
 import sys
+import tarfile
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,93 +22,101 @@ import torch
 from bench.shared import machine
 from bench.shared.options import make_parser
 from bench.shared.results import FORMAT
-from bench.stages.jobs import stages
+from bench.stages.jobs import COMMANDS, stages
 from bench.stages.running import run_stage, summary_of
 from hrbp.files import write_json
 from hrbp.progress import duration
 
 DESCRIPTION = """\
-Runs every check that needs a GPU, stage by stage, each a process of its own with a share of the time:
+Runs what needs a GPU, stage by stage, each stage processes of their own with a share of the time. Three commands, each
+of under nine minutes:
 
-  tests      pytest -m "device or gpu": all that uses a GPU, in parallel where pytest-xdist is installed
-  tiles      every shipped tile on real layers against float64 (tests/test_gpu_tiles.py, in parallel likewise)
-  sanitizer  compute-sanitizer over small layers: memcheck, racecheck
-  launch     host time of a module call (bench/launch.py)
-  compile    the kernels of the layers, side by side: each layer once, checked
-  layers     every layer, structure and backend against the best dense convolution (bench/run.py)
-  step       whole training steps (bench/step.py)
+  check   tests      pytest -m "device or gpu": all that uses a GPU, in parallel where pytest-xdist is installed
+          tiles      every shipped tile on real layers against float64 (tests/test_gpu_tiles.py, in parallel likewise)
+          launch     host time of a module call (bench/launch.py)
+  layers  compile    the kernels of the layers, side by side: each layer once, checked
+          layers     every layer, structure and backend against the best dense convolution (bench/run.py)
+  steps   step       whole training steps: eager, as CUDA graphs, through torch.compile (bench/step.py)
+          sanitizer  compute-sanitizer over small layers: memcheck, racecheck, synccheck
 
-  python bench/gpu.py --out gpu
-  python bench/gpu.py --out gpu --stages layers step --seconds 300
-  python bench/gpu.py --out toy --quick                            # without a GPU, at toy sizes: two minutes
+  python bench/gpu.py check --out gpu
+  python bench/gpu.py layers --out gpu
+  python bench/gpu.py steps --out gpu
+  python bench/gpu.py layers --out toy --quick                     # without a GPU, at toy sizes: a minute
 
-All stages take under ten minutes together. What a stage finds is written to OUT/results.json when it ends, its output
-goes to OUT/log.txt as it comes, and the files of a stage that was killed stay beside them: nothing that was measured is
-lost. Exit status: 0; 1 if a stage found something wrong or was stopped at its limit; 2 for wrong options; 130 if
-interrupted.
+A command writes three files: OUT/COMMAND.json, every row as it comes; OUT/COMMAND.log, what the processes print;
+OUT/COMMAND.tar.gz, their own files, when all is done. A stage that takes longer than its share leaves less to the
+others; a process at its limit is stopped, and what it has measured is kept. bench/page.py makes tables of the files.
+Exit status: 0; 1 if a stage found something wrong, was stopped at its limit or could not run; 2 for wrong options; 130
+if interrupted.
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the stages; returns the exit status."""
+    """Runs the stages of a command; returns the exit status."""
     args = parse_arguments(argv)
     begin, on_gpu = time.monotonic(), torch.cuda.is_available()
     args.out.mkdir(parents=True, exist_ok=True)
-    device = torch.device("cuda" if on_gpu else "cpu")
-    scale = args.seconds / 600
-    chosen = [s for s in stages(args.out, on_gpu, args.quick, scale) if not args.stages or s.name in args.stages]
+    folder = Path(tempfile.mkdtemp(prefix="blocksparse-gpu-"))
+    found = stages(args.command, folder, on_gpu, args.quick, args.seconds)
+    chosen = [stage for stage in found if not args.stages or stage.name in args.stages]
     results: dict[str, Any] = {
         "kind": "gpu",
         "format": FORMAT,
+        "command": args.command,
         "complete": False,
-        "machine": machine.describe(device) | {"gpu": gpu_facts(on_gpu)},
+        "machine": machine.describe(torch.device("cuda" if on_gpu else "cpu")) | {"gpu": gpu_facts(on_gpu)},
         "seconds": 0.0,
         "stages": {},
     }
+    file = args.out / f"{args.command}.json"
 
     def keep() -> None:
         results["seconds"] = time.monotonic() - begin
-        write_json(args.out / "results.json", results)
+        write_json(file, results)
 
     keep()
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)  # stopped like an interrupt
-    planned = sum(stage.seconds for stage in chosen)
     interrupted = False
-    with (args.out / "log.txt").open("a") as log:
-        for at, stage in enumerate(chosen):
-            left = sum(s.seconds for s in chosen[at:])
-            # What earlier stages did not use is shared out over those to come.
-            spare = max(0.0, planned - (time.monotonic() - begin) - left)
-            seconds = stage.seconds * (1 + spare / left)
-            about = f"at most {duration(seconds)}, about {duration(left + spare)} left"
-            print(f"[{at + 1}/{len(chosen)}] {stage.name}: {about}", flush=True)
-            found: dict[str, Any] = {}
-            results["stages"][stage.name] = found
-            try:
-                run_stage(stage, seconds, args.out, log, found)
-            except KeyboardInterrupt:
-                interrupted = True
-            print("  " + summary_of(stage.name, found), flush=True)
-            keep()
-            if interrupted:
-                break
-    signal.signal(signal.SIGTERM, previous)
-    results["complete"] = not interrupted
-    keep()
-    print(
-        f"{args.out / 'results.json'}; python bench/page.py {args.out / 'results.json'} --out page makes tables of it"
-    )
+    try:
+        with (args.out / f"{args.command}.log").open("a") as log:
+            for at, stage in enumerate(chosen):
+                # What earlier stages did not use, or took too much, is shared out over those to come.
+                left = begin + args.seconds - time.monotonic()
+                seconds = left * stage.share / sum(each.share for each in chosen[at:])
+                about = f"at most {duration(seconds)}, about {duration(max(0.0, left))} left"
+                print(f"[{at + 1}/{len(chosen)}] {stage.name}: {about}", flush=True)
+                of_stage: dict[str, Any] = {}
+                results["stages"][stage.name] = of_stage
+                try:
+                    run_stage(stage, seconds, folder, log, of_stage, keep)
+                except KeyboardInterrupt:
+                    interrupted = True
+                print("  " + summary_of(stage.name, of_stage), flush=True)
+                if interrupted:
+                    break
+        results["complete"] = not interrupted
+        results["machine"]["gpu after"] = gpu_facts(on_gpu)
+        keep()
+        with tarfile.open(args.out / f"{args.command}.tar.gz", "w:gz") as archive:
+            archive.add(folder, arcname=args.command)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+        shutil.rmtree(folder, ignore_errors=True)
+    print(f"{file}; python bench/page.py {file} --out page makes tables of it")
     if interrupted:
         return 130
-    return 1 if any(found["status"] in ("failed", "late") for found in results["stages"].values()) else 0
+    bad = ("failed", "late", "not run") if on_gpu else ("failed", "late")
+    return 1 if any(each["status"] in bad for each in results["stages"].values()) else 0
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = make_parser("gpu", DESCRIPTION)
-    names = [stage.name for stage in stages(Path(), on_gpu=False, quick=True)]
+    names = [stage.name for command in COMMANDS for stage in stages(command, Path(), False, True, 1.0)]
+    parser.add_argument("command", choices=COMMANDS)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where results and logs go")
-    parser.add_argument("--stages", nargs="+", choices=names, help="only these")
-    parser.add_argument("--seconds", type=float, default=570.0, help="the whole run, if every stage takes its share")
+    parser.add_argument("--stages", nargs="+", choices=names, help="only these of the command")
+    parser.add_argument("--seconds", type=float, default=520.0, help="for the whole command (default %(default)g)")
     parser.add_argument("--quick", action="store_true", help="toy sizes: shows that every stage runs")
     args = parser.parse_args(argv)
     args.out = args.out.resolve()  # processes run in the root of the repository
@@ -113,14 +124,20 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("PyTorch sees no CUDA device here; --quick runs the stages at toy sizes on the CPU")
     if args.seconds <= 0:
         parser.error(f"--seconds {args.seconds}: it needs a positive number")
+    own = [stage.name for stage in stages(args.command, Path(), False, True, 1.0)]
+    if args.stages and not set(args.stages) <= set(own):
+        parser.error(f"--stages {' '.join(args.stages)}: {args.command} has {', '.join(own)}")
     return args
 
 
 def gpu_facts(on_gpu: bool) -> dict[str, str] | str:
-    """What nvidia-smi says of driver, clocks, power and memory."""
+    """What nvidia-smi says of driver, clocks, power, temperature and memory."""
     if not on_gpu:
         return "no CUDA device"
-    names = ["name", "driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "memory.total"]
+    names = [
+        "name", "driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.draw", "power.limit",
+        "temperature.gpu", "memory.total", "clocks_throttle_reasons.active",
+    ]  # fmt: skip
     command = ["nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)

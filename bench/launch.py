@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 import blocksparse as bs
 from bench.shared import machine, options
-from bench.shared.clocks import Clock, HostClock, Rounds, interleave
+from bench.shared.clocks import Clock, HostClock, Lap, Rounds, interleave
 from bench.shared.results import Writer
-from bench.shared.rows import ERROR, OK, Row, Times
+from bench.shared.rows import ABSENT, ERROR, OK, Row, Times
 from bench.shared.tables import number, table
 
 DESCRIPTION = """\
@@ -58,11 +58,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         machine.set_up_gpu(device, tf32=True)
     facts = machine.describe(device)
     writer = Writer("launch", args, facts)
-    rows = measure(device, HostClock(device, CALLS), 20 if args.quick else 400)
+    rows: list[HostRow] = []
+    finished = False
+    try:
+        measure(device, HostClock(device, CALLS), 20 if args.quick else 400, rows)
+        finished = True
+    except KeyboardInterrupt:
+        print("interrupted", flush=True)
     print(f"{facts['device']}; torch {facts['torch']}")
     head = ["module", "backend", "forward us", "beyond", "step us", "beyond"]
     print("\n".join(table(head, [(row, [row.module, row.backend], _numbers(row)) for row in rows], 2)))
-    writer.write(rows, complete=True)
+    writer.write(rows, finished)
+    if not finished:
+        return 130
     return 1 if any(row.status != OK for row in rows) else 0
 
 
@@ -79,12 +87,15 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return options.parsed(parser, argv)
 
 
-def measure(device: torch.device, clock: Clock, repetitions: int) -> list[HostRow]:
-    """nn.Conv2d first, then BSRConv2d on every backend that runs here; repetitions of all interleaved."""
+def measure(device: torch.device, clock: Clock, repetitions: int, rows: list[HostRow]) -> None:
+    """nn.Conv2d first, then BSRConv2d on every backend that runs here; repetitions of all interleaved.
+
+    `rows` gets their times also where an interrupt ends the measurement.
+    """
     n, c, size = SIZES[device.type]
     x = torch.randn(n, c, size, size, device=device).contiguous(memory_format=torch.channels_last).requires_grad_()
     dense = nn.Conv2d(c, c, 3, padding=1, device=device)
-    rows = [HostRow(module="nn.Conv2d", backend="")]
+    rows.append(HostRow(module="nn.Conv2d", backend=""))
     calls = {(0, kind): call for kind, call in kinds(dense, x).items()}
     for backend, absent in bs.available_backends().items():
         if absent is not None or (device.type == "cpu" and backend in ("triton", "cupy")):
@@ -100,16 +111,25 @@ def measure(device: torch.device, clock: Clock, repetitions: int) -> list[HostRo
             row.fail(ERROR, error)
             continue
         calls |= {(len(rows) - 1, kind): call for kind, call in mine.items()}
-    laps = interleave(calls, clock, Rounds(repetitions, repetitions), deadline=0.0)
-    for at, row in enumerate(rows):
-        if row.status == OK:
-            row.times, row.step_times = (Times.of(laps[at, kind]) for kind in KINDS)
-            row.forward_us, row.step_us = 1e3 * row.times.p20, 1e3 * row.step_times.p20
+    laps: dict[tuple[int, str], list[Lap]] = {}
+    try:
+        interleave(calls, clock, Rounds(repetitions, repetitions), deadline=0.0, into=laps)
+    finally:
+        for at, row in enumerate(rows):
+            if row.status == OK and not all(laps.get((at, kind)) for kind in KINDS):
+                row.fail(ABSENT, "interrupted before it was timed")
+            if row.status == OK:
+                row.times, row.step_times = (Times.of(laps[at, kind]) for kind in KINDS)
+                row.forward_us, row.step_us = 1e3 * row.times.p20, 1e3 * row.step_times.p20
+        compare(rows)
+
+
+def compare(rows: list[HostRow]) -> None:
+    """What lies beyond the first row."""
     first = rows[0]
     for row in rows[1:]:
         for kind, own, base in (("forward", row.forward_us, first.forward_us), ("step", row.step_us, first.step_us)):
             row.beyond[kind] = None if own is None or base is None else own - base
-    return rows
 
 
 def kinds(module: nn.Module, x: Tensor) -> dict[str, Callable[[], Any]]:

@@ -16,12 +16,12 @@ from bench.shared.options import make_parser
 
 DESCRIPTION = """\
 Makes FOLDER/index.md, and FOLDER/roofline-DEVICE.png where matplotlib is installed, from result files (--json) of
-bench/run.py, bench/step.py, bench/infer.py and bench/launch.py, and OUT/results.json of bench/gpu.py: for each device
-its layers against the best dense convolution, whole steps, inference, host time, what was checked, and on a GPU the
-goals (bench/goals.json).
+bench/run.py, bench/step.py, bench/infer.py and bench/launch.py, and the files of bench/gpu.py: for each device its
+layers against the best dense convolution, whole steps, inference, host time, what was checked, and on a GPU the goals
+(bench/goals.json).
 
   python bench/page.py bench/results/*.json --out page
-  python bench/page.py gpu/results.json --out page
+  python bench/page.py gpu/*.json --out page
 
 It takes a few seconds and measures nothing. Exit status: 0; 2 for a file that is no result of this benchmark.
 """

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 import hrbp
 from bench.shared import machine, options
-from bench.shared.clocks import Rounds, interleave, make_step_clock
+from bench.shared.clocks import Lap, Rounds, interleave, make_step_clock
 from bench.shared.equal import NETWORK_ALLOWED, network_error
 from bench.shared.memory import make_memory
 from bench.shared.results import Writer
-from bench.shared.rows import ERROR, FAIL, OK, Row, Times, ratio
+from bench.shared.rows import ABSENT, ERROR, FAIL, OK, REFUSED, Row, Times, ratio
 from bench.shared.schedule import Schedule
 from bench.shared.tables import number, percentiles, table
 from blocksparse import BSRConv2d, BSRLinear
@@ -129,18 +129,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         for at, name in enumerate(args.network):
             schedule.start(at, name)
-            new = measure_network(NETWORKS[name], args, schedule.deadline(at))
-            rows += new
-            schedule.clear()
-            print("\n".join(lines(new)), flush=True)
-            writer.write(rows, complete=False)  # a run that is killed keeps what it has
+            new: list[StepRow] = []
+            try:
+                measure_network(NETWORKS[name], args, schedule.deadline(at), new)
+            finally:  # interrupted: what was measured so far counts
+                for row in new:
+                    if row.status == OK and row.times is None:
+                        row.fail(ABSENT, "interrupted before it was timed")
+                rows += new
+                schedule.clear()
+                if new:
+                    print("\n".join(lines(new)), flush=True)
+                writer.write(rows, complete=False)  # a run that is killed keeps what it has
         finished = True
     except KeyboardInterrupt:
-        print("\ninterrupted: what is above is complete", flush=True)
+        print("\ninterrupted", flush=True)
     writer.write(rows, finished)
     if not finished:
         return 130
-    return 1 if any(row.status != OK for row in rows) or not rows else 0
+    return 1 if any(row.status in (FAIL, ERROR) for row in rows) or not rows else 0
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -164,8 +171,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 # ---------------------------------------------------------------- one network
 
 
-def measure_network(network: Network, args: argparse.Namespace, deadline: float) -> list[StepRow]:
-    """A row for dense and each structure, in every way; steps of all of them interleaved until `deadline`."""
+def measure_network(network: Network, args: argparse.Namespace, deadline: float, rows: list[StepRow]) -> None:
+    """A row for dense and each structure, in every way; steps of all of them interleaved until `deadline`.
+
+    `rows` gets them as they are made, and their times also where an interrupt ends the measurement.
+    """
     device, on_gpu = args.device, args.device.type == "cuda"
     batch = args.batch or (network.batch if on_gpu else network.cpu_batch)
     sparsity = args.sparsity or network.sparsity
@@ -179,15 +189,17 @@ def measure_network(network: Network, args: argparse.Namespace, deadline: float)
     if args.compile:
         ways.append(Way("channels_last", "compiled"))
     memory, pool = make_memory(device), torch.cuda.graph_pool_handle() if on_gpu else None
-    rows: list[StepRow] = []
     calls: dict[int, Callable[[], Tensor]] = {}
     for structure in (DENSE, *args.structure):
-        model, why = copy.deepcopy(dense), ""
+        model, status, why = copy.deepcopy(dense), FAIL, ""
         if structure != DENSE:
             try:
                 hrbp.sparsify(model, sparsity, distribution=args.distribution, **CASES[structure])
-                why = differs(model, x[:8])
-            except Exception as error:  # one structure that cannot be made or run ends nothing
+            except ValueError as error:  # there is no such mask of this network
+                status, why = REFUSED, str(error)
+            try:
+                why = why or differs(model, x[:8])
+            except Exception as error:  # one structure that cannot run ends nothing
                 why = f"{type(error).__name__}: {error}"
         for way in ways:
             row = StepRow(
@@ -197,7 +209,7 @@ def measure_network(network: Network, args: argparse.Namespace, deadline: float)
             )  # fmt: skip
             rows.append(row)
             if why:
-                row.fail(FAIL, why)
+                row.fail(status, why)
                 continue
             try:
                 step = Step(copy.deepcopy(model), x, target, way, args.dtype, pool)
@@ -209,11 +221,14 @@ def measure_network(network: Network, args: argparse.Namespace, deadline: float)
             row.state_bytes = training_bytes(step.model, step.optimizer)
             row.parameters = sum(p.numel() for p in step.model.parameters())
             calls[len(rows) - 1] = step.call
+    measured: dict[int, list[Lap]] = {}
     rounds = Rounds(3, 3 if args.quick else 200)
-    for at, laps in interleave(calls, make_step_clock(device), rounds, deadline).items():
-        rows[at].times = Times.of(laps)
-    compare(rows)
-    return rows
+    try:
+        interleave(calls, make_step_clock(device), rounds, deadline, into=measured)
+    finally:
+        for at, laps in measured.items():
+            rows[at].times = Times.of(laps) if laps else None
+        compare(rows)
 
 
 class Step:

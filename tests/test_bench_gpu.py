@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import signal
 import sys
+import tarfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -21,6 +24,8 @@ from bench.shared.clocks import Lap
 from bench.shared.rows import FAIL, OK, Times
 from bench.stages import jobs, running
 from blocksparse import ops
+from blocksparse.geometry import KINDS
+from blocksparse.kernels import triton_kernels
 from processes import run as run_process
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,14 +48,19 @@ def one_thread():
 def test_every_stage_runs_and_makes_a_page(tmp_path):
     # A machine with a GPU may have no pytest-xdist, which the project's own options of pytest need.
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTEST_ADDOPTS": "-p no:xdist"}
-    command = [sys.executable, str(ROOT / "bench" / "gpu.py"), "--quick", "--out", str(tmp_path)]
-    done = run_process(command, env=environment)
-    assert done.returncode == 0, done.stdout + done.stderr + (tmp_path / "log.txt").read_text()[-3000:]
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert results["complete"] is True
-    assert results["machine"]["gpu"] == "no CUDA device"
-    found = results["stages"]
-    assert list(found) == ["tests", "tiles", "sanitizer", "launch", "compile", "layers", "step"]
+    found: dict = {}
+    for command in jobs.COMMANDS:
+        words = [sys.executable, str(ROOT / "bench" / "gpu.py"), command, "--quick", "--out", str(tmp_path)]
+        done = run_process(words, env=environment)
+        assert done.returncode == 0, done.stdout + done.stderr + (tmp_path / f"{command}.log").read_text()[-3000:]
+        results = json.loads((tmp_path / f"{command}.json").read_text())
+        assert results["complete"] is True
+        assert results["machine"]["gpu"] == "no CUDA device"
+        found |= results["stages"]
+        with tarfile.open(tmp_path / f"{command}.tar.gz") as archive:
+            assert len(archive.getnames()) > 1
+    assert len(list(tmp_path.iterdir())) == 3 * len(jobs.COMMANDS)
+    assert list(found) == ["tests", "tiles", "launch", "compile", "layers", "step", "sanitizer"]
     for name, stage in found.items():
         needs_gpu = name in ("tiles", "sanitizer", "compile")
         assert (stage["status"], stage["why"]) == (("not run", "no CUDA device") if needs_gpu else ("ok", "")), name
@@ -58,7 +68,8 @@ def test_every_stage_runs_and_makes_a_page(tmp_path):
     for name, least in (("launch", 2), ("layers", 8), ("step", 4)):
         (job,) = found[name]["jobs"].values()
         assert len(job["result"]["rows"]) >= least, name
-    assert page.main([str(tmp_path / "results.json"), "--out", str(tmp_path / "page")]) == 0
+    files = [str(tmp_path / f"{command}.json") for command in jobs.COMMANDS]
+    assert page.main([*files, "--out", str(tmp_path / "page")]) == 0
     text = (tmp_path / "page" / "index.md").read_text()
     assert "sanitizer: not run (no CUDA device)" in text
     assert "### training steps" in text
@@ -70,28 +81,37 @@ def test_every_stage_runs_and_makes_a_page(tmp_path):
 def test_without_a_gpu_only_toy_sizes_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit) as stop:
-        gpu.main(["--out", str(tmp_path)])
+        gpu.main(["check", "--out", str(tmp_path)])
     assert stop.value.code == 2
     assert "PyTorch sees no CUDA device here; --quick" in capsys.readouterr().err
 
 
-def test_the_stages_of_a_gpu_fit_ten_minutes_and_name_real_options(tmp_path, monkeypatch):
+def test_a_stage_of_another_command_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        gpu.main(["layers", "--quick", "--stages", "tests", "--out", str(tmp_path)])
+    assert stop.value.code == 2
+    assert "--stages tests: layers has compile, layers" in capsys.readouterr().err
+
+
+def test_the_stages_of_a_gpu_name_real_options(tmp_path, monkeypatch):
     monkeypatch.setattr(jobs.shutil, "which", lambda name: f"/usr/bin/{name}")
-    found = {stage.name: stage for stage in jobs.stages(tmp_path, on_gpu=True, quick=False)}
-    assert sum(stage.seconds for stage in found.values()) <= 600
+    every = [jobs.stages(command, tmp_path, True, False, 500.0) for command in jobs.COMMANDS]
+    found = {stage.name: stage for each in every for stage in each}
     assert not any(stage.missing for stage in found.values())
     assert found["tests"].jobs[0].command[-4:-1] == ("tests", "-m", "device or gpu")
     assert found["tiles"].jobs[0].command[-3:] == (jobs.TILES, "-k", "real_layer")
     assert (ROOT / jobs.TILES).exists()
     assert "addopts=" in found["tests"].jobs[0].command  # not the project's: those leave the slow ones out
-    for job in found["layers"].jobs:
+    for job in (*found["layers"].jobs, *found["step"].jobs):
         assert "--json" in job.command
+    for job in found["step"].jobs:
+        step.parse_arguments(job.command[job.command.index("--network") :])
     timed, compiled = (
         [
             (layer, word)
             for job in found[name].jobs
             # But for the backends, which may be absent here, every option is understood.
-            for words in [[w for w in job.command[job.command.index("--layer") :] if w not in ("triton", "cupy")]]
+            for words in [_without_backends(job.command[job.command.index("--layer") :])]
             for layer in run.parse_arguments(words).layers
             for word in words
             if word.startswith("--") and word not in ("--seconds", "--repeats")
@@ -100,6 +120,16 @@ def test_the_stages_of_a_gpu_fit_ten_minutes_and_name_real_options(tmp_path, mon
     )
     shapes = [{(layer.shape, layer.stride, layer.size, word) for layer, word in each} for each in (timed, compiled)]
     assert shapes[0] == shapes[1]  # what is timed is compiled before
+
+
+def _without_backends(words: Sequence[str]) -> list[str]:
+    return [word for word in words if word not in ("--backend", "triton", "cupy")]
+
+
+def test_kernels_of_ours_are_what_a_sanitizer_watches():
+    triton = {name for name in vars(triton_kernels) if name.endswith("_kernel") and not name.startswith("_")}
+    assert len(triton) >= 3
+    assert all(re.match(jobs.OURS, name) for name in {*triton, *KINDS, "add_splits"})
 
 
 def writes_then_sleeps(folder: Path, name: str) -> jobs.Job:
@@ -118,57 +148,90 @@ def wait_for(file: Path) -> None:
         time.sleep(0.01)
 
 
-def test_a_process_past_its_limit_is_stopped_and_its_result_kept(tmp_path, monkeypatch):
-    real = running.finish
+def run_one(stage: jobs.Stage, folder: Path, seconds: float = 60.0) -> dict:
+    found: dict = {}
+    with (folder / "log").open("w") as log:
+        running.run_stage(stage, seconds, folder, log, found)
+    return found
 
-    def finish_late(waiting, found, out):
-        for job, _, _ in waiting:
-            wait_for(out / f"{job.name}.done")
-        real([(job, process, 0.0) for job, process, _ in waiting], found, out)
-        waiting.clear()
+
+@pytest.mark.parametrize("parallel", [False, True])
+def test_a_process_past_its_limit_is_stopped_and_its_result_kept(parallel, tmp_path, monkeypatch):
+    real, names = running.finish, ("slow", "slower")
+
+    def finish_late(started, *more):
+        for each in started:
+            wait_for(tmp_path / f"{each.job.name}.done")
+        return real([dataclasses.replace(each, end=0.0) for each in started], *more)
 
     monkeypatch.setattr(running, "finish", finish_late)
-    found: dict = {}
-    with (tmp_path / "log").open("w") as log:
-        running.run_stage(jobs.Stage("launch", 1.0, [writes_then_sleeps(tmp_path, "slow")]), 1.0, tmp_path, log, found)
+    monkeypatch.setattr(running, "PATIENCE", 60.0)
+    found = run_one(
+        jobs.Stage("launch", 1.0, [writes_then_sleeps(tmp_path, name) for name in names], parallel), tmp_path
+    )
     assert found["status"] == "late"
-    assert found["why"] == "stopped at its limit: slow"
-    assert found["jobs"]["slow"]["late"] is True
-    assert found["jobs"]["slow"]["exit"] in (-signal.SIGINT, 1, -signal.SIGKILL)  # the last on a very busy machine
+    assert found["why"] == "stopped at its limit: slow, slower"
+    for name in names:
+        job = found["jobs"][name]
+        assert job["late"] is True
+        assert job["exit"] in (-signal.SIGINT, 1)
+        assert job["result"]["kind"] == "launch"
+
+
+def test_results_are_kept_while_a_process_runs(tmp_path, monkeypatch):
+    """A kill of the whole command loses nothing that a process has written."""
+    seen: list[object] = []
+
+    def keep() -> None:
+        job = found["jobs"].get("slow")
+        if job and job["result"]:
+            seen.append(job["exit"])
+            raise KeyboardInterrupt
+
+    found: dict = {}
+    monkeypatch.setattr(running, "OFTEN", 0.0)
+    stage = jobs.Stage("launch", 1.0, [writes_then_sleeps(tmp_path, name) for name in ("slow", "other")], True)
+    with (tmp_path / "log").open("w") as log, pytest.raises(KeyboardInterrupt):
+        running.run_stage(stage, 600.0, tmp_path, log, found, keep)
+    assert seen == [None]  # it ran
     assert found["jobs"]["slow"]["result"]["kind"] == "launch"
 
 
 def test_an_interrupt_keeps_what_was_found_and_ends_the_processes(tmp_path, monkeypatch):
-    processes = []
+    started = []
     real_start = running.start
 
-    def start(job, log):
-        processes.append(real_start(job, log))
-        return processes[-1]
+    def start(*args):
+        started.append(real_start(*args))
+        return started[-1]
 
-    def interrupted(waiting, found, out):
-        wait_for(out / "slow.done")
+    def interrupted(waiting, folder, *more):
+        wait_for(folder / "slow.done")
         raise KeyboardInterrupt
 
-    stage = jobs.Stage("launch", 60.0, [writes_then_sleeps(tmp_path, "slow")])
+    def stages(command, folder, *more):
+        stage = jobs.Stage("launch", 1.0, [writes_then_sleeps(folder, "slow")])
+        return [stage, dataclasses.replace(stage, name="layers")]
+
     monkeypatch.setattr(running, "start", start)
     monkeypatch.setattr(running, "finish", interrupted)
-    monkeypatch.setattr(gpu, "stages", lambda *_, **__: [stage, dataclasses.replace(stage, name="layers")])
-    assert gpu.main(["--quick", "--out", str(tmp_path)]) == 130
-    results = json.loads((tmp_path / "results.json").read_text())
+    monkeypatch.setattr(gpu, "stages", stages)
+    assert gpu.main(["check", "--quick", "--out", str(tmp_path)]) == 130
+    results = json.loads((tmp_path / "check.json").read_text())
     assert results["complete"] is False
     assert list(results["stages"]) == ["launch"]
     assert results["stages"]["launch"]["jobs"]["slow"]["result"]["kind"] == "launch"
-    assert [process.poll() is not None for process in processes] == [True]
+    assert [each.process.poll() is not None for each in started] == [True]
+
+
+def test_a_stage_without_time_is_not_run(tmp_path):
+    found = run_one(jobs.Stage("tiles", 1.0, [writes_then_sleeps(tmp_path, "slow")]), tmp_path, -1.0)
+    assert (found["status"], found["why"]) == ("not run", "no time was left")
 
 
 def test_a_stage_with_a_wrong_answer_fails(tmp_path):
     job = jobs.Job("bad", (sys.executable, "-c", "raise SystemExit(1)"))
-    found: dict = {}
-    with (tmp_path / "log").open("w") as log:
-        running.run_stage(
-            jobs.Stage("tiles", 60.0, [job, job._replace(name="worse")], True), 60.0, tmp_path, log, found
-        )
+    found = run_one(jobs.Stage("tiles", 1.0, [job, job._replace(name="worse")], True), tmp_path)
     assert found["status"] == "failed"
     assert found["why"] == "exit status not 0: bad, worse"
 
@@ -227,9 +290,10 @@ def test_a_structure_that_cannot_be_made_ends_nothing(monkeypatch, tmp_path):
     monkeypatch.setitem(step.CASES, "block", {"structure": "block", "blocksize": (7, 7)})
     file = tmp_path / "step.json"
     options = ["--network", "resnet8", "--structure", "block", "--quick", "--device", "cpu", "--json", str(file)]
-    assert step.main(options) == 1
+    assert step.main(options) == 0
     rows = {row["structure"]: row for row in json.loads(file.read_text())["rows"]}
     assert rows["dense"]["status"] == OK
+    assert rows["block"]["status"] == "refused"
     assert "no layer to make sparse" in rows["block"]["reason"]
 
 
@@ -240,6 +304,24 @@ def test_rounding_alone_is_far_from_a_failure(monkeypatch):
     x = torch.randn(4, 3, 32, 32)
     monkeypatch.setattr(step, "NETWORK_ALLOWED", 2e-5)
     assert step.differs(step.hrbp.sparsify(network, 0.95, structure="hrbp++"), x) == ""
+
+
+def test_an_interrupt_keeps_the_steps_that_were_timed(monkeypatch, tmp_path):
+    calls = iter(range(7))
+
+    class Clock:
+        def lap(self, call, cold=True):
+            if next(calls, None) is None:
+                raise KeyboardInterrupt
+            return Lap(1e-3)
+
+    monkeypatch.setattr(step, "make_step_clock", lambda device: Clock())
+    file = tmp_path / "step.json"
+    options = ["--network", "resnet8", "--structure", "block", "--device", "cpu", "--json", str(file)]
+    assert step.main(options) == 130
+    rows = json.loads(file.read_text())["rows"]
+    assert len(rows) == 4
+    assert all(row["status"] == OK and row["times"]["p50"] == pytest.approx(1.0) for row in rows)
 
 
 def test_a_step_trains():
@@ -274,7 +356,9 @@ def test_host_time_is_beside_that_of_the_dense_module(monkeypatch):
 
     monkeypatch.setattr(launch, "kinds", calls)
     monkeypatch.setattr(bs, "available_backends", lambda: {"torch": None, "triton": "absent"})
-    dense, sparse = launch.measure(torch.device("cpu"), Clock(), 3)
+    rows: list[launch.HostRow] = []
+    launch.measure(torch.device("cpu"), Clock(), 3, rows)
+    dense, sparse = rows
     assert (dense.module, sparse.module, sparse.backend) == ("nn.Conv2d", "BSRConv2d", "torch")
     assert (dense.forward_us, dense.step_us) == (pytest.approx(10.0), pytest.approx(30.0))
     assert sparse.beyond == {"forward": pytest.approx(10.0), "step": pytest.approx(40.0)}

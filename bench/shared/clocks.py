@@ -166,14 +166,17 @@ def interleave(
     deadline: float,
     drop: Callable[[Mapping[Key, list[Lap]]], set[Key]] = lambda laps: set(),
     cold: bool = True,
+    into: dict[Key, list[Lap]] | None = None,
 ) -> dict[Key, list[Lap]]:
     """Laps of every call, one lap each per round, in an order that is shuffled every round.
 
     Rounds go on until `deadline` (time.perf_counter()) or `rounds.most`. After `rounds.least` rounds `drop` may
     name calls that get no further laps. cold: caches are emptied before every lap, where the clock does that.
+    into: where laps are put as they come, so that an interrupt loses none.
     """
     shuffle = random.Random(0).shuffle
-    laps: dict[Key, list[Lap]] = {key: [] for key in calls}
+    laps = {} if into is None else into
+    laps |= {key: [] for key in calls}
     alive = list(calls)
     gc.collect()
     gc.disable()

@@ -1,4 +1,4 @@
-"""The stages of bench/gpu.py, and the processes of each."""
+"""The commands of bench/gpu.py, their stages, and the processes of each stage."""
 
 from __future__ import annotations
 
@@ -13,67 +13,89 @@ from bench.layers.networks import parse_layer
 
 BENCH = Path(__file__).resolve().parents[1]
 PYTHON = (sys.executable, "-u")
-PARTS = 8  # processes of tests and tiles, on a GPU
+PARTS = 8  # processes side by side, on a GPU
 TILES = "tests/test_gpu_tiles.py"
+OURS = "^(fprop|dgrad|wgrad|add_splits)"  # the kernels that a sanitizer watches; PyTorch's own would take hours
 
 
 class Job(NamedTuple):
-    """One process. Its result is OUT/name.json, of pytest OUT/name.xml; a share of its stage's time is its limit."""
+    """One process, which writes FOLDER/name.json, or of pytest FOLDER/name.xml. `share`: of its stage's time."""
 
     name: str
     command: tuple[str, ...]
     share: float = 1.0
+    environment: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Jobs, one after the other or all at once, and the seconds that they may take of a whole run of ten minutes."""
+    """Jobs, one after the other or all at once, and the share of the command's time that they may take."""
 
     name: str
-    seconds: float
+    share: float
     jobs: list[Job]
     parallel: bool = False
     missing: str = ""  # why it cannot run here
 
 
-def stages(out: Path, on_gpu: bool, quick: bool, scale: float = 1.0) -> list[Stage]:
-    """All stages, the most important first."""
-    no_gpu = "" if on_gpu else "no CUDA device"
-    sanitizer = shutil.which("compute-sanitizer")
-    no_sanitizer = "" if sanitizer else "compute-sanitizer is not on the PATH"
-    tests = pytest(out, "tests", "tests", "-m", "device or gpu", f"--ignore={TILES}", workers=PARTS)
+COMMANDS = ("check", "layers", "steps")
+
+
+def stages(command: str, folder: Path, on_gpu: bool, quick: bool, seconds: float) -> list[Stage]:
+    """The stages of a command, the most important first. `folder` is where jobs write; `seconds` are for all."""
+    of = {"check": _check_stages, "layers": _layer_stages, "steps": _step_stages}[command]
+    return of(folder, on_gpu, quick, seconds)
+
+
+def _check_stages(folder: Path, on_gpu: bool, quick: bool, seconds: float) -> list[Stage]:
+    tests = pytest(folder, "tests", "tests", "-m", "device or gpu", f"--ignore={TILES}", workers=PARTS)
     if quick:
-        tests = pytest(out, "tests", "tests/test_geometry.py")
-    tiles = pytest(out, "tiles", TILES, "-k", "real_layer", workers=PARTS)
-    of_small = "small_layer and 128_128_3_2_5"  # the strided 3x3
-    memory = [
-        Job(tool, (sanitizer or "", "--tool", tool, "--error-exitcode", "9", *pytest(out, tool, TILES, "-k", which)))
-        for tool, which in (("memcheck", f"{of_small} and half"), ("racecheck", f"{of_small} and half and cupy"))
-    ]
-    quickly = ("--quick",) if quick else ()
+        tests = pytest(folder, "tests", "tests/test_geometry.py")
+    tiles = pytest(folder, "tiles", TILES, "-k", "real_layer", workers=PARTS)
+    # A failure is shown as it was drawn: making it smaller takes minutes.
+    drawn = (("HYPOTHESIS_PROFILE", "device"),)
     return [
-        Stage("tests", 130 * scale, [Job("tests", tests)]),
-        Stage("tiles", 70 * scale, [Job("tiles", tiles)], missing=no_gpu),
-        Stage("sanitizer", 40 * scale, memory, missing=no_gpu or no_sanitizer),
-        Stage("launch", 15 * scale, [Job("launch", script("launch", out / "launch.json", *quickly))]),
-        Stage("compile", 70 * scale, compile_jobs(out), parallel=True, missing=no_gpu),
-        Stage("layers", 165 * scale, layer_jobs(out, quick, 165 * scale)),
-        Stage("step", 110 * scale, [step_job(out, quick, 110 * scale)]),
+        Stage("tests", 5, [Job("tests", tests, environment=drawn)]),
+        Stage("tiles", 3, [Job("tiles", tiles)], missing="" if on_gpu else "no CUDA device"),
+        Stage("launch", 1, [Job("launch", script("launch", folder, "launch", *(["--quick"] * quick)))]),
     ]
 
 
-def pytest(out: Path, name: str, *what: str, workers: int = 0) -> tuple[str, ...]:
-    """pytest over some tests, in so many processes where pytest-xdist is installed; it writes OUT/name.xml.
+def _layer_stages(folder: Path, on_gpu: bool, quick: bool, seconds: float) -> list[Stage]:
+    missing = "" if on_gpu else "no CUDA device"
+    return [
+        Stage("compile", 2, compile_jobs(folder), parallel=True, missing=missing),
+        Stage("layers", 5, layer_jobs(folder, quick, 5 / 7 * seconds)),
+    ]
+
+
+def _step_stages(folder: Path, on_gpu: bool, quick: bool, seconds: float) -> list[Stage]:
+    sanitizer = find_sanitizer()
+    missing = "" if sanitizer else "compute-sanitizer is neither on the PATH nor in /usr/local/cuda*/bin"
+    if not on_gpu:
+        missing = "no CUDA device"
+    return [
+        Stage("step", 4, step_jobs(folder, quick, 4 / 5 * seconds)),
+        Stage("sanitizer", 1, sanitizer_jobs(folder, sanitizer or ""), parallel=True, missing=missing),
+    ]
+
+
+# ---------------------------------------------------------------- processes
+
+
+def pytest(folder: Path, name: str, *what: str, workers: int = 0) -> tuple[str, ...]:
+    """pytest over some tests, in so many processes where pytest-xdist is installed; it writes FOLDER/name.xml.
 
     addopts= : the project's own options ask for pytest-xdist, and leave the slow tests out.
     """
     parallel = ("-n", str(workers)) if workers and importlib.util.find_spec("xdist") else ()
     options = ("-o", "addopts=", "-q", "--strict-markers", *parallel, "-p", "no:cacheprovider")
-    return (*PYTHON, "-m", "pytest", *options, f"--junitxml={out / f'{name}.xml'}", *what)
+    return (*PYTHON, "-m", "pytest", *options, f"--junitxml={folder / f'{name}.xml'}", *what)
 
 
-def script(name: str, json_file: Path, *options: str) -> tuple[str, ...]:
-    return (*PYTHON, str(BENCH / f"{name}.py"), "--json", str(json_file), *options)
+def script(script: str, folder: Path, name: str, *options: str) -> tuple[str, ...]:
+    """A script of this folder that writes FOLDER/name.json."""
+    return (*PYTHON, str(BENCH / f"{script}.py"), "--json", str(folder / f"{name}.json"), *options)
 
 
 class Run(NamedTuple):
@@ -86,38 +108,37 @@ class Run(NamedTuple):
 
 
 def runs(quick: bool) -> list[Run]:
-    """The whole network, then what the goals ask of the 3x3 layers."""
+    """The whole network, then what the goals ask of the 3x3 layers; each backend in a process of its own."""
     if quick:
         return [Run("toy", 1, ["16,16,3,1,6"], ["--blocksize", "8x8", "group", "--batch", "8", "--quick"])]
     three = [f"resnet50.layer{stage}.3x3" for stage in (1, 2, 3, 4)]
+    sparsities = ["--sparsity", "0", "0.5", "0.7", "0.8", "0.95", "0.98"]
     return [
         Run("net", 5, ["resnet50"], ["--blocksize", "32x32", "groupx8", "group"]),
         Run("hrbp", 2, three, ["--structure", "hrbp", "--tap-density", "4/9"]),
-        Run("backends", 2, three, ["--blocksize", "32x32", "group", "--backend", "torch", "triton", "cupy"]),
-        Run(
-            "sparsity",
-            2,
-            three[2:3],
-            ["--backend", "triton", "torch", "--sparsity", "0", "0.5", "0.7", "0.8", "0.95", "0.98"],
-        ),
-        Run("bf16", 1, three, ["--dtype", "bf16"]),
+        Run("triton", 2, three, ["--blocksize", "32x32", "64x8", "--backend", "triton"]),
+        Run("cupy", 2, three, ["--blocksize", "group", "8x1", "--backend", "cupy"]),
+        Run("sparsity-32x32", 1, three[2:3], ["--blocksize", "32x32", "--backend", "triton", *sparsities]),
+        Run("sparsity-group", 1, three[2:3], ["--blocksize", "group", "--backend", "cupy", *sparsities]),
         Run("batch256", 2, three, ["--batch", "256"]),
+        Run("bf16", 1, three, ["--dtype", "bf16"]),
     ]
 
 
-def layer_jobs(out: Path, quick: bool, seconds: float) -> list[Job]:
+def layer_jobs(folder: Path, quick: bool, seconds: float) -> list[Job]:
     found = runs(quick)
     whole = sum(run.share for run in found)
     jobs = []
     for run in found:
         # Checks and warm-up come before a run's own clock; the rest is repetitions.
         clock = f"{0.6 * seconds * run.share / whole:.0f}"
+        name = f"layers-{run.name}"
         options = ("--layer", *run.layers, *run.options, "--seconds", clock)
-        jobs.append(Job(f"layers-{run.name}", script("run", out / f"layers-{run.name}.json", *options), run.share))
+        jobs.append(Job(name, script("run", folder, name, *options), run.share))
     return jobs
 
 
-def compile_jobs(out: Path) -> list[Job]:
+def compile_jobs(folder: Path) -> list[Job]:
     """The runs again, one repetition each, in pieces that run side by side: their compilers fill the caches."""
     jobs = []
     for run in runs(quick=False):
@@ -126,12 +147,38 @@ def compile_jobs(out: Path) -> list[Job]:
         for i, piece in enumerate(pieces):
             name = f"compile-{run.name}-{i}"
             options = ("--layer", *piece, *run.options, "--repeats", "1")
-            jobs.append(Job(name, script("run", out / f"{name}.json", *options)))
+            jobs.append(Job(name, script("run", folder, name, *options)))
     return jobs
 
 
-def step_job(out: Path, quick: bool, seconds: float) -> Job:
-    options = ["--seconds", f"{0.5 * seconds:.0f}"]
+def step_jobs(folder: Path, quick: bool, seconds: float) -> list[Job]:
+    """A process for each network, the small ones first; eager and in CUDA graphs, then through torch.compile."""
     if quick:
-        options = ["--network", "resnet8", "--structure", "block", "--quick"]
-    return Job("step", script("step", out / "step.json", *options))
+        options = ("--network", "resnet8", "--structure", "block", "--quick")
+        return [Job("step-resnet8", script("step", folder, "step-resnet8", *options))]
+    shares = {"vgg19": 1.0, "wrn32-2": 1.0, "resnet50": 2.0}
+    whole = 2 * sum(shares.values())
+    made = []
+    for (network, share), more in [(job, more) for more in ((), ("--compile",)) for job in shares.items()]:
+        name = f"step-{network}{'-compiled' if more else ''}"
+        clock = f"{0.5 * seconds * share / whole:.0f}"
+        words = script("step", folder, name, "--network", network, "--seconds", clock, *more)
+        made.append(Job(name, words, share))
+    return made
+
+
+def sanitizer_jobs(folder: Path, sanitizer: str) -> list[Job]:
+    """compute-sanitizer's tools over a strided 3x3 of a few pixels, every kind, on our kernels alone."""
+    small = "small_layer and 128_128_3_2_5 and half"
+    tools = {"memcheck": small, "racecheck": f"{small} and cupy", "synccheck": f"{small} and cupy"}
+    return [
+        Job(tool, (sanitizer, "--tool", tool, "--error-exitcode", "9", "--kernel-name", f"regex={OURS}",
+                   *pytest(folder, tool, TILES, "-k", which)))
+        for tool, which in tools.items()
+    ]  # fmt: skip
+
+
+def find_sanitizer() -> str | None:
+    """compute-sanitizer on the PATH, or beside a CUDA toolkit."""
+    beside = sorted(Path("/usr/local").glob("cuda*/bin/compute-sanitizer"), reverse=True)
+    return shutil.which("compute-sanitizer") or next((str(file) for file in beside), None)

@@ -1,4 +1,4 @@
-"""Runs the stages of bench/gpu.py: processes within limits, whose results are kept when they are stopped."""
+"""Runs the stages of bench/gpu.py: processes within limits, whose results are kept as they come."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import signal
 import subprocess
 import time
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,79 +18,118 @@ from bench.shared.rows import ERROR, FAIL
 from bench.stages.jobs import BENCH, Job, Stage
 
 PATIENCE = 8.0  # seconds between an interrupt and the end
+OFTEN = 5.0  # seconds after which results of processes that run are read again
+ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 
 
-def run_stage(stage: Stage, seconds: float, out: Path, log: Any, found: dict[str, Any]) -> None:
-    """Fills `found`: status, why, seconds, and the results of the jobs, also when it is interrupted."""
+@dataclass
+class Running:
+    """A job that was started, and when it has to be done (time.monotonic())."""
+
+    job: Job
+    process: subprocess.Popen[bytes]
+    end: float
+
+
+def run_stage(
+    stage: Stage, seconds: float, folder: Path, log: Any, found: dict[str, Any], keep: Callable[[], None] = lambda: None
+) -> None:
+    """Fills `found`: status, why, seconds, and the results of the jobs; `keep` is called as often as there are more.
+
+    A job's result is read while it runs, too: what it has measured is kept, whatever ends it.
+    """
     begin = time.monotonic()
-    found |= {"status": "failed", "why": "", "jobs": {}}
-    if stage.missing:
-        found |= {"status": "not run", "why": stage.missing, "seconds": 0.0}
+    found |= {"status": "failed", "why": "", "jobs": {}, "seconds": 0.0}
+    if stage.missing or seconds <= 0:
+        found |= {"status": "not run", "why": stage.missing or "no time was left"}
         return
-    whole = 1.0 if stage.parallel else sum(job.share for job in stage.jobs)
-    waiting: list[tuple[Job, subprocess.Popen[bytes], float]] = []
+    running: list[Running] = []
+    late: set[str] = set()
     try:
-        for job in stage.jobs:
-            for ending in ("json", "xml"):  # of an earlier run
-                (out / f"{job.name}.{ending}").unlink(missing_ok=True)
-            limit = seconds * job.share / whole
-            log.write(f"\n$ {' '.join(job.command)}\n")
-            log.flush()
-            waiting.append((job, start(job, log), time.monotonic() + limit))
-            if not stage.parallel:
-                finish(waiting, found, out)
-        finish(waiting, found, out)
+        if stage.parallel:
+            running = [start(job, folder, log, begin + seconds) for job in stage.jobs]
+            late |= finish(running, folder, found, keep)
+        else:
+            for at, job in enumerate(stage.jobs):
+                # What earlier jobs did not use, or took too much, is shared out over those to come.
+                left = begin + seconds - time.monotonic()
+                share = left * job.share / sum(each.share for each in stage.jobs[at:])
+                running = [start(job, folder, log, time.monotonic() + share)]
+                late |= finish(running, folder, found, keep)
     finally:
-        for job, process, _ in waiting:  # interrupted: what they have written so far counts
-            stop(process)
-            found["jobs"][job.name] = {"exit": process.returncode, "result": result_of(job, out)}
+        stop(running)  # interrupted: what they have written so far counts
+        collect(running, folder, found)
         found["seconds"] = time.monotonic() - begin
-        late = [name for name, job in found["jobs"].items() if job.get("late")]
         wrong = [name for name, job in found["jobs"].items() if job["exit"] != 0 and name not in late]
+        for name in late:
+            found["jobs"][name]["late"] = True
         found["status"] = "failed" if wrong else "late" if late else "ok"
-        reasons = (("exit status not 0", wrong), ("stopped at its limit", late))
+        reasons = (("exit status not 0", wrong), ("stopped at its limit", sorted(late)))
         found["why"] = "; ".join(f"{why}: {', '.join(names)}" for why, names in reasons if names)
 
 
-def start(job: Job, log: Any) -> subprocess.Popen[bytes]:
+def start(job: Job, folder: Path, log: Any, end: float) -> Running:
+    for ending in ("json", "xml"):  # of an earlier run
+        (folder / f"{job.name}.{ending}").unlink(missing_ok=True)
+    log.write(f"\n$ {' '.join(job.command)}\n")
+    log.flush()
     root = str(BENCH.parent)
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
-    environment = os.environ | {"PYTHONPATH": path}
-    return subprocess.Popen(
+    environment = ONE_THREAD | os.environ | {"PYTHONPATH": path} | dict(job.environment)
+    process = subprocess.Popen(
         job.command, cwd=root, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
     )
+    return Running(job, process, end)
 
 
-def finish(waiting: list[tuple[Job, subprocess.Popen[bytes], float]], found: dict[str, Any], out: Path) -> None:
-    """Waits for every process until its limit."""
-    while waiting:
-        job, process, end = waiting[0]
-        late = False
-        try:
-            process.wait(max(0.0, end - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            late = True
-            stop(process)
-        found["jobs"][job.name] = {"exit": process.returncode, "late": late, "result": result_of(job, out)}
-        waiting.pop(0)
+def finish(running: list[Running], folder: Path, found: dict[str, Any], keep: Callable[[], None]) -> set[str]:
+    """Waits for every process until its limit; the names of those that were stopped."""
+    late: set[str] = set()
+    read = time.monotonic()
+    while alive := [each for each in running if each.process.poll() is None]:
+        now = time.monotonic()
+        if over := [each for each in alive if now >= each.end]:
+            late |= {each.job.name for each in over}
+            stop(over)
+            continue
+        if now - read >= OFTEN:
+            collect(running, folder, found)
+            keep()
+            read = time.monotonic()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            alive[0].process.wait(min(each.end for each in alive) - now if len(alive) == 1 else 0.2)
+    collect(running, folder, found)
+    keep()
+    return late
 
 
-def stop(process: subprocess.Popen[bytes]) -> None:
-    """Interrupt a process, so that it writes its results; then kill it and all that it started."""
-    with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
-        os.killpg(process.pid, signal.SIGINT)
-        process.wait(PATIENCE)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+def stop(running: list[Running]) -> None:
+    """Interrupt processes, all at once, so that they write their results; then kill them and all that they started."""
+    for each in running:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(each.process.pid, signal.SIGINT)
+    patience = time.monotonic() + PATIENCE
+    for each in running:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            each.process.wait(max(0.0, patience - time.monotonic()))
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(each.process.pid, signal.SIGKILL)
+        each.process.wait()
 
 
-def result_of(job: Job, out: Path) -> Any:
+def collect(running: list[Running], folder: Path, found: dict[str, Any]) -> None:
+    """What the jobs have written; the exit status of one that runs is None."""
+    for each in running:
+        result = result_of(each.job, folder)
+        found["jobs"][each.job.name] = {"exit": each.process.poll(), "late": False, "result": result}
+
+
+def result_of(job: Job, folder: Path) -> Any:
     """What a job wrote; times of single repetitions stay in its own file."""
-    if (out / f"{job.name}.xml").exists():
-        return tests_of(out / f"{job.name}.xml")
+    if (folder / f"{job.name}.xml").exists():
+        return tests_of(folder / f"{job.name}.xml")
     try:
-        return without_laps(json.loads((out / f"{job.name}.json").read_text()))
+        return without_laps(json.loads((folder / f"{job.name}.json").read_text()))
     except (OSError, ValueError):
         return None
 
@@ -103,15 +144,19 @@ def without_laps(content: Any) -> Any:
 
 
 def tests_of(file: Path) -> dict[str, Any] | None:
-    """Counts of pytest, and the names of what failed."""
+    """Counts of pytest, and what failed: name and message."""
     try:
         suites = list(ElementTree.parse(file).getroot().iter("testsuite"))
     except (OSError, ElementTree.ParseError):
         return None
     counts = {n: sum(int(s.get(n, 0)) for s in suites) for n in ("tests", "failures", "errors", "skipped")}
-    cases = [case for suite in suites for case in suite.iter("testcase")]
-    bad = [c for c in cases if c.find("failure") is not None or c.find("error") is not None]
-    return counts | {"failed": [f"{case.get('classname')}::{case.get('name')}" for case in bad]}
+    failed, reasons = [], []
+    for case in (case for suite in suites for case in suite.iter("testcase")):
+        for part in (case.find("failure"), case.find("error")):
+            if part is not None:
+                failed.append(f"{case.get('classname')}::{case.get('name')}")
+                reasons.append((part.get("message") or "")[:300])
+    return counts | {"failed": failed, "reasons": reasons}
 
 
 def summary_of(name: str, found: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 import blocksparse as bs
 from bench.shared import machine, options
-from bench.shared.clocks import Clock, HostClock, Lap, Rounds, interleave
+from bench.shared.clocks import Clock, HostClock, Lap, Rounds, interleave, make_step_clock
 from bench.shared.results import Writer
 from bench.shared.rows import ABSENT, ERROR, OK, Row, Times
 from bench.shared.tables import number, table
@@ -25,7 +26,7 @@ from bench.shared.tables import number, table
 DESCRIPTION = """\
 Times the host: how long a call of BSRConv2d takes to return, beside nn.Conv2d, on images so small that the device has
 nothing to do. forward is module(x) recording gradients; step is forward and backward. On a GPU it waits for the device
-only between repetitions; on a CPU the small product itself is counted, too.
+only between repetitions; on a CPU the small product itself is counted, too. Then the time of a mask update.
 
   python bench/launch.py
   python bench/launch.py --quick --json launch.json
@@ -35,6 +36,7 @@ It takes half a minute, with --quick a few seconds. Exit status: 0; 1 if a backe
 
 SIZES = {"cuda": (8, 32, 4), "cpu": (1, 8, 2)}  # images, channels, pixels a side: a CPU counts the product, too
 CALLS = 20  # of a repetition
+UPDATED, BLOCKS = (512, 512, 3, 3), ((32, 32), (8, 1))  # the layer whose mask is updated
 KINDS = ("forward", "step")
 
 
@@ -48,6 +50,7 @@ class HostRow(Row):
     step_us: float | None = None
     beyond: dict[str, float | None] = field(default_factory=dict)
     step_times: Times | None = None
+    update_ms: float | None = None  # of set_pattern, the device's part included
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,12 +65,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     finished = False
     try:
         measure(device, HostClock(device, CALLS), 20 if args.quick else 400, rows)
+        rows += [update(device, make_step_clock(device), block, 3 if args.quick else 20) for block in BLOCKS]
         finished = True
     except KeyboardInterrupt:
         print("interrupted", flush=True)
     print(f"{facts['device']}; torch {facts['torch']}")
     head = ["module", "backend", "forward us", "beyond", "step us", "beyond"]
-    print("\n".join(table(head, [(row, [row.module, row.backend], _numbers(row)) for row in rows], 2)))
+    calls = [row for row in rows if row.update_ms is None]
+    print("\n".join(table(head, [(row, [row.module, row.backend], _numbers(row)) for row in calls], 2)))
+    for row in rows:
+        if row.update_ms is not None:
+            print(f"set_pattern of {'x'.join(map(str, UPDATED))}, blocks of {row.variant}: {row.update_ms:.2f} ms")
     writer.write(rows, finished)
     if not finished:
         return 130
@@ -130,6 +138,20 @@ def compare(rows: list[HostRow]) -> None:
     for row in rows[1:]:
         for kind, own, base in (("forward", row.forward_us, first.forward_us), ("step", row.step_us, first.step_us)):
             row.beyond[kind] = None if own is None or base is None else own - base
+
+
+def update(device: torch.device, clock: Clock, blocksize: tuple[int, int], repetitions: int) -> HostRow:
+    """The time until a layer has another mask of equal size, values carried, and the device is idle."""
+    generator = torch.Generator().manual_seed(0)
+    masks = [bs.BSRPattern.random(UPDATED, blocksize, 0.1, generator).to(device) for _ in range(2)]
+    module = bs.BSRConv2d(masks[0], device=device)
+    optimizer = torch.optim.SGD(module.parameters(), 0.1, momentum=0.9)
+    turns = itertools.cycle(reversed(masks))
+    laps = [clock.lap(lambda: module.set_pattern(next(turns), optimizer), cold=False) for _ in range(repetitions)]
+    times = Times.of(laps)
+    return HostRow(
+        module="set_pattern", backend="", variant="x".join(map(str, blocksize)), times=times, update_ms=times.p50
+    )
 
 
 def kinds(module: nn.Module, x: Tensor) -> dict[str, Callable[[], Any]]:

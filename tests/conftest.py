@@ -105,6 +105,8 @@ def alone():
     torch.default_generator.manual_seed(0)  # torch.manual_seed remembers each call for a GPU that may never be used
     if torch.cuda.is_available():
         torch.cuda.manual_seed_all(0)
+        # In float32 as such; test_gpu_tiles.py is about tf32, too.
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002
     if "torch._dynamo" in sys.modules:

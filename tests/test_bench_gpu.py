@@ -430,20 +430,34 @@ def test_every_goal_has_a_measure_and_a_limit(tmp_path):
 
 
 def test_goals_take_the_best_pattern_of_each_layer_and_count_layers(tmp_path):
+    large = {"x_shape": [64, 64, 9, 9]}
     rows = [
-        layer_row(2.0, 8.0),  # 4x
-        layer_row(4.0, 8.0, blocksize_asked="groupx8", structure="equal groups", percent_of_roofline=80.0),
-        layer_row(5.0, 10.0, layer="b", count=3, x_shape=[8, 64, 5, 5]),  # 2x, three times
-        layer_row(1.0, 50.0, layer="c", stride=2),  # counts for the net alone
-        layer_row(1.0, 0.5, sparsity_asked=0.5),
+        layer_row(2.0, 8.0, **large),  # 4x
+        layer_row(4.0, 8.0, blocksize_asked="group", structure="equal groups", percent_of_roofline=80.0, **large),
+        layer_row(5.0, 10.0, layer="b", count=3, x_shape=[64, 64, 5, 5]),  # 2x, three times
+        layer_row(1.0, 50.0, layer="c", stride=2, **large),  # counts for the net alone
+        layer_row(1.0, 0.5, sparsity_asked=0.5, **large),
     ]
-    found = goals_of(device_of(tmp_path, content(rows)))
-    assert found["3x3 of stride 1, 90%, best pattern: x dense"] == ["at least 3", f"{(8 + 30) / (2 + 15):.3g}", "no"]
-    assert found["all convolutions but the stem, 90%, best pattern: x dense"][1:] == [f"{88 / 18:.3g}", "yes"]
-    assert found["3x3, granule 8, 90%: x dense"][1:] == ["2", "no"]
+    halves = content(rows, {"device": "NVIDIA H200"})
+    other = content([layer_row(1.0, 100.0, **large)], {"device": "NVIDIA H200"})
+    other["options"] = other["options"] | {"dtype": "bf16"}
+    found = goals_of(device_of(tmp_path, halves, other))
+    blocks, groups = (f"3x3 of stride 1, 90%, {name}, batch 64: x dense" for name in ("(32, 32)", "HRBP"))
+    assert found[blocks] == ["at least 3", f"{(8 + 30) / (2 + 15):.3g}", "no"]
+    assert found[groups][1:] == ["2", "no"]
+    assert found[blocks.replace("64", "256")][1:] == ["n/a", ""]
+    assert found["all convolutions but the stem, 90%, best pattern: x dense"] == [
+        "at least 1.5",
+        f"{88 / 18:.3g}",
+        "yes",
+    ]
     assert found["3x3 of stride 1, 90%, best pattern: least share of its roofline"][1:] == ["50", "no"]
-    assert found["any sparsity, backend chosen by the library: least x dense"][1:] == ["0.5", "no"]
+    assert found["any layer and sparsity, backend chosen by the library, total: least x dense"][1:] == ["0.5", "no"]
     assert found["training step, VGG-19, 95%: x dense"][1:] == ["n/a", ""]
+    (tmp_path / "h100").mkdir()
+    assert goals_of(device_of(tmp_path / "h100", content(rows, {"device": "NVIDIA H100"})))[blocks][0] == "at least 2.5"
+    (tmp_path / "other").mkdir()
+    assert blocks not in goals_of(device_of(tmp_path / "other", content(rows)))
 
 
 def test_goals_of_steps_and_launches(tmp_path):
@@ -454,8 +468,18 @@ def test_goals_of_steps_and_launches(tmp_path):
     launch_row = {"module": "BSRConv2d", "backend": "triton", "forward_us": 40.0, "step_us": 90.0,
                   "beyond": {"forward": 25.0, "step": 41.0}}  # fmt: skip
     steps = content([step_row, step_row | {"speedup": {"dense": 2.0}}]) | {"kind": "step"}
-    device = device_of(tmp_path, steps, content([launch_row]) | {"kind": "launch"})
+    update = {
+        "module": "set_pattern",
+        "variant": "8x1",
+        "update_ms": 7.0,
+        "forward_us": None,
+        "step_us": None,
+        "beyond": {},
+    }
+    device = device_of(tmp_path, steps, content([launch_row, update]) | {"kind": "launch"})
     found = goals_of(device)
+    assert found["a mask update of 512x512x3x3, ms"] == ["at most 5", "7", "no"]
+    assert "A mask update of 512x512x3x3 in blocks of 8x1: 7.00 ms." in tables.page(device)
     assert found["training step, VGG-19, 95%: x dense"] == ["at least 3", "3.5", "yes"]
     assert found["host time of a module call beyond nn.Conv2d, us"] == ["at most 30", "25", "yes"]
     assert "| BSRConv2d triton | 40 us | 25 us | 90 us | 41 us |" in tables.page(device)

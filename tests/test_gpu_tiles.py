@@ -137,12 +137,10 @@ def check(work: Work, device: str, batch: int) -> Verdict:
 @pytest.fixture
 def settings():
     """What a layer sets of PyTorch is set back."""
-    matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn.conv
-    before = torch.backends.cudnn.benchmark, matmul.fp32_precision, conv.fp32_precision
-    rnn = torch.backends.cudnn.rnn.fp32_precision
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32
     yield
-    torch.backends.cudnn.benchmark, matmul.fp32_precision, conv.fp32_precision = before
-    torch.backends.cudnn.rnn.fp32_precision = rnn
+    cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = before
 
 
 @pytest.mark.gpu

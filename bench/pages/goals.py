@@ -1,7 +1,7 @@
 """The goals of a GPU, which bench/goals.json lists, and what was measured of each.
 
 A goal has a measure (a function of MEASURES), the rows that it is taken of ("rows": column -> the value that it needs),
-and "at_least" or "at_most".
+and "at_least" or "at_most": a number, or one for each device, by a part of its name.
 """
 
 from __future__ import annotations
@@ -23,6 +23,10 @@ def goal_table(device: Device) -> list[str]:
     for goal in json.loads(FILE.read_text()):
         more = "at_least" in goal
         limit = goal["at_least" if more else "at_most"]
+        if isinstance(limit, dict):
+            limit = next((number for name, number in limit.items() if name in device.name), None)
+            if limit is None:  # none is set for this device
+                continue
         got = MEASURES[goal["measure"]](device, goal)
         met = "" if got is None else "yes" if (got >= limit if more else got <= limit) else "no"
         needed = f"at {'least' if more else 'most'} {limit:g}{goal.get('unit', '')}"
@@ -34,9 +38,11 @@ def goal_table(device: Device) -> list[str]:
 
 
 def layer_rows(device: Device, where: Json) -> list[Json]:
-    """Rows of layers that were timed, and have these values; "kernel" and "tap_density" are columns here, too."""
+    """Rows of layers that were timed, and have these values; options of their run are columns here, too."""
     found = [
-        row | {"kernel": row["shape"][2:], "tap_density": run["options"].get("tap_density")}
+        row
+        | {"kernel": row["shape"][2:], "tap_density": run["options"].get("tap_density")}
+        | {"dtype": run["options"]["dtype"], "batch": row["x_shape"][0]}
         for run in device.runs
         for row in run["rows"]
         if time_of(row) is not None
@@ -49,10 +55,10 @@ def _fits(row: Json, where: Json) -> bool:
 
 
 def by_layer(rows: list[Json]) -> list[list[Json]]:
-    """Rows of equal layer and batch together."""
+    """Rows of equal layer, batch and dtype together."""
     groups: dict[tuple[Any, ...], list[Json]] = {}
     for row in rows:
-        groups.setdefault((tuple(row["shape"]), tuple(row["x_shape"]), row["stride"]), []).append(row)
+        groups.setdefault((tuple(row["shape"]), tuple(row["x_shape"]), row["stride"], row["dtype"]), []).append(row)
     return list(groups.values())
 
 
@@ -99,10 +105,17 @@ def least_host_us(device: Device, goal: Json) -> float | None:
     return min((us for us in found if us is not None), default=None)
 
 
+def slowest_update_ms(device: Device, goal: Json) -> float | None:
+    """Milliseconds of a mask update, of the slowest blocksize."""
+    found = [row["update_ms"] for row in device.launches if row.get("update_ms") is not None]
+    return max(found, default=None)
+
+
 MEASURES: dict[str, Callable[[Device, Json], float | None]] = {
     "least_roofline_percent": least_roofline_percent,
     "over_dense": over_dense,
     "least_speedup": least_speedup,
     "best_step": best_step,
     "least_host_us": least_host_us,
+    "slowest_update_ms": slowest_update_ms,
 }

@@ -100,12 +100,16 @@ def step_table(rows: list[Json]) -> list[str]:
 def launch_table(rows: list[Json]) -> list[str]:
     """Host time of a module call."""
     body = []
-    for row in rows:
+    updates = [row for row in rows if row.get("update_ms") is not None]
+    for row in (row for row in rows if row not in updates):
         numbers = row["forward_us"], row["beyond"].get("forward"), row["step_us"], row["beyond"].get("step")
         name = f"{row['module']} {row['backend']}".strip()
         body.append([name, *(NONE if n is None else f"{n:.0f} us" for n in numbers)])
     head = ["module", "forward", "beyond nn.Conv2d", "forward + backward", "beyond nn.Conv2d"]
-    return ["### host time of a call", "", *markdown(head, body)] if body else []
+    said = [
+        f"A mask update of 512x512x3x3 in blocks of {row['variant']}: {row['update_ms']:.2f} ms." for row in updates
+    ]
+    return ["### host time of a call", "", *markdown(head, body), *(said and [*said, ""])] if body else []
 
 
 def inference_table(rows: list[Json]) -> list[str]:

@@ -13,6 +13,8 @@ from torch import Tensor
 FLOOR_ULPS = 4.0
 # What PyTorch's own result may be off by, in the same unit, or in tf32's roundings where it uses that.
 OWN_ULPS, OWN_TF32 = 16.0, 4 * 2.0**-10
+# tf32: tensor cores may cut the operands off, where PyTorch's kernels round them. The unit is then half a unit of tf32.
+TF32_UNIT = 2.0**-11
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ def judge(actual: Tensor, exact: Tensor, own: Tensor, largest: float) -> Verdict
         exact: the same in float64, of the same shape, on the device of `actual` or on the CPU.
         own: PyTorch's dense result in the dtype of `actual`.
         largest: the largest sum of absolute products of an element, which bounds what rounding may do when terms
-            cancel; a unit of rounding is the dtype's eps times this.
+            cancel; a unit of rounding is the dtype's eps times this, of float32 on a GPU that may use tf32 TF32_UNIT.
     """
     if actual.shape != exact.shape:
         return _no(f"shape {tuple(actual.shape)}, needed {tuple(exact.shape)}")
@@ -57,9 +59,11 @@ def judge(actual: Tensor, exact: Tensor, own: Tensor, largest: float) -> Verdict
         return Verdict(0.0, 0.0, 0.0, 0.0)
     if wrong := int((~torch.isfinite(actual)).sum()):
         return _no(f"{wrong} elements are not finite")
-    ulp = torch.finfo(actual.dtype).eps * largest
+    eps = torch.finfo(actual.dtype).eps
+    tf32 = actual.is_cuda and actual.dtype == torch.float32 and torch.backends.cudnn.allow_tf32
+    ulp = (TF32_UNIT if tf32 else eps) * largest
     own_max, own_rms = _errors(own, exact)
-    if not own_max <= max(OWN_ULPS * ulp, OWN_TF32 * largest):
+    if not own_max <= max(OWN_ULPS * eps, OWN_TF32) * largest:
         return _no(f"PyTorch itself is off by {own_max:.3g}: no yardstick")
     max_error, rms_error = _errors(actual, exact)
     return Verdict(max_error, 2 * own_max + FLOOR_ULPS * ulp, rms_error, 2 * own_rms + ulp)

@@ -18,10 +18,9 @@ def set_up_gpu(device: torch.device, tf32: bool) -> None:
     """cuDNN searches for its best algorithm; fp32 is rounded to tf32 only where asked."""
     torch.cuda.set_device(device)
     torch.backends.cudnn.benchmark = True
-    precision = "tf32" if tf32 else "ieee"
-    torch.backends.cudnn.conv.fp32_precision = precision  # type: ignore[attr-defined]
-    torch.backends.cudnn.rnn.fp32_precision = precision  # type: ignore[attr-defined]
-    torch.backends.cuda.matmul.fp32_precision = precision
+    # Not by fp32_precision: after that torch.compile, which reads these, raises.
+    torch.backends.cudnn.allow_tf32 = tf32
+    torch.backends.cuda.matmul.allow_tf32 = tf32
 
 
 def describe(device: torch.device) -> dict[str, Any]:

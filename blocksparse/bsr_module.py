@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .carry import Carrier, expect_untold, ordinary_tensors, tensors_of_blocks, written
+from .dense_view import HOW, read_only
 from .indexed import IndexedModule
 from .pattern import BSRPattern, check_is_pattern
 from .pattern_checks import integers
@@ -59,13 +60,27 @@ class BSRModule(IndexedModule):
         if self.bias is not None:
             nn.init.uniform_(self.bias, -bound, bound)
 
-    def __getattr__(self, name: str) -> Any:
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, zeros outside the pattern: a copy for reading, made anew each time it is asked for.
+
+        Differentiable with respect to `values`. Writing to it raises a TypeError (see DenseWeight).
+        """
+        with torch.inference_mode(False), torch.set_grad_enabled(torch.is_grad_enabled()):
+            return read_only(self._dense_weight())
+
+    @weight.setter
+    def weight(self, value: Any) -> None:
+        raise TypeError(f"{type(self).__name__}.weight: {HOW.format(what='another weight')}")
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         if name == "weight":
-            raise AttributeError(
-                f"{type(self).__name__} has no weight: its parameter is `values`, the stored blocks, and to_dense()"
-                " makes the dense layer. A parent that computes with its children's weights itself needs them dense"
-            )
-        return super().__getattr__(name)
+            raise TypeError(f"{type(self).__name__}.weight: {HOW.format(what='another parameter')}")
+        super().register_parameter(name, param)
+
+    def _dense_weight(self) -> Tensor:
+        nnzb, bk, bc = self.values.shape
+        return BSRPattern.from_index(self.weight_shape, (bk, bc), nnzb, self.index).to_dense(self.values)
 
     @property
     def pattern(self) -> BSRPattern:

@@ -21,7 +21,7 @@ def conv2d(
     pattern: BSRPattern,
     bias: Tensor | None = None,
     stride: IntPair = 1,
-    padding: IntPair = 0,
+    padding: IntPair | str = 0,
     dilation: IntPair = 1,
     *,
     residual: Tensor | None = None,
@@ -37,11 +37,12 @@ def conv2d(
 
     Args:
         x: [N, C, H, W], contiguous or channels_last (the fast one on a GPU, unless bc < 8); float16, bfloat16, float32
-            or float64.
+            or float64. Or one image [C, H, W]: y is [K, P, Q] then.
         values: [nnzb, bk, bc], the stored blocks; dtype and device of x.
         pattern: which blocks they are.
         bias: [K] or None.
-        stride, padding, dilation: int or (height, width).
+        stride, padding, dilation: int or (height, width). The padding may be "valid", or "same" where that is the same
+            on both sides.
         residual: [N, K, P, Q], added to y; dtype and device of x.
         relu: whether negative results become zero.
         backend: "torch" (the stored blocks scattered into a filter bank for PyTorch's own convolution), "cpu" (native
@@ -62,7 +63,7 @@ def conv2d(
     pattern.check_values(values, "conv2d()")
     return convolve(
         x, values, pattern.index, bias, pattern.shape,
-        *conv_pairs(stride, padding, dilation, "conv2d()"), backend, residual, relu,
+        *conv_pairs(stride, padding, dilation, "conv2d()", pattern.shape), backend, residual, relu,
     )  # fmt: skip
 
 

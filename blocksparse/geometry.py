@@ -18,10 +18,32 @@ def pair(value: int | Sequence[int], name: str, who: str, least: int) -> Pair:
 
 
 def conv_pairs(
-    stride: int | Sequence[int], padding: int | Sequence[int], dilation: int | Sequence[int], who: str
+    stride: int | Sequence[int],
+    padding: int | str | Sequence[int],
+    dilation: int | Sequence[int],
+    who: str,
+    weight_shape: Sequence[int] = (),
 ) -> tuple[Pair, Pair, Pair]:
-    """(stride, padding, dilation) as pairs, checked."""
-    return pair(stride, "stride", who, 1), pair(padding, "padding", who, 0), pair(dilation, "dilation", who, 1)
+    """(stride, padding, dilation) as pairs, checked; weight_shape: of the filters that padding "same" is for."""
+    steps, spread = pair(stride, "stride", who, 1), pair(dilation, "dilation", who, 1)
+    if isinstance(padding, str) and weight_shape:
+        if padding == "same" and steps != (1, 1):
+            raise ValueError(f"{who}: padding 'same' needs stride 1; stride is {stride!r}. Give the padding in numbers")
+        return steps, named_padding(padding, weight_shape[2:], spread, who), spread
+    return steps, pair(padding, "padding", who, 0), spread  # type: ignore[arg-type]  # a name: refused
+
+
+def named_padding(name: str, kernel_size: Sequence[int], dilation: Sequence[int], who: str) -> Pair:
+    """What padding "same" or "valid" is in numbers; ValueError where "same" pads one cell more at the end."""
+    if name not in ("same", "valid"):
+        raise ValueError(f"{who}: padding is {name!r}; it needs 'same', 'valid', an int or two of them (height, width)")
+    total = [0 if name == "valid" else d * (k - 1) for d, k in zip(dilation, kernel_size, strict=True)]
+    if any(t % 2 for t in total):
+        raise ValueError(
+            f"{who}: padding 'same' of kernel {tuple(kernel_size)} at dilation {tuple(dilation)} is not symmetric;"
+            " pad the input yourself and use padding 0"
+        )
+    return total[0] // 2, total[1] // 2
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .bsr_module import BSRModule
 from .carry import ordinary_tensors
 from .functional import apply_linear, convolve
-from .geometry import conv_pairs
+from .geometry import conv_pairs, named_padding
 from .pattern import BSRPattern, check_is_pattern
 
 
@@ -19,7 +19,8 @@ class BSRConv2d(BSRModule):
     """nn.Conv2d whose filter bank is stored as the blocks of a BSRPattern.
 
     y = conv2d(x, values, pattern, bias, stride, padding, dilation, residual=residual, relu=relu); see
-    blocksparse.conv2d. The residual is the second argument of a call, if there is one.
+    blocksparse.conv2d. The residual is the second argument of a call, if there is one. `in_channels`, `out_channels`,
+    `kernel_size`, `groups` and `weight`, a dense copy for reading, are those of the nn.Conv2d that computes the same.
 
     Parameters: `values` [nnzb, bk, bc] and `bias` [K]. Parameters, gradients and optimizer state exist for stored
     blocks only. The module owns a copy of the pattern's index (buffer `index`); its state_dict holds the pattern
@@ -28,7 +29,8 @@ class BSRConv2d(BSRModule):
 
     Args:
         pattern: which blocks are stored.
-        stride, padding, dilation: int or (height, width).
+        stride, padding, dilation: int or (height, width). The padding may be "valid" (0), or "same" where that is the
+            same on both sides: `padding` then is what it comes to.
         bias: add a learnable bias [K].
         relu: negative results become zero.
         backend: as in blocksparse.conv2d.
@@ -40,7 +42,7 @@ class BSRConv2d(BSRModule):
         self,
         pattern: BSRPattern,
         stride: int | Sequence[int] = 1,
-        padding: int | Sequence[int] = 0,
+        padding: int | str | Sequence[int] = 0,
         dilation: int | Sequence[int] = 1,
         bias: bool = True,
         *,
@@ -50,8 +52,24 @@ class BSRConv2d(BSRModule):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(pattern, bias, backend, device, dtype)
-        self.stride, self.padding, self.dilation = conv_pairs(stride, padding, dilation, "BSRConv2d()")
+        conv = conv_pairs(stride, padding, dilation, "BSRConv2d()", pattern.shape)
+        self.stride, self.padding, self.dilation = conv
         self.relu = relu
+
+    # What tools read of an nn.Conv2d.
+    groups, transposed, padding_mode, output_padding = 1, False, "zeros", (0, 0)
+
+    @property
+    def in_channels(self) -> int:
+        return self.weight_shape[1]
+
+    @property
+    def out_channels(self) -> int:
+        return self.weight_shape[0]
+
+    @property
+    def kernel_size(self) -> tuple[int, int]:
+        return self.weight_shape[2:]
 
     @classmethod
     def from_dense(cls, conv: nn.Conv2d, pattern: BSRPattern, *, backend: str | None = None) -> BSRConv2d:
@@ -123,6 +141,17 @@ class BSRLinear(BSRModule):
             raise ValueError(f"BSRLinear(): the pattern has shape {pattern.shape}; it needs (K, C, 1, 1)")
         super().__init__(pattern, bias, backend, device, dtype)
 
+    @property
+    def in_features(self) -> int:
+        return self.weight_shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.weight_shape[0]
+
+    def _dense_weight(self) -> Tensor:
+        return super()._dense_weight()[:, :, 0, 0]
+
     @classmethod
     def from_dense(cls, linear: nn.Linear, pattern: BSRPattern, *, backend: str | None = None) -> BSRLinear:
         """The stored blocks of `linear` (weights outside the pattern are dropped), on its device and in its dtype."""
@@ -173,14 +202,6 @@ def _fill_dense(dense: Any, module: BSRModule, weight: Tensor) -> Any:
 
 def symmetric_padding(conv: nn.Conv2d, who: str = "symmetric_padding()") -> tuple[int, ...]:
     """conv.padding in numbers; ValueError where 'same' pads one cell more at the end."""
-    if conv.padding == "valid":
-        return 0, 0
-    if conv.padding == "same":
-        total = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
-        if any(t % 2 for t in total):
-            raise ValueError(
-                f"{who}: padding 'same' of kernel {conv.kernel_size} at dilation {conv.dilation} is not symmetric;"
-                " pad the input yourself and use padding 0"
-            )
-        return tuple(t // 2 for t in total)
+    if isinstance(conv.padding, str):
+        return named_padding(conv.padding, conv.kernel_size, conv.dilation, who)
     return tuple(int(p) for p in conv.padding)

@@ -302,7 +302,12 @@ def convolve(
     residual: Tensor | None = None,
     relu: bool = False,
 ) -> Tensor:
-    """relu(conv2d + residual) on a packed index, with autocast applied; either may be left out."""
+    """relu(conv2d + residual) on a packed index, with autocast applied; either may be left out. x may be one image."""
+    if isinstance(x, Tensor) and x.dim() == 3:
+        one = None if residual is None else residual[None]
+        return convolve(
+            x[None], values, index, bias, weight_shape, stride, padding, dilation, backend, one, relu
+        ).squeeze(0)
     plain = is_plain(x, values, index, bias, residual)
     if not plain:
         for name, t in (("x", x), ("values", values), ("bias", bias), ("residual", residual)):

@@ -52,7 +52,7 @@ def test_other_types_are_named_with_the_remedy(who, call):
         ),
         (lambda: conv(values=VALUES[:, :4]), r"pattern needs \(9, 8, 8\) = \(nnzb, bk, bc\)"),
         (lambda: conv(x=X[:, :4]), r"conv2d\(\): x has 4 channels .* needs 8"),
-        (lambda: conv(x=X[0]), r"x has shape \(8, 6, 6\); it needs 4 dimensions \[N, C, H, W\]"),
+        (lambda: conv(x=X[0, 0]), r"x has shape \(6, 6\); it needs 4 dimensions \[N, C, H, W\]"),
         (
             lambda: conv(x=X.double()),
             r"values has dtype torch.float32 and x torch.float64; they need one dtype",

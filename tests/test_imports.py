@@ -54,8 +54,9 @@ ALLOWED = {
     },
     "functional": {"geometry", "layout", "ops", "pattern", "pattern_checks"},
     "carry": {"pattern"},
+    "dense_view": set(),
     "indexed": set(),
-    "bsr_module": {"carry", "indexed", "pattern", "pattern_checks"},
+    "bsr_module": {"carry", "dense_view", "indexed", "pattern", "pattern_checks"},
     "modules": {"bsr_module", "carry", "functional", "geometry", "pattern"},
     "__init__": {"carry", "reference", "functional", "geometry", "indexed", "modules", "pattern", "plan"},
 }

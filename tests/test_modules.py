@@ -630,15 +630,6 @@ def test_functional_call_and_compile_follow_a_new_pattern():
     torch.testing.assert_close(torch.func.functional_call(module, doubled, (x,)), 2 * module(x))
 
 
-def test_a_weight_that_is_asked_for_is_explained():
-    module = bs.BSRConv2d(bs.BSRPattern.full(SHAPE, BLOCK))
-    assert not hasattr(module, "weight")
-    with pytest.raises(AttributeError, match="BSRConv2d has no weight: its parameter is `values`"):
-        _ = module.weight
-    with pytest.raises(AttributeError, match="no attribute 'other'"):
-        _ = module.other
-
-
 @pytest.mark.parametrize(
     ("call", "message"),
     [

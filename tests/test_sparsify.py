@@ -328,3 +328,29 @@ def test_other_dtypes_and_channels_last(net, dtype):
     x = torch.randn(2, 3, 12, 12, dtype=dtype).contiguous(memory_format=torch.channels_last)
     twin = hrbp.densify(copy.deepcopy(net))
     assert torch.allclose(net(x), twin(x), rtol=0.05, atol=0.02)
+
+
+def test_convolutions_that_are_no_conv2d_are_listed_with_their_reason():
+    model = nn.ModuleDict(
+        {"conv": nn.Conv2d(16, 16, 3), "line": nn.Conv1d(4, 4, 3), "cube": nn.Conv3d(4, 4, 3),
+         "up": nn.ConvTranspose2d(4, 4, 2)}
+    )  # fmt: skip
+    hrbp.sparsify(model, 0.5, structure="unstructured", include=["conv"])
+    text = str(hrbp.summary(model))
+    assert "line (a Conv1d: stored blocks are for Conv2d and Linear)" in text
+    assert "cube (a Conv3d: stored blocks are for Conv2d and Linear)" in text
+    assert "up (a ConvTranspose2d: stored blocks are for Conv2d and Linear; upsampling" in text
+
+
+def test_hooks_of_a_layer_run_before_sparsify_after_it_and_after_densify():
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3), nn.Conv2d(16, 2, 3))
+    calls = []
+    handle = model[1].register_forward_hook(lambda module, args, y: calls.append(type(module).__name__))
+    x = torch.randn(1, 3, 9, 9)
+    for change in (lambda: None, lambda: hrbp.sparsify(model, 0.5), lambda: hrbp.densify(model)):
+        change()
+        model(x)
+    assert calls == ["Conv2d", "BSRConv2d", "Conv2d"]
+    handle.remove()
+    model(x)
+    assert len(calls) == 3

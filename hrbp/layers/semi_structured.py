@@ -77,7 +77,7 @@ def converted(layer: nn.Conv2d | nn.Linear) -> Any:
 
 def is_converted(layer: Any) -> bool:
     """Whether `converted` made it."""
-    return isinstance(getattr(layer, "weight", None), SparseSemiStructuredTensor)
+    return isinstance(layer, nn.Module) and isinstance(layer._parameters.get("weight"), SparseSemiStructuredTensor)
 
 
 def plain_layer(layer: Any) -> Any:

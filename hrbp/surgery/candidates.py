@@ -51,7 +51,20 @@ def candidates(
         if reason := apart.get(name) or unfit(name, layers[name], users):
             dense[name] = reason
     dense = {name: dense[name] for name in layers if name in dense}
-    return {name: layer for name, layer in layers.items() if name not in dense}, dense
+    chosen = {name: layer for name, layer in layers.items() if name not in dense}
+    return chosen, dense | {name: _no_kernel(m) for name, m in model.named_modules() if _other_convolution(m)}
+
+
+def _other_convolution(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.conv._ConvNd) and not isinstance(module, nn.Conv2d)
+
+
+def _no_kernel(conv: nn.Module) -> str:
+    """Why a convolution that is no Conv2d stays dense."""
+    kind = type(conv).__name__
+    if "Transpose" in kind:
+        return f"a {kind}: stored blocks are for Conv2d and Linear; upsampling and a Conv2d can take its place"
+    return f"a {kind}: stored blocks are for Conv2d and Linear"
 
 
 def _ends(model: nn.Module, layers: Mapping[str, nn.Module], batch: Any) -> dict[str, str]:

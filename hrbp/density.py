@@ -21,6 +21,7 @@ def densities(
     *,
     scores: Mapping[str, Tensor] | None = None,
     realise: Callable[[str, float], float] | None = None,
+    min_density: float = 0.0,
 ) -> dict[str, float]:
     """The density of each layer, such that all layers together have the given sparsity.
 
@@ -43,6 +44,7 @@ def densities(
             `realise`.
         distribution: "uniform", "erk" or "global".
         scores: layer name -> finite scores >= 0 of the layer's shape, any floating dtype; only "global" reads them.
+        min_density: no layer is asked for less; the others give way. In [0, 1 - sparsity].
         realise: (name, density in [0, 1]) -> the density that a structure can really keep there (whole blocks, at
             least one, layers too narrow for it), non-decreasing in density.
 
@@ -76,9 +78,24 @@ def densities(
         spread = _erk(cells, {name: sum(shape) for name, shape in shapes.items()})
     else:
         spread = _global(cells, checked)
+    if min_density:
+        check_min_density(min_density, sparsity, who)
+        real = realise or (lambda name, density: density)
+        asked = _realised(spread, cells, sparsity, lambda n, density: real(n, max(density, min_density)), who)
+        return {name: max(density, min_density) for name, density in asked.items()}
     if realise is None:
         return spread(_budget(cells, sparsity))
     return _realised(spread, cells, sparsity, realise, who)
+
+
+def check_min_density(min_density: float, sparsity: float, who: str) -> None:
+    """ValueError unless every layer can keep that share at this sparsity of all."""
+    number = isinstance(min_density, int | float) and not isinstance(min_density, bool)
+    if not number or not 0 <= min_density <= (1 - sparsity) * (1 + 1e-9):
+        raise ValueError(
+            f"{who}: min_density is {min_density!r}; it needs a number in [0, {1 - sparsity:.6g}], as sparsity"
+            f" {sparsity} leaves that density on average"
+        )
 
 
 def _budget(cells: dict[str, int], sparsity: float) -> float:

@@ -274,3 +274,23 @@ TWO = {"a": (4, 4), "b": (2, 3, 3, 3)}
 def test_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+# ------------------------------------------------------------------ a least density
+
+
+@given(networks, st.floats(0.001, 0.99), st.sampled_from(DISTRIBUTIONS), seeds, st.floats(0, 1))
+def test_no_layer_falls_below_the_least_density(shapes, sparsity, distribution, seed, share):
+    least = share * (1 - sparsity)
+    density = densities(shapes, sparsity, distribution, scores=draw_scores(shapes, seed), min_density=least)
+    assert min(density.values()) >= least
+    assert max(density.values()) <= 1
+    assert kept(shapes, density) == pytest.approx((1 - sparsity) * cells(shapes), rel=1e-9, abs=1e-9 * cells(shapes))
+    free = densities(shapes, sparsity, distribution, scores=draw_scores(shapes, seed))
+    if min(free.values()) >= least:
+        assert density == pytest.approx(free, rel=1e-6, abs=1e-9)
+
+
+def test_a_least_density_over_the_mean_is_refused():
+    with pytest.raises(ValueError, match=r"min_density is 0\.2; it needs a number in \[0, 0\.1\], as sparsity 0\.9"):
+        densities({"a": (8, 8)}, 0.9, min_density=0.2)

@@ -354,3 +354,39 @@ def test_hooks_of_a_layer_run_before_sparsify_after_it_and_after_densify():
     handle.remove()
     model(x)
     assert len(calls) == 3
+
+
+def four() -> nn.Sequential:
+    return nn.Sequential(*(nn.Conv2d(c, k, 3) for c, k in ((3, 16), (16, 32), (32, 32), (32, 64), (64, 4))))
+
+
+def test_layers_with_a_sparsity_of_their_own(tmp_path):
+    model = hrbp.sparsify(four(), 0.8, structure="unstructured", per_layer={"*": 0.5, "3": 0.95, "2": 0.0})
+    density = {name: layer.kept() / layer.mask().numel() for name, layer in sparse_layers(model).items()}
+    assert density == pytest.approx({"1": 0.5, "2": 1.0, "3": 0.05}, rel=1e-3)
+    model = hrbp.sparsify(four(), 0.8, structure="unstructured", per_layer={"3": 0.95}, distribution="uniform")
+    density = {name: layer.kept() / layer.mask().numel() for name, layer in sparse_layers(model).items()}
+    assert density == pytest.approx({"1": 0.2, "2": 0.2, "3": 0.05}, rel=1e-2)
+    hrbp.save(model, tmp_path / "model.pt")
+    assert record_of(hrbp.load(tmp_path / "model.pt", four())) == record_of(model)
+    with pytest.raises(ValueError, match=r"per_layer names '0', which is no layer to make sparse; these are 1, 2, 3"):
+        hrbp.sparsify(four(), 0.8, per_layer={"0": 0.5})
+    with pytest.raises(ValueError, match=r"per_layer\['1'\]: sparsity is 90; .*90% is 0\.9"):
+        hrbp.sparsify(four(), 0.8, per_layer={"1": 90})
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.raises(ValueError, match=r"gave 3 a sparsity alone; leave per_layer out"):
+        hrbp.Evolver(model, optimizer, "gmp", total_steps=1000, sparsity=0.9)
+
+
+def test_a_least_density_of_every_layer():
+    plain = hrbp.sparsify(four(), 0.9, structure="unstructured")
+    model = hrbp.sparsify(four(), 0.9, structure="unstructured", min_density=0.09)
+    before, now = (
+        {name: layer.kept() / layer.mask().numel() for name, layer in sparse_layers(m).items()} for m in (plain, model)
+    )
+    assert min(before.values()) < 0.085
+    assert min(now.values()) == pytest.approx(0.09, rel=1e-2)
+    assert hrbp.summary(model).sparsity == pytest.approx(0.9, abs=1e-3)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.raises(ValueError, match=r"sparsity is 0\.95 and min_density of the model 0\.09"):
+        hrbp.Evolver(model, optimizer, "gmp", total_steps=1000, sparsity=0.95)

@@ -1,4 +1,4 @@
-"""python -m hrbp: training sparse networks, and masks of trained weights. Every command has --help."""
+"""python -m hrbp, or hrbp: training sparse networks, and masks of trained weights. Every command has --help."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Sparse CNN training and its masks.
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
-    parser = parsing.Parser("python -m hrbp", description=DESCRIPTION, formatter_class=parsing.AS_WRITTEN)
+    parser = parsing.Parser(parsing.program(), description=DESCRIPTION, formatter_class=parsing.AS_WRITTEN)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for add in (add_train, add_study, add_regroup, add_info):
         add(commands)
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _fail(error: Exception | str, status: int) -> int:
     """Print one line on stderr; returns the exit status."""
-    print(f"python -m hrbp: {_one_line(error)}", file=sys.stderr)
+    print(f"{parsing.program()}: {_one_line(error)}", file=sys.stderr)
     return status
 
 

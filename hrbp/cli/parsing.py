@@ -5,14 +5,21 @@ from __future__ import annotations
 import argparse
 import math
 import re
+import sys
 from collections.abc import Callable
 from fractions import Fraction
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..training.devices import the_device
 
 AS_WRITTEN = argparse.RawDescriptionHelpFormatter  # of help texts that are laid out already
 MOST_SEED = 2**63 - 1  # that torch's and numpy's generators take
+
+
+def program() -> str:
+    """What the user typed to come here: the installed command, or the module."""
+    return "hrbp" if Path(sys.argv[0]).stem == "hrbp" else "python -m hrbp"
 
 
 class Parser(argparse.ArgumentParser):
@@ -62,6 +69,11 @@ def number(low: float, high: float, text: str) -> Callable[[str], float]:
 def positive(value: str) -> int:
     """An integer of at least 1."""
     return _integer(value, 1, "a positive number")
+
+
+def count(value: str) -> int:
+    """An integer of at least 0."""
+    return _integer(value, 0, "a number from 0 on")
 
 
 def seed(value: str) -> int:

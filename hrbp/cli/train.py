@@ -8,18 +8,20 @@ import dataclasses
 import os
 import signal
 import sys
+import zlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..data.batches import Batches
 from ..data.folders import LAYOUT
 from ..data.loading import load, set_named
 from ..data.sets import ImageSet
 from ..density import DISTRIBUTIONS
+from ..formats.pretrained import network_of, plain_bytes, pretrained, start_from
 from ..methods.options import SHARED
 from ..methods.registry import METHODS
 from ..methods.registry import listed as listed_methods
@@ -56,6 +58,8 @@ state.
   python -m hrbp train --structure 2:4 --sparsity 0.5 --evolve sr-ste       N:M from scratch; "ste" without the decay
   python -m hrbp train --structure 1xn --option n=16 --sparsity 0.75 --evolve subp   uniform blocks from scratch
   python -m hrbp train --model resnet32 --width 2 --data cifar10 --root ~/data --schedule step --out runs/first
+  python -m hrbp train --weights torchvision:resnet50 --data ~/pets --epochs 20 --out runs/pets    trained weights,
+                                                            made sparse by magnitude, then fine-tuned
   python -m hrbp train --out runs/first ... --resume        the same command again: continues where it was
   torchrun --nproc-per-node 4 -m hrbp train --model resnet50 --data ~/imagenet --batch-size 1024 --lr 0.4 --warmup 5
 """
@@ -68,6 +72,8 @@ In the folder: log.jsonl (the configuration, then a line an epoch and a mask upd
   y = model(x)
 
 Ctrl-C or SIGTERM saves and stops; a killed process loses what came after its last checkpoint, nothing more.
+--resume with a larger --epochs lengthens a training, finished or not: from there on the learning rate is that of the
+longer training; masks change when they would have changed in the shorter one.
 
 Structures, with their options (--option groups=16 --option granule=8; groups are always chosen by method=assign):
 
@@ -93,8 +99,14 @@ def add_train(commands: parsing.Commands) -> None:
     )  # fmt: skip
     add = parser.add_argument_group("network").add_argument
     add(
-        "--model", choices=NETWORKS, default="resnet20", metavar="NAME", help=f"default resnet20; {', '.join(NETWORKS)}"
-    )
+        "--model", choices=NETWORKS, metavar="NAME",
+        help=f"default resnet20, or that of --weights torchvision:NAME; {', '.join(NETWORKS)}",
+    )  # fmt: skip
+    add(
+        "--weights", type=parsing.path, metavar="FILE|torchvision:NAME",
+        help="begin with trained weights, of a file or of torchvision (which has to be installed); the network is made"
+        " sparse by their magnitude, and --lr is a tenth of its default",
+    )  # fmt: skip
     add("--width", type=float, default=1.0, help="times the published channel counts, default 1")
     add(
         "--data", type=parsing.path, default="shapes",
@@ -102,6 +114,7 @@ def add_train(commands: parsing.Commands) -> None:
     )  # fmt: skip
     add("--root", type=parsing.path, default="data", help="where CIFAR's archives lie, default data")
     add("--image-size", type=int, help="height and width, default 16 for shapes, 224 for a folder")
+    add("--workers", type=parsing.count, default=4, help="processes that decode the images of a folder, default 4")
 
     add = parser.add_argument_group("sparsity").add_argument
     add(
@@ -114,7 +127,12 @@ def add_train(commands: parsing.Commands) -> None:
     add("--sparsity", type=share, default=0.9, help="of the layers made sparse, default 0.9")
     others = "".join(f", with {m} {METHODS[m].distribution}" for m in METHODS if METHODS[m].distribution != "erk")
     add("--distribution", choices=DISTRIBUTIONS, help=f"of the layers' densities, default erk{others}")
-    add("--saliency", choices=SALIENCIES, default="random", help="what chooses the first masks, default random")
+    add("--min-density", type=share, default=0.0, metavar="SHARE", help="no layer keeps a smaller share, default 0")
+    add(
+        "--layer-sparsity", type=_layer_sparsity, action="append", default=[], metavar="NAME=SPARSITY",
+        help="a layer's own sparsity; NAME may have * and ? as wildcards. --sparsity is that of the others then",
+    )  # fmt: skip
+    add("--saliency", choices=SALIENCIES, help="what chooses the first masks, default random, magnitude with --weights")
     add("--option", type=_option, action="append", default=[], metavar="NAME=VALUE", help="of the structure, see below")
     add("--evolve", type=str.lower, choices=METHODS, default="static", help="how masks change, default static")
     by_epoch = "".join(f", of {method} an epoch" for method in METHODS if METHODS[method].by_epoch)
@@ -174,17 +192,20 @@ def run_train(args: argparse.Namespace) -> int:
     if args.channels_last is not None:
         running["channels_last"] = args.channels_last
     options, args.data = _structure_options(args), set_named(args.data)
+    weights = _begin_with(args)
     sets = [
-        load(args.data, split, root=args.root, image_size=args.image_size, seed=args.seed)
+        load(args.data, split, root=args.root, image_size=args.image_size, seed=args.seed, workers=args.workers)
         for split in ("train", "test")
     ]
-    model = _network(args, sets[0], options)
+    model, fresh = _network(args, sets[0], options, weights)
     if first:
         made = summary(model)
         print(
             f"{args.model}, {args.structure}: {made.parameters:,} of {made.dense_parameters:,} parameters; layers made"
             f" sparse are {made.sparsity:.2%} sparse"
         )
+        if args.weights is not None:
+            print(f"begins with {args.weights}" + (f"; {fresh}" if fresh else ""))
         print("".join(f"{note}\n" for note in made.notes), end="")
     described = (
         "model", "width", "structure", "sparsity", "distribution", "saliency", "option", "initial_sparsity", "seed"
@@ -199,7 +220,7 @@ def run_train(args: argparse.Namespace) -> int:
             device=args.device,
             out=out,
             resume=args.resume,
-            config={name: getattr(args, name) for name in described},
+            config={name: getattr(args, name) for name in described} | _said(args, weights),
             epochs=EPOCHS.get(args.data, FOLDER_EPOCHS) if args.epochs is None else args.epochs,
             **{name: getattr(args, name) for name in AS_THEY_ARE},
             milestones=tuple(args.milestones),
@@ -207,7 +228,7 @@ def run_train(args: argparse.Namespace) -> int:
             evolve_options=evolve_options,
         )
     except Diverged as error:
-        print(f"python -m hrbp train: {error}", file=sys.stderr)
+        print(f"{parsing.program()} train: {error}", file=sys.stderr)
         return 1
     if result.stopped:
         return 128 + signal.Signals[result.stopped].value
@@ -218,6 +239,37 @@ def run_train(args: argparse.Namespace) -> int:
             f" {1e3 * result.step_seconds:.3g} ms a step; in {out}"
         )
     return 0
+
+
+def _begin_with(args: argparse.Namespace) -> dict[str, Tensor] | None:
+    """The weights of --weights, None without; fills in the options whose default depends on them."""
+    if args.weights is None:
+        args.model, args.saliency = args.model or "resnet20", args.saliency or "random"
+        return None
+    if args.structure == NARROW:
+        raise ValueError("train: --structure narrow has fewer channels than the network of --weights; leave one out")
+    named = network_of(args.weights)
+    if named is not None and args.model not in (None, named):
+        raise ValueError(f"train: --weights {args.weights} are of {named}, and --model is {args.model}; leave it out")
+    args.model, args.saliency = args.model or named or "resnet20", args.saliency or "magnitude"
+    if args.lr is None:
+        args.lr = RATES[args.optimizer][0] / 10
+    return pretrained(args.weights)
+
+
+def _said(args: argparse.Namespace, weights: dict[str, Tensor] | None) -> dict[str, Any]:
+    """Facts of a training that most trainings do not have."""
+    said: dict[str, Any] = {}
+    if weights is not None:
+        checksum = 0
+        for name in sorted(weights):
+            checksum = zlib.crc32(plain_bytes(weights[name]), zlib.crc32(name.encode(), checksum))
+        said["weights"] = checksum
+    if args.min_density:
+        said["min_density"] = args.min_density
+    if args.layer_sparsity:
+        said["layer_sparsity"] = dict(args.layer_sparsity)
+    return said
 
 
 def _evolve_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -264,13 +316,18 @@ def _structure_options(args: argparse.Namespace) -> dict[str, Any]:
     return options
 
 
-def _network(args: argparse.Namespace, images: ImageSet, options: dict[str, Any]) -> nn.Module:
-    """The network, sparse unless it is to be dense."""
+def _network(
+    args: argparse.Namespace, images: ImageSet, options: dict[str, Any], weights: dict[str, Tensor] | None
+) -> tuple[nn.Module, str | None]:
+    """The network, sparse unless it is to be dense; and what --weights did not give it, in a sentence."""
     shape = {"classes": len(images.classes), "image_size": images.shape[1], "channels": images.shape[0]}
     torch.manual_seed(args.seed)
     model = build(args.model, width=args.width, **shape)
+    fresh = None if weights is None else start_from(model, weights, args.weights)
     if args.structure == DENSE:
-        return model
+        if args.min_density or args.layer_sparsity:
+            raise ValueError("train: --min-density and --layer-sparsity are of sparse layers; --structure is dense")
+        return model, fresh
     options = dict(options)
     if args.saliency in ("snip", "grasp", "synflow", "magnitude+gradient"):
         options["batch"] = next(iter(Batches(images, args.batch_size, train=True, seed=args.seed).epoch()))
@@ -279,12 +336,19 @@ def _network(args: argparse.Namespace, images: ImageSet, options: dict[str, Any]
     method = args.evolve if METHODS[args.evolve].dense_weights else None
     sparsify(
         model, sparsity, structure=structure, method=method, distribution=args.distribution, saliency=args.saliency,
-        seed=args.seed, **options,
+        min_density=args.min_density, per_layer=dict(args.layer_sparsity), seed=args.seed, **options,
     )  # fmt: skip
     if args.structure == NARROW:
         torch.manual_seed(args.seed)
-        return narrow(args.model, summary(model).parameters, **shape)
-    return model
+        return narrow(args.model, summary(model).parameters, **shape), None
+    return model, fresh
+
+
+def _layer_sparsity(text: str) -> tuple[str, float]:
+    name, found, value = text.rpartition("=")
+    if not found or not name:
+        raise argparse.ArgumentTypeError(f"{text!r} is no NAME=SPARSITY")
+    return name, parsing.number(0, 1, "[0, 1)")(value)
 
 
 def _option(text: str) -> tuple[str, Any]:

@@ -120,6 +120,8 @@ def plain_record(model: nn.Module) -> dict[str, Any] | None:
         "structure": rule, "distribution": record.distribution, "asked": record.asked, "dense": record.dense,
         "method": record.method, "target": record.target,
         "saliency": record.saliency, "saliency_why": record.saliency_why,
+        **({"per_layer": record.per_layer} if record.per_layer else {}),
+        **({"min_density": record.min_density} if record.min_density else {}),
     }  # fmt: skip
 
 
@@ -130,8 +132,12 @@ def _record(plain: dict[str, Any] | None) -> SparsityRecord | None:
     rule.pop("stored", None)  # of older files: whether grains were stored, which all are
     structure = CLASSES[rule.pop("kind")](**rule)
     # What older files do not have.
-    later = plain.get("method"), plain.get("target", {}), plain.get("saliency", ""), plain.get("saliency_why", "")
-    return SparsityRecord(structure, plain["distribution"], plain["asked"], plain["dense"], *later)
+    later = {
+        name: plain[name]
+        for name in ("method", "target", "saliency", "saliency_why", "per_layer", "min_density")
+        if name in plain
+    }
+    return SparsityRecord(structure, plain["distribution"], plain["asked"], plain["dense"], **later)
 
 
 def _make_sparse(model: nn.Module, state: Mapping[str, Tensor], record: SparsityRecord | None) -> None:

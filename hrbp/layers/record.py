@@ -36,6 +36,7 @@ class SparsityRecord:
     asked: layer -> the density that its structure was asked for. dense: layer -> why it was left dense. method: that
     layers keep a dense master weight for, or None. target: layer -> the sparsity to which a method prunes it that
     begins with all weights ("subp").
+    per_layer: layer -> the sparsity that it was given alone. min_density: that no layer was to fall below.
     saliency: what chose the first masks; saliency_why: what made "auto" take it, or empty.
     """
 
@@ -47,6 +48,8 @@ class SparsityRecord:
     target: dict[str, float] = field(default_factory=dict)
     saliency: str = ""
     saliency_why: str = ""
+    per_layer: dict[str, float] = field(default_factory=dict)
+    min_density: float = 0.0
     lineage: Lineage = field(default_factory=Lineage, compare=False, repr=False)
 
 

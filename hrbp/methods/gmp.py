@@ -48,6 +48,17 @@ class GMP(Arriving):
     def check(self, now: Moment) -> None:
         if not now.live:
             return
+        if now.record.per_layer:
+            raise ValueError(
+                f"{WHO}: 'gmp' sets every layer's density by the model's distribution, and sparsify(per_layer=...) gave"
+                f" {', '.join(list(now.record.per_layer)[:3])} a sparsity alone; leave per_layer out, or take a method"
+                " that keeps each layer's density"
+            )
+        if now.record.min_density > 1 - self.final:
+            raise ValueError(
+                f"{WHO}: sparsity is {self.final} and min_density of the model {now.record.min_density}; 'gmp' needs a"
+                f" sparsity of at most {1 - now.record.min_density:.6g} then"
+            )
         rule, sizes = now.record.structure, {name: math.prod(layer.shape) for name, layer in now.live.items()}
         asked = self._asked(now, self.final)
         final = sum(rule.density(now.live[n].shape, at) * sizes[n] for n, at in asked.items())
@@ -97,6 +108,7 @@ class GMP(Arriving):
             now.record.distribution,
             scores=scores,
             realise=lambda name, density: rule.density(live[name].shape, density),
+            min_density=now.record.min_density,
         )
 
 

@@ -7,7 +7,7 @@ Sparse layers hold their stored blocks and nothing else (blocksparse.BSRConv2d, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -36,6 +36,8 @@ def sparsify(
     structure: str = "hrbp++",
     method: str | None = None,
     distribution: str | None = None,
+    min_density: float = 0.0,
+    per_layer: Mapping[str, float] | None = None,
     saliency: str = "auto",
     include: Iterable[Selector] | None = None,
     exclude: Iterable[Selector] | None = None,
@@ -69,6 +71,9 @@ def sparsify(
             the end.
         distribution: how densities differ between layers: "uniform", "erk", "global" (by score: the best grains of all
             layers). Default: "erk", with "subp" "uniform", as its paper has it.
+        min_density: no layer is asked to keep a smaller share of its weights; the others keep less then.
+        per_layer: {name or pattern: sparsity} of layers that get a sparsity of their own, with * and ? as wildcards; of
+            several that fit the last holds. `sparsity`, distribution and min_density are for the others then.
         saliency: what chooses the weights: "random", "magnitude", "snip", "grasp", "synflow", "magnitude+gradient", or
             "auto": "random" where the weights are freshly drawn, "magnitude" where they look trained or in doubt (see
             fresh.py); `summary` says which it took, and why. With "random", groups (hrbp, hrbp++) are of neighbouring
@@ -93,8 +98,9 @@ def sparsify(
     """
     whole, model = model, dense_model(model, "sparsify()")
     decided = decide(
-        model, sparsity, structure=structure, method=method, distribution=distribution, saliency=saliency,
-        include=include, exclude=exclude, batch=batch, loss=loss, seed=seed, options=options,
+        model, sparsity, structure=structure, method=method, distribution=distribution, min_density=min_density,
+        per_layer=per_layer, saliency=saliency, include=include, exclude=exclude, batch=batch, loss=loss, seed=seed,
+        options=options,
     )  # fmt: skip
     steps = [_step(model, decided, name, backend) for name in decided.layers]
     for step in steps:  # nothing can fail from here on

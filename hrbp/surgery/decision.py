@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..arguments import any_case, check_sparsity
-from ..density import DISTRIBUTIONS, densities
+from ..density import DISTRIBUTIONS, check_min_density, densities
 from ..layers.record import SparsityRecord, record_of
 from ..layers.view import shape4
 from ..methods.base import Method
@@ -64,6 +65,8 @@ def decide(
     structure: str,
     method: str | None,
     distribution: str | None,
+    min_density: float,
+    per_layer: Mapping[str, float] | None,
     saliency: str,
     include: Iterable[Selector] | None,
     exclude: Iterable[Selector] | None,
@@ -79,6 +82,7 @@ def decide(
     """
     who = "sparsify()"
     check_sparsity(sparsity, who)
+    check_min_density(min_density, sparsity, who)
     kind, saliency = dense_weight_method(method, who), any_case(saliency, ("auto", *SALIENCIES))
     structure = any_case(structure, STRUCTURES)
     distribution = any_case(distribution, DISTRIBUTIONS) or (Method if kind is None else kind).distribution
@@ -116,8 +120,9 @@ def decide(
         )
 
     scores = score_weights(model, list(chosen), saliency, batch=batch, loss=loss, sparsity=sparsity, seed=seed)
-    asked = densities(
-        {name: tuple(layer.weight.shape) for name, layer in chosen.items()},
+    alone = _given_alone(per_layer or {}, list(chosen), who)
+    shared = densities(
+        {name: tuple(layer.weight.shape) for name, layer in chosen.items() if name not in alone},
         sparsity,
         distribution,
         scores={
@@ -125,10 +130,13 @@ def decide(
             for name, score in scores.items()
         },
         realise=None if begins_dense else lambda name, at: shape_rule.density(shape4(chosen[name]), at),
-    )
+        min_density=min_density,
+    ) if len(alone) < len(chosen) else {}  # fmt: skip
+    asked = {name: 1 - alone[name] if name in alone else shared[name] for name in chosen}
     target = {}
     if begins_dense:  # exactly `sparsity` where all layers share it: counts round down from it
         target = {name: sparsity if distribution == "uniform" else sparsity_of(at) for name, at in asked.items()}
+        target |= alone
     selections: dict[str, Selection | None] = {}
     for i, (name, layer) in enumerate(chosen.items()):
         share = sparsity_of(asked[name])
@@ -138,6 +146,22 @@ def decide(
         else:
             selections[name] = shape_rule.choose(scores[name].view(shape4(layer)), 0.0 if target else share, seed + i)
     record = SparsityRecord(
-        shape_rule, distribution, asked, dense, None if kind is None else kind.name, target, saliency, why
-    )
+        shape_rule, distribution, asked, dense, None if kind is None else kind.name, target, saliency, why, alone,
+        min_density,
+    )  # fmt: skip
     return Decision(chosen, selections, record)
+
+
+def _given_alone(per_layer: Mapping[str, float], names: list[str], who: str) -> dict[str, float]:
+    """layer -> the sparsity that was given for it, by its name or by a pattern; of several that fit the last."""
+    alone = {}
+    for selector, sparsity in per_layer.items():
+        found = fnmatch.filter(names, selector)
+        if not found:
+            raise ValueError(
+                f"{who}: per_layer names {selector!r}, which is no layer to make sparse; these are"
+                f" {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
+            )
+        check_sparsity(sparsity, f"{who}: per_layer[{selector!r}]")
+        alone.update(dict.fromkeys(found, float(sparsity)))
+    return {name: alone[name] for name in names if name in alone}

@@ -40,6 +40,7 @@ class Continued:
     test: Batches
     settings: Settings
     device: torch.device
+    mask_epochs: int  # epochs of the timetable of the masks: fewer than settings.epochs once a training was lengthened
     model: nn.Module
     optimizer: torch.optim.Optimizer
     ema: AveragedModel | None
@@ -84,10 +85,20 @@ class Continued:
             "plan": plain_record(self.model),
             "ranks": self.world,
         }
+        if self.mask_epochs != self.settings.epochs:
+            config["mask_epochs"] = self.mask_epochs
         try:
             return json.loads(json.dumps(config))
         except TypeError as error:
             raise ValueError(f"Trainer(): config has more than plain values: {error}") from error
+
+    def _epochs_of_masks(self, epochs: int, resume: bool) -> int:
+        """How many epochs the training that is continued was begun with, where that is fewer than it is to have."""
+        if not resume or self.out is None:
+            return epochs
+        log_file = self.out / "log.jsonl"
+        begun = _epochs_begun(self._on_first_rank(lambda: log.configuration(log_file)))
+        return epochs if begun is None else min(begun, epochs)
 
     def _open(self, out: Path, resume: bool, who: str) -> None:
         """Begin a training in this folder, or continue the one it holds."""
@@ -105,7 +116,12 @@ class Continued:
                 there = config_as_now(json.loads(json.dumps(state.get("config"))))
             except (TypeError, ValueError):
                 return "its configuration has more than plain values"
-            found = checkpoint.differences(there, self.config)
+            here = json.loads(json.dumps(self.config))
+            if isinstance(there, dict) and _epochs_begun(there) == self.mask_epochs and _longer(here, there):
+                for config in (there, here):  # it is lengthened
+                    config["settings"].pop("epochs")
+                    config.pop("mask_epochs", None)
+            found = checkpoint.differences(there, here)
             return "; ".join(found[:3]) + (f"; and {len(found) - 3} more" if len(found) > 3 else "") or None
 
         state = self._on_first_rank(stored)
@@ -118,6 +134,13 @@ class Continued:
                     f"{who}: the checkpoint in {out} fits its checksum and not a training ({what}); it was made"
                     " otherwise: use another folder"
                 ) from error
+            planned = state["config"]["settings"]["epochs"]
+            if planned != self.settings.epochs:
+                masks = f", masks change as in one of {self.mask_epochs}" if self.evolver is not None else ""
+                self.progress.say(
+                    f"{out} was planned for {planned} epochs and gets {self.settings.epochs}: the learning rate is"
+                    f" that of a training of {self.settings.epochs} from here on{masks}"
+                )
             done = self.epoch == self.settings.epochs
             at = "is complete" if done else f"continues at epoch {self.epoch + 1}, batch {self.batch + 1}"
             self.progress.say(f"{out} {at}")
@@ -217,3 +240,16 @@ class Continued:
         torch.set_rng_state(mine["random"])
         if self.device.type == "cuda" and mine["random_gpu"] is not None:
             torch.cuda.set_rng_state(mine["random_gpu"], self.device)
+
+
+def _epochs_begun(config: Any) -> int | None:
+    """The epochs that a training was begun with, of its configuration; None where that has none."""
+    settings = config.get("settings") if isinstance(config, dict) else None
+    begun = config.get("mask_epochs", settings.get("epochs")) if isinstance(settings, dict) else None
+    return begun if isinstance(begun, int) and begun >= 1 else None
+
+
+def _longer(here: dict[str, Any], there: dict[str, Any]) -> bool:
+    """Whether a configuration has more epochs than another one."""
+    epochs = there["settings"].get("epochs")
+    return isinstance(epochs, int) and here["settings"]["epochs"] > epochs

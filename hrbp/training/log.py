@@ -18,6 +18,16 @@ def start_log(path: Path, entries: Sequence[dict[str, Any]]) -> None:
             file.write((json.dumps(entry) + "\n").encode())
 
 
+def configuration(path: Path) -> dict[str, Any] | None:
+    """The configuration at the head of a log; None where there is none to read."""
+    try:
+        with path.open() as file:
+            entry = json.loads(file.readline())
+    except (OSError, ValueError):
+        return None
+    return entry if isinstance(entry, dict) and entry.get("kind") == "config" else None
+
+
 def add_to_log(path: Path, entry: dict[str, Any]) -> None:
     """Append one entry."""
     with naming(path), path.open("a") as file:

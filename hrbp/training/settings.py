@@ -101,16 +101,17 @@ class Settings:
         return torch.autocast(device.type, AMP[self.amp] if self.amp else None, enabled=self.amp is not None)
 
 
-def with_every(settings: Settings, steps: int) -> Settings:
+def with_every(settings: Settings, steps: int, epochs: int) -> Settings:
     """The settings with `every` filled in (steps between mask updates), for the log and for resuming.
 
     Args:
         settings: of the training.
         steps: of an epoch.
+        epochs: in which masks change.
     """
     method, given = METHODS[settings.evolve], dict(settings.evolve_options)
     if "every" not in method.options():
         return settings
     most = {"most": steps} if method.by_epoch else {}
-    every = method.default_every(settings.epochs * steps, given.get("until"), **most)
+    every = method.default_every(epochs * steps, given.get("until"), **most)
     return replace(settings, evolve_options={"every": every, **given})

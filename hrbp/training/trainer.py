@@ -62,6 +62,8 @@ class Trainer(Continued):
         settings: see `Settings`.
         out: folder of the log and the checkpoints; None writes nothing.
         resume: continue the training in `out`, if there is one. Without it, a folder that holds a training is refused.
+            Settings with more epochs than it was begun with lengthen it, finished or not: the learning rate is from
+            then on that of the longer training, and masks change when they would have changed in the shorter one.
         config: more facts that identify this training, as plain values: logged, and compared on resume.
         quiet: print nothing.
 
@@ -108,8 +110,11 @@ class Trainer(Continued):
         if reason := method.refuses_options(settings.evolve_options):
             raise ValueError(f"{who}: evolve_options: {reason}")
         self.train, self.test, self.device = train, test, train.images.device
+        self.progress = Progress(quiet or self.rank > 0)
+        self.out = None if out is None else Path(out)
         self.total_steps = settings.epochs * len(train)
-        self.settings = settings = with_every(settings, len(train))
+        self.mask_epochs = self._epochs_of_masks(settings.epochs, resume)
+        self.settings = settings = with_every(settings, len(train), self.mask_epochs)
         self.format = torch.channels_last if settings.channels_last else torch.contiguous_format
         self.model = model.to(self.device, memory_format=self.format)  # type: ignore[call-overload]
         self.optimizer = make_optimizer(self.model, settings)
@@ -121,7 +126,7 @@ class Trainer(Continued):
         if method.changes:
             averages = [] if self.ema is None else [self.ema]
             self.evolver = Evolver(
-                self.model, self.optimizer, settings.evolve, total_steps=self.total_steps, ema=averages,
+                self.model, self.optimizer, settings.evolve, total_steps=self.mask_epochs * len(train), ema=averages,
                 **settings.evolve_options,
             )  # fmt: skip
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.amp == "fp16")
@@ -131,10 +136,8 @@ class Trainer(Continued):
         self.config = self._config(config or {})
         self.history: list[dict[str, Any]] = []
         self.sparsity, self.changed = summary(self.model).sparsity, 0.0
-        self.progress = Progress(quiet or self.rank > 0)
         self._signal = self._stop = 0  # noted by this rank; agreed upon by all
         self._began = self._saved = time.monotonic()
-        self.out = None if out is None else Path(out)
         self._written: tuple[int, int] | None = None  # which last.pt is ours
         if self.out is not None:
             with self._writing():

@@ -11,6 +11,7 @@ hrbp.densify(model)                                 # a plain dense model that c
 from . import data, models
 from .density import densities
 from .formats.model import dense_state_dict, load, save
+from .formats.onnx_file import export_onnx
 from .methods.evolver import Evolver
 from .reports.model_summary import summary
 from .saliencies import saliency
@@ -35,6 +36,7 @@ __all__ = [
     "dense_state_dict",
     "densify",
     "densities",
+    "export_onnx",
     "from_prune",
     "fuse",
     "load",

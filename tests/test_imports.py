@@ -77,7 +77,7 @@ ROOMS: dict[str, list[str]] = {
         "carry", "dataflow", "fresh", "candidates", "decision", "conversion", "prune", "folding", "symbols",
         "fusion",
     ],
-    "formats": ["packed", "sealed", "weights", "pretrained", "model"],
+    "formats": ["packed", "sealed", "weights", "pretrained", "model", "onnx_file"],
     "data": ["sets", "batches", "cifar", "folders", "generated", "loading"],
     "reports": [
         "dgrad", "score", "stream", "mask_report", "model_report", "model_summary", "network_costs", "picture",

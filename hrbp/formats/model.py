@@ -106,7 +106,13 @@ def load(
 
 
 def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The state_dict of the dense model that computes the same, zeros where nothing is stored; the model stays."""
+    """The state_dict of the dense model that computes the same, zeros where nothing is stored; the model stays.
+
+        torch.save(hrbp.dense_state_dict(model), "dense.pt")
+
+    The file needs neither hrbp nor blocksparse: dense_model.load_state_dict(torch.load("dense.pt")), where dense_model
+    is the model as it was before `sparsify`.
+    """
     return densify(copied(unwrapped(model))).state_dict()
 
 

@@ -16,6 +16,7 @@ from .indexed import IndexedModule
 from .modules import BSRConv2d, BSRLinear, symmetric_padding
 from .pattern import BSRPattern
 from .plan import ConvPlan, available_backends, explain
+from .version import __version__
 
 __all__ = [
     "BSRConv2d",
@@ -25,6 +26,7 @@ __all__ = [
     "ConvPlan",
     "IndexedModule",
     "OptimizerTensor",
+    "__version__",
     "available_backends",
     "conv2d",
     "conv2d_dgrad",

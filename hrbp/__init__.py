@@ -8,6 +8,8 @@ hrbp.sparsify(model, 0.9, structure="hrbp++")       # in place; print(hrbp.summa
 hrbp.densify(model)                                 # a plain dense model that computes the same
 """
 
+from blocksparse import __version__
+
 from . import data, models
 from .density import densities
 from .formats.model import dense_state_dict, load, save
@@ -31,6 +33,7 @@ __all__ = [
     "Grouping",
     "Settings",
     "Trainer",
+    "__version__",
     "choose",
     "data",
     "dense_state_dict",

@@ -56,9 +56,10 @@ ALLOWED = {
     "carry": {"pattern"},
     "dense_view": set(),
     "indexed": set(),
+    "version": set(),
     "bsr_module": {"carry", "dense_view", "indexed", "pattern", "pattern_checks"},
     "modules": {"bsr_module", "carry", "functional", "geometry", "pattern"},
-    "__init__": {"carry", "reference", "functional", "geometry", "indexed", "modules", "pattern", "plan"},
+    "__init__": {"carry", "reference", "functional", "geometry", "indexed", "modules", "pattern", "plan", "version"},
 }
 
 # The rooms of hrbp and the files in each, in order: a file imports files before it, never a room as a whole.

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 
 import torch
 
+from blocksparse import __version__
+
 from ..training.result import Diverged
 from . import parsing
 from .info import add_info
@@ -32,6 +34,7 @@ Sparse CNN training and its masks.
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
     parser = parsing.Parser(parsing.program(), description=DESCRIPTION, formatter_class=parsing.AS_WRITTEN)
+    parser.add_argument("--version", action="version", version=f"hrbp {__version__}, PyTorch {torch.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for add in (add_train, add_study, add_regroup, add_info):
         add(commands)

@@ -1,4 +1,4 @@
-"""python bench/page.py FILES --out FOLDER: tables and a roofline figure from result files, and from nothing else."""
+"""python bench/page.py FILES --out FOLDER: tables and figures from result files, and from nothing else."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ if not __package__:  # started as a file: the checkout that it stands in is used
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from bench.pages.devices import read
-from bench.pages.figure import draw
+from bench.pages.figure import draw, draw_speed
 from bench.pages.tables import page
 from bench.shared.options import make_parser
 
 DESCRIPTION = """\
-Makes FOLDER/index.md, and FOLDER/roofline-DEVICE.png where matplotlib is installed, from result files (--json) of
-bench/run.py, bench/step.py, bench/infer.py and bench/launch.py, and the files of bench/gpu.py: for each device its
-layers against the best dense convolution, whole steps, inference, host time, what was checked, and on a GPU the goals
+Makes FOLDER/index.md and, with matplotlib, FOLDER/speed-DEVICE.png and FOLDER/roofline-DEVICE.png from the files of
+bench/run.py, bench/step.py, bench/infer.py and bench/launch.py, and the files of bench/gpu.py: for each device its layers
+against the best dense convolution, whole steps, inference, host time, what was checked, and on a GPU the goals
 (bench/goals.json).
 
   python bench/page.py bench/results/*.json --out page
@@ -40,8 +40,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     text = []
     for device in devices:
-        picture = f"roofline-{''.join(c if c.isalnum() else '-' for c in device.name)}.png"
-        text += [*page(device), *([f"![roofline]({picture})", ""] if draw(device, args.out / picture) else [])]
+        text += page(device)
+        name = "".join(c if c.isalnum() else "-" for c in device.name)
+        for kind, drawn in (("speed", draw_speed), ("roofline", draw)):
+            if drawn(device, args.out / f"{kind}-{name}.png"):
+                text += [f"![{kind}]({kind}-{name}.png)", ""]
     (args.out / "index.md").write_text("\n".join(text).rstrip() + "\n")
     print(args.out / "index.md")
     return 0

@@ -17,7 +17,7 @@ if not __package__:  # started as a file: the checkout that it stands in is meas
 import torch
 
 import blocksparse as bs
-from bench.layers import report
+from bench.layers import plot, report
 from bench.layers.measure import LayerBench, Options
 from bench.layers.networks import CHOSEN, NETS, Layer, parse_layer
 from bench.layers.patterns import Structure, parse_blocksize
@@ -111,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print_end(rows, totals(rows), args, ceilings, after, time.perf_counter() - begin)
     keep(rows, finished, after)
     if args.plot and rows:
-        report.plot(args.plot, rows, f"{facts['device']}, {args.dtype}, batch {args.batch}")
+        plot.plot(args.plot, plot.bars(rows), f"{facts['device']}, {args.dtype}, batch {args.batch}")
     if not finished:
         return 130
     wrong = any(row.status in (FAIL, ERROR) for row in rows)

@@ -1,10 +1,9 @@
-"""How the results of layers are shown: the table, sums over a network, the conclusions, the plot."""
+"""How the results of layers are shown: the table, sums over a network, the conclusions."""
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 from bench.layers.networks import CHOSEN
@@ -13,7 +12,6 @@ from bench.shared.ceilings import Ceilings
 from bench.shared.rows import ERROR, FAIL, REFUSED
 from bench.shared.tables import WIDTH, milliseconds, number, percentiles, words
 from hrbp.columns import columns
-from hrbp.reports.picture import save_figure
 
 # The table is printed layer by layer: its columns are as wide in every part.
 LEFT = (7, 5, 7, 13, 5)
@@ -180,43 +178,6 @@ def drift(before: Ceilings, after: Ceilings) -> str:
     matmul = 100 * (after.matmul_flops / before.matmul_flops - 1)
     verdict = "steady" if max(abs(copy), abs(matmul)) <= 10 else "not steady: trust ratios, not times"
     return f"Ceilings at the end against the start: copy {copy:+.0f}%, matmul {matmul:+.0f}% ({verdict})."
-
-
-# ---------------------------------------------------------------- the plot
-
-
-def plot(path: Path, rows: Sequence[LayerRow], title: str) -> None:
-    """Bars of speed-up over dense, a group a layer and a panel a kind; one colour a pattern and backend."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    kinds = list(dict.fromkeys(row.kind for row in rows))
-    layers = list(dict.fromkeys(row.layer for row in rows))
-    series = list(dict.fromkeys(_series(row) for row in rows))
-    width = 0.8 / len(series)
-    figure, axes = plt.subplots(
-        len(kinds), 1, figsize=(max(6.0, 0.5 * len(layers)), 2.4 * len(kinds) + 2), sharex=True, squeeze=False
-    )
-    for axis, kind in zip(axes[:, 0], kinds, strict=True):
-        for at, name in enumerate(series):
-            speed = {row.layer: row.speedup("dense") for row in rows if row.kind == kind and _series(row) == name}
-            heights = [speed.get(layer) or 0.0 for layer in layers]
-            axis.bar([i + at * width for i in range(len(layers))], heights, width, label=name)
-        axis.axhline(1.0, color="black", linewidth=0.8)
-        axis.set_ylabel(f"{kind}: x dense")
-    axes[0, 0].legend()
-    axes[0, 0].set_title(title, fontsize="small")
-    axes[-1, 0].set_xticks([i + 0.4 - width / 2 for i in range(len(layers))], layers, rotation=90)
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_figure(figure, path)
-    plt.close(figure)
-
-
-def _series(row: LayerRow) -> str:
-    return f"{row.blocksize_asked} at {100 * row.sparsity_asked:g}%, {row.backend or row.backend_asked}"
 
 
 def failed(rows: Iterable[LayerRow]) -> int:

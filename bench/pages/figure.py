@@ -1,15 +1,17 @@
-"""The roofline figure of a device."""
+"""The figures of a device: speed-ups of its layers, and the roofline."""
 
 from __future__ import annotations
 
+import importlib.util
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 from bench.layers.networks import Layer
-from bench.layers.rows import KINDS, least_bytes
+from bench.layers.plot import Bar, bars_of_file, plot
+from bench.layers.rows import KINDS, TOTAL, least_bytes
 from bench.pages.devices import Device, Json, time_of
 from bench.pages.tables import series_of
 from hrbp.reports.picture import save_figure
@@ -84,4 +86,23 @@ def draw(device: Device, path: Path) -> bool:
     save_figure(figure, path)
     plt.close(figure)
     assert all(math.isfinite(point.intensity) for point in found)
+    return True
+
+
+def draw_speed(device: Device, path: Path) -> bool:
+    """Speed-ups of all three products together, a bar a pattern; False where there is nothing to draw, or with."""
+    found: dict[str, list[Bar]] = {}  # numbers and batch -> bars
+    for run in device.runs:
+        rows = [row for row in run["rows"] if row["kind"] == TOTAL and row["speedup"]["dense"]]
+        if rows:
+            how = f"{run['options']['dtype']}, batch {run['options']['batch']}"
+            found.setdefault(how, []).extend(bars_of_file(rows))
+    if not found or importlib.util.find_spec("matplotlib") is None:
+        return False
+    if len(found) == 1:
+        ((how, bars),) = found.items()
+        plot(path, bars, f"{device.name}, {how}")
+    else:
+        named = [replace(bar, series=f"{bar.series}, {how}") for how, bars in found.items() for bar in bars]
+        plot(path, named, device.name)
     return True

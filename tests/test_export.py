@@ -117,6 +117,7 @@ def test_onnx_gets_the_dense_model(tmp_path, monkeypatch, capsys):
 NO_ONNX = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(bool(NO_ONNX), reason=f"not installed: {', '.join(NO_ONNX)}")
 def test_onnx_runtime_computes_the_same(tmp_path):
     import onnxruntime

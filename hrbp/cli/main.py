@@ -31,13 +31,19 @@ Sparse CNN training and its masks.
 """
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit status."""
+def make_parser() -> parsing.Parser:
+    """The parser of all commands."""
     parser = parsing.Parser(parsing.program(), description=DESCRIPTION, formatter_class=parsing.AS_WRITTEN)
     parser.add_argument("--version", action="version", version=f"hrbp {__version__}, PyTorch {torch.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for add in (add_train, add_study, add_regroup, add_info):
         add(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status."""
+    parser = make_parser()
     words = sys.argv[1:] if argv is None else argv
     if not words:  # help for a person, exit status 2 for a script
         parser.print_help(sys.stderr)

@@ -16,8 +16,8 @@ from bench.shared.options import make_parser
 
 DESCRIPTION = """\
 Makes FOLDER/index.md and, with matplotlib, FOLDER/speed-DEVICE.png and FOLDER/roofline-DEVICE.png from the files of
-bench/run.py, bench/step.py, bench/infer.py and bench/launch.py, and the files of bench/gpu.py: for each device its layers
-against the best dense convolution, whole steps, inference, host time, what was checked, and on a GPU the goals
+bench/run.py, bench/step.py, bench/infer.py and bench/launch.py, and the files of bench/gpu.py: for each device its
+layers against the best dense convolution, whole steps, inference, host time, what was checked, and on a GPU the goals
 (bench/goals.json).
 
   python bench/page.py bench/results/*.json --out page

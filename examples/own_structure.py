@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hrbp.structures.base import Choice, Structure, named
+from hrbp.structures.base import Selection, Structure, named
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Ring(Structure):
         k, c, r, s = score.shape
         ahead = (torch.arange(c) - torch.arange(k)[:, None]) % c  # how far channel c lies after channel k
         kept = ahead < self.count(score.shape, 1 - sparsity)
-        return Choice(kept[:, :, None, None].expand(k, c, r, s).contiguous(), self.blocksize(score.shape))
+        return Selection(kept[:, :, None, None].expand(k, c, r, s).contiguous(), self.blocksize(score.shape))
 
     def density(self, shape, density):
         return self.count(shape, density) / shape[1]

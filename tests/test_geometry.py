@@ -18,6 +18,8 @@ def test_output_size_is_torchs(h, w, kernel, stride, padding, dilation):
     x, weight = torch.empty(2, 3, h, w, device="meta"), torch.empty(5, 3, *kernel, device="meta")
     try:
         needed = F.conv2d(x, weight, None, stride, padding, dilation).shape
+        if 0 in needed:  # PyTorch 2.11 takes it on the meta device, and nowhere else
+            raise RuntimeError
     except RuntimeError:
         with pytest.raises(ValueError, match="smaller than the"):
             ConvGeometry.of(x.shape, weight.shape, stride, padding, dilation)

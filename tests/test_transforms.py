@@ -33,6 +33,7 @@ import blocksparse as bs
 from runners import RUNNERS
 
 pytestmark = pytest.mark.device
+OLD_TORCH = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 12)
 CONV = (2, 1), (1, 0), (1, 2)
 ONCE = "conv2d\\(\\) is differentiable once"
 
@@ -276,7 +277,10 @@ def test_inference_mode_records_no_tangent_as_of_any_op(entry):
     for f in (sparse, dense):
         assert dual_product(f, args, t, torch.inference_mode)[1] is None
     with torch.inference_mode():
-        assert_same(jvp(sparse, args, t), jvp(dense, args, t))
+        own = jvp(dense, args, t)
+        if not own[1].any() and OLD_TORCH:
+            pytest.skip("PyTorch before 2.12 loses tangents of its own convolution there, too")
+        assert_same(jvp(sparse, args, t), own)
 
 
 def test_tangents_of_any_layout_and_zero_tensors():
@@ -563,6 +567,10 @@ def test_a_compiled_transform(transform, backend):
     t = like(args)
     sparse, dense = both(bs.conv2d, pattern)
     run = TRANSFORMS[transform]
+    if OLD_TORCH and transform in ("jacfwd", "hessian"):
+        with pytest.raises(torch._dynamo.exc.UserError):
+            torch.compile(lambda args, t: run(dense, args, t), backend=backend, fullgraph=True)(args, t)
+        pytest.skip("PyTorch before 2.12 does not compile jacfwd of its own convolution, either")
     compiled = torch.compile(lambda args, t: run(sparse, args, t), backend=backend, fullgraph=True)
     assert_same(compiled(args, t), run(dense, args, t))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -25,6 +26,18 @@ def _kernels() -> Any:
     return triton_conv
 
 
+@functools.cache
+def _interpreter_refuses() -> str | None:
+    """Why Triton's interpreter cannot run here, or None."""
+    triton, numpy = (tuple(map(int, version(name).split(".")[:2])) for name in ("triton", "numpy"))
+    if triton < (3, 7) and numpy >= (2, 4):
+        return (
+            f"the interpreter of Triton {version('triton')} does not take NumPy {version('numpy')}; install"
+            " triton>=3.7 or numpy<2.4"
+        )
+    return None
+
+
 class Triton(Backend):
     """NVIDIA sm_80 and later, AMD; the default on a GPU for the blocks that it takes."""
 
@@ -37,7 +50,9 @@ class Triton(Backend):
                 " Triton's interpreter on the CPU, for tests)"
             )
         kernels = _kernels()
-        return kernels if isinstance(kernels, str) else None
+        if isinstance(kernels, str):
+            return kernels
+        return None if torch.cuda.is_available() else _interpreter_refuses()
 
     def refusal(self, work: Work) -> str | None:
         return tiles.refusal(work.geometry, work.blocksize, work.dtype, work.device.type, work.arch)

@@ -128,6 +128,8 @@ def fprop(
         pixels = g.n * g.p * g.q
         constants = _sizes(g, (bk, bc)) | _meta(tile, granule(bc, tile.block_k), precision)
         constants |= {"pixels": pixels, "X_LAST": x_last, "Y_LAST": y_last}
+        del constants["c_blocks"]
+        constants |= {"CHANNELS": g.c, "LO": 16, "SAME": g.stride == (1, 1) and (g.h, g.w) == (g.p, g.q) and x_last, "WIDE": x.numel() >= 2**31}
         return triton.cdiv(pixels, tile.block_m) * (g.k // bk), constants
 
     tensors = (x, values, tables.packed, bias, tables.row_order, y)

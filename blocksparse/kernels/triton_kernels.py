@@ -50,6 +50,7 @@ import triton.language as tl
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 _INTERPRETED = tl.constexpr(INTERPRETED)
+_NEVER = tl.constexpr(-(2**31))  # a bit that no tap has
 _FAR = tl.constexpr(-(2**30))  # tiles.refusal keeps every coordinate below 2**30
 
 
@@ -96,6 +97,27 @@ def _gather(
 
 
 @triton.jit
+def _each(v, SIZE: tl.constexpr, TIMES: tl.constexpr):
+    """[SIZE] -> [SIZE*TIMES], every element TIMES times over."""
+    return tl.max_constancy(tl.reshape(tl.broadcast_to(v[:, None], [SIZE, TIMES]), [SIZE * TIMES]), 8)
+
+
+@triton.jit
+def _run(v, step, SIZE: tl.constexpr, TIMES: tl.constexpr, LAST: tl.constexpr):
+    """[SIZE] -> [SIZE*TIMES], every element followed by the TIMES - 1 that lie `step` further each."""
+    if LAST:
+        runs = tl.reshape(v[:, None] + tl.arange(0, TIMES)[None, :], [SIZE * TIMES])
+        return tl.max_contiguous(tl.multiple_of(runs, 8), 8)
+    return tl.reshape(v[:, None] + (tl.arange(0, TIMES) * step)[None, :], [SIZE * TIMES])
+
+
+@triton.jit
+def _exchange(v, SIZE: tl.constexpr):
+    """v itself. One thread computes an element, and gives it to the others that need it."""
+    return tl.gather(v, tl.arange(0, SIZE), 0)
+
+
+@triton.jit
 def _dot(a, b, acc, PRECISION: tl.constexpr):
     if _INTERPRETED:  # the interpreter multiplies the bit patterns of bf16
         a, b = a.to(tl.float32), b.to(tl.float32)
@@ -120,49 +142,77 @@ def _kernel(fn: Callable[..., None]) -> Any:
 @_kernel
 def fprop_kernel(
     x, values, index, bias, row_order, y, indices_at,
-    pixels, height, width, p_size, q_size, k_blocks, c_blocks,
+    pixels, height, width, p_size, q_size, k_blocks,
     stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
-    R: tl.constexpr, S: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GRANULE: tl.constexpr,
-    X_LAST: tl.constexpr, Y_LAST: tl.constexpr, PRECISION: tl.constexpr,
+    CHANNELS: tl.constexpr, R: tl.constexpr, S: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GRANULE: tl.constexpr, LO: tl.constexpr,
+    SAME: tl.constexpr, WIDE: tl.constexpr, X_LAST: tl.constexpr, Y_LAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     CHUNKS: tl.constexpr = BLOCK_K // GRANULE
     PARTS: tl.constexpr = BC // GRANULE  # chunks of one stored block
-    indptr, indices = index, index + indices_at
+    OFFSET: tl.constexpr = tl.int64 if WIDE else tl.int32
     # Block-rows run fastest: they share the pixel tile, which so stays in L2.
-    row = tl.program_id(0) % k_blocks
-    m = tl.program_id(0) // k_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
-    n, p, q = _pixel(m, p_size, q_size)
-    h = tl.where(m < pixels, p * stride_h - pad_h, _FAR)
-    w = q * stride_w - pad_w
-    base = x + _offset(n, h, w, height, width, c_blocks * BC, X_LAST)
+    row, tile = tl.program_id(0) % k_blocks, tl.program_id(0) // k_blocks
+    first, last = tl.load(index + row), tl.load(index + row + 1)
+    count = (last - first) * PARTS
 
+    i = tl.arange(0, BLOCK_M)
+    m = tile * BLOCK_M + i
+    n, p, q = _pixel(m, p_size, q_size)
+    h, w = p * stride_h - pad_h, q * stride_w - pad_w
+    out = tl.where(m < pixels, _NEVER, -1)
+    for s in tl.static_range(S):
+        out |= ((w + s * dilation_w < 0) | (w + s * dilation_w >= width)).to(tl.int32) << s
+    for r in tl.static_range(R):
+        out |= ((h + r * dilation_h < 0) | (h + r * dilation_h >= height)).to(tl.int32) << (S + r)
+    out = _exchange(out, BLOCK_M)
+    if SAME:  # pixel m of y is pixel m of x
+        lo = tl.reshape(tl.broadcast_to(tl.arange(0, LO)[None, :], [BLOCK_M // LO, LO]), [BLOCK_M]).to(tl.int64)
+        hi = tl.reshape(tl.broadcast_to(tl.arange(0, BLOCK_M // LO)[:, None], [BLOCK_M // LO, LO]), [BLOCK_M])
+        at = x + ((tile * BLOCK_M).to(tl.int64) - (pad_h * width + pad_w)) * CHANNELS
+    else:
+        lo = _exchange(_offset(n, h, w, height, width, CHANNELS, X_LAST).to(OFFSET), BLOCK_M)
+        at = x
+
+    u = tl.arange(0, CHUNKS)
     j = tl.arange(0, BLOCK_N)
-    first, last = tl.load(indptr + row), tl.load(indptr + row + 1)
+    rows = (values + first.to(tl.int64) * (BK * BC)) + j * BC
+    col = tl.load(index + indices_at + first + tl.minimum(u, count - 1) // PARTS)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start in range(0, (last - first) * PARTS, CHUNKS):
-        u = start + tl.arange(0, CHUNKS)
-        entry, part = first + u // PARTS, u % PARTS
-        live = entry < last
-        col = tl.load(indices + entry, mask=live, other=0)
-        tap = col // c_blocks if R * S > 1 else col * 0
-        c = (col - tap * c_blocks) * BC + part * GRANULE
+    for _ in range(0, count, CHUNKS):
+        tap = col // (CHANNELS // BC)
+        c = (col - tap * (CHANNELS // BC)) * BC + u % PARTS * GRANULE
         dh, dw = tap // S * dilation_h, tap % S * dilation_w
-        step = _step(dh, dw, c, height, width, c_blocks * BC, X_LAST)
-        a = _gather(base, h, w, dh, dw, step, live, height, width, BLOCK_M, CHUNKS, GRANULE, X_LAST)
-        block = values + (entry.to(tl.int64) * (BK * BC) + part * GRANULE)
-        pointers = block[None, :, None] + j[:, None, None] * BC + tl.arange(0, GRANULE)[None, None, :]
-        b = tl.load(pointers, mask=live[None, :, None] & (j < BK)[:, None, None], other=0.0)
-        acc = _dot(a, tl.trans(tl.reshape(b, [BLOCK_N, BLOCK_K])), acc, PRECISION)
+        step = _step(dh, dw, c, height, width, CHANNELS, X_LAST).to(OFFSET)
+        need = tl.where(u < count, (1 << tap % S) | (1 << (tap // S + S)), _NEVER)
+        inside = (out[:, None] & _each(need, CHUNKS, GRANULE)[None, :]) == 0
+        steps = _run(step, (height * width).to(OFFSET), CHUNKS, GRANULE, X_LAST)
+        if SAME:
+            pointers = ((at + steps)[None, :] + (lo * CHANNELS)[:, None]) + (hi * (LO * CHANNELS))[:, None]
+        else:
+            pointers = at + (lo[:, None] + steps[None, :])
+        a = tl.load(pointers, mask=inside, other=0.0)
+        v = tl.minimum(u, count - 1)
+        block = _run(v // PARTS * (BK * BC) + v % PARTS * GRANULE, 1, CHUNKS, GRANULE, True)
+        if BLOCK_N == BK:
+            b = tl.load(rows[:, None] + block[None, :])
+        else:
+            b = tl.load(rows[:, None] + block[None, :], mask=(j < BK)[:, None], other=0.0)
+        acc = _dot(a, tl.trans(b), acc, PRECISION)
+        u += CHUNKS
+        col = tl.load(index + indices_at + first + tl.minimum(u, count - 1) // PARTS)
 
     k = row * BK + j
     if row_order is not None:
         k = tl.load(row_order + k, mask=j < BK, other=0)
     if bias is not None:
         acc += tl.load(bias + k, mask=j < BK, other=0.0).to(tl.float32)[None, :]
-    out = y + _offset(n, p, q, p_size, q_size, k_blocks * BK, Y_LAST)
+    if Y_LAST:
+        to = y + m.to(tl.int64) * (k_blocks * BK)
+    else:
+        to = y + _offset(n, p, q, p_size, q_size, k_blocks * BK, Y_LAST)
     mask = (m < pixels)[:, None] & (j < BK)[None, :]
-    tl.store(out[:, None] + _channel(k, p_size, q_size, Y_LAST)[None, :], acc.to(y.dtype.element_ty), mask=mask)
+    tl.store(to[:, None] + _channel(k, p_size, q_size, Y_LAST)[None, :], acc.to(y.dtype.element_ty), mask=mask)
 
 
 @_kernel

@@ -29,6 +29,12 @@ class Layout(NamedTuple):
     t_indptr: tuple[int, int]  # [Cb*T + 1]  transposed entries of (c_block, tap): t_indptr[c_block*T + tap] .. [+ 1]
     t_indices: tuple[int, int]  # [nnzb]   tap*Kb + k_block, ascending within a channel block
     t_perm: tuple[int, int]  # [nnzb]      which block of `values` this transposed entry is
+    # Channel blocks stacked `stacked(...)` at a time, where that is more than one; otherwise of no length. An entry is a
+    # (tap, block-row) that any block of the stack stores: at most nnzb of them, the rest are zeros.
+    s_indptr: tuple[int, int]  # [stacks*T + 1]  entries of (stack, tap)
+    s_indices: tuple[int, int]  # [nnzb]   tap*Kb + k_block, ascending within a stack
+    s_first: tuple[int, int]  # [nnzb]     the first of its blocks in `values`: they follow each other there
+    s_ranks: tuple[int, int]  # [nnzb]     4 bits for each block of the stack: 1 + its rank among them, 0: not stored
     row_order: tuple[int, int] | None  # [K] filter of each BSR row; None: row i is filter i
 
 
@@ -90,15 +96,45 @@ class IndexTables:
         return self._view(self.layout.t_perm)
 
     @property
+    def s_indptr(self) -> Tensor:
+        return self._view(self.layout.s_indptr)
+
+    @property
+    def s_indices(self) -> Tensor:
+        return self._view(self.layout.s_indices)
+
+    @property
+    def s_first(self) -> Tensor:
+        return self._view(self.layout.s_first)
+
+    @property
+    def s_ranks(self) -> Tensor:
+        return self._view(self.layout.s_ranks)
+
+    @property
     def row_order(self) -> Tensor | None:
         return None if self.layout.row_order is None else self._view(self.layout.row_order)
+
+
+def stacked(weight_shape: Sequence[int], blocksize: Sequence[int]) -> int:
+    """How many adjacent channel blocks a tile of dgrad takes side by side: narrow ones fill 64 channels, 8 at most.
+
+    1 where a block alone is wide enough, or too narrow for tensor cores (kernels/tiles.py: refusal).
+    """
+    bk, bc = blocksize
+    if bk % 8 or bc not in (8, 16):
+        return 1
+    c_blocks = weight_shape[1] // bc
+    return max(16 // bc, min(64 // bc, 1 << (c_blocks - 1).bit_length()))
 
 
 def lengths(weight_shape: Sequence[int], blocksize: Sequence[int], nnzb: int) -> list[int]:
     """Lengths of the tables in the order of Layout, without row_order."""
     k, c, r, s = weight_shape
     bk, bc = blocksize
-    return [k // bk + 1, nnzb, nnzb, (c // bc) * r * s + 1, nnzb, nnzb]
+    stack = stacked(weight_shape, blocksize)
+    stacks = [-(-(c // bc) // stack) * r * s + 1, nnzb, nnzb, nnzb] if stack > 1 else [0, 0, 0, 0]
+    return [k // bk + 1, nnzb, nnzb, (c // bc) * r * s + 1, nnzb, nnzb, *stacks]
 
 
 def _starts(sizes: Sequence[int]) -> list[int]:
@@ -134,6 +170,7 @@ def pack(
         cell_sorted, torch.arange(c_blocks * taps + 1, device=indices.device, dtype=cell_sorted.dtype)
     )
     tables = [indptr, indices, rows, t_indptr, t_indices, t_perm]
+    tables += _stacks(stacked(weight_shape, blocksize), k_blocks, c_blocks, taps, indices, rows)
     if row_order is not None:
         tables.append(row_order)
     starts = _starts([t.numel() for t in tables])
@@ -141,6 +178,37 @@ def pack(
     for start, table in zip(starts, tables, strict=False):
         packed[start : start + table.numel()] = table
     return packed
+
+
+def _stacks(stack: int, k_blocks: int, c_blocks: int, taps: int, indices: Tensor, rows: Tensor) -> list[Tensor]:
+    """s_indptr, s_indices, s_first and s_ranks (see Layout). No shape depends on which blocks are stored."""
+    if stack == 1:
+        return [indices.new_zeros(0)] * 4
+    nnzb, c_block, tap = indices.numel(), indices % c_blocks, indices // c_blocks
+    cell = c_block // stack * taps + tap  # (stack, tap)
+    # Stable, and the blocks of an entry follow each other in `values`: they stay in that order.
+    entry, block = torch.sort(cell * k_blocks + rows, stable=True)
+    starts = torch.ones(nnzb + 1, dtype=torch.int64, device=indices.device)
+    starts[0] = 0
+    starts[2:] = entry[1:] != entry[:-1]
+    before = torch.cumsum(starts, 0)  # entries that start before a block
+    number = before[1:] - 1
+    place = torch.where(starts[1:] > 0, number, nnzb)  # where what starts an entry goes; the rest, to one too many
+
+    def of_entries(of_blocks: Tensor) -> Tensor:
+        return torch.zeros_like(before).scatter_(0, place, of_blocks)[:nnzb]
+
+    at = torch.arange(nnzb, device=indices.device)
+    ranks = (1 + at - of_entries(at)[number]) << (4 * (c_block[block] % stack))
+    ranks = torch.zeros_like(at).scatter_add_(0, number, ranks)
+    cells = -(-c_blocks // stack) * taps
+    blocks_before = torch.searchsorted(cell[block], torch.arange(cells + 1, device=indices.device, dtype=cell.dtype))
+    return [
+        before[blocks_before],
+        of_entries((tap * k_blocks + rows)[block]),
+        of_entries(block),
+        torch.where(ranks < 2**31, ranks, ranks - 2**32),  # all 32 bits
+    ]
 
 
 def layout_of(
@@ -162,8 +230,7 @@ def layout_of(
         )
     starts = _starts(sizes)
     order = (starts[-1], weight_shape[0]) if size[0] == ordered else None
-    indptr, indices, rows, t_indptr, t_indices, t_perm = zip(starts, sizes, strict=False)
-    return Layout(indptr, indices, rows, t_indptr, t_indices, t_perm, order)
+    return Layout(*zip(starts[:-1], sizes, strict=True), order)
 
 
 def unpack(

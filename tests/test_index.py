@@ -39,6 +39,35 @@ def test_tables_are_their_definition(pattern):
         assert place is None or place[0] % 4 == 0
 
 
+@given(patterns("triton", max_blocks=12))
+def test_stacks_are_their_definition(pattern):
+    tables = index.unpack(pattern.index, pattern.shape, pattern.blocksize, pattern.nnzb)
+    (k, c, r, s), (bk, bc) = pattern.shape, pattern.blocksize
+    k_blocks, c_blocks, taps = k // bk, c // bc, r * s
+    stack = index.stacked(pattern.shape, pattern.blocksize)
+    if stack == 1:
+        assert all(getattr(tables, f"s_{name}").numel() == 0 for name in ("indptr", "indices", "first", "ranks"))
+        assert bc == 32 or (bc, c_blocks) == (16, 1)
+        return
+    assert 16 <= stack * bc <= 64
+    found = {}
+    for block, (row, col) in enumerate(zip(tables.rows.tolist(), tables.indices.tolist(), strict=True)):
+        tap, c_block = divmod(col, c_blocks)
+        found.setdefault((c_block // stack, tap, row), {})[c_block % stack] = block
+    ordered = sorted(found)
+    assert tables.s_indptr.tolist() == [
+        sum(at * taps + tap < cell for at, tap, _ in ordered) for cell in range(-(-c_blocks // stack) * taps + 1)
+    ]
+    used = len(ordered)
+    assert tables.s_indices[:used].tolist() == [tap * k_blocks + row for _, tap, row in ordered]
+    for at, key in enumerate(ordered):
+        first, ranks = int(tables.s_first[at]), int(tables.s_ranks[at])
+        nibbles = {j: ranks >> 4 * j & 15 for j in range(stack)}
+        assert {j: first + rank - 1 for j, rank in nibbles.items() if rank} == found[key]
+    for table in (tables.s_indices, tables.s_first, tables.s_ranks):
+        assert not table[used:].any()
+
+
 @given(patterns())
 def test_transposed_tables_are_the_rotated_bank(pattern):
     """dgrad's operand, kernels rotated and K and C swapped, stores the same blocks: no value moves."""

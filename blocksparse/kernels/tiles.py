@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from ..geometry import ConvGeometry
+from ..index import stacked
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -205,10 +206,13 @@ def pick(
     """
     math, column = precision if dtype == torch.float32 else "half", column_of(arch)
     load = _load(kind, geometry, blocksize, nnzb, column)
-    side = blocksize[1] if kind == "dgrad" else blocksize[0]
+    side = blocksize[0]
+    if kind == "dgrad":
+        side = blocksize[1] * stacked(geometry.weight_shape, blocksize)
     block_n = 1 << (side - 1).bit_length()
     if column == "gfx":
         block_n = max(block_n, 16)  # MFMA has no narrower tile of fp32
+    block_n = max(block_n, 16)
     entry = find(kind, block_n, math, load, column)
     tile = Tile(entry.block_m, block_n, entry.block_k, entry.num_warps, entry.num_stages)
     return tile._replace(splits=_splits(geometry, blocksize, nnzb, tile, column)) if kind == "wgrad" else tile

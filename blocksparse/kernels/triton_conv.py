@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 
 from ..geometry import ConvGeometry
-from ..index import IndexTables
+from ..index import IndexTables, stacked
 from ..layout import format_of, memory_format
 from .tiles import Tile, granule, wgrad_tiles
 from .triton_kernels import INTERPRETED, add_splits_kernel, dgrad_kernel, fprop_kernel, wgrad_kernel
@@ -167,21 +167,27 @@ def dgrad(
     bk, bc = values.shape[1:]
     dy = _in_bsr_order(dy, tables)
     dy_last, dx_last = _channels_last(dy), _channels_last(dx)
+    stack, wide = stacked(g.weight_shape, (bk, bc)), max(dy.numel(), values.numel()) >= 2**31
 
     def describe() -> tuple[int, dict[str, object]]:
         (sh, sw), classes = g.stride, min(g.stride[0], g.h) * min(g.stride[1], g.w)
         largest = g.n * triton.cdiv(g.h, sh) * triton.cdiv(g.w, sw)
+        stacks = triton.cdiv(g.c // bc, stack)
         constants = _sizes(g, (bk, bc)) | _meta(tile, granule(bk, tile.block_k), precision)
         constants |= {"images": g.n, "STRIDED": (sh, sw) != (1, 1), "TAPS": triton.next_power_of_2(g.taps)}
-        constants |= {"DY_LAST": dy_last, "DX_LAST": dx_last}
-        return triton.cdiv(largest, tile.block_m) * classes * (g.c // bc), constants
+        constants |= {"CHANNELS": g.k, "stacks": stacks, "STACK": stack, "DX_LAST": dx_last}
+        constants |= {"SAME": dy_last and (g.h, g.w) == (g.p * sh, g.q * sw), "WIDE": wide, "DY_LAST": dy_last, "LO": 16}
+        del constants["k_blocks"]
+        return triton.cdiv(largest, tile.block_m) * classes * stacks, constants
 
     layout = tables.layout
-    offsets = layout.t_indptr[0], layout.t_indices[0], layout.t_perm[0]
+    found = layout.t_indptr, layout.t_indices, layout.t_perm, layout.t_perm
+    if stack > 1:
+        found = layout.s_indptr, layout.s_indices, layout.s_first, layout.s_ranks
     _launch(
         dgrad_kernel,
         (dy, values, tables.packed, dx),
-        offsets,
+        tuple(start for start, _ in found),
         (g, bk, bc, tile, precision, dy.dtype, dy_last, dx_last),
         describe,
     )

@@ -130,7 +130,7 @@ def _dot(a, b, acc, PRECISION: tl.constexpr):
 _SIZES = (
     "pixels", "images", "height", "width", "p_size", "q_size", "k_blocks", "c_blocks", "stride_h", "stride_w",
     "pad_h", "pad_w", "dilation_h", "dilation_w", "tiles", "steps", "size", "splits",
-    "indices_at", "t_indptr_at", "t_indices_at", "t_perm_at",
+    "stacks", "indices_at", "indptr_at", "blocks_at", "ranks_at",
 )  # fmt: skip
 
 
@@ -215,75 +215,190 @@ def fprop_kernel(
     tl.store(to[:, None] + _channel(k, p_size, q_size, Y_LAST)[None, :], acc.to(y.dtype.element_ty), mask=mask)
 
 
-@_kernel
-def dgrad_kernel(
-    dy, values, index, dx, t_indptr_at, t_indices_at, t_perm_at,
-    images, height, width, p_size, q_size, k_blocks, c_blocks,
+@triton.jit
+def _dgrad_sum(
+    dy, values, index, indptr, indices, blocks, ranks, stack, only,
+    out, lo, hi, at, a, b, p_size, q_size,
     stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
-    R: tl.constexpr, S: tl.constexpr, STRIDED: tl.constexpr, TAPS: tl.constexpr,
-    BK: tl.constexpr, BC: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GRANULE: tl.constexpr,
-    DY_LAST: tl.constexpr, DX_LAST: tl.constexpr, PRECISION: tl.constexpr,
+    CHANNELS: tl.constexpr, R: tl.constexpr, S: tl.constexpr, STRIDED: tl.constexpr, TAPS: tl.constexpr,
+    BK: tl.constexpr, BC: tl.constexpr, STACK: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GRANULE: tl.constexpr, LO: tl.constexpr,
+    SAME: tl.constexpr, WIDE: tl.constexpr, DY_LAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """[BLOCK_M, BLOCK_N] of dx; `only`: one channel block of the stack alone, or all of them if it is negative."""
     CHUNKS: tl.constexpr = BLOCK_K // GRANULE
     PARTS: tl.constexpr = BK // GRANULE
-    t_indptr, t_indices, t_perm = index + t_indptr_at, index + t_indices_at, index + t_perm_at
-    c_block, rest = tl.program_id(0) % c_blocks, tl.program_id(0) // c_blocks
-    # Residue class (a, b) of x's pixels, then a tile of its (image, i, j): h = a + i*stride_h, w = b + j*stride_w.
-    columns = tl.minimum(stride_w, width)
-    classes = tl.minimum(stride_h, height) * columns
-    a, b = rest % classes // columns, rest % classes % columns
-    rows_in, cols_in = tl.cdiv(height - a, stride_h), tl.cdiv(width - b, stride_w)
-    m = rest // classes * BLOCK_M + tl.arange(0, BLOCK_M)
-    inside = m < images * rows_in * cols_in
-    n, i, j = _pixel(m, rows_in, cols_in)
-    p = tl.where(inside, i, _FAR)
-    base = dy + _offset(n, p, j, p_size, q_size, k_blocks * BK, DY_LAST)
-
-    taps = tl.arange(0, TAPS)
+    OFFSET: tl.constexpr = tl.int64 if WIDE else tl.int32
     if STRIDED:  # number the entries of the class's own taps
+        taps = tl.arange(0, TAPS)
         reach_h, reach_w = a + pad_h - taps // S * dilation_h, b + pad_w - taps % S * dilation_w
         own = (taps < R * S) & (reach_h % stride_h == 0) & (reach_w % stride_w == 0)
-        begin = tl.load(t_indptr + c_block * (R * S) + taps, mask=own, other=0)
-        count = tl.load(t_indptr + c_block * (R * S) + taps + 1, mask=own, other=0) - begin
-        before = tl.cumsum(count, 0) - count
-        total = tl.sum(count, 0)
+        begin = tl.load(indptr + stack * (R * S) + taps, mask=own, other=0)
+        size = tl.load(indptr + stack * (R * S) + taps + 1, mask=own, other=0) - begin
+        before = tl.cumsum(size, 0) - size
+        count = tl.sum(size, 0) * PARTS
         shift = tl.where(own, begin - before, 0)
     else:
-        first = tl.load(t_indptr + c_block * (R * S))
-        total = tl.load(t_indptr + (c_block + 1) * (R * S)) - first
+        first = tl.load(indptr + stack * (R * S))
+        count = (tl.load(indptr + (stack + 1) * (R * S)) - first) * PARTS
 
+    u = tl.arange(0, CHUNKS)
+    ordinal = tl.maximum(tl.minimum(u, count - 1), 0) // PARTS
+    if STRIDED:
+        entry = ordinal + tl.max(tl.where(before[None, :] <= ordinal[:, None], shift[None, :], 0), 1)
+    else:
+        entry = first + ordinal
+    col, block = tl.load(indices + entry), tl.load(blocks + entry)
+    if STACK > 1:
+        rank = tl.load(ranks + entry)
     c = tl.arange(0, BLOCK_N)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start in range(0, total * PARTS, CHUNKS):
-        u = start + tl.arange(0, CHUNKS)
-        ordinal, part = u // PARTS, u % PARTS
-        live = ordinal < total
-        if STRIDED:
-            passed = before[None, :] <= ordinal[:, None]
-            entry = ordinal + tl.max(tl.where(passed, shift[None, :], 0), 1)
-        else:
-            entry = first + ordinal
-        col = tl.load(t_indices + entry, mask=live, other=0)
-        block = tl.load(t_perm + entry, mask=live, other=0).to(tl.int64)
-        tap = col // k_blocks if R * S > 1 else col * 0
-        k = (col - tap * k_blocks) * BK + part * GRANULE
+    for _ in range(0, count, CHUNKS):
+        part = u % PARTS
+        tap = col // (CHANNELS // BK)
+        k = (col - tap * (CHANNELS // BK)) * BK + part * GRANULE
         dp, dq = a + pad_h - tap // S * dilation_h, b + pad_w - tap % S * dilation_w
         if STRIDED:
             dp, dq = dp // stride_h, dq // stride_w  # exact: the class's own taps
-        step = _step(dp, dq, k, p_size, q_size, k_blocks * BK, DY_LAST)
-        g = _gather(base, p, j, dp, dq, step, live, p_size, q_size, BLOCK_M, CHUNKS, GRANULE, DY_LAST)
-        # Rows of values: [chunks, granule] flattened, so that the load itself is a plain 2-d tile.
-        line = (block * (BK * BC) + part * (GRANULE * BC))[:, None] + (tl.arange(0, GRANULE) * BC)[None, :]
-        line = tl.multiple_of(tl.reshape(line, [BLOCK_K]), 8)  # bc is: without the hint Triton 3.6 copies 2 bytes
-        used = tl.reshape(tl.broadcast_to(live[:, None], [CHUNKS, GRANULE]), [BLOCK_K])
-        mask = used[:, None] & (c < BC)[None, :]
-        v = tl.load(values + line[:, None] + c[None, :], mask=mask, other=0.0)
+        step = _step(dp, dq, k, p_size, q_size, CHANNELS, DY_LAST).to(OFFSET)
+        need = tl.where(u < count, (1 << tap % S) | (1 << (tap // S + S)), _NEVER)
+        if STACK > 1:
+            need = tl.where((only < 0) | (rank >> 4 * only & 15 != 0), need, _NEVER)
+        inside = (out[:, None] & _each(need, CHUNKS, GRANULE)[None, :]) == 0
+        steps = _run(step, (p_size * q_size).to(OFFSET), CHUNKS, GRANULE, DY_LAST)
+        if SAME:
+            pointers = ((at + steps)[None, :] + (lo * CHANNELS)[:, None]) + (hi * (LO * CHANNELS))[:, None]
+        else:
+            pointers = at + (lo[:, None] + steps[None, :])
+        g = tl.load(pointers, mask=inside, other=0.0)
+        row = tl.arange(0, GRANULE) * BC
+        if STACK == 1:
+            line = block.to(OFFSET) * (BK * BC) + part * (GRANULE * BC)
+            line = tl.multiple_of(tl.reshape(line[:, None] + row[None, :], [BLOCK_K]), 8)
+            if BLOCK_N == BC:
+                v = tl.load((values + line)[:, None] + c[None, :])
+            else:
+                v = tl.load((values + line)[:, None] + c[None, :], mask=(c < BC)[None, :], other=0.0)
+        else:
+            inner = tl.arange(0, BC)
+            own_rank = rank[:, None] >> 4 * tl.arange(0, STACK)[None, :] & 15
+            line = (block[:, None] + own_rank - 1).to(OFFSET) * (BK * BC) + (part * (GRANULE * BC))[:, None]
+            line = line[:, None, :, None] + row[None, :, None, None] + inner[None, None, None, :]
+            line = tl.max_contiguous(tl.multiple_of(tl.reshape(line, [BLOCK_K, BLOCK_N]), [1, 8]), [1, 8])
+            stored = tl.broadcast_to((own_rank != 0)[:, None, :, None], [CHUNKS, GRANULE, STACK, BC])
+            stored = tl.max_constancy(tl.reshape(stored, [BLOCK_K, BLOCK_N]), [1, 8])
+            v = tl.load(values + line, mask=stored, other=0.0)
         acc = _dot(g, v, acc, PRECISION)
+        u += CHUNKS
+        ordinal = tl.maximum(tl.minimum(u, count - 1), 0) // PARTS
+        if STRIDED:
+            entry = ordinal + tl.max(tl.where(before[None, :] <= ordinal[:, None], shift[None, :], 0), 1)
+        else:
+            entry = first + ordinal
+        col, block = tl.load(indices + entry), tl.load(blocks + entry)
+        if STACK > 1:
+            rank = tl.load(ranks + entry)
+    return acc
 
-    out = dx + _offset(n, a + i * stride_h, b + j * stride_w, height, width, c_blocks * BC, DX_LAST)
-    out = out[:, None] + _channel(c_block * BC + c, height, width, DX_LAST)[None, :]
-    tl.store(out, acc.to(dx.dtype.element_ty), mask=inside[:, None] & (c < BC)[None, :])
+
+@triton.jit
+def _dgrad_store(
+    acc, dx, stack, only, tile, images, rows_in, cols_in, a, b, height, width, c_blocks, stride_h, stride_w,
+    STRIDED: tl.constexpr, BC: tl.constexpr, STACK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    DX_LAST: tl.constexpr,
+):  # fmt: skip
+    """Write the tile to dx; `only`: one channel block of the stack alone, or all of them if it is negative."""
+    m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tl.arange(0, BLOCK_N)
+    c = stack * (STACK * BC) + column
+    wanted = (column < STACK * BC) & (c < c_blocks * BC)
+    if STACK > 1:
+        wanted = tl.max_constancy(wanted & (column // BC == tl.where(only < 0, column // BC, only)), 8)
+    if STRIDED or not DX_LAST:
+        n, i, j = _pixel(m, rows_in, cols_in)
+        to = dx + _offset(n, a + i * stride_h, b + j * stride_w, height, width, c_blocks * BC, DX_LAST)
+    else:  # pixel m of the one class is pixel m of dx
+        to = dx + m.to(tl.int64) * (c_blocks * BC)
+    to = to[:, None] + _channel(c, height, width, DX_LAST)[None, :]
+    inside = m < images * rows_in * cols_in
+    tl.store(to, acc.to(dx.dtype.element_ty), mask=inside[:, None] & wanted[None, :])
+
+
+@_kernel
+def dgrad_kernel(
+    dy, values, index, dx, indptr_at, indices_at, blocks_at, ranks_at,
+    images, height, width, p_size, q_size, stacks, c_blocks,
+    stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
+    CHANNELS: tl.constexpr, R: tl.constexpr, S: tl.constexpr, STRIDED: tl.constexpr, TAPS: tl.constexpr,
+    BK: tl.constexpr, BC: tl.constexpr, STACK: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GRANULE: tl.constexpr, LO: tl.constexpr,
+    SAME: tl.constexpr, WIDE: tl.constexpr, DY_LAST: tl.constexpr, DX_LAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    OFFSET: tl.constexpr = tl.int64 if WIDE else tl.int32
+    stack, rest = tl.program_id(0) % stacks, tl.program_id(0) // stacks
+    # Residue class (a, b) of x's pixels, then a tile of its (image, i, j): h = a + i*stride_h, w = b + j*stride_w.
+    if STRIDED:
+        columns = tl.minimum(stride_w, width)
+        classes = tl.minimum(stride_h, height) * columns
+        a, b, tile = rest % classes // columns, rest % classes % columns, rest // classes
+        rows_in, cols_in = tl.cdiv(height - a, stride_h), tl.cdiv(width - b, stride_w)
+    else:
+        a, b, tile = 0, 0, rest
+        rows_in, cols_in = height, width
+    m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    n, i, j = _pixel(m, rows_in, cols_in)
+    out = tl.where(m < images * rows_in * cols_in, _NEVER, -1)
+    for s in tl.static_range(S):
+        q = j + (b + pad_w - s * dilation_w) // stride_w if STRIDED else j + (pad_w - s * dilation_w)
+        out |= ((q < 0) | (q >= q_size)).to(tl.int32) << s
+    for r in tl.static_range(R):
+        p = i + (a + pad_h - r * dilation_h) // stride_h if STRIDED else i + (pad_h - r * dilation_h)
+        out |= ((p < 0) | (p >= p_size)).to(tl.int32) << (S + r)
+    out = _exchange(out, BLOCK_M)
+    if SAME:  # pixel m of the class is pixel m of dy
+        lo = tl.reshape(tl.broadcast_to(tl.arange(0, LO)[None, :], [BLOCK_M // LO, LO]), [BLOCK_M]).to(tl.int64)
+        hi = tl.reshape(tl.broadcast_to(tl.arange(0, BLOCK_M // LO)[:, None], [BLOCK_M // LO, LO]), [BLOCK_M])
+        at = dy + (tile * BLOCK_M).to(tl.int64) * CHANNELS
+    else:
+        lo = _exchange(_offset(n, i, j, p_size, q_size, CHANNELS, DY_LAST).to(OFFSET), BLOCK_M)
+        hi = lo
+        at = dy
+
+    if STACK == 1:
+        acc = _dgrad_sum(
+            dy, values, index, index + indptr_at, index + indices_at, index + blocks_at, index, stack, -1,
+            out, lo, hi, at, a, b, p_size, q_size, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
+            CHANNELS, R, S, STRIDED, TAPS, BK, BC, STACK, BLOCK_M, BLOCK_N, BLOCK_K, GRANULE, LO,
+            SAME, WIDE, DY_LAST, PRECISION,
+        )  # fmt: skip
+        _dgrad_store(
+            acc, dx, stack, -1, tile, images, rows_in, cols_in, a, b, height, width, c_blocks, stride_h, stride_w,
+            STRIDED, BC, STACK, BLOCK_M, BLOCK_N, DX_LAST,
+        )  # fmt: skip
+    else:
+        # The stack's blocks share dy: where one is not stored its zeros meet what another one needs. Zero times NaN or
+        # infinity is NaN, so a tile with NaN is made again, a channel block at a time.
+        only = stack * 0 - 1
+        end = stack * 0
+        # The first number of indptr, 0. A sum with it, which no compiler knows to be the same each time, is made where
+        # it stands: addresses made before the loop would take the registers that the loop needs.
+        zero = tl.load(index + indptr_at)
+        while only < end:
+            acc = _dgrad_sum(
+                dy, values, index, index + indptr_at, index + indices_at, index + blocks_at, index + ranks_at, stack,
+                only, out, lo, hi, at, a, b, p_size, q_size, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
+                CHANNELS, R, S, STRIDED, TAPS, BK, BC, STACK, BLOCK_M, BLOCK_N, BLOCK_K, GRANULE, LO,
+                SAME, WIDE, DY_LAST, PRECISION,
+            )  # fmt: skip
+            if only < 0:
+                spoilt = tl.sum(tl.sum(acc * 0.0, 1), 0)
+                end = tl.where(spoilt != spoilt, STACK, 0)
+            tile += zero
+            _dgrad_store(
+                acc, dx, stack, only, tile, images, rows_in, cols_in, a, b, height, width, c_blocks, stride_h, stride_w,
+                STRIDED, BC, STACK, BLOCK_M, BLOCK_N, DX_LAST,
+            )  # fmt: skip
+            only += 1
 
 
 @_kernel

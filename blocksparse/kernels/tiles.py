@@ -6,6 +6,7 @@ workspace, is the same for all patterns of one shape and nnzb.
 
 from __future__ import annotations
 
+import math
 import os
 from typing import NamedTuple
 
@@ -179,6 +180,14 @@ def wgrad_tiles(nnzb: int, block_rows: int, bc: int, block_m: int) -> int:
     """Tiles that cover the stored chunks of every block-row, wherever they lie (triton_conv: slot)."""
     size = granule(bc, block_m)
     return nnzb * (bc // size) // (block_m // size) + block_rows
+
+
+def group_of(splits: int) -> int:
+    """How many splits of wgrad are added up at once: all, or groups, whose sums are then added up.
+
+    The last program of a group adds it, and the last of all adds the groups. With some 16 of each neither takes long.
+    """
+    return splits if splits <= 16 else math.isqrt(splits - 1) + 1
 
 
 def _splits(g: ConvGeometry, blocksize: tuple[int, int], nnzb: int, tile: Tile, arch: str) -> int:

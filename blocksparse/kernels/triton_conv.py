@@ -14,8 +14,8 @@ from torch import Tensor
 from ..geometry import ConvGeometry
 from ..index import IndexTables, stacked
 from ..layout import format_of, memory_format
-from .tiles import Tile, granule, wgrad_tiles
-from .triton_kernels import INTERPRETED, add_splits_kernel, dgrad_kernel, fprop_kernel, wgrad_kernel
+from .tiles import Tile, granule, group_of, wgrad_tiles
+from .triton_kernels import INTERPRETED, dgrad_kernel, fprop_kernel, wgrad_kernel
 
 
 def _channels_last(t: Tensor) -> bool:
@@ -194,6 +194,23 @@ def dgrad(
     return dx
 
 
+_counting: dict[tuple[int, int], Tensor] = {}
+
+
+def _zeros(like: Tensor, size: int) -> Tensor:
+    """int32 zeros that a launch on the current stream leaves as zeros: one buffer a stream, or the captured graph's own.
+
+    Launches on one stream run one after the other; a graph may run beside anything but itself.
+    """
+    if not like.is_cuda or torch.cuda.is_current_stream_capturing():
+        return torch.zeros(size, dtype=torch.int32, device=like.device)
+    key = like.get_device(), torch.cuda.current_stream(like.device).cuda_stream
+    found = _counting.get(key)
+    if found is None or found.numel() < size:
+        found = _counting[key] = torch.zeros(max(size, 1 << 12), dtype=torch.int32, device=like.device)
+    return found
+
+
 def wgrad(
     x: Tensor,
     dy: Tensor,
@@ -218,22 +235,25 @@ def wgrad(
         return out.zero_()
     dy = _in_bsr_order(dy, tables)
     x_last, dy_last = _channels_last(x), _channels_last(dy)
-    sums = out
+    sums = counters = None
+    wide = max(x.numel(), dy.numel(), tile.splits * out.numel()) >= 2**31
+    tiles, group = wgrad_tiles(nnzb, g.k // bk, bc, tile.block_m), group_of(tile.splits)
+    groups = triton.cdiv(tile.splits, group)
     if tile.splits > 1:
         sums = torch.empty((tile.splits, *values_shape), dtype=torch.float32, device=x.device)
+        counters = _zeros(x, tiles * (groups + 1))
 
     def describe() -> tuple[int, dict[str, object]]:
-        pixels, tiles = g.n * g.p * g.q, wgrad_tiles(nnzb, g.k // bk, bc, tile.block_m)
+        pixels = g.n * g.p * g.q
         constants = _sizes(g, (bk, bc)) | _meta(tile, granule(bc, tile.block_m), precision)
         constants |= {"pixels": pixels, "tiles": tiles, "steps": triton.cdiv(pixels, tile.block_k * tile.splits)}
-        constants |= {"size": out.numel(), "X_LAST": x_last, "DY_LAST": dy_last}
+        constants |= {"nnzb": nnzb, "splits": tile.splits, "width_of_group": group, "groups": groups}
+        constants |= {"CHANNELS": g.c, "X_LAST": x_last, "DY_LAST": dy_last, "WIDE": wide, "LO": 8}
+        constants |= {"SAME": x_last and g.stride == (1, 1) and (g.h, g.w) == (g.p, g.q)}
+        del constants["c_blocks"]
         return tiles * tile.splits, constants
 
     facts = (g, values_shape, tile, precision, x.dtype, x_last, dy_last)
-    _launch(wgrad_kernel, (x, dy, tables.packed, sums), (tables.layout.indices[0],), facts, describe)
-    if tile.splits > 1:
-        size = out.numel()
-        constants: dict[str, object] = {"size": size, "splits": tile.splits, "BLOCK": 1024}
-        adding = (size, tile.splits, out.dtype)
-        _launch(add_splits_kernel, (sums, out), (), adding, lambda: (triton.cdiv(size, 1024), constants))
+    tensors = (x, dy, tables.packed, sums, counters, out)
+    _launch(wgrad_kernel, tensors, (tables.layout.indices[0],), facts, describe)
     return out

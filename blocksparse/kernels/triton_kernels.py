@@ -112,6 +112,16 @@ def _run(v, step, SIZE: tl.constexpr, TIMES: tl.constexpr, LAST: tl.constexpr):
 
 
 @triton.jit
+def _outside(first, size, dilation, BIT: tl.constexpr, TAPS: tl.constexpr):
+    """Bits BIT, BIT + 1, ... of the taps first, first + dilation, ... along an axis that lie outside 0 .. size."""
+    bits = first * 0
+    for tap in tl.static_range(TAPS):
+        # What lies before 0 is, without its sign, far past the end.
+        bits |= ((first + tap * dilation).to(tl.uint32) >= size.to(tl.uint32)).to(tl.int32) << (BIT + tap)
+    return bits
+
+
+@triton.jit
 def _exchange(v, SIZE: tl.constexpr):
     """v itself. One thread computes an element, and gives it to the others that need it."""
     return tl.gather(v, tl.arange(0, SIZE), 0)
@@ -129,7 +139,7 @@ def _dot(a, b, acc, PRECISION: tl.constexpr):
 
 _SIZES = (
     "pixels", "images", "height", "width", "p_size", "q_size", "k_blocks", "c_blocks", "stride_h", "stride_w",
-    "pad_h", "pad_w", "dilation_h", "dilation_w", "tiles", "steps", "size", "splits",
+    "pad_h", "pad_w", "dilation_h", "dilation_w", "tiles", "steps", "nnzb", "splits", "width_of_group", "groups",
     "stacks", "indices_at", "indptr_at", "blocks_at", "ranks_at",
 )  # fmt: skip
 
@@ -160,12 +170,8 @@ def fprop_kernel(
     m = tile * BLOCK_M + i
     n, p, q = _pixel(m, p_size, q_size)
     h, w = p * stride_h - pad_h, q * stride_w - pad_w
-    out = tl.where(m < pixels, _NEVER, -1)
-    for s in tl.static_range(S):
-        out |= ((w + s * dilation_w < 0) | (w + s * dilation_w >= width)).to(tl.int32) << s
-    for r in tl.static_range(R):
-        out |= ((h + r * dilation_h < 0) | (h + r * dilation_h >= height)).to(tl.int32) << (S + r)
-    out = _exchange(out, BLOCK_M)
+    out = tl.where(m < pixels, _NEVER, -1) | _outside(w, width, dilation_w, 0, S)
+    out = _exchange(out | _outside(h, height, dilation_h, S, R), BLOCK_M)
     if SAME:  # pixel m of y is pixel m of x
         lo = tl.reshape(tl.broadcast_to(tl.arange(0, LO)[None, :], [BLOCK_M // LO, LO]), [BLOCK_M]).to(tl.int64)
         hi = tl.reshape(tl.broadcast_to(tl.arange(0, BLOCK_M // LO)[:, None], [BLOCK_M // LO, LO]), [BLOCK_M])
@@ -401,18 +407,60 @@ def dgrad_kernel(
             only += 1
 
 
+@triton.jit
+def _is_last(counter, members):
+    """Whether `members` programs have come here, this one last; all that they have stored can then be read.
+
+    The last one puts the counter back to 0.
+    """
+    tl.debug_barrier()  # all threads of the program have stored
+    last = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == members - 1
+    if last:
+        tl.store(counter, 0)
+    return last
+
+
+@triton.jit
+def _add_up(first, apart, members, to, mask, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The sum of `members` tiles, `apart` elements from each to the next, in their order: the same bits each time."""
+    total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    for member in range(members):
+        total += tl.load(first + member * apart + to, mask=mask, other=0.0, cache_modifier=".cg")
+    return total
+
+
+@triton.jit
+def _wgrad_reach(
+    m, n, p, q, pixels, height, width, p_size, q_size, channels, filters,
+    stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
+    R: tl.constexpr, S: tl.constexpr, BLOCK_K: tl.constexpr, SAME: tl.constexpr, WIDE: tl.constexpr,
+    X_LAST: tl.constexpr, DY_LAST: tl.constexpr,
+):  # fmt: skip
+    """For pixels m: bits of the taps outside, and where they lie in x and in dy, as far as that is asked for."""
+    OFFSET: tl.constexpr = tl.int64 if WIDE else tl.int32
+    h, w = p * stride_h - pad_h, q * stride_w - pad_w
+    out = tl.where(m < pixels, _NEVER, -1) | _outside(w, width, dilation_w, 0, S)
+    out = _exchange(out | _outside(h, height, dilation_h, S, R), BLOCK_K)
+    in_x, in_dy = out, out
+    if not SAME:
+        in_x = _exchange(_offset(n, h, w, height, width, channels, X_LAST).to(OFFSET), BLOCK_K)
+    if not DY_LAST:
+        in_dy = _exchange(_offset(n, p, q, p_size, q_size, filters, False).to(OFFSET), BLOCK_K)
+    return out, in_x, in_dy
+
+
 @_kernel
 def wgrad_kernel(
-    x, dy, index, out, indices_at,
-    pixels, tiles, steps, size, height, width, p_size, q_size, k_blocks, c_blocks,
+    x, dy, index, sums, counters, out, indices_at,
+    pixels, tiles, steps, nnzb, splits, width_of_group, groups, height, width, p_size, q_size, k_blocks,
     stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
-    R: tl.constexpr, S: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GRANULE: tl.constexpr,
-    X_LAST: tl.constexpr, DY_LAST: tl.constexpr, PRECISION: tl.constexpr,
+    CHANNELS: tl.constexpr, R: tl.constexpr, S: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GRANULE: tl.constexpr, LO: tl.constexpr,
+    SAME: tl.constexpr, WIDE: tl.constexpr, X_LAST: tl.constexpr, DY_LAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     CHUNKS: tl.constexpr = BLOCK_M // GRANULE
     PARTS: tl.constexpr = BC // GRANULE
-    indptr, indices = index, index + indices_at
+    OFFSET: tl.constexpr = tl.int64 if WIDE else tl.int32
     # Tiles of one split run side by side: they share its pixels.
     tile, split = tl.program_id(0) % tiles, tl.program_id(0) // tiles
 
@@ -420,38 +468,61 @@ def wgrad_kernel(
     passed = 0
     for start in range(0, k_blocks, 256):
         rows = start + tl.arange(0, 256)
-        slot = tl.load(indptr + rows, mask=rows < k_blocks, other=0).to(tl.int64) * PARTS // CHUNKS + rows
+        slot = tl.load(index + rows, mask=rows < k_blocks, other=0).to(tl.int64) * PARTS // CHUNKS + rows
         passed += tl.sum(((slot <= tile) & (rows < k_blocks)).to(tl.int32), 0)
     row = passed - 1
-    first, last = tl.load(indptr + row), tl.load(indptr + row + 1)
+    first, last = tl.load(index + row), tl.load(index + row + 1)
     begin = (tile - (first.to(tl.int64) * PARTS // CHUNKS + row).to(tl.int32)) * CHUNKS
     if begin >= (last - first) * PARTS:  # a tile that this block-row does not need
         return
 
     u = begin + tl.arange(0, CHUNKS)
-    entry = first + u // PARTS
-    live = entry < last
-    col = tl.load(indices + entry, mask=live, other=0)
-    tap = col // c_blocks if R * S > 1 else col * 0
-    c = (col - tap * c_blocks) * BC + u % PARTS * GRANULE
+    live = u < (last - first) * PARTS
+    col = tl.load(index + indices_at + first + u // PARTS, mask=live, other=0)
+    tap = col // (CHANNELS // BC)
+    c = (col - tap * (CHANNELS // BC)) * BC + u % PARTS * GRANULE
     dh, dw = tap // S * dilation_h, tap % S * dilation_w
-    step = _step(dh, dw, c, height, width, c_blocks * BC, X_LAST)
+    step = _step(dh, dw, c, height, width, CHANNELS, X_LAST).to(OFFSET)
+    need = _each(tl.where(live, (1 << tap % S) | (1 << (tap // S + S)), _NEVER), CHUNKS, GRANULE)
+    channels = _run(step, (height * width).to(OFFSET), CHUNKS, GRANULE, X_LAST)
 
     j = tl.arange(0, BLOCK_N)
-    k = _channel(row * BK + j, p_size, q_size, DY_LAST)
-    m = split * (steps * BLOCK_K) + tl.arange(0, BLOCK_K)
+    k = tl.arange(0, BLOCK_K)
+    start = split * (steps * BLOCK_K)
+    m = start + k
     n, p, q = _pixel(m, p_size, q_size)
     # Pixels advance by carries: cheaper than two divisions per pixel and step.
     more_n, more_p, more_q = _pixel(BLOCK_K, p_size, q_size)
+    outside, in_x, in_dy = _wgrad_reach(
+        m, n, p, q, pixels, height, width, p_size, q_size, CHANNELS, k_blocks * BK,
+        stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, R, S, BLOCK_K, SAME, WIDE, X_LAST, DY_LAST,
+    )  # fmt: skip
+    at = x
+    if SAME:  # pixel m of dy is pixel m of x
+        lo = tl.reshape(tl.broadcast_to(tl.arange(0, LO)[None, :], [BLOCK_K // LO, LO]), [BLOCK_K]).to(tl.int64)
+        hi = tl.reshape(tl.broadcast_to(tl.arange(0, BLOCK_K // LO)[:, None], [BLOCK_K // LO, LO]), [BLOCK_K])
+        at += (start.to(tl.int64) - (pad_h * width + pad_w)) * CHANNELS
+    from_dy = dy + row * BK
+    if DY_LAST:
+        from_dy += start.to(tl.int64) * (k_blocks * BK)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for _ in range(steps):
-        h = tl.where(m < pixels, p * stride_h - pad_h, _FAR)
-        w = q * stride_w - pad_w
-        base = x + _offset(n, h, w, height, width, c_blocks * BC, X_LAST)
-        a = _gather(base, h, w, dh, dw, step, live, height, width, BLOCK_K, CHUNKS, GRANULE, X_LAST)
-        line = dy + _offset(n, p, q, p_size, q_size, k_blocks * BK, DY_LAST)
-        b = tl.load(line[:, None] + k[None, :], mask=(m < pixels)[:, None] & (j < BK)[None, :], other=0.0)
+    for done in range(0, tl.minimum(steps * BLOCK_K, pixels - start), BLOCK_K):
+        if SAME:
+            pointers = ((at + channels)[None, :] + (lo * CHANNELS)[:, None]) + (hi * (LO * CHANNELS))[:, None]
+        else:
+            pointers = at + (in_x[:, None] + channels[None, :])
+        a = tl.load(pointers, mask=(outside[:, None] & need[None, :]) == 0, other=0.0)
+        here = (k < pixels - start - done)[:, None] & (j < BK)[None, :]
+        if DY_LAST:
+            b = tl.load((from_dy + j)[None, :] + (k * (k_blocks * BK))[:, None], mask=here, other=0.0)
+        else:
+            plane = (row * BK + j) * (p_size * q_size).to(OFFSET)
+            b = tl.load(dy + (in_dy[:, None] + plane[None, :]), mask=here, other=0.0)
         acc = _dot(tl.trans(a), b, acc, PRECISION)
+        if SAME:
+            at += BLOCK_K * CHANNELS
+        if DY_LAST:
+            from_dy += BLOCK_K * (k_blocks * BK)
         m += BLOCK_K
         q += more_q
         carry = (q >= q_size).to(tl.int32)
@@ -460,20 +531,30 @@ def wgrad_kernel(
         carry = (p >= p_size).to(tl.int32)
         p -= carry * p_size
         n += more_n + carry
+        outside, in_x, in_dy = _wgrad_reach(
+            m, n, p, q, pixels, height, width, p_size, q_size, CHANNELS, k_blocks * BK,
+            stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, R, S, BLOCK_K, SAME, WIDE, X_LAST, DY_LAST,
+        )  # fmt: skip
 
-    i = tl.arange(0, BLOCK_M)
-    v = begin + i // GRANULE
-    entry = first + v // PARTS
-    to = entry.to(tl.int64) * (BK * BC) + (v % PARTS * GRANULE + i % GRANULE)
-    to = (out + split * size.to(tl.int64)) + to
-    mask = (entry < last)[None, :] & (j < BK)[:, None]
-    tl.store(to[None, :] + j[:, None] * BC, tl.trans(acc).to(out.dtype.element_ty), mask=mask)
-
-
-@_kernel
-def add_splits_kernel(workspace, out, size, splits, BLOCK: tl.constexpr):
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], tl.float32)
-    for split in range(splits):
-        total += tl.load(workspace + split * size.to(tl.int64) + i, mask=i < size, other=0.0)
-    tl.store(out + i, total.to(out.dtype.element_ty), mask=i < size)
+    v = begin + tl.arange(0, CHUNKS)
+    to = _run((first + v // PARTS).to(OFFSET) * (BK * BC) + v % PARTS * GRANULE, 1, CHUNKS, GRANULE, True)
+    to = to[None, :] + (j * BC)[:, None]
+    mask = _each(v < (last - first) * PARTS, CHUNKS, GRANULE)[None, :] & (j < BK)[:, None]
+    total = tl.trans(acc)
+    if sums is None:
+        tl.store(out + to, total.to(out.dtype.element_ty), mask=mask)
+    else:
+        size = nnzb.to(tl.int64) * (BK * BC)
+        group = split // width_of_group
+        head, members = group * width_of_group, tl.minimum(width_of_group, splits - group * width_of_group)
+        tl.store(sums + split * size + to, total, mask=mask)
+        counter = counters + tile * (groups + 1)
+        if _is_last(counter + group, members):
+            total = _add_up(sums + head * size, size, members, to, mask, BLOCK_M, BLOCK_N)
+            if groups == 1:
+                tl.store(out + to, total.to(out.dtype.element_ty), mask=mask)
+            else:
+                tl.store(sums + head * size + to, total, mask=mask)
+                if _is_last(counter + groups, groups):
+                    total = _add_up(sums, size * width_of_group, groups, to, mask, BLOCK_M, BLOCK_N)
+                    tl.store(out + to, total.to(out.dtype.element_ty), mask=mask)

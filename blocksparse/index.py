@@ -29,8 +29,8 @@ class Layout(NamedTuple):
     t_indptr: tuple[int, int]  # [Cb*T + 1]  transposed entries of (c_block, tap): t_indptr[c_block*T + tap] .. [+ 1]
     t_indices: tuple[int, int]  # [nnzb]   tap*Kb + k_block, ascending within a channel block
     t_perm: tuple[int, int]  # [nnzb]      which block of `values` this transposed entry is
-    # Channel blocks stacked `stacked(...)` at a time, where that is more than one; otherwise of no length. An entry is a
-    # (tap, block-row) that any block of the stack stores: at most nnzb of them, the rest are zeros.
+    # Channel blocks stacked `stacked(...)` at a time; of no length where that is 1. An entry is a (tap, block-row) that
+    # any block of the stack stores: at most nnzb of them, the rest are zeros.
     s_indptr: tuple[int, int]  # [stacks*T + 1]  entries of (stack, tap)
     s_indices: tuple[int, int]  # [nnzb]   tap*Kb + k_block, ascending within a stack
     s_first: tuple[int, int]  # [nnzb]     the first of its blocks in `values`: they follow each other there

@@ -22,7 +22,7 @@ ALLOWED = {
     "pattern": {"bsr", "pattern_checks", "index"},
     "reference": {"geometry", "pattern"},
     "kernels/__init__": set(),
-    "kernels/tiles": {"geometry"},
+    "kernels/tiles": {"geometry", "index"},
     "kernels/slots": {"geometry", "kernels/tiles"},
     "kernels/cost": {"geometry"},
     "kernels/aten_conv": {"geometry", "layout"},

@@ -20,6 +20,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LIMIT = 2**30  # pixels and coordinates: the sum of two still fits int32
 MAX_GRID = 2**31 - 1
 WORKSPACE_BYTES = 32 << 20  # at most, for the splits of wgrad: small enough to stay in L2
+MOST_TAPS = 31  # kernel rows and columns together
 LEAST_STEPS = 4  # steps of BLOCK_K pixels that a split of wgrad is worth
 
 
@@ -40,7 +41,7 @@ class Entry(NamedTuple):
     kinds: str
     widest: int  # BLOCK_N up to this
     math: str  # "half": fp16 and bf16; "tf32" or "ieee": fp32
-    load: str  # "few" programs, "short" loops or "long" ones (see _load); "*": any
+    load: str  # how much there is to do: "few", "some" or "many" (see _load); "*": any
     archs: str
     block_m: int
     block_k: int
@@ -48,32 +49,30 @@ class Entry(NamedTuple):
     num_warps: int = 4
 
 
-# Chosen from compile-time evidence (registers, spills, shared memory, instructions of each target), not tuned on a
-# device: no GPU has timed an entry. The first row that fits applies. fprop and dgrad load an index before they can load
-# data, so of n stages only (n - 1) / 2 hold data; on the AMD path data waits in registers and two stages are all.
-# Four warps throughout.
+# Chosen from counts of instructions, registers and shared memory (counts/triton.json, written by bench/count.py), not
+# tuned on a device: no GPU has timed an entry. The first row that fits applies. Four warps throughout: a product of 256
+# rows takes a third fewer instructions than two of 128. Three stages, which fit two programs into a multiprocessor but
+# for wgrad of 128 pixels; on the AMD path data waits in registers and two stages are all.
 _NVIDIA = "sm_80 sm_90 sm_100"
 TABLE: tuple[Entry, ...] = (
-    Entry("fprop dgrad", 128, "half", "few", "sm_90 sm_100", 64, 64, 7),
-    Entry("fprop dgrad", 128, "half", "short", "sm_90 sm_100", 128, 64, 5),
-    Entry("fprop dgrad", 128, "half", "long", "sm_90 sm_100", 128, 64, 7),
-    Entry("fprop dgrad", 128, "half", "few", "sm_80", 64, 32, 5),
-    Entry("fprop dgrad", 32, "half", "*", "sm_80", 128, 64, 5),
-    Entry("fprop dgrad", 64, "half", "*", "sm_80", 128, 32, 7),
-    Entry("fprop dgrad", 128, "half", "*", "sm_80", 64, 32, 7),
-    Entry("fprop dgrad", 128, "tf32", "few", "sm_80 sm_90", 64, 32, 5),
-    Entry("fprop dgrad", 64, "tf32", "short", _NVIDIA, 128, 32, 5),
-    Entry("fprop dgrad", 64, "tf32", "*", _NVIDIA, 128, 32, 7),
-    Entry("fprop dgrad", 128, "tf32", "*", _NVIDIA, 64, 32, 7),
-    Entry("fprop dgrad", 64, "ieee", "*", _NVIDIA, 64, 16, 5),
+    Entry("fprop dgrad", 32, "half", "many", "sm_90", 256, 64, 3),
+    Entry("fprop dgrad", 128, "half", "few", "sm_90 sm_100", 64, 64, 4),
+    Entry("fprop dgrad", 128, "half", "*", "sm_90 sm_100", 128, 64, 3),
+    Entry("fprop dgrad", 128, "half", "few", "sm_80", 64, 64, 3),
+    Entry("fprop dgrad", 64, "half", "*", "sm_80", 128, 64, 3),
+    Entry("fprop dgrad", 128, "half", "*", "sm_80", 64, 64, 3),
+    Entry("fprop dgrad", 64, "tf32", "few", "sm_80 sm_90", 64, 32, 3),
+    Entry("fprop dgrad", 64, "tf32", "*", _NVIDIA, 128, 32, 3),
+    Entry("fprop dgrad", 128, "tf32", "*", _NVIDIA, 64, 32, 3),
     Entry("fprop dgrad", 128, "ieee", "*", _NVIDIA, 64, 16, 3),
-    Entry("wgrad", 64, "half", "*", "sm_90 sm_100", 128, 64, 4),
+    Entry("wgrad", 32, "half", "many", "sm_90", 256, 64, 3),
+    Entry("wgrad", 64, "half", "*", "sm_90", 128, 128, 3),
+    Entry("wgrad", 64, "half", "*", "sm_100", 128, 64, 3),
     Entry("wgrad", 128, "half", "*", "sm_90 sm_100", 64, 64, 4),
     Entry("wgrad", 64, "half", "*", "sm_80", 128, 32, 4),
     Entry("wgrad", 128, "half", "*", "sm_80", 64, 32, 4),
-    Entry("wgrad", 64, "tf32", "*", _NVIDIA, 128, 32, 4),
-    Entry("wgrad", 128, "tf32", "*", _NVIDIA, 64, 32, 4),
-    Entry("wgrad", 64, "ieee", "*", _NVIDIA, 64, 16, 4),
+    Entry("wgrad", 64, "tf32", "*", _NVIDIA, 128, 32, 3),
+    Entry("wgrad", 128, "tf32", "*", _NVIDIA, 64, 32, 3),
     Entry("wgrad", 128, "ieee", "*", _NVIDIA, 64, 16, 3),
     Entry("fprop dgrad", 128, "half", "few", "gfx", 64, 64, 2),
     Entry("fprop dgrad wgrad", 128, "half", "*", "gfx", 128, 64, 2),
@@ -104,7 +103,8 @@ def _programs(kind: str, g: ConvGeometry, blocksize: tuple[int, int], block_m: i
     if kind == "fprop":
         return -(-g.n * g.p * g.q // block_m) * (g.k // blocksize[0])
     (sh, sw), pixels = g.stride, g.n * -(-g.h // g.stride[0]) * -(-g.w // g.stride[1])
-    return -(-pixels // block_m) * min(sh, g.h) * min(sw, g.w) * (g.c // blocksize[1])
+    stacks = -(-(g.c // blocksize[1]) // stacked(g.weight_shape, blocksize))
+    return -(-pixels // block_m) * min(sh, g.h) * min(sw, g.w) * stacks
 
 
 def refusal(
@@ -142,6 +142,13 @@ def refusal(
     ):  # fmt: skip
         if size >= LIMIT:
             return f"{name} = {size}: pixels and coordinates are counted in 32 bits, below {LIMIT}; split the batch"
+    if g.r + g.s > MOST_TAPS:
+        return (
+            f"R + S = {g.r + g.s}: borders are bits of 32, one a kernel row and column, at most {MOST_TAPS}; use"
+            " backend='torch'"
+        )
+    if (size := blocksize[0] * g.c * g.taps) >= 2**31:
+        return f"bk*C*R*S = {size}: values of a block-row are counted in 32 bits, below {2**31}; use backend='torch'"
     smallest = min(entry.block_m for entry in TABLE)
     for kind in ("fprop", "dgrad"):
         if (programs := _programs(kind, g, blocksize, smallest)) > MAX_GRID:
@@ -166,14 +173,15 @@ def find(kind: str, block_n: int, math: str, load: str, arch: str) -> Entry:
 def _load(kind: str, g: ConvGeometry, blocksize: tuple[int, int], nnzb: int, arch: str) -> str:
     """TABLE's third key, from sizes alone.
 
-    "few": programs of 128 pixels would not fill the device; "short": at most 256 stored channels each on average.
+    fprop, dgrad: "many" where tiles of 256 pixels fill the device twice, "some" where those of 128 do, else "few".
+    wgrad, whose splits fill the device: "many" where a block-row stores enough channels to fill 256 rows, else "some".
     """
     if kind == "wgrad":
-        return "long"  # its splits fill the device
-    if _programs(kind, g, blocksize, 128) < 2 * UNITS[arch]:
-        return "few"
-    outer, inner = (g.k // blocksize[0], blocksize[1]) if kind == "fprop" else (g.c // blocksize[1], blocksize[0])
-    return "short" if nnzb * inner <= 256 * outer * g.stride[0] * g.stride[1] else "long"
+        return "many" if nnzb * blocksize[1] >= 192 * (g.k // blocksize[0]) else "some"
+    for load, block_m in (("many", 256), ("some", 128)):
+        if _programs(kind, g, blocksize, block_m) >= 2 * UNITS[arch]:
+            return load
+    return "few"
 
 
 def wgrad_tiles(nnzb: int, block_rows: int, bc: int, block_m: int) -> int:

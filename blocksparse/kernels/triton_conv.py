@@ -99,6 +99,11 @@ def _meta(tile: Tile, chunk: int, precision: str) -> dict[str, object]:
     }  # fmt: skip
 
 
+def _pass(columns: int, rows: int, tile: Tile, t: Tensor) -> int:
+    """Rows of a tile that all threads together fetch at once, 16 bytes each."""
+    return max(1, min(rows, tile.num_warps * 32 * 16 // (columns * t.element_size())))
+
+
 def fprop(
     x: Tensor,
     values: Tensor,
@@ -129,7 +134,8 @@ def fprop(
         constants = _sizes(g, (bk, bc)) | _meta(tile, granule(bc, tile.block_k), precision)
         constants |= {"pixels": pixels, "X_LAST": x_last, "Y_LAST": y_last}
         del constants["c_blocks"]
-        constants |= {"CHANNELS": g.c, "LO": 16, "SAME": g.stride == (1, 1) and (g.h, g.w) == (g.p, g.q) and x_last, "WIDE": x.numel() >= 2**31}
+        constants |= {"CHANNELS": g.c, "WIDE": x.numel() >= 2**31, "LO": _pass(tile.block_k, tile.block_m, tile, x)}
+        constants |= {"SAME": x_last and g.stride == (1, 1) and (g.h, g.w) == (g.p, g.q)}
         return triton.cdiv(pixels, tile.block_m) * (g.k // bk), constants
 
     tensors = (x, values, tables.packed, bias, tables.row_order, y)
@@ -176,7 +182,8 @@ def dgrad(
         constants = _sizes(g, (bk, bc)) | _meta(tile, granule(bk, tile.block_k), precision)
         constants |= {"images": g.n, "STRIDED": (sh, sw) != (1, 1), "TAPS": triton.next_power_of_2(g.taps)}
         constants |= {"CHANNELS": g.k, "stacks": stacks, "STACK": stack, "DX_LAST": dx_last}
-        constants |= {"SAME": dy_last and (g.h, g.w) == (g.p * sh, g.q * sw), "WIDE": wide, "DY_LAST": dy_last, "LO": 16}
+        constants |= {"SAME": dy_last and (g.h, g.w) == (g.p * sh, g.q * sw), "WIDE": wide, "DY_LAST": dy_last}
+        constants |= {"LO": _pass(tile.block_k, tile.block_m, tile, dy)}
         del constants["k_blocks"]
         return triton.cdiv(largest, tile.block_m) * classes * stacks, constants
 
@@ -248,7 +255,12 @@ def wgrad(
         constants = _sizes(g, (bk, bc)) | _meta(tile, granule(bc, tile.block_m), precision)
         constants |= {"pixels": pixels, "tiles": tiles, "steps": triton.cdiv(pixels, tile.block_k * tile.splits)}
         constants |= {"nnzb": nnzb, "splits": tile.splits, "width_of_group": group, "groups": groups}
-        constants |= {"CHANNELS": g.c, "X_LAST": x_last, "DY_LAST": dy_last, "WIDE": wide, "LO": 8}
+        constants |= {"CHANNELS": g.c, "X_LAST": x_last, "DY_LAST": dy_last, "WIDE": wide, "FILTERS": g.k}
+        constants |= {
+            "LO": _pass(tile.block_m, tile.block_k, tile, x),
+            "LO_DY": _pass(tile.block_n, tile.block_k, tile, x),
+        }
+        constants |= {"EVEN": pixels % tile.block_k == 0}
         constants |= {"SAME": x_last and g.stride == (1, 1) and (g.h, g.w) == (g.p, g.q)}
         del constants["c_blocks"]
         return tiles * tile.splits, constants

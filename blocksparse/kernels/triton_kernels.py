@@ -112,6 +112,14 @@ def _run(v, step, SIZE: tl.constexpr, TIMES: tl.constexpr, LAST: tl.constexpr):
 
 
 @triton.jit
+def _rows(ROWS: tl.constexpr, LO: tl.constexpr):
+    """0, 1, ... ROWS - 1 as lo + LO*hi. Of LO rows, one pass of all threads over a tile, hi is then a constant."""
+    lo = tl.reshape(tl.broadcast_to(tl.arange(0, LO)[None, :], [ROWS // LO, LO]), [ROWS])
+    hi = tl.reshape(tl.broadcast_to(tl.arange(0, ROWS // LO)[:, None], [ROWS // LO, LO]), [ROWS])
+    return lo.to(tl.int64), hi
+
+
+@triton.jit
 def _outside(first, size, dilation, BIT: tl.constexpr, TAPS: tl.constexpr):
     """Bits BIT, BIT + 1, ... of the taps first, first + dilation, ... along an axis that lie outside 0 .. size."""
     bits = first * 0
@@ -173,8 +181,7 @@ def fprop_kernel(
     out = tl.where(m < pixels, _NEVER, -1) | _outside(w, width, dilation_w, 0, S)
     out = _exchange(out | _outside(h, height, dilation_h, S, R), BLOCK_M)
     if SAME:  # pixel m of y is pixel m of x
-        lo = tl.reshape(tl.broadcast_to(tl.arange(0, LO)[None, :], [BLOCK_M // LO, LO]), [BLOCK_M]).to(tl.int64)
-        hi = tl.reshape(tl.broadcast_to(tl.arange(0, BLOCK_M // LO)[:, None], [BLOCK_M // LO, LO]), [BLOCK_M])
+        lo, hi = _rows(BLOCK_M, LO)
         at = x + ((tile * BLOCK_M).to(tl.int64) - (pad_h * width + pad_w)) * CHANNELS
     else:
         lo = _exchange(_offset(n, h, w, height, width, CHANNELS, X_LAST).to(OFFSET), BLOCK_M)
@@ -362,8 +369,7 @@ def dgrad_kernel(
         out |= ((p < 0) | (p >= p_size)).to(tl.int32) << (S + r)
     out = _exchange(out, BLOCK_M)
     if SAME:  # pixel m of the class is pixel m of dy
-        lo = tl.reshape(tl.broadcast_to(tl.arange(0, LO)[None, :], [BLOCK_M // LO, LO]), [BLOCK_M]).to(tl.int64)
-        hi = tl.reshape(tl.broadcast_to(tl.arange(0, BLOCK_M // LO)[:, None], [BLOCK_M // LO, LO]), [BLOCK_M])
+        lo, hi = _rows(BLOCK_M, LO)
         at = dy + (tile * BLOCK_M).to(tl.int64) * CHANNELS
     else:
         lo = _exchange(_offset(n, i, j, p_size, q_size, CHANNELS, DY_LAST).to(OFFSET), BLOCK_M)
@@ -433,14 +439,16 @@ def _add_up(first, apart, members, to, mask, BLOCK_M: tl.constexpr, BLOCK_N: tl.
 def _wgrad_reach(
     m, n, p, q, pixels, height, width, p_size, q_size, channels, filters,
     stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
-    R: tl.constexpr, S: tl.constexpr, BLOCK_K: tl.constexpr, SAME: tl.constexpr, WIDE: tl.constexpr,
-    X_LAST: tl.constexpr, DY_LAST: tl.constexpr,
+    R: tl.constexpr, S: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr, SAME: tl.constexpr,
+    WIDE: tl.constexpr, X_LAST: tl.constexpr, DY_LAST: tl.constexpr,
 ):  # fmt: skip
     """For pixels m: bits of the taps outside, and where they lie in x and in dy, as far as that is asked for."""
     OFFSET: tl.constexpr = tl.int64 if WIDE else tl.int32
     h, w = p * stride_h - pad_h, q * stride_w - pad_w
-    out = tl.where(m < pixels, _NEVER, -1) | _outside(w, width, dilation_w, 0, S)
-    out = _exchange(out | _outside(h, height, dilation_h, S, R), BLOCK_K)
+    out = _outside(w, width, dilation_w, 0, S) | _outside(h, height, dilation_h, S, R)
+    if not EVEN:  # pixels past the last one
+        out = tl.where(m < pixels, out, -1)
+    out = _exchange(out | _NEVER, BLOCK_K)
     in_x, in_dy = out, out
     if not SAME:
         in_x = _exchange(_offset(n, h, w, height, width, channels, X_LAST).to(OFFSET), BLOCK_K)
@@ -454,9 +462,10 @@ def wgrad_kernel(
     x, dy, index, sums, counters, out, indices_at,
     pixels, tiles, steps, nnzb, splits, width_of_group, groups, height, width, p_size, q_size, k_blocks,
     stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
-    CHANNELS: tl.constexpr, R: tl.constexpr, S: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr,
+    CHANNELS: tl.constexpr, FILTERS: tl.constexpr, R: tl.constexpr, S: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GRANULE: tl.constexpr, LO: tl.constexpr,
-    SAME: tl.constexpr, WIDE: tl.constexpr, X_LAST: tl.constexpr, DY_LAST: tl.constexpr, PRECISION: tl.constexpr,
+    LO_DY: tl.constexpr, EVEN: tl.constexpr, SAME: tl.constexpr, WIDE: tl.constexpr, X_LAST: tl.constexpr, DY_LAST: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     CHUNKS: tl.constexpr = BLOCK_M // GRANULE
     PARTS: tl.constexpr = BC // GRANULE
@@ -494,17 +503,17 @@ def wgrad_kernel(
     # Pixels advance by carries: cheaper than two divisions per pixel and step.
     more_n, more_p, more_q = _pixel(BLOCK_K, p_size, q_size)
     outside, in_x, in_dy = _wgrad_reach(
-        m, n, p, q, pixels, height, width, p_size, q_size, CHANNELS, k_blocks * BK,
-        stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, R, S, BLOCK_K, SAME, WIDE, X_LAST, DY_LAST,
+        m, n, p, q, pixels, height, width, p_size, q_size, CHANNELS, FILTERS,
+        stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, R, S, BLOCK_K, EVEN, SAME, WIDE, X_LAST, DY_LAST,
     )  # fmt: skip
     at = x
     if SAME:  # pixel m of dy is pixel m of x
-        lo = tl.reshape(tl.broadcast_to(tl.arange(0, LO)[None, :], [BLOCK_K // LO, LO]), [BLOCK_K]).to(tl.int64)
-        hi = tl.reshape(tl.broadcast_to(tl.arange(0, BLOCK_K // LO)[:, None], [BLOCK_K // LO, LO]), [BLOCK_K])
+        lo, hi = _rows(BLOCK_K, LO)
         at += (start.to(tl.int64) - (pad_h * width + pad_w)) * CHANNELS
     from_dy = dy + row * BK
     if DY_LAST:
-        from_dy += start.to(tl.int64) * (k_blocks * BK)
+        low, high = _rows(BLOCK_K, LO_DY)
+        from_dy += start.to(tl.int64) * FILTERS
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for done in range(0, tl.minimum(steps * BLOCK_K, pixels - start), BLOCK_K):
         if SAME:
@@ -512,17 +521,19 @@ def wgrad_kernel(
         else:
             pointers = at + (in_x[:, None] + channels[None, :])
         a = tl.load(pointers, mask=(outside[:, None] & need[None, :]) == 0, other=0.0)
-        here = (k < pixels - start - done)[:, None] & (j < BK)[None, :]
         if DY_LAST:
-            b = tl.load((from_dy + j)[None, :] + (k * (k_blocks * BK))[:, None], mask=here, other=0.0)
+            lines = ((from_dy + j)[None, :] + (low * FILTERS)[:, None]) + (high * (LO_DY * FILTERS))[:, None]
         else:
-            plane = (row * BK + j) * (p_size * q_size).to(OFFSET)
-            b = tl.load(dy + (in_dy[:, None] + plane[None, :]), mask=here, other=0.0)
+            lines = dy + (in_dy[:, None] + ((row * BK + j) * (p_size * q_size).to(OFFSET))[None, :])
+        if EVEN and BLOCK_N == BK:
+            b = tl.load(lines)
+        else:
+            b = tl.load(lines, mask=(k < pixels - start - done)[:, None] & (j < BK)[None, :], other=0.0)
         acc = _dot(tl.trans(a), b, acc, PRECISION)
         if SAME:
             at += BLOCK_K * CHANNELS
         if DY_LAST:
-            from_dy += BLOCK_K * (k_blocks * BK)
+            from_dy += BLOCK_K * FILTERS
         m += BLOCK_K
         q += more_q
         carry = (q >= q_size).to(tl.int32)
@@ -532,8 +543,8 @@ def wgrad_kernel(
         p -= carry * p_size
         n += more_n + carry
         outside, in_x, in_dy = _wgrad_reach(
-            m, n, p, q, pixels, height, width, p_size, q_size, CHANNELS, k_blocks * BK,
-            stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, R, S, BLOCK_K, SAME, WIDE, X_LAST, DY_LAST,
+            m, n, p, q, pixels, height, width, p_size, q_size, CHANNELS, FILTERS,
+            stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, R, S, BLOCK_K, EVEN, SAME, WIDE, X_LAST, DY_LAST,
         )  # fmt: skip
 
     v = begin + tl.arange(0, CHUNKS)

@@ -10,6 +10,8 @@ tens of thousands of random geometries against float64 found these mistakes (PyT
   that it reads, and runs as one: it reads less, too.
 - fprop of one channel, strided along its rows, reads outside x in channels_last (float32): one channel is contiguous.
 - float64 gradients refuse some channels_last tensors: these are computed contiguous.
+
+On a GPU strided 1x1 convolutions stay as they are: their detour would cost passes over x and dx.
 """
 
 from __future__ import annotations
@@ -25,23 +27,26 @@ from ..layout import empty, format_of, is_channels_last
 aten = torch.ops.aten
 
 
-def dense_steps(g: ConvGeometry) -> ConvGeometry:
-    """A strided 1x1 convolution without padding as one of stride 1 over the pixels that it reads; else g."""
-    strided = g.taps == 1 and g.padding == (0, 0) and g.stride != (1, 1)
+def dense_steps(g: ConvGeometry, device: torch.device) -> ConvGeometry:
+    """On a CPU a strided 1x1 convolution without padding as one of stride 1 over the pixels that it reads; else g."""
+    strided = device.type == "cpu" and g.taps == 1 and g.padding == (0, 0) and g.stride != (1, 1)
     return replace(g, h=g.p, w=g.q, stride=(1, 1)) if strided else g
 
 
 def pixels_read(x: Tensor, g: ConvGeometry) -> Tensor:
-    """The pixels of x that dense_steps(g) is about, a view: x itself unless that is another geometry."""
-    if dense_steps(g) is g:
+    """The pixels of x that dense_steps is about, a view: x itself unless that is another geometry."""
+    if dense_steps(g, x.device) is g:
         return x
     return x[:, :, :: g.stride[0], :: g.stride[1]][:, :, : g.p, : g.q]
 
 
-def works_in(channels_last: bool, dtype: torch.dtype, g: ConvGeometry) -> bool:
-    """Whether to convolve in channels_last. A strided 1x1 convolution with padding stays contiguous for safety."""
-    g = dense_steps(g)
-    return channels_last and dtype != torch.float64 and g.c > 1 and (g.taps > 1 or g.stride == (1, 1))
+def works_in(channels_last: bool, like: Tensor, g: ConvGeometry) -> bool:
+    """Whether to convolve in channels_last, for tensors of the device and dtype of `like`.
+
+    On a CPU a strided 1x1 convolution with padding stays contiguous for safety.
+    """
+    safe = like.device.type != "cpu" or g.taps > 1 or dense_steps(g, like.device).stride == (1, 1)
+    return channels_last and like.dtype != torch.float64 and g.c > 1 and safe
 
 
 def _laid_out(t: Tensor, channels_last: bool) -> Tensor:
@@ -73,9 +78,9 @@ def fprop(x: Tensor, weight: Tensor, bias: Tensor | None, g: ConvGeometry) -> Te
     last = is_channels_last(x)
     if g.only_padding:
         return bias_alone((x.shape[0], weight.shape[0], g.p, g.q), x, bias, last)
-    inner = works_in(last, x.dtype, g)
+    inner = works_in(last, x, g)
     x, weight = _laid_out(pixels_read(x, g), inner), _laid_out(weight, inner)
-    return aten.convolution(x, weight, bias, *_args(dense_steps(g))).contiguous(memory_format=format_of(last))
+    return aten.convolution(x, weight, bias, *_args(dense_steps(g, x.device))).contiguous(memory_format=format_of(last))
 
 
 def dgrad(dy: Tensor, weight: Tensor, g: ConvGeometry, channels_last: bool) -> Tensor:
@@ -83,7 +88,7 @@ def dgrad(dy: Tensor, weight: Tensor, g: ConvGeometry, channels_last: bool) -> T
     shape = (dy.shape[0], weight.shape[1], g.h, g.w)
     if g.only_padding:
         return empty(shape, dy, channels_last).zero_()
-    steps, last = dense_steps(g), works_in(channels_last, dy.dtype, g)
+    steps, last = dense_steps(g, dy.device), works_in(channels_last, dy, g)
     dy, weight = _laid_out(dy, last), _laid_out(weight, last)
     like = empty((*shape[:2], steps.h, steps.w), dy, last)  # only its shape is read
     dx, _, _ = aten.convolution_backward(dy, like, weight, None, *_args(steps), [True, False, False])
@@ -97,11 +102,11 @@ def dgrad(dy: Tensor, weight: Tensor, g: ConvGeometry, channels_last: bool) -> T
 def wgrad(x: Tensor, dy: Tensor, g: ConvGeometry) -> Tensor:
     """dweight [K, C, R, S], in x's memory format or contiguous; x [N, C, H, W], dy [N, K, P, Q]."""
     shape = (dy.shape[1], x.shape[1], g.r, g.s)
-    last = works_in(is_channels_last(x), x.dtype, g)
+    last = works_in(is_channels_last(x), x, g)
     if g.only_padding:
         return empty(shape, x, last).zero_()
     x, dy = _laid_out(pixels_read(x, g), last), _laid_out(dy, last)
     like = empty(shape, x, last)  # only its shape is read
-    args = (*_args(dense_steps(g)), [False, True, False])
+    args = (*_args(dense_steps(g, x.device)), [False, True, False])
     _, dweight, _ = aten.convolution_backward(dy, x, like, None, *args)
     return dweight

@@ -16,23 +16,29 @@ from ..layout import empty, is_channels_last
 from . import aten_conv
 
 
-def _blocks(tables: IndexTables, g: ConvGeometry, bc: int) -> tuple[Tensor, ...]:
-    """Where each stored block lies in [Kb, T, Cb], or [Kb, Cb] of one tap."""
-    c_blocks, cols = g.c // bc, tables.indices
-    return (tables.rows, cols) if g.taps == 1 else (tables.rows, cols // c_blocks, cols % c_blocks)
+def _blocks(bank: Tensor, tables: IndexTables, bk: int, bc: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """A filter bank [K, C, R, S] as its blocks, a view, and where each stored one lies in it.
 
-
-def _as_blocks(bank: Tensor, bk: int, bc: int) -> Tensor:
-    """A filter bank [K, C, R, S], contiguous or channels_last, as its blocks [Kb, T, Cb, bk, bc], a view; no T of 1."""
+    In channels_last that is [Kb, T*Cb, bk, bc] and the index as it stands, else [Kb, T, Cb, bk, bc]. Both tables become
+    int64 in one pass: they lie side by side.
+    """
+    (start, nnzb), (then, _) = tables.layout.indices, tables.layout.rows
+    both = tables.packed[start : then + nnzb].long()
+    cols, rows = both[:nnzb], both[then - start :]
+    lines = bank.permute(0, 2, 3, 1)
+    if bank.shape[2] * bank.shape[3] == 1 or lines.is_contiguous():
+        return lines.flatten(1).unflatten(1, (-1, bc)).unflatten(0, (-1, bk)).transpose(1, 2), (rows, cols)
+    c_blocks = bank.shape[1] // bc
     blocks = bank.flatten(2).unflatten(1, (-1, bc)).unflatten(0, (-1, bk)).permute(0, 4, 2, 1, 3)
-    return blocks[:, 0] if blocks.shape[1] == 1 else blocks
+    return blocks, (rows, cols // c_blocks, cols % c_blocks)
 
 
 def _bank(values: Tensor, tables: IndexTables, g: ConvGeometry, channels_last: bool) -> Tensor:
     """[K, C, R, S] in filter order, zeros where nothing is stored."""
     _, bk, bc = values.shape
     bank = empty((g.k, g.c, g.r, g.s), values, channels_last).zero_()
-    _as_blocks(bank, bk, bc)[_blocks(tables, g, bc)] = values
+    blocks, where = _blocks(bank, tables, bk, bc)
+    blocks[where] = values
     if tables.row_order is None:
         return bank
     return torch.empty_like(bank).index_copy_(0, tables.row_order.long(), bank)
@@ -50,7 +56,7 @@ def fprop(x: Tensor, values: Tensor, tables: IndexTables, bias: Tensor | None, g
     last = is_channels_last(x)
     if x.numel() == 0:
         return aten_conv.bias_alone(geometry.y_shape, x, bias, last)
-    bank = _bank(_compute(values), tables, geometry, aten_conv.works_in(last, x.dtype, geometry))
+    bank = _bank(_compute(values), tables, geometry, aten_conv.works_in(last, x, geometry))
     y = aten_conv.fprop(_compute(x), bank, None if bias is None else _compute(bias), geometry)
     return y.to(x.dtype)
 
@@ -60,7 +66,7 @@ def dgrad(dy: Tensor, values: Tensor, tables: IndexTables, geometry: ConvGeometr
     """dx [N, C, H, W], channels_last or contiguous."""
     if dy.numel() == 0:
         return empty(geometry.x_shape, dy, channels_last).zero_()
-    bank = _bank(_compute(values), tables, geometry, aten_conv.works_in(channels_last, dy.dtype, geometry))
+    bank = _bank(_compute(values), tables, geometry, aten_conv.works_in(channels_last, dy, geometry))
     return aten_conv.dgrad(_compute(dy), bank, geometry, channels_last).to(dy.dtype)
 
 
@@ -75,4 +81,5 @@ def wgrad(
     bank = aten_conv.wgrad(_compute(x), _compute(dy), geometry)
     if tables.row_order is not None:
         bank = bank.index_select(0, tables.row_order)
-    return x.new_empty(values_shape).copy_(_as_blocks(bank, bk, bc)[_blocks(tables, geometry, bc)])
+    blocks, where = _blocks(bank, tables, bk, bc)
+    return x.new_empty(values_shape).copy_(blocks[where])

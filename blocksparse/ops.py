@@ -61,7 +61,7 @@ class Op:
 
     def _plan(
         self, a: _Key, b: _Key, index: _Key, third: Any, weight_shape: _Ints, stride: _Ints, padding: _Ints,
-        dilation: _Ints, backend: str | None, setting: str | Setting,
+        dilation: _Ints, backend: str | None, setting: Setting,
     ) -> ConvPlan:  # fmt: skip
         """The plan for arguments that are then known to be right: one look-up a call, and checks on the first."""
         geometry, values_shape = self.check(

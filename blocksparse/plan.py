@@ -1,8 +1,8 @@
 """ConvPlan: which backend and tiles run a convolution, why, and what that costs.
 
-A plan depends on static facts alone (geometry, blocksize, nnzb, dtype, device, precision, the CPU's threads), never on
-which blocks are stored, so that it outlives mask updates and is safe to capture in a CUDA graph. fprop, dgrad and wgrad
-are chosen one by one: one layer may run its forward pass on blocks and its input gradient dense.
+A plan depends on static facts alone (geometry, blocksize, nnzb, dtype, device, memory format, precision, the CPU's
+threads), never on which blocks are stored, so that it outlives mask updates and is safe to capture in a CUDA graph.
+fprop, dgrad and wgrad are chosen one by one: one layer may run its forward pass on blocks and its input gradient dense.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from torch import Tensor
 from .backends import Backend, Work, all_backends, named
 from .geometry import KINDS, ConvGeometry, conv_pairs
 from .index import IndexTables, Layout, layout_of, packed_size
+from .kernels import gpus
 from .kernels.cost import Setting
+from .kernels.gpu_cost import Estimate
 from .layout import is_channels_last
 from .pattern import BSRPattern, check_is_pattern
 from .pattern_checks import check_strided
@@ -38,11 +40,15 @@ class Product:
         backend: its name, a key of `available_backends()`.
         why: why this backend.
         tile: how it cuts the product, where it has something to say (a NamedTuple of sizes); else None.
+        estimate: its seconds, what bounds them, and whether they were measured; None: there is no estimate.
+        dense: the same of PyTorch's own product on a dense weight.
     """
 
     backend: str
     why: str
     tile: Any = None
+    estimate: Estimate | None = None
+    dense: Estimate | None = None
 
 
 @dataclass(frozen=True)
@@ -114,6 +120,9 @@ class ConvPlan:
         else:
             lines += [f"{kind}: {run.backend} ({run.why})" for kind, run in self.products.items()]
         lines += [f"  {kind}: {tile}" for kind, tile in self.tiles.items()]
+        dense = self.products["fprop"].dense
+        if said := _said(dense):
+            lines.append(f"PyTorch's product of a dense weight: {said}")
         if self.tiles and self.dtype == torch.float32:
             lines.append(f"  fp32 products: {self.precision}")
         lines.append(
@@ -134,26 +143,65 @@ def plan_conv(
     device: torch.device,
     index: Layout,
     backend: str | None,
-    setting: str | Setting,
+    setting: Setting,
 ) -> ConvPlan:
     """The plan for these static facts, made once; `setting` is setting_of(x or dy).
 
     Raises ValueError or RuntimeError when the backend that was asked for cannot take them, with `who` in front.
     """
     nnzb, bk, bc = values_shape
-    precision, on_a_cpu = (setting, None) if isinstance(setting, str) else ("ieee", setting)
-    work = Work(geometry, (bk, bc), nnzb, dtype, device, precision, on_a_cpu, index)
+    work = Work(geometry, (bk, bc), nnzb, dtype, device, setting, index, gpus.of(device))
+    return _plan(work, who, backend, here=True)
+
+
+def plan_on(
+    gpu: str,
+    geometry: ConvGeometry,
+    values_shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    *,
+    precision: str = "ieee",
+    channels_last: bool = True,
+    row_order: bool = False,
+    backend: str | None = None,
+) -> ConvPlan:
+    """The plan that this convolution would get on a GPU that need not be here, with every backend present.
+
+    Its times are predictions. It is there to be read: its products run nowhere.
+
+    Args:
+        gpu: "h100", "h200", "a100", "b200" or "mi300x".
+        values_shape: (nnzb, bk, bc).
+        row_order: whether the pattern has one.
+    """
+    who, (nnzb, *blocksize) = "plan_on()", values_shape
+    size = packed_size(geometry.weight_shape, blocksize, nnzb, row_order)
+    index = layout_of((size,), torch.int32, geometry.weight_shape, blocksize, nnzb, who)
+    setting = Setting(0, channels_last, precision if dtype == torch.float32 else "ieee")
+    device = torch.device("cuda")
+    work = Work(geometry, (blocksize[0], blocksize[1]), nnzb, dtype, device, setting, index, gpus.named(gpu, who))
+    return _plan(work, who, backend, here=False)
+
+
+def _plan(work: Work, who: str, backend: str | None, here: bool) -> ConvPlan:
     if backend is None:
-        chosen = _defaults(work, who)
+        chosen = _defaults(work, who, here)
     else:
-        chosen = dict.fromkeys(KINDS, (_asked_for(named(backend, who), work, who), "asked for"))
+        run = _asked_for(named(backend, who), work, who, here)
+        said = {kind: _said(run.estimate(kind, work)) for kind in KINDS}
+        chosen = {kind: (run, f"asked for; {words}" if words else "asked for") for kind, words in said.items()}
     runs = {kind: run for kind, (run, _) in chosen.items()}
     tiles = {kind: run.tile(kind, work) for kind, run in runs.items()}
+    estimates = {kind: run.estimate(kind, work) for kind, run in runs.items()}
     dgrad = functools.partial(runs["dgrad"].dgrad, work, tiles["dgrad"])
     wgrad = functools.partial(runs["wgrad"].wgrad, work, tiles["wgrad"])
     return ConvPlan(
-        geometry, (bk, bc), nnzb, dtype, device,
-        {kind: Product(run.name, why, tiles[kind]) for kind, (run, why) in chosen.items()}, precision, index,
+        *work[:5],
+        {
+            kind: Product(run.name, why, tiles[kind], estimates[kind], work.dense(kind))
+            for kind, (run, why) in chosen.items()
+        },
+        work.precision, work.layout,
         functools.partial(runs["fprop"].fprop, work, tiles["fprop"]),
         functools.partial(runs["fprop"].fprop_then, work, tiles["fprop"]),
         dgrad, wgrad,
@@ -170,9 +218,9 @@ def _one_by_one(
     return dgrad(dy, values, tables, channels_last), wgrad(x, dy, tables)
 
 
-def _asked_for(backend: Backend, work: Work, who: str) -> Backend:
+def _asked_for(backend: Backend, work: Work, who: str, here: bool) -> Backend:
     """A backend asked for by name runs or raises; nothing else takes its place."""
-    absent = backend.absent()
+    absent = backend.absent() if here else None
     reason = absent or backend.refusal(work)
     if reason is None:
         return backend
@@ -183,25 +231,28 @@ def _asked_for(backend: Backend, work: Work, who: str) -> Backend:
     )
 
 
-def _defaults(work: Work, who: str) -> dict[str, tuple[Backend, str]]:
+def _defaults(work: Work, who: str, here: bool) -> dict[str, tuple[Backend, str]]:
     """For each kind the backend that runs it and why: of the lowest turn, and there of the least estimated time."""
     offers = [(backend, *offer) for backend in all_backends().values() if (offer := backend.default(work)) is not None]
     obstacles: dict[str, str | None] = {}  # asked for where a backend's turn comes: its answer may compile, or import
     chosen = {}
     for kind in KINDS:
-        times = {run.name: s for run, _, _ in offers if (s := run.seconds(kind, work)) is not None}
+        times = {run.name: found for run, _, _ in offers if (found := run.estimate(kind, work)) is not None}
         skipped = []
-        # Stable: otherwise in the order of all_backends().
-        for run, turn, why in sorted(offers, key=lambda offer: (offer[1], times.get(offer[0].name, math.inf))):
+
+        def order(offer: tuple[Backend, int, str], times: dict[str, Estimate] = times) -> tuple[int, float]:
+            run, turn, _ = offer
+            return turn, times[run.name].seconds if run.name in times else math.inf
+
+        for run, turn, why in sorted(offers, key=order):  # stable: otherwise in the order of all_backends()
             if run.name not in obstacles:
-                obstacles[run.name] = _obstacle(run, work)
+                obstacles[run.name] = _obstacle(run, work, here)
             if (obstacle := obstacles[run.name]) is not None:
                 skipped.append(obstacle)
                 continue
-            alike = [other.name for other, at, _ in offers if at == turn and other.name in times]
-            if run.name in times and len(alike) > 1:
-                said = ", ".join(f"{1e3 * times[name]:.3g} ms by {name}" for name in alike)
-                why = f"estimated {said}" + (f"; threads: {work.setting.threads}" if work.setting else "")
+            alike = {other.name: times[other.name] for other, at, _ in offers if at == turn and other.name in times}
+            if run.name in alike and len(alike) > 1:
+                why = _compared(run.name, alike) + (f"; threads: {work.setting.threads}" if work.gpu is None else "")
             chosen[kind] = run, "; ".join([why, *skipped])
             break
         else:
@@ -209,22 +260,38 @@ def _defaults(work: Work, who: str) -> dict[str, tuple[Backend, str]]:
     return chosen
 
 
-def _obstacle(backend: Backend, work: Work) -> str | None:
+def _compared(name: str, times: dict[str, Estimate]) -> str:
+    """The times of all; on a GPU the chosen one's first, with what bounds it."""
+    own = times[name]
+    if not _said(own):
+        return "estimated " + ", ".join(f"{1e3 * found.seconds:.3g} ms by {other}" for other, found in times.items())
+    others = {other: found for other, found in times.items() if other != name}
+    return f"{_said(own)}; {', '.join(f'{_microseconds(found)} by {other}' for other, found in others.items())}"
+
+
+def _said(found: Estimate | None) -> str:
+    """ "predicted 17.9 us, bound by issue"; "" where there is no estimate, or on a CPU."""
+    if found is None or not (found.bound or found.measured):
+        return ""
+    return _microseconds(found) if found.measured else f"predicted {_microseconds(found)}, bound by {found.bound}"
+
+
+def _microseconds(found: Estimate) -> str:
+    return f"{'measured ' if found.measured else ''}{1e6 * found.seconds:.3g} us"
+
+
+def _obstacle(backend: Backend, work: Work, here: bool) -> str | None:
     """Why it cannot run this, in a sentence, or None."""
-    if (absent := backend.absent()) is not None:
+    if here and (absent := backend.absent()) is not None:
         return f"backend {backend.name!r} is not available: {absent}"
     refusal = backend.refusal(work)
     return None if refusal is None else f"backend {backend.name!r} cannot run this: {refusal}"
 
 
-def setting_of(t: Tensor, channels_last: bool) -> str | Setting:
-    """What a plan for tensors like t, in this memory format, depends on besides shapes and types.
-
-    How products are rounded ("tf32" or "ieee"); on a CPU the number of threads, and the memory format.
-    """
-    if t.device.type == "cpu":
-        return Setting(torch.get_num_threads(), channels_last)
-    return _precision(t.dtype, t.is_cuda)
+def setting_of(t: Tensor, channels_last: bool) -> Setting:
+    """What a plan for tensors like t, in this memory format, depends on besides shapes and types."""
+    threads = torch.get_num_threads() if t.device.type == "cpu" else 0
+    return Setting(threads, channels_last, _precision(t.dtype, t.is_cuda))
 
 
 def _precision(dtype: torch.dtype, on_gpu: bool) -> str:

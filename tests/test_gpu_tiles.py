@@ -22,7 +22,7 @@ from bench.layers.rows import KINDS
 from bench.shared import machine
 from bench.shared.equal import Verdict, judge
 from blocksparse import index
-from blocksparse.kernels import slots, tiles
+from blocksparse.kernels import gpus, slots, tiles
 
 GPU = torch.cuda.is_available()
 # A strided 3x3, a plain one, a 1x1; channels that 128 divides.
@@ -52,7 +52,7 @@ class Work(NamedTuple):
 
 def triton_work(arch: str, small: bool) -> Iterator[Work]:
     """Every row of the table that this device may get: on each layer, with its own warps and with eight."""
-    column = tiles.column_of(arch)
+    column = gpus.column_of(arch)
     for entry in tiles.TABLE:
         if column not in entry.archs.split():
             continue

@@ -15,7 +15,7 @@ from torch import Tensor
 import blocksparse as bs
 from blocksparse import ConvGeometry, index
 from blocksparse.geometry import KINDS
-from blocksparse.kernels import tiles
+from blocksparse.kernels import gpus, tiles
 from blocksparse.kernels.tiles import TABLE, Entry, Tile
 
 pytestmark = pytest.mark.device
@@ -85,8 +85,7 @@ def is_power_of_two(n: int) -> bool:
 def test_entries_are_legal(entry: Entry):
     assert set(entry.kinds.split()) <= set(KINDS)
     assert entry.math in ("half", "tf32", "ieee")
-    assert entry.load in ("few", "some", "many", "*")
-    assert set(entry.archs.split()) <= set(tiles.UNITS)
+    assert set(entry.archs.split()) <= set(gpus.TYPICAL)
     assert all(map(is_power_of_two, (entry.block_m, entry.block_k, entry.widest)))
     assert entry.block_m >= (64 if "sm_90" in entry.archs and entry.math != "ieee" else 16)  # wgmma has 64 rows
     assert 16 <= entry.block_k <= 128
@@ -96,12 +95,12 @@ def test_entries_are_legal(entry: Entry):
 
 def test_no_entry_is_dead():
     found = {
-        tiles.find(kind, side, math, load, arch)
+        entry
         for kind in KINDS
         for side in (8, 16, 32, 64, 128)
         for math in ("half", "tf32", "ieee")
-        for load in ("few", "some", "many")
-        for arch in tiles.UNITS
+        for arch in gpus.TYPICAL
+        for entry in tiles.find(kind, side, math, arch)
     }
     assert found == set(TABLE)
 
@@ -192,9 +191,9 @@ def run(kind: str, x: Tensor, dy: Tensor, values: Tensor, tables, g: ConvGeometr
 
 def shipped() -> list[tuple[str, Tile, torch.dtype]]:
     """Every tile of the table that this device may get; in the interpreter, every tile."""
-    from blocksparse.backends import arch_of
+    from blocksparse.kernels.gpus import arch_of
 
-    column = tiles.column_of(arch_of(torch.device(DEVICE))) if DEVICE == "cuda" else None
+    column = gpus.column_of(arch_of(torch.device(DEVICE))) if DEVICE == "cuda" else None
     found = {}
     for entry in TABLE:
         for kind in entry.kinds.split():

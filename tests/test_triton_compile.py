@@ -24,7 +24,7 @@ import torch
 
 from blocksparse import ConvGeometry, index
 from blocksparse.geometry import KINDS
-from blocksparse.kernels import tiles
+from blocksparse.kernels import gpus, tiles
 from processes import LIMIT, Process, run
 
 TARGETS = {
@@ -64,6 +64,7 @@ class Case(NamedTuple):
     height: int = 28
     kernel: int = 3
     row_order: bool = False
+    asked: tiles.Tile | None = None  # None: what tiles.pick says
 
     @property
     def dtype(self) -> torch.dtype:
@@ -90,6 +91,8 @@ class Case(NamedTuple):
 
     @property
     def tile(self) -> tiles.Tile:
+        if self.asked is not None:
+            return tiles.Tile(*self.asked)
         return tiles.pick(self.kind, self.geometry, self.blocksize, self.nnzb, self.dtype, self.arch, self.precision)
 
 
@@ -125,10 +128,11 @@ def wide(arch: str) -> list[Case]:
 
 def row_of(case: Case) -> tuple[str, tiles.Entry]:
     """The row of the table that a case gets its tile from."""
-    column = tiles.column_of(case.arch)
-    math = case.math if case.dtype == torch.float32 else "half"
-    load = tiles._load(case.kind, case.geometry, case.blocksize, case.nnzb, column)
-    return case.kind, tiles.find(case.kind, case.tile.block_n, math, load, column)
+    math, sizes = case.math if case.dtype == torch.float32 else "half", case.tile
+    for row in tiles.find(case.kind, sizes.block_n, math, gpus.column_of(case.arch)):
+        if (row.block_m, row.block_k, row.num_warps, row.num_stages) == (sizes.block_m, *sizes[2:5]):
+            return case.kind, row
+    raise LookupError(case)
 
 
 def rows_for(arch: str) -> set[tuple[str, tiles.Entry]]:
@@ -137,10 +141,11 @@ def rows_for(arch: str) -> set[tuple[str, tiles.Entry]]:
 
 def every_row(arch: str) -> list[Case]:
     """The representative cases, and one more for each row of the table that none of them uses."""
-    cases = {row_of(case): case for case in reversed(wide(arch))} | {
-        row_of(case): case for case in representative(arch)
-    }
-    return [*representative(arch), *(case for case in cases.values() if case not in representative(arch))]
+    cases = representative(arch)
+    for kind, row in sorted(rows_for(arch) - {row_of(case) for case in cases}, key=str):
+        tile = tiles.Tile(row.block_m, row.widest, row.block_k, row.num_warps, row.num_stages)
+        cases.append(Case(kind, arch, (row.widest, row.widest), row.math, asked=tile))
+    return cases
 
 
 WIDE = os.environ.get("TRITON_COMPILE") == "wide"

@@ -16,17 +16,19 @@ from torch import Tensor
 
 from ..geometry import ConvGeometry
 from ..index import IndexTables, Layout
-from ..kernels import cost
+from ..kernels import cost, gpu_cost, measured
 from ..kernels.cost import Setting
+from ..kernels.gpu_cost import Estimate
+from ..kernels.gpus import Gpu
 
 
 class Work(NamedTuple):
     """A convolution as it is known before it runs: sizes, never which blocks are stored.
 
     Attributes:
-        precision: how fp32 products are rounded: "tf32" or "ieee" (torch.backends.cudnn.conv.fp32_precision).
-        setting: on a CPU PyTorch's number of threads and the memory format of x, elsewhere None.
+        setting: threads, memory format, and how fp32 products are rounded.
         layout: where the tables lie in the packed index.
+        gpu: the numbers of the device, or None on a CPU.
     """
 
     geometry: ConvGeometry
@@ -34,28 +36,35 @@ class Work(NamedTuple):
     nnzb: int
     dtype: torch.dtype
     device: torch.device
-    precision: str
-    setting: Setting | None
+    setting: Setting
     layout: Layout
+    gpu: Gpu | None
 
     @property
     def values_shape(self) -> tuple[int, int, int]:
         return self.nnzb, *self.blocksize
 
     @property
-    def density(self) -> float:
-        (bk, bc), g = self.blocksize, self.geometry
-        return self.nnzb * bk * bc / (g.k * g.c * g.taps)
+    def precision(self) -> str:
+        return self.setting.precision
 
     @property
     def arch(self) -> str:
-        return arch_of(self.device)
+        return "" if self.gpu is None else self.gpu.arch
 
-    def seconds_on_a_cpu(self, kind: str) -> tuple[float, float] | None:
-        """Estimates for stored blocks and for the dense product; None on other devices and for other dtypes."""
-        if self.setting is None or not cost.known(self.dtype):
+    def on_a_cpu(self, kind: str) -> tuple[float, float] | None:
+        """Estimated seconds of stored blocks and of the dense product; None elsewhere and for other dtypes."""
+        if self.device.type != "cpu" or not cost.known(self.dtype):
             return None
         return cost.on_cpu(kind, self.geometry, self.blocksize, self.nnzb, self.dtype, self.setting)
+
+    def dense(self, kind: str) -> Estimate | None:
+        """Of PyTorch's own product on a dense filter bank, without what stored blocks need around it."""
+        if self.gpu is not None:
+            last = self.setting.channels_last
+            return gpu_cost.dense(self.geometry, self.dtype, self.precision, last, self.gpu)
+        both = self.on_a_cpu(kind)
+        return both and Estimate(both[1], "")
 
 
 class Backend:
@@ -92,7 +101,26 @@ class Backend:
 
     def seconds(self, kind: str, work: Work) -> float | None:
         """Estimated time of the product "fprop", "dgrad" or "wgrad"; None: there is no estimate."""
+        found = self.predicted(kind, work)
+        return found and found.seconds
+
+    def predicted(self, kind: str, work: Work) -> Estimate | None:
+        """The same with what bounds it, for a backend that knows. Only for work that it does not refuse."""
         return None
+
+    def estimate(self, kind: str, work: Work) -> Estimate | None:
+        """What `explain` says and the choice goes by: measured where there is a table, else predicted, else None."""
+        if work.gpu is not None:
+            facts = measured.facts(
+                self.name, kind, work.geometry, work.blocksize, work.nnzb, work.dtype, work.precision,
+                work.setting.channels_last,
+            )  # fmt: skip
+            if (timed := measured.seconds(work.gpu.name, facts)) is not None:
+                return Estimate(timed, "", measured=True)
+        found = self.predicted(kind, work)
+        if found is None and (seconds := self.seconds(kind, work)) is not None:
+            return Estimate(seconds, "")
+        return found
 
     def tile(self, kind: str, work: Work) -> Any:
         """How the product is cut, from sizes alone. `explain` shows it; None: nothing to show."""
@@ -179,14 +207,3 @@ def named(name: str, who: str) -> Backend:
     if name not in found:
         raise ValueError(f"{who}: backend is {name!r}; it needs one of {', '.join(map(repr, found))} or None")
     return found[name]
-
-
-@functools.cache
-def arch_of(device: torch.device) -> str:
-    """ "sm_90", "gfx942", ...; "" where there is no GPU (Triton's interpreter)."""
-    if device.type != "cuda":
-        return ""
-    if torch.version.hip:
-        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major}{minor}"

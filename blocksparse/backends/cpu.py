@@ -22,12 +22,12 @@ class Cpu(Backend):
         return None if kind == "cpu" else f"x is on {kind}; it needs tensors on the CPU"
 
     def default(self, work: Work) -> tuple[int, str] | None:
-        return (0, "the default on a CPU") if work.setting and cost.known(work.dtype) else None
+        return (0, "the default on a CPU") if work.device.type == "cpu" and cost.known(work.dtype) else None
 
     def seconds(self, kind: str, work: Work) -> float | None:
-        if work.setting is not None and not cpu.parallel():
+        if work.device.type == "cpu" and not cpu.parallel():
             work = work._replace(setting=work.setting._replace(threads=1))
-        both = work.seconds_on_a_cpu(kind)
+        both = work.on_a_cpu(kind)
         return both and both[0]
 
     def fprop(

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from ..index import IndexTables
 from ..kernels import slots
+from ..kernels.gpu_cost import Estimate
+from ..kernels.gpus import NAMED
 from ..kernels.slots import SlotTile
 from . import Backend, Work
 
@@ -22,7 +24,7 @@ def _kernels() -> Any:
 
 
 class Cupy(Backend):
-    """NVIDIA sm_80 and later; the default on a GPU for blocks that Triton refuses."""
+    """NVIDIA sm_80 and later; the default on a GPU where it is predicted to be fastest."""
 
     order = 3
 
@@ -34,10 +36,17 @@ class Cupy(Backend):
         return slots.refusal(work.geometry, work.blocksize, work.dtype, work.device.type, work.arch, home)
 
     def default(self, work: Work) -> tuple[int, str] | None:
-        return (2, "the default on a GPU") if work.device.type == "cuda" else None
+        return (0, "the default on a GPU") if work.device.type == "cuda" else None
+
+    def predicted(self, kind: str, work: Work) -> Estimate | None:
+        if work.gpu is None or self.refusal(work) is not None:
+            return None
+        tile, last = self.tile(kind, work), work.setting.channels_last
+        return slots.estimate(kind, *work[:4], work.precision, tile, work.gpu, last)
 
     def tile(self, kind: str, work: Work) -> SlotTile:
-        return slots.pick(kind, work.geometry, work.blocksize, work.nnzb, work.dtype)
+        gpu, last = work.gpu or NAMED["h100"], work.setting.channels_last
+        return slots.pick(kind, *work[:4], work.precision, gpu, last)
 
     def fprop(
         self, work: Work, tile: SlotTile, x: Tensor, values: Tensor, tables: IndexTables, bias: Tensor | None

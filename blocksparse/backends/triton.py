@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..index import IndexTables
 from ..kernels import tiles
+from ..kernels.gpu_cost import Estimate
 from ..kernels.tiles import Tile
 from . import Backend, Work
 
@@ -39,7 +40,7 @@ def _interpreter_refuses() -> str | None:
 
 
 class Triton(Backend):
-    """NVIDIA sm_80 and later, AMD; the default on a GPU for the blocks that it takes."""
+    """NVIDIA sm_80 and later, AMD; the default on a GPU where it is predicted to be fastest."""
 
     order = 2
 
@@ -58,10 +59,16 @@ class Triton(Backend):
         return tiles.refusal(work.geometry, work.blocksize, work.dtype, work.device.type, work.arch)
 
     def default(self, work: Work) -> tuple[int, str] | None:
-        return (1, "the default on a GPU") if work.device.type == "cuda" else None
+        return (0, "the default on a GPU") if work.device.type == "cuda" else None
+
+    def predicted(self, kind: str, work: Work) -> Estimate | None:
+        if work.gpu is None or self.refusal(work) is not None:
+            return None
+        last, ordered = work.setting.channels_last, work.layout.row_order is not None
+        return tiles.estimate(kind, *work[:4], work.precision, self.tile(kind, work), work.gpu, last, ordered)
 
     def tile(self, kind: str, work: Work) -> Tile:
-        return tiles.pick(kind, *work[:4], work.arch, work.precision)
+        return tiles.pick(kind, *work[:4], work.arch, work.precision, work.gpu, work.setting.channels_last)
 
     def fprop(
         self, work: Work, tile: Tile, x: Tensor, values: Tensor, tables: IndexTables, bias: Tensor | None

@@ -7,7 +7,7 @@ On a CPU both are sums of a few terms, from sizes alone, so that the same sizes 
 
 A multiplication on stored blocks costs more in small blocks: a vector of pixels that is loaded is used once for each
 filter of a block, 8 at most. The constants are nanoseconds on one thread, measured and fitted by bench/calibrate.py on
-an AMD EPYC with AVX-512 (PyTorch 2.13). On a GPU density alone decides; no GPU has timed that yet.
+an AMD EPYC with AVX-512 (PyTorch 2.13). gpu_cost.py is about GPUs.
 """
 
 from __future__ import annotations
@@ -19,14 +19,19 @@ import torch
 
 from ..geometry import ConvGeometry
 
-GPU_DENSITY = 0.5  # from which on a GPU runs the dense product
-
 
 class Setting(NamedTuple):
-    """What the time of a product depends on besides its sizes."""
+    """What the time of a product depends on besides its sizes.
+
+    Attributes:
+        threads: of PyTorch on a CPU; 0 elsewhere.
+        channels_last: the memory format of x or dy.
+        precision: how fp32 products are rounded: "tf32" or "ieee" (torch.backends.cudnn.conv.fp32_precision).
+    """
 
     threads: int
     channels_last: bool
+    precision: str = "ieee"
 
 
 class Terms(NamedTuple):

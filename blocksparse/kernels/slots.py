@@ -6,6 +6,7 @@ are, and the budgets beside each kernel what its sizes cost; the sizes of shared
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterator
@@ -13,7 +14,10 @@ from typing import NamedTuple
 
 import torch
 
-from ..geometry import ConvGeometry
+from ..geometry import KINDS, ConvGeometry
+from . import counted, gpu_cost
+from .gpu_cost import Demand, Estimate
+from .gpus import NAMED, Gpu
 from .tiles import LIMIT, MAX_GRID, WORKSPACE_BYTES
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -21,7 +25,9 @@ MATH = {torch.float16: "FP16", torch.bfloat16: "BF16"}  # float32: TF32 or FP32
 
 SHARED_BYTES = 99 << 10  # of one CTA: what sm_86 and sm_89 have, and two of them fit sm_90
 SM_BYTES = 227 << 10  # of one multiprocessor of sm_90
-FULL = 2 * 132  # CTAs that fill a device
+ISSUE = 0.55  # of the rate of instructions that these kernels reach
+MMA_SYNC = 0.62  # of the rate of tensor cores on sm_90
+TAPS = 4  # of a channel that are stored, where a kernel has more: between one and all of nine
 
 # slots.cu: LANES, MAX_TAPS, MAX_BLOCKS and CELLS; wgrad.cu: MAX_PIXELS.
 LANES, MAX_TAPS, MAX_BLOCKS, CELLS, MAX_PIXELS = 32, 32, 512, 1024, 256
@@ -188,54 +194,127 @@ def _shapes(kind: str, g: ConvGeometry, bands: int, most: int) -> Iterator[tuple
             yield -(-high // -(-high // down)), across
 
 
+@functools.lru_cache(maxsize=4096)
 def pick(
     kind: str,
     geometry: ConvGeometry,
     blocksize: tuple[int, int],
     nnzb: int,
     dtype: torch.dtype,
+    precision: str = "ieee",
+    gpu: Gpu = NAMED["h100"],
+    channels_last: bool = False,
 ) -> SlotTile:
-    """The tile of least estimated cost for work that `refusal` lets through. Pure: sizes in, sizes out.
+    """The tile of least predicted time for work that `refusal` lets through. Pure: sizes in, sizes out."""
 
-    Chosen from the budgets beside the kernels and from compile-time evidence: no GPU has timed a tile yet.
+    def seconds(tile: SlotTile) -> float:
+        return estimate(kind, geometry, blocksize, nnzb, dtype, precision, tile, gpu, channels_last).seconds
+
+    return min(_candidates(kind, geometry, blocksize, nnzb, dtype, gpu), key=seconds)
+
+
+def demand(
+    kind: str, g: ConvGeometry, blocksize: tuple[int, int], nnzb: int, dtype: torch.dtype, precision: str,
+    tile: SlotTile, gpu: Gpu, channels_last: bool = False,
+) -> Demand:  # fmt: skip
+    """What the kernel of a tile needs, by the loops of the .cu files and the counts of counts/cupy.json.
+
+    Which taps a channel has is not known here: TAPS of them, or all that there are.
     """
-    candidates = _candidates(kind, geometry, blocksize, nnzb, dtype)
-    return min(candidates, key=lambda tile: _clocks(kind, tile, geometry, blocksize, dtype))
-
-
-def _clocks(kind: str, tile: SlotTile, g: ConvGeometry, blocksize: tuple[int, int], dtype: torch.dtype) -> float:
-    """Relative clocks of a launch, by the budgets beside the kernels; four taps of a channel are stored, or all.
-
-    A multiprocessor gets a sector of 32 bytes from L2 in about 1.4 clocks, and 128 bytes from shared memory in one; to
-    fill a slot takes some 0.4 clocks of issue, however many members it has.
-    """
-    slot, size = slot_of(dtype), dtype.itemsize
-    taps, groups = min(4, g.taps), g.taps / tile.taps
-    width = g.q if kind == "dgrad" else g.w
-    lines, line = (tile.rows, tile.cols) if tile.cols < width else (1, tile.rows * width)  # what lies in one piece
+    (bk, bc), slot, size = blocksize, slot_of(dtype), dtype.itemsize
+    unit, math_ = unit_of(bc, dtype), MATH.get(dtype) or {"tf32": "TF32", "ieee": "FP32"}[precision]
+    count = counted.cupy(kind, math_, unit, tile.nt, tile.mt, tile.warps, tile.bands)
+    step = {"TF32": 8, "FP32": 4}.get(math_, 16)  # slots.cu: STEP
+    block_rows, groups = g.k // bk, g.taps / tile.taps
+    entries = nnzb * bc / block_rows  # of a block-row, in channels
+    taps = min(TAPS, g.taps)  # of a channel
+    channels = min(float(g.c), entries / taps)  # of a block-row
+    here = max(1.0, taps / groups)  # taps of a channel in a group
+    tiles, ctas = tiles_of(kind, g, dtype, tile), float(grid(kind, g, blocksize, dtype, tile))
+    patch, area = tile.rows * tile.cols, tile.tile_h * tile.tile_w
     members = g.n * tile.bands / max(1, -(-g.n * tile.bands // slot))  # of a slot, on average
-    load = (1.4 * members * lines * (line * size / 32 + 1) + 0.4 * tile.rows * tile.cols) * groups
-    pixels = tile.warps * tile.mt * 16 / slot
-    if kind == "dgrad":  # per filter; a fifth of the channels is stored
-        channel_tiles = math.ceil(tile.range / 5 / (8 * tile.nt))
-        multiply = channel_tiles * (taps * pixels / 8 + tile.nt * pixels * slot / 2 / tile.filters)
-        steps_of = tile.filters
-    else:  # per channel
-        if kind == "wgrad":
-            pixels = tile.tile_h * tile.tile_w
-            load_dy = 1.4 * members * tile.tile_h * (tile.tile_w * size / 32 + 1) + 0.4 * pixels
-            load += load_dy * 8 * tile.nt / tile.units
-        multiply = taps * pixels * max(1 / 8, tile.nt / 20)
-        steps_of = tile.units
-    ctas = tiles_of(kind, g, dtype, tile)
-    ctas *= -(-g.c // tile.range) if kind == "dgrad" else -(-blocksize[0] // (8 * tile.nt))
-    resident = min(16 // tile.warps, SM_BYTES // (tile.shared + 1024))  # CTAs that overlap on a multiprocessor
-    idle = max(1.0, FULL / max(1, grid(kind, g, blocksize, dtype, tile)))
-    return ctas * (load + multiply) * (1 + 1 / resident) * (1 + 4 / steps_of) * idle
+    per_warp = tile.mt * tile.nt
+    weights, (x, y) = nnzb * bk * bc, gpu_cost.activations(g)
+    written = float((y, x, weights)[KINDS.index(kind)] * size)
+
+    def sectors(rows: int, cols: int, width: int, of: float, all_: int) -> float:
+        """Bytes from L2 of `of` channels of a patch, of `all_` that the tensor has."""
+        if channels_last:  # pixel by pixel; channels beside each other share sectors
+            return members * rows * cols * 32 * min(of, all_ * size / 32)
+        lines, line = (rows, cols) if cols < width else (1, rows * width)  # what lies in one piece
+        return members * lines * 32 * (line * size / 32 + 1) * of
+
+    turns: tuple[float, ...]
+    if kind == "fprop":
+        most = min(tile.units * unit, tile.items / here)  # channels of a chunk
+        chunks = groups * (channels / most + 0.5) if nnzb else 0.0
+        slots_in = groups * channels * patch
+        products = entries / step * per_warp
+        turns = (chunks, groups, groups)
+        slots_out = min(8.0 * tile.nt, bk) * area
+        read = groups * sectors(tile.rows, tile.cols, g.w, channels, g.c) + entries * 8 * tile.nt * size
+        chain = 4 + 3 * chunks
+    elif kind == "dgrad":
+        classes = min(g.stride[0], g.h) * min(g.stride[1], g.w)
+        reached = channels * min(tile.range, g.c) / g.c  # channels of the range that a block-row stores
+        active = block_rows * min(1.0, reached / unit) if nnzb else 0.0
+        loads = active * max(1.0, bk / tile.filters) * max(1.0, groups / classes)
+        chunks = loads * max(1.0, reached / (8 * tile.nt))
+        slots_in = loads * tile.filters * patch
+        products = chunks * math.ceil(tile.filters * max(1.0, here / classes) / step) * per_warp
+        turns = (chunks, loads, block_rows * groups, groups)
+        slots_out = min(tile.range, g.c) * area
+        read = loads * sectors(tile.rows, tile.cols, g.q, tile.filters, g.k)
+        read += active * reached * taps / classes * bk * size
+        chain = 4 + 2 * block_rows + 2 * loads + chunks
+    else:
+        most = min(tile.units * unit, tile.items / here)
+        chunks = groups * (channels / most + 0.5) / tile.lists if nnzb else 0.0  # of a CTA
+        turned = chunks * tiles / tile.splits
+        filters = min(8.0 * tile.nt, bk)
+        each = min(most, channels)
+        slots_in = turned * (each * patch + filters * area)
+        products = turned * area * slot / step * math.ceil(each * here / (16 * tile.warps)) * tile.nt
+        turns = (turned, chunks, groups, groups)
+        slots_out = 0.0
+        read = turned * sectors(tile.rows, tile.cols, g.w, each, g.c)
+        read += turned * sectors(tile.tile_h, tile.tile_w, g.q, filters, g.k)
+        written = 4.0 * tile.splits * weights if tile.splits > 1 else written
+        chain = 4 + 3 * turned + chunks
+    around = count.outside + sum(a * b for a, b in zip(count.nest, turns, strict=True))
+    issue = slots_in / 32 * count.load + slots_out / 32 * count.result
+    issue += tile.warps * (products * count.mma + around)
+    wavefronts = slots_in / 32 * (slot + 4) + slots_out / 32 * 2 * slot  # 1 for each load of a slot, 4 for its store
+    wavefronts += tile.warps * products * (4 / tile.nt + 2 / tile.mt)
+    return Demand(
+        ctas,
+        tile.warps,
+        gpu_cost.resident(count.registers, tile.warps, tile.shared, gpu),
+        ctas * issue,
+        ISSUE,
+        ctas * wavefronts,
+        ctas * tile.warps * products * 2 * 16 * 8 * step,
+        gpu_cost.flops_of(dtype, precision, gpu) * MMA_SYNC,
+        ctas * read,
+        written,
+        (x + y + weights) * size + 8 * nnzb,
+        chain,
+    )
+
+
+def estimate(
+    kind: str, g: ConvGeometry, blocksize: tuple[int, int], nnzb: int, dtype: torch.dtype, precision: str,
+    tile: SlotTile, gpu: Gpu, channels_last: bool = False,
+) -> Estimate:  # fmt: skip
+    """Predicted time of a product."""
+    before = 0.0
+    if tile.splits > 1:  # add_splits reads what lies in L2
+        before = gpu_cost.passes(4 * tile.splits * nnzb * blocksize[0] * blocksize[1] / 2, 1, gpu)
+    return gpu_cost.estimate(demand(kind, g, blocksize, nnzb, dtype, precision, tile, gpu, channels_last), gpu, before)
 
 
 def _candidates(
-    kind: str, g: ConvGeometry, blocksize: tuple[int, int], nnzb: int, dtype: torch.dtype
+    kind: str, g: ConvGeometry, blocksize: tuple[int, int], nnzb: int, dtype: torch.dtype, gpu: Gpu = NAMED["h100"]
 ) -> Iterator[SlotTile]:
     bk, bc = blocksize
     slot, unit = slot_of(dtype), unit_of(bc, dtype)
@@ -258,13 +337,13 @@ def _candidates(
                     else:
                         found = _fit(kind, tile, tables, budget, g, bc, slot, unit)
                     if found is not None:
-                        yield _split(found, g, blocksize, nnzb, dtype) if kind == "wgrad" else found
+                        yield _split(found, g, blocksize, nnzb, dtype, 2 * gpu.units) if kind == "wgrad" else found
 
 
 def _small(g: ConvGeometry, slot: int) -> bool:
     """Whether slots of whole images have room left that bands of one image would fill.
 
-    On a 3x3 layer of 128 channels at 200 x 200, by _clocks, one, two and four images cost about 0.45, 0.55 and 0.7 of
+    On a 3x3 layer of 128 channels at 200 x 200, as predicted, one, two and four images cost about 0.45, 0.55 and 0.7 of
     what eight cost where slots hold whole images, and 0.14, 0.27 and 0.55 where they hold bands. On small images, which
     fill the device neither way, wgrad alone gains. The last bands may begin behind the last row: that, too, is counted
     in 32 bits.
@@ -307,13 +386,15 @@ def _fit_dgrad(
     return None
 
 
-def _split(tile: SlotTile, g: ConvGeometry, blocksize: tuple[int, int], nnzb: int, dtype: torch.dtype) -> SlotTile:
-    """wgrad's splits of the pixels, then of the chunks, to fill the device."""
+def _split(
+    tile: SlotTile, g: ConvGeometry, blocksize: tuple[int, int], nnzb: int, dtype: torch.dtype, full: int
+) -> SlotTile:
+    """wgrad's splits of the pixels, then of the chunks, to fill the device: `full` CTAs."""
     bk, bc = blocksize
     parts = g.k // bk * -(-bk // (8 * tile.nt))
     tiles = tiles_of("wgrad", g, dtype, tile)
     room = WORKSPACE_BYTES // (4 * max(1, nnzb) * bk * bc)
-    splits = max(1, min(-(-2 * FULL // parts), tiles, room))
+    splits = max(1, min(-(-2 * full // parts), tiles, room))
     chunks = -(-nnzb * bc // (g.k // bk * tile.items))
-    lists = max(1, min(-(-2 * FULL // (parts * splits)), chunks))
+    lists = max(1, min(-(-2 * full // (parts * splits)), chunks))
     return tile._replace(splits=splits, lists=lists)

@@ -6,6 +6,7 @@ workspace, is the same for all patterns of one shape and nnzb.
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from typing import NamedTuple
@@ -14,6 +15,9 @@ import torch
 
 from ..geometry import ConvGeometry
 from ..index import stacked
+from . import counted, gpu_cost
+from .gpu_cost import Demand, Estimate
+from .gpus import Gpu, typical
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -21,6 +25,7 @@ LIMIT = 2**30  # pixels and coordinates: the sum of two still fits int32
 MAX_GRID = 2**31 - 1
 WORKSPACE_BYTES = 32 << 20  # at most, for the splits of wgrad: small enough to stay in L2
 MOST_TAPS = 31  # kernel rows and columns together
+ISSUE = 0.65  # of the rate of instructions that these kernels reach
 LEAST_STEPS = 4  # steps of BLOCK_K pixels that a split of wgrad is worth
 
 
@@ -41,7 +46,6 @@ class Entry(NamedTuple):
     kinds: str
     widest: int  # BLOCK_N up to this
     math: str  # "half": fp16 and bf16; "tf32" or "ieee": fp32
-    load: str  # how much there is to do: "few", "some" or "many" (see _load); "*": any
     archs: str
     block_m: int
     block_k: int
@@ -50,52 +54,39 @@ class Entry(NamedTuple):
 
 
 # Chosen from counts of instructions, registers and shared memory (counts/triton.json, written by bench/count.py), not
-# tuned on a device: no GPU has timed an entry. The first row that fits applies. Four warps throughout: a product of 256
-# rows takes a third fewer instructions than two of 128. Three stages, which fit two programs into a multiprocessor but
-# for wgrad of 128 pixels; on the AMD path data waits in registers and two stages are all.
+# tuned on a device: no GPU has timed an entry. Of the rows that fit `pick` takes that of least predicted time. Four warps
+# throughout: a product of 256 rows takes a third fewer instructions than two of 128. Three stages, which fit two programs
+# into a multiprocessor but for wgrad of 128 pixels; on the AMD path data waits in registers and two stages are all.
 _NVIDIA = "sm_80 sm_90 sm_100"
 TABLE: tuple[Entry, ...] = (
-    Entry("fprop dgrad", 32, "half", "many", "sm_90", 256, 64, 3),
-    Entry("fprop dgrad", 128, "half", "few", "sm_90 sm_100", 64, 64, 4),
-    Entry("fprop dgrad", 128, "half", "*", "sm_90 sm_100", 128, 64, 3),
-    Entry("fprop dgrad", 128, "half", "few", "sm_80", 64, 64, 3),
-    Entry("fprop dgrad", 64, "half", "*", "sm_80", 128, 64, 3),
-    Entry("fprop dgrad", 128, "half", "*", "sm_80", 64, 64, 3),
-    Entry("fprop dgrad", 64, "tf32", "few", "sm_80 sm_90", 64, 32, 3),
-    Entry("fprop dgrad", 64, "tf32", "*", _NVIDIA, 128, 32, 3),
-    Entry("fprop dgrad", 128, "tf32", "*", _NVIDIA, 64, 32, 3),
-    Entry("fprop dgrad", 128, "ieee", "*", _NVIDIA, 64, 16, 3),
-    Entry("wgrad", 32, "half", "many", "sm_90", 256, 64, 3),
-    Entry("wgrad", 64, "half", "*", "sm_90", 128, 128, 3),
-    Entry("wgrad", 64, "half", "*", "sm_100", 128, 64, 3),
-    Entry("wgrad", 128, "half", "*", "sm_90 sm_100", 64, 64, 4),
-    Entry("wgrad", 64, "half", "*", "sm_80", 128, 32, 4),
-    Entry("wgrad", 128, "half", "*", "sm_80", 64, 32, 4),
-    Entry("wgrad", 64, "tf32", "*", _NVIDIA, 128, 32, 3),
-    Entry("wgrad", 128, "tf32", "*", _NVIDIA, 64, 32, 3),
-    Entry("wgrad", 128, "ieee", "*", _NVIDIA, 64, 16, 3),
-    Entry("fprop dgrad", 128, "half", "few", "gfx", 64, 64, 2),
-    Entry("fprop dgrad wgrad", 128, "half", "*", "gfx", 128, 64, 2),
-    Entry("fprop dgrad", 128, "tf32", "few", "gfx", 64, 32, 2),
-    Entry("fprop dgrad wgrad", 128, "tf32", "*", "gfx", 128, 32, 2),
-    Entry("fprop dgrad wgrad", 128, "ieee", "*", "gfx", 64, 32, 2),
+    Entry("fprop dgrad", 32, "half", "sm_90", 256, 64, 3),
+    Entry("fprop dgrad", 128, "half", "sm_90 sm_100", 64, 64, 4),
+    Entry("fprop dgrad", 128, "half", "sm_90 sm_100", 128, 64, 3),
+    Entry("fprop dgrad", 64, "half", "sm_80", 128, 64, 3),
+    Entry("fprop dgrad", 128, "half", "sm_80", 64, 64, 3),
+    Entry("fprop dgrad", 64, "tf32", _NVIDIA, 128, 32, 3),
+    Entry("fprop dgrad", 128, "tf32", _NVIDIA, 64, 32, 3),
+    Entry("fprop dgrad", 128, "ieee", _NVIDIA, 64, 16, 3),
+    Entry("wgrad", 32, "half", "sm_90", 256, 64, 3),
+    Entry("wgrad", 64, "half", "sm_90", 128, 128, 3),
+    Entry("wgrad", 64, "half", "sm_100", 128, 64, 3),
+    Entry("wgrad", 128, "half", "sm_90 sm_100", 64, 64, 4),
+    Entry("wgrad", 64, "half", "sm_80", 128, 32, 4),
+    Entry("wgrad", 128, "half", "sm_80", 64, 32, 4),
+    Entry("wgrad", 64, "tf32", _NVIDIA, 128, 32, 3),
+    Entry("wgrad", 128, "tf32", _NVIDIA, 64, 32, 3),
+    Entry("wgrad", 128, "ieee", _NVIDIA, 64, 16, 3),
+    Entry("fprop dgrad", 128, "half", "gfx", 64, 64, 2),
+    Entry("fprop dgrad wgrad", 128, "half", "gfx", 128, 64, 2),
+    Entry("fprop dgrad", 128, "tf32", "gfx", 64, 32, 2),
+    Entry("fprop dgrad wgrad", 128, "tf32", "gfx", 128, 32, 2),
+    Entry("fprop dgrad wgrad", 128, "ieee", "gfx", 64, 32, 2),
 )
-
-# Multiprocessors of a typical device: only to tell few programs from many.
-UNITS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx": 304}
 
 
 def granule(side: int, most: int) -> int:
     """Channels that move together: the largest power of two that divides `side`, at most `most`."""
     return min(side & -side, most)
-
-
-def column_of(arch: str) -> str:
-    """The column of TABLE for a device; "sm_80" (mma.sync, 99 KB of shared memory) runs on every other NVIDIA GPU."""
-    if arch.startswith("gfx"):
-        return "gfx"
-    number = arch.removeprefix("sm_").rstrip("af")
-    return {"90": "sm_90", "100": "sm_100", "103": "sm_100"}.get(number, "sm_80")
 
 
 def _programs(kind: str, g: ConvGeometry, blocksize: tuple[int, int], block_m: int) -> int:
@@ -156,32 +147,16 @@ def refusal(
     return None
 
 
-def find(kind: str, block_n: int, math: str, load: str, arch: str) -> Entry:
-    """The row of TABLE that applies."""
-    for entry in TABLE:
-        if (
-            kind in entry.kinds.split()
-            and block_n <= entry.widest
-            and math == entry.math
-            and entry.load in (load, "*")
-            and arch in entry.archs.split()
-        ):
-            return entry
-    raise LookupError(f"tiles.find(): TABLE has no row for {kind}, N = {block_n}, {math}, {load}, {arch}")
-
-
-def _load(kind: str, g: ConvGeometry, blocksize: tuple[int, int], nnzb: int, arch: str) -> str:
-    """TABLE's third key, from sizes alone.
-
-    fprop, dgrad: "many" where tiles of 256 pixels fill the device twice, "some" where those of 128 do, else "few".
-    wgrad, whose splits fill the device: "many" where a block-row stores enough channels to fill 256 rows, else "some".
-    """
-    if kind == "wgrad":
-        return "many" if nnzb * blocksize[1] >= 192 * (g.k // blocksize[0]) else "some"
-    for load, block_m in (("many", 256), ("some", 128)):
-        if _programs(kind, g, blocksize, block_m) >= 2 * UNITS[arch]:
-            return load
-    return "few"
+def find(kind: str, block_n: int, math: str, arch: str) -> list[Entry]:
+    """The rows of TABLE that apply."""
+    return [
+        entry
+        for entry in TABLE
+        if kind in entry.kinds.split()
+        and block_n <= entry.widest
+        and math == entry.math
+        and arch in entry.archs.split()
+    ]
 
 
 def wgrad_tiles(nnzb: int, block_rows: int, bc: int, block_m: int) -> int:
@@ -198,14 +173,88 @@ def group_of(splits: int) -> int:
     return splits if splits <= 16 else math.isqrt(splits - 1) + 1
 
 
-def _splits(g: ConvGeometry, blocksize: tuple[int, int], nnzb: int, tile: Tile, arch: str) -> int:
-    tiles = wgrad_tiles(nnzb, g.k // blocksize[0], blocksize[1], tile.block_m)
-    fill = -(-4 * UNITS[arch] // tiles)
+def _splits(g: ConvGeometry, blocksize: tuple[int, int], nnzb: int, tile: Tile) -> list[int]:
+    """Numbers of splits of wgrad to choose from: powers of two, as many as are worth it and find room."""
     worth = -(-g.n * g.p * g.q // tile.block_k) // LEAST_STEPS
     room = WORKSPACE_BYTES // (4 * max(1, nnzb) * blocksize[0] * blocksize[1])
-    return max(1, min(fill, worth, room))
+    return [1 << i for i in range(max(1, min(worth, room)).bit_length())]
 
 
+def demand(
+    kind: str, g: ConvGeometry, blocksize: tuple[int, int], nnzb: int, dtype: torch.dtype, precision: str, tile: Tile,
+    gpu: Gpu, channels_last: bool = True,
+) -> Demand | None:  # fmt: skip
+    """What the kernel of a tile needs, by triton_kernels.py; None where no kernel like it was counted."""
+    (bk, bc), size, number = blocksize, dtype.itemsize, precision if dtype == torch.float32 else "half"
+    loop = counted.triton(
+        kind, number, gpu.column, counted.triton_version(), channels_last, max(g.stride), blocksize, tile[:5]
+    )
+    if loop is None:
+        return None
+    x, y = gpu_cost.activations(g)
+    weights = nnzb * bk * bc
+    results = tile.block_m * tile.block_n * size / gpu_cost.SHARED_BYTES
+    if kind == "wgrad":
+        # Tiles with entries: each block-row's last one is half full on average.
+        tiles = min(wgrad_tiles(nnzb, g.k // bk, bc, tile.block_m), nnzb * bc / tile.block_m + 0.5 * g.k / bk)
+        programs, steps = tiles * tile.splits, float(-(-g.n * g.p * g.q // (tile.block_k * tile.splits)))
+        read = g.n * g.p * g.q * size * (nnzb * bc + tiles * bk)
+        written = weights * float(size)
+        chain = 4 + steps / (tile.num_stages - 1)
+        if tile.splits > 1:  # through the workspace, which lies in L2; the last programs add it up
+            read, written = read + 4.0 * tile.splits * weights, written + 4.0 * tile.splits * weights
+            chain += 4
+    else:
+        outer, inner, own, apart = g.k // bk, bc, bk, 1
+        stored = entries = nnzb / outer
+        if kind == "dgrad":
+            # A program takes a stack of channel blocks, and an entry that any of them stores, for all.
+            stack, apart = stacked(g.weight_shape, blocksize), min(g.stride[0], g.h) * min(g.stride[1], g.w)
+            outer, inner, own = -(-(g.c // bc) // stack), bk, bc
+            cells = g.k // bk * g.taps / apart
+            stored = nnzb / (outer * apart)
+            entries = cells * (1 - (1 - min(1.0, stored / (cells * stack))) ** stack)
+        programs = float(_programs(kind, g, blocksize, tile.block_m))
+        steps = entries * inner / tile.block_k + 0.5 if nnzb else 0.0
+        read = programs * inner * (entries * tile.block_m + stored * own) * size
+        written = (y if kind == "fprop" else x) * float(size)
+        results *= 2  # stored and read again, to be written side by side
+        chain = 5 + steps / (tile.num_stages - 1)
+    tile_bytes = (tile.block_m + tile.block_n) * tile.block_k * size
+    # Tensor cores read both operands from shared memory, B anew for every 64 rows of A (mma.sync: for every warp).
+    anew = tile.block_m // 64 if gpu.column in ("sm_90", "sm_100") else tile.num_warps
+    reads = (tile.block_m + anew * tile.block_n) * tile.block_k * size
+    conflicts = 1 if loop.swizzled else 4
+    wavefronts = (tile_bytes + conflicts * reads) / gpu_cost.SHARED_BYTES
+    return Demand(
+        programs,
+        tile.num_warps,
+        gpu_cost.resident(loop.registers, tile.num_warps, loop.shared, gpu),
+        programs * tile.num_warps * (loop.outside + steps * loop.each),
+        ISSUE,
+        programs * (steps * wavefronts + results),
+        2.0 * programs * steps * tile.block_m * tile.block_n * tile.block_k,
+        gpu_cost.flops_of(dtype, precision, gpu),
+        read,
+        written,
+        (x + y + weights) * size + 8 * nnzb,
+        chain,
+    )
+
+
+def estimate(
+    kind: str, g: ConvGeometry, blocksize: tuple[int, int], nnzb: int, dtype: torch.dtype, precision: str, tile: Tile,
+    gpu: Gpu, channels_last: bool = True, ordered: bool = False,
+) -> Estimate | None:  # fmt: skip
+    """Predicted time of a product; ordered: a pattern with a row order, whose dy is copied first."""
+    needs = demand(kind, g, blocksize, nnzb, dtype, precision, tile, gpu, channels_last)
+    if needs is None:
+        return None
+    copied = 2 * gpu_cost.activations(g)[1] * dtype.itemsize if ordered and kind != "fprop" else 0
+    return gpu_cost.estimate(needs, gpu, gpu_cost.passes(copied, 1, gpu) if copied else 0.0)
+
+
+@functools.lru_cache(maxsize=4096)
 def pick(
     kind: str,
     geometry: ConvGeometry,
@@ -214,22 +263,29 @@ def pick(
     dtype: torch.dtype,
     arch: str = "",
     precision: str = "ieee",
+    gpu: Gpu | None = None,
+    channels_last: bool = True,
 ) -> Tile:
-    """The shipped tile for work that `refusal` lets through. Pure: sizes in, sizes out.
+    """The tile of least predicted time for work that `refusal` lets through. Pure: sizes in, sizes out.
 
     Args:
         arch: "sm_90", "gfx942", ...; "" where unknown.
         precision: of fp32 products, "tf32" or "ieee"; no matter for the other dtypes.
+        gpu: the device; None: a typical one of `arch`.
     """
-    math, column = precision if dtype == torch.float32 else "half", column_of(arch)
-    load = _load(kind, geometry, blocksize, nnzb, column)
+    gpu = gpu or typical(arch)
+    number = precision if dtype == torch.float32 else "half"
     side = blocksize[0]
     if kind == "dgrad":
         side = blocksize[1] * stacked(geometry.weight_shape, blocksize)
-    block_n = 1 << (side - 1).bit_length()
-    if column == "gfx":
-        block_n = max(block_n, 16)  # MFMA has no narrower tile of fp32
-    block_n = max(block_n, 16)
-    entry = find(kind, block_n, math, load, column)
-    tile = Tile(entry.block_m, block_n, entry.block_k, entry.num_warps, entry.num_stages)
-    return tile._replace(splits=_splits(geometry, blocksize, nnzb, tile, column)) if kind == "wgrad" else tile
+    block_n = max(16, 1 << (side - 1).bit_length())
+    found: dict[Tile, float] = {}
+    for entry in find(kind, block_n, number, gpu.column):
+        plain = Tile(entry.block_m, block_n, entry.block_k, entry.num_warps, entry.num_stages)
+        for splits in _splits(geometry, blocksize, nnzb, plain) if kind == "wgrad" else (1,):
+            tile = plain._replace(splits=splits)
+            time = estimate(kind, geometry, blocksize, nnzb, dtype, precision, tile, gpu, channels_last)
+            found[tile] = math.inf if time is None else time.seconds
+    if not found:
+        raise LookupError(f"tiles.pick(): TABLE has no row for {kind}, N = {block_n}, {number}, {gpu.column}")
+    return min(found, key=lambda tile: found[tile])

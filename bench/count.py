@@ -1,4 +1,4 @@
-"""python bench/count.py: what the Triton kernels cost, counted in compiled code without a GPU. --help explains it."""
+"""python bench/count.py: what the GPU kernels cost, counted in compiled code without a GPU. --help explains it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 if not __package__:  # started as a file: the checkout that it stands in is counted
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from bench.counts import slots
 from bench.counts.cases import SHIPPED, TARGETS, Case
 from bench.counts.compiling import counted
 from blocksparse.geometry import KINDS
@@ -20,6 +21,7 @@ from hrbp.columns import columns
 from hrbp.files import whole_file
 
 TABLE = Path(__file__).resolve().parents[1] / "blocksparse" / "kernels" / "counts" / "triton.json"
+CUPY = TABLE.with_name("cupy.json")
 FACTS = ("loop", "mma", "outside", "registers", "spills", "shared", "swizzled", "copy_bytes")
 
 DESCRIPTION = """\
@@ -32,6 +34,8 @@ Compiles Triton kernels for targets that need not be here and reads the machine 
 
 Another Triton is a folder: python -m pip install --no-deps --target /tmp/triton36 triton==3.6.0. With --write the table
 gets the rows of both, the other one's for sm_90; this takes some minutes.
+  python bench/count.py --cupy                                            the CUDA C++ kernels: a minute
+  python bench/count.py --cupy --write                                    their table, anew
 
 What it prints, a kernel a line:
   loop        instructions in the main loop, a warp: one K-tile
@@ -62,11 +66,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--triton", type=Path, metavar="DIR", help="folder of another Triton; default: this Python's")
     parser.add_argument("--source", type=Path, metavar="DIR", help="write assembly and TTGIR there")
+    parser.add_argument(
+        "--cupy", action="store_true", help="the CUDA C++ kernels: counted.py says what their columns are"
+    )
     parser.add_argument("--write", action="store_true", help=f"write {TABLE.name}: all other choices are left out")
     args = parser.parse_args(argv)
     if args.triton and not (args.triton / "triton" / "__init__.py").exists():
         parser.error(f"--triton {args.triton}: there is no triton/__init__.py in it")
-    if args.write and not args.triton:
+    if args.write and not (args.triton or args.cupy):
         parser.error("--write needs --triton with Triton 3.6.0, so that the table has the rows of both versions")
     return args
 
@@ -89,11 +96,14 @@ def tabled(triton: Path) -> list[dict[str, Any]]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Counts and prints; returns the exit status."""
     args = parse_arguments(argv)
-    if args.write:
-        rows = tabled(args.triton)
-        with whole_file(TABLE) as file:  # a row a line
+    if args.cupy or args.write:
+        rows, table = (list(slots.rows()), CUPY) if args.cupy else (tabled(args.triton), TABLE)
+        if not args.write:
+            print(columns([list(rows[0]), *([str(value) for value in row.values()] for row in rows)]))
+            return 0
+        with whole_file(table) as file:  # a row a line
             file.write(("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n").encode())
-        print(f"{len(rows)} rows in {TABLE}")
+        print(f"{len(rows)} rows in {table}")
         return 0
     layout = "contiguous" if args.contiguous else "channels_last"
     cases = [

@@ -8,8 +8,8 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 if not __package__:  # started as a file: the checkout that it stands in is measured
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -29,7 +29,9 @@ from bench.shared.memory import make_memory
 from bench.shared.results import Writer
 from bench.shared.rows import ERROR, FAIL, OK
 from bench.shared.schedule import Schedule
+from blocksparse.kernels import measured
 from hrbp.columns import columns
+from hrbp.files import write_json
 from hrbp.reports.picture import check_plot
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -69,6 +71,7 @@ columns
   x narrow  likewise over a dense layer of equal FLOPs, with fewer channels in and out
   extra MB  peak memory during the call beyond inputs and outputs (GPU: PyTorch's allocator; CPU: resident
             memory, Linux only); total is the largest of the three
+  pred ms   on a GPU: what `explain` predicted; err%: predicted / measured - 1, below 0 where it was slower
 
 words in place of numbers
   FAIL      the result differs from the dense float64 convolution by more than twice PyTorch's own error in the
@@ -102,14 +105,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def keep(rows: list[LayerRow], finished: bool = False, after: Ceilings | None = None) -> None:
         """What there is goes to the file after each layer: a run that is killed loses nothing."""
-        measured = {"at_start": vars(ceilings), "at_end": vars(after) if after else None}
+        found = {"at_start": vars(ceilings), "at_end": vars(after) if after else None}
         sums = [total.as_json() for total in totals(rows)]
-        writer.write(rows, finished, ceilings=measured, totals=sums)
+        writer.write(rows, finished, ceilings=found, totals=sums)
 
     rows, finished = run_layers(bench, args.layers, begin + args.seconds, keep)
     after = measure_ceilings(clock, args.device, asked.dtype)
     print_end(rows, totals(rows), args, ceilings, after, time.perf_counter() - begin)
     keep(rows, finished, after)
+    if args.keep:
+        name, precision = torch.cuda.get_device_name(args.device), "tf32" if args.dtype == "tf32" else "ieee"
+        print(
+            f"times that explain and the choice of a backend go by: {keep_products(rows, asked.dtype, precision, name)}"
+        )
     if args.plot and rows:
         plot.plot(args.plot, plot.bars(rows), f"{facts['device']}, {args.dtype}, batch {args.batch}")
     if not finished:
@@ -138,6 +146,26 @@ def run_layers(
         print("\ninterrupted: what follows covers the layers above only", flush=True)
         return rows, False
     return rows, True
+
+
+def timed_products(rows: list[LayerRow], dtype: torch.dtype, precision: str) -> list[dict[str, Any]]:
+    """What blocksparse/kernels/measured.py keeps of the rows: facts and seconds of each product that was timed."""
+    found = []
+    for row in rows:
+        if row.kind == TOTAL or row.p50 is None or row.backend is None or row.nnzb is None or row.blocksize is None:
+            continue
+        g, last = bs.ConvGeometry.of(row.x_shape, row.shape, row.stride, row.padding), row.variant == "channels_last"
+        facts = measured.facts(row.backend, row.kind, g, row.blocksize, row.nnzb, dtype, precision, last)
+        found.append(facts | {"seconds": 1e-3 * row.p50})
+    return found
+
+
+def keep_products(rows: list[LayerRow], dtype: torch.dtype, precision: str, device: str) -> Path:
+    """Adds them to the device's table; returns its path."""
+    path = measured.path_of(device)
+    path.parent.mkdir(exist_ok=True)
+    write_json(path, measured.merged(device, timed_products(rows, dtype, precision)))
+    return path
 
 
 def work_of(layer: Layer) -> float:
@@ -180,15 +208,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def make_parser() -> argparse.ArgumentParser:
     parser = options.make_parser("run", DESCRIPTION, EPILOG)
     add = parser.add_argument
-    add(
-        "--layer",
-        nargs="+",
-        action="extend",
-        metavar="LAYER",
-        help="a network (all its convolutions but the stem): resnet50 at 224x224, resnet32 (the HRBP paper's"
-        " WideResNet-32-2) or vgg19 at 32x32; one layer of those, such as resnet50.layer2.3x3; or C,K,R,stride,H"
-        " with padding R//2 (R may be RxS, H may be HxW); several allowed",
-    )
+    options.add_layer(parser)
     add("--list", action="store_true", help="print the layers of all networks and end")
     add(
         "--backend",
@@ -198,24 +218,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="auto lets the library choose (default); one named here runs or is refused; several allowed",
     )
     add("--sparsity", nargs="+", type=options.sparsity, default=[0.9], help="1 - density, default 0.9; several allowed")
-    add(
-        "--blocksize",
-        nargs="+",
-        metavar="BKxBC",
-        help="32x32, 16x8 ...; group: equal groups with all taps, K/groups x 1; groupx8: the same with channels in"
-        " runs of 8; several allowed (default: group 32x32 on a CPU, 32x32 groupx8 on a GPU)",
-    )
-    add(
-        "--structure",
-        choices=("block", "hrbp"),
-        default="block",
-        help="block: random blocks (default); hrbp: equal groups, each with random channels and random taps of its"
-        " own; BKxBC then says how a group is cut into blocks (default: group)",
-    )
-    add(
-        "--groups", type=options.positive, default=8, help="of hrbp and group: how many at most, 8 filters or more each"
-    )
-    add("--tap-density", type=_fraction, default=Fraction(1), help="of hrbp: share of the taps kept, 1 or 4/9")
+    options.add_pattern(parser, "default: group 32x32 on a CPU, 32x32 groupx8 on a GPU; of hrbp: group")
     add("--dtype", choices=tuple(DTYPES), help="default: fp32 on a CPU, fp16 on a GPU")
     add("--batch", type=options.positive, help="images; default: 8 on a CPU, 64 on a GPU")
     add(
@@ -229,18 +232,14 @@ def make_parser() -> argparse.ArgumentParser:
     add("--repeats", type=options.positive, help="exactly so many rounds of every layer instead")
     add("--seed", type=int, default=0, help="of patterns and tensors")
     options.add_json(parser)
+    add(
+        "--keep",
+        action="store_true",
+        help="on a GPU: add the times to blocksparse/kernels/measured, where they override the predictions that choose"
+        " a backend; with --backend torch triton cupy, so that all of them are known",
+    )
     add("--plot", type=Path, metavar="FILE", help="draw the speed-ups to FILE (.png, .svg, .pdf); needs matplotlib")
     return parser
-
-
-def _fraction(text: str) -> Fraction:
-    try:
-        value = Fraction(text)
-    except (ValueError, ZeroDivisionError):
-        value = Fraction(0)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a fraction in (0, 1], such as 4/9")
-    return value
 
 
 def _complete(args: argparse.Namespace) -> None:
@@ -259,6 +258,8 @@ def _complete(args: argparse.Namespace) -> None:
     for name in args.backend:
         if name != "auto" and absent[name] is not None:
             raise ValueError(f"--backend {name} cannot run here: {absent[name]}")
+    if args.keep and not on_gpu:
+        raise ValueError("--keep: it keeps times of GPU kernels, and --device is cpu")
     if args.plot:
         check_plot(args.plot)
 

@@ -64,7 +64,7 @@ class Case:
     block: Blocksize
     sparsity: float
     pattern: bs.BSRPattern | None = None
-    plans: dict[str | None, bs.ConvPlan] = field(default_factory=dict)
+    plans: dict[tuple[str | None, str], bs.ConvPlan] = field(default_factory=dict)  # (backend, memory format)
     refused: dict[str | None, str] = field(default_factory=dict)  # backend -> why
     keys: dict[str, CaseKey] = field(default_factory=dict)  # baseline -> its entries
     absent: dict[str, str] = field(default_factory=dict)  # baseline -> why not
@@ -110,9 +110,10 @@ class LayerBench:
         values = problem.draw((pattern.nnzb, *pattern.blocksize), fan_in**-0.5)
         for backend in options.backends:
             try:
-                case.plans[backend] = bs.explain(
-                    problem.x["contiguous"], values, pattern, layer.stride, layer.padding, backend=backend
-                )
+                for layout in LAYOUTS:
+                    case.plans[backend, layout] = bs.explain(
+                        problem.x[layout], values, pattern, layer.stride, layer.padding, backend=backend
+                    )
             except (ValueError, RuntimeError) as error:
                 case.refused[backend] = str(error)
         if case.plans:
@@ -133,10 +134,9 @@ class LayerBench:
     ) -> list[Entry]:
         """The contenders of this pattern, without those `known` from an earlier pattern of the layer."""
         layer, entries = problem.layer, []
-        for backend in case.plans:
-            for layout in LAYOUTS:
-                contender = contenders.sparse(problem, pattern, values, layout, backend)
-                entries.append(Entry(contender, _sparse_key(case, backend)))
+        for backend, layout in case.plans:
+            contender = contenders.sparse(problem, pattern, values, layout, backend)
+            entries.append(Entry(contender, _sparse_key(case, backend)))
         narrow = contenders.narrow_sizes(layer.c, layer.k, pattern.density)
         case.keys = {
             "dense": ("dense",),
@@ -211,13 +211,15 @@ class LayerBench:
             sparsity_asked=case.sparsity, backend_asked=backend or "auto", kind=kind,
             status=REFUSED, reason=case.refused.get(backend, ""),
         )  # fmt: skip
-        pattern, plan = case.pattern, case.plans.get(backend)
-        if pattern is None or plan is None:
+        pattern = case.pattern
+        plans = {layout: plan for (name, layout), plan in case.plans.items() if name == backend}
+        if pattern is None or not plans:
             return row
         kinds = KINDS if kind == TOTAL else (kind,)
         flops = layer.flops(options.batch, pattern.nnzb * math.prod(pattern.blocksize))
         nbytes = [least_bytes(layer, options.batch, k, options.dtype.itemsize, pattern) for k in kinds]
         mine = sparse_result([e for e in entries if e.case == _sparse_key(case, backend)], options.kinds, kind)
+        plan = plans.get(mine.variant, plans["contiguous"])
         return replace(
             row,
             **vars(mine),
@@ -225,8 +227,10 @@ class LayerBench:
             blocksize=pattern.blocksize,
             nnzb=pattern.nnzb,
             density=pattern.density,
-            backend=plan.backend,
+            backend=plan.backend if kind == TOTAL else plan.products[kind].backend,
             plan=str(plan),
+            predicted_ms=predicted_ms(plan, kinds),
+            predicted_bound=None if kind == TOTAL else bound_of(plan, kind),
             useful_flops=flops * len(kinds),
             roofline_ms=1e3 * sum(self.ceilings.seconds(flops, n) for n in nbytes),
             peak_ms=None if (peak := self.ceilings.peak_flops) is None else 1e3 * flops * len(kinds) / peak,
@@ -236,6 +240,19 @@ class LayerBench:
         if role in case.absent:
             return Row(status=ABSENT, reason=case.absent[role])
         return best_result([e for e in entries if e.case == case.keys[role]], kind)
+
+
+def predicted_ms(plan: bs.ConvPlan, kinds: tuple[str, ...]) -> float | None:
+    """Of these products, where the plan has a prediction of each (on a GPU), and no measurement in its place."""
+    found = [plan.products[kind].estimate for kind in kinds]
+    known = [1e3 * e.seconds for e in found if e is not None and e.bound]
+    return math.fsum(known) if len(known) == len(kinds) else None
+
+
+def bound_of(plan: bs.ConvPlan, kind: str) -> str | None:
+    """What the prediction says that the product is bound by."""
+    found = plan.products[kind].estimate
+    return found.bound or None if found is not None else None
 
 
 def _sparse_key(case: Case, backend: str | None) -> CaseKey:

@@ -15,7 +15,7 @@ from hrbp.columns import columns
 
 # The table is printed layer by layer: its columns are as wide in every part.
 LEFT = (7, 5, 7, 13, 5)
-NUMBERS = (6, 6, 6, 7, 5, 5, 7, 7, 5, 8, 8)
+NUMBERS = (6, 6, 6, 7, 5, 5, 7, 7, 5, 8, 8, 7, 5)  # the last two on a GPU
 TITLES = {"dense": "x dense", "grouped": "x group", "torch_bsr": "x bsr", "narrow": "x narrow"}
 
 
@@ -40,6 +40,7 @@ def head_lines(machine: dict[str, Any], dtype: str, batch: int, ceilings: Ceilin
 def table_head(on_gpu: bool) -> str:
     unit = "TFLOP/s" if on_gpu else "GFLOP/s"
     numbers = ["ms p20", "p50", "p80", unit, "roof%", "peak%", *(TITLES[name] for name in BASELINES), "extra MB"]
+    numbers += ["pred ms", "err%"] if on_gpu else []
     return _line(["blocks", "kept%", "backend", "layout", "kind"], numbers)
 
 
@@ -80,6 +81,7 @@ def _row_lines(row: LayerRow, on_gpu: bool) -> list[str]:
         number(row.peak_share, ".0f", 100),
         *(_ratio(row, name) for name in BASELINES),
         number(row.extra_bytes, ".1f", 1e-6),
+        *([milliseconds(row.predicted_ms), number(row.prediction_error, "+.0f", 100)] if on_gpu else []),
     ]
     return [_line(names, numbers)]
 

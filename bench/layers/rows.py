@@ -42,6 +42,14 @@ class LayerRow(Row):
     useful_flops: int | None = None  # of this kind, on the stored blocks alone
     roofline_ms: float | None = None
     peak_ms: float | None = None
+    predicted_ms: float | None = None  # on a GPU: what `explain` said before anything ran
+    predicted_bound: str | None = None
+
+    @property
+    def prediction_error(self) -> float | None:
+        """Predicted / measured - 1: below 0, it was slower than predicted."""
+        share = ratio(self.predicted_ms, self.p50)
+        return None if share is None else share - 1
 
     @property
     def flops_per_second(self) -> float | None:
@@ -66,6 +74,7 @@ class LayerRow(Row):
             "percent_of_roofline": None if self.roofline_share is None else 100 * self.roofline_share,
             "percent_of_peak": None if self.peak_share is None else 100 * self.peak_share,
             "speedup": {name: self.speedup(name) for name in BASELINES},
+            "percent_prediction_error": None if self.prediction_error is None else 100 * self.prediction_error,
         }
 
 

@@ -6,6 +6,7 @@ import argparse
 import math
 import os
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,40 @@ def make_parser(name: str, description: str, epilog: str | None = None) -> argpa
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+
+
+def add_layer(parser: argparse.ArgumentParser, required: bool = False) -> None:
+    parser.add_argument(
+        "--layer",
+        nargs="+",
+        action="extend",
+        required=required,
+        metavar="LAYER",
+        help="a network (all its convolutions but the stem): resnet50 at 224x224, resnet32 (the HRBP paper's"
+        " WideResNet-32-2) or vgg19 at 32x32; one layer of those, such as resnet50.layer2.3x3; or C,K,R,stride,H"
+        " with padding R//2 (R may be RxS, H may be HxW); several allowed",
+    )
+
+
+def add_pattern(parser: argparse.ArgumentParser, default: str) -> None:
+    """Which blocks are stored: --blocksize, --structure, --groups and --tap-density."""
+    add = parser.add_argument
+    add(
+        "--blocksize",
+        nargs="+",
+        metavar="BKxBC",
+        help="32x32, 16x8 ...; group: equal groups with all taps, K/groups x 1; groupx8: the same with channels in"
+        f" runs of 8; several allowed ({default})",
+    )
+    add(
+        "--structure",
+        choices=("block", "hrbp"),
+        default="block",
+        help="block: random blocks (default); hrbp: equal groups, each with random channels and random taps of its"
+        " own; BKxBC then says how a group is cut into blocks (default: group)",
+    )
+    add("--groups", type=positive, default=8, help="of hrbp and group: how many at most, 8 filters or more each")
+    add("--tap-density", type=fraction, default=Fraction(1), help="of hrbp: share of the taps kept, 1 or 4/9")
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
@@ -116,6 +151,25 @@ def sparsity(text: str) -> float:
     value = _float(text)
     if not 0 <= value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not in [0, 1)")
+    return value
+
+
+def density(text: str) -> float:
+    """In (0, 1]."""
+    value = _float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not in (0, 1]")
+    return value
+
+
+def fraction(text: str) -> Fraction:
+    """In (0, 1]."""
+    try:
+        value = Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        value = Fraction(0)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a fraction in (0, 1], such as 4/9")
     return value
 
 

@@ -269,7 +269,7 @@ def demand(
         chain = 4 + 2 * block_rows + 2 * loads + chunks
     else:
         most = min(tile.units * unit, tile.items / here)
-        chunks = groups * (channels / most + 0.5) / tile.lists if nnzb else 0.0  # of a CTA
+        chunks = groups * (channels / most / tile.lists + 0.5) if nnzb else 0.0  # of a CTA
         turned = chunks * tiles / tile.splits
         filters = min(8.0 * tile.nt, bk)
         each = min(most, channels)
@@ -343,8 +343,8 @@ def _candidates(
 def _small(g: ConvGeometry, slot: int) -> bool:
     """Whether slots of whole images have room left that bands of one image would fill.
 
-    On a 3x3 layer of 128 channels at 200 x 200, as predicted, one, two and four images cost about 0.45, 0.55 and 0.7 of
-    what eight cost where slots hold whole images, and 0.14, 0.27 and 0.55 where they hold bands. On small images, which
+    On a 3x3 layer of 128 channels at 200 x 200 one, two and four images are predicted to cost about 0.15, 0.3 and 0.6
+    of what eight cost where slots hold bands, and as much as eight where they hold whole images. On small images, which
     fill the device neither way, wgrad alone gains. The last bands may begin behind the last row: that, too, is counted
     in 32 bits.
     """

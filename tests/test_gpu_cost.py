@@ -161,10 +161,9 @@ def seconds(g, blocksize, nnzb, dtype, precision, gpu, backend=None):
 @settings(max_examples=25)
 @given(work(), GPUS, st.integers(1, 99))
 def test_more_blocks_are_never_faster(case, gpu, percent):
-    """cupy's wgrad is cut by the number of blocks, too, in whole lists: a tenth is allowed for that."""
+    """Of cupy's wgrad that is not promised: how many CTAs share it follows from the number of blocks, too."""
     g, blocksize, most, dtype, precision = case
-    for backend in ("torch", "triton", "cupy", None):
-        slack = 1.0001 if backend in ("torch", "triton") else 1.1
+    for backend in ("torch", "triton", "cupy"):
         try:
             few, many = (
                 seconds(g, blocksize, nnzb, dtype, precision, gpu, backend)
@@ -172,7 +171,8 @@ def test_more_blocks_are_never_faster(case, gpu, percent):
             )
         except ValueError:
             continue
-        assert all(0 < a <= b * slack < 10 for a, b in zip(few, many, strict=True)), (backend, few, many)
+        pairs = list(zip(few, many, strict=True))[: 2 if backend == "cupy" else 3]
+        assert all(0 < a <= b * 1.0001 < 10 for a, b in pairs), (backend, few, many)
 
 
 @settings(max_examples=25)
@@ -323,12 +323,10 @@ def test_a_measurement_overrides_the_prediction(table):
     assert found.products["dgrad"].backend == "torch"
     assert found.products["dgrad"].why.startswith("measured 1 us; ")
     assert found.products["fprop"].backend == "triton"
-    for other in (
-        plan_of(layer, blocksize, 0.1, "h100"),
-        plan_of(layer, blocksize, 0.2),
-        plan_of(layer, blocksize, 0.1, batch=32),
-    ):
-        assert other.products["dgrad"].backend == "triton"
+    elsewhere = {"gpu": "h100"}, {"density": 0.2}, {"batch": 32}
+    for change in elsewhere:
+        other = plan_of(**{"layer": layer, "blocksize": blocksize, "density": 0.1, **change})
+        assert "measured" not in str(other)
 
 
 def test_measurements_are_merged_and_dropped_with_another_triton(table, monkeypatch):

@@ -155,11 +155,11 @@ def scattered(
 ) -> float:
     """Seconds from stored values to a filter bank, or for wgrad back: what torch_conv.py launches around dense()."""
     size, cells = dtype.itemsize, g.k * g.c * g.taps
-    launches = 3 if channels_last or g.taps == 1 else 7  # zeros, indices as int64 and where they point, the copy
-    nbytes = (cells if kind != "wgrad" else 0) + 3 * weights
-    if ordered:
-        launches, nbytes = launches + 2, nbytes + 2 * cells
-    return passes(nbytes * size, launches, gpu)
+    nbytes = (cells if kind != "wgrad" else 0) + 2 * weights
+    if channels_last or g.taps == 1:
+        return passes(nbytes * size, 1, gpu)  # triton_bank.py
+    # Zeros, indices as int64, where they point, and the copy; with a row order the bank once more.
+    return passes((nbytes + (2 * cells if ordered else 0)) * size, 9 if ordered else 7, gpu)
 
 
 def roofline(g: ConvGeometry, weights: int, index: int, dtype: torch.dtype, precision: str, gpu: Gpu) -> float:

@@ -2,10 +2,13 @@
 
 Every device, dtype and block. A plan runs it where no other backend can, and where stored blocks would take longer: few
 pixels, few channels, few zeros. One filter bank lives as long as the call; weights, gradients and optimizer state stay
-blocks. It never reads the index on the host.
+blocks. It never reads the index on the host. On a GPU with Triton one launch makes the bank, and one takes from it.
 """
 
 from __future__ import annotations
+
+import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,9 +36,25 @@ def _blocks(bank: Tensor, tables: IndexTables, bk: int, bc: int) -> tuple[Tensor
     return blocks, (rows, cols // c_blocks, cols % c_blocks)
 
 
+def _on_gpu(t: Tensor) -> bool:
+    return t.is_cuda
+
+
+@functools.cache
+def _in_one_launch() -> Any:
+    """triton_bank.py, where Triton can be imported; else None."""
+    try:
+        from . import triton_bank
+    except ImportError:
+        return None
+    return triton_bank
+
+
 def _bank(values: Tensor, tables: IndexTables, g: ConvGeometry, channels_last: bool) -> Tensor:
     """[K, C, R, S] in filter order, zeros where nothing is stored."""
     _, bk, bc = values.shape
+    if _on_gpu(values) and values.numel() and (channels_last or g.taps == 1) and (kernels := _in_one_launch()):
+        return kernels.scatter(values, tables, g)
     bank = empty((g.k, g.c, g.r, g.s), values, channels_last).zero_()
     blocks, where = _blocks(bank, tables, bk, bc)
     blocks[where] = values
@@ -79,6 +98,9 @@ def wgrad(
     if x.numel() == 0:
         return x.new_zeros(values_shape)
     bank = aten_conv.wgrad(_compute(x), _compute(dy), geometry)
+    one_row = bank.permute(0, 2, 3, 1).is_contiguous()  # memory of channels_last
+    if _on_gpu(bank) and one_row and values_shape[0] and (kernels := _in_one_launch()):
+        return kernels.gather(bank, tables, geometry, values_shape)
     if tables.row_order is not None:
         bank = bank.index_select(0, tables.row_order)
     blocks, where = _blocks(bank, tables, bk, bc)

@@ -317,7 +317,9 @@ def explain(
 ) -> ConvPlan:
     """What conv2d with these arguments would run: `print(explain(...))`. Nothing is computed.
 
-    Returns the ConvPlan: backend and tile of each of fprop, dgrad and wgrad, why these, FLOPs and least bytes.
+    Returns the ConvPlan: backend and tile of each of fprop, dgrad and wgrad, why these, FLOPs and least bytes. On a GPU
+    also the time of each, what bounds it, and that of a dense weight: predicted, or measured where
+    `bench/run.py --keep` has timed this very product.
     """
     who = "explain()"
     check_is_pattern(pattern, who)

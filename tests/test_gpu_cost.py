@@ -74,15 +74,18 @@ def test_single_channels_and_many_weights_run_dense(gpu):
         assert plan_of(layer, (32, 32), 0.9, gpu).backend == "torch"
 
 
-def test_1x1_layers_that_move_bytes_run_dense():
-    for name, blocksize in itertools.product(("layer1.1x1out", "layer2.1x1out"), ((64, 8), (16, 16), (8, 1))):
-        assert plan_of(named(name), blocksize, 0.1).backend == "torch"
-        assert plan_of(named(name), (32, 32), 0.5).products["fprop"].backend == "torch"
+def test_1x1_layers_run_dense_where_blocks_save_nothing():
+    """They are bound by x and y, which every product moves."""
+    for layer in LAYERS:
+        if layer.shape[2:] == (1, 1):
+            assert plan_of(layer, (8, 1), 0.1).backend == "torch"
+            assert plan_of(layer, (32, 32), 0.9).backend == "torch"
 
 
 def test_products_are_chosen_one_by_one():
-    products = plan_of(named("layer3.1x1in"), (32, 32), 0.1).products
-    assert {product.backend for product in products.values()} == {"triton", "torch"}
+    """Some layer runs one product on blocks and another one dense."""
+    plans = [plan_of(layer, blocksize, 0.2) for layer in LAYERS for blocksize in ((32, 32), (64, 8))]
+    assert any({product.backend for product in found.products.values()} == {"triton", "torch"} for found in plans)
 
 
 @pytest.mark.parametrize("gpu", ["h200", pytest.param("h100", marks=pytest.mark.slow)])
@@ -103,11 +106,11 @@ def test_no_other_backend_would_be_faster(gpu, density):
 
 
 def test_a_dense_filter_bank_costs_launches_alone():
-    """The torch backend is PyTorch's product and what makes its weight: nothing that grows with the batch."""
+    """The torch backend is PyTorch's product and one launch that makes its weight, whatever the batch."""
     for layer, batch in itertools.product(LAYERS, (1, 64, 256)):
         found = plan_of(layer, (8, 1), 0.1, batch=batch, backend="torch")
         for product in found.products.values():
-            assert 0 < product.estimate.seconds - product.dense.seconds < 8e-6
+            assert 0 < product.estimate.seconds - product.dense.seconds < 4e-6
 
 
 def test_what_explain_says():

@@ -61,6 +61,8 @@ class Work(NamedTuple):
     def dense(self, kind: str) -> Estimate | None:
         """Of PyTorch's own product on a dense filter bank, without what stored blocks need around it."""
         if self.gpu is not None:
+            if self.dtype not in gpu_cost.DTYPES:
+                return None
             last = self.setting.channels_last
             return gpu_cost.dense(self.geometry, self.dtype, self.precision, last, self.gpu)
         both = self.on_a_cpu(kind)

@@ -8,7 +8,7 @@
 //
 // Budget of a CTA and step of f filters with t taps, 2-byte values, P pixels of the tile, H >= P with its halo:
 //   global -> shared  16*f*H bytes of dy, 2*f*t*c of values for the c channels of the range that the block-row stores
-//   issue             8 loads, 4 packs and 1 16-byte store for each of f*H slots, of 32 lanes each
+//   issue             95 to 100 instructions for each 32 of f*H slots, 8 loads and a store among them (counts/cupy.json)
 //   shared -> mma     per 16 pixels x 16 (tap, filter), in wavefronts of 128 bytes: 4 for pixels + 2*NT / MT for values
 //   shared -> sum     8 wavefronts per 16 pixels x 8 channels and step: the floor where f*t is small
 //   mma               NT of m16n8k16 per 16 x 16; channels whose taps differ meet zeros in the others' taps

@@ -4,7 +4,7 @@
 // Budget of a CTA and chunk of c channels with t taps each, 2-byte values, P pixels of the tile, H >= P with its halo:
 //   global -> shared  16*c*H bytes of x, 2*c*t*N of values; from L2 in sectors of 32 bytes, so rows of 16 pixels and
 //                     more are read nearly once (contiguous) and single channels 16 times (channels_last)
-//   issue             8 loads, 4 packs and 1 16-byte store for each of c*H slots, of 32 lanes each
+//   issue             95 to 100 instructions for each 32 of c*H slots, 8 loads and a store among them (counts/cupy.json)
 //   shared -> mma     per 16 pixels x 16 entries, in wavefronts of 128 bytes: 4 for pixels + 2*NT / MT for values
 //   mma               NT of m16n8k16 for those, 1.6 clocks each on sm_90 (mma.sync): shared memory limits NT <= 2
 // Loading and multiplying overlap between the CTAs of a multiprocessor.

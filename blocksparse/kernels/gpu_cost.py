@@ -24,6 +24,8 @@ import torch
 from ..geometry import ConvGeometry
 from .gpus import Gpu
 
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # others are not predicted
+
 SUSTAINED = 0.885  # of the highest clock, under load: 1.75 of 1.98 GHz
 MEMORY = 0.9  # of a data sheet's bandwidth: what a copy reaches
 SHARED_BYTES = 128  # of a wavefront; one a clock

@@ -32,7 +32,7 @@ TAPS = 4  # of a channel that are stored, where a kernel has more: between one a
 # slots.cu: LANES, MAX_TAPS, MAX_BLOCKS and CELLS; wgrad.cu: MAX_PIXELS.
 LANES, MAX_TAPS, MAX_BLOCKS, CELLS, MAX_PIXELS = 32, 32, 512, 1024, 256
 ITEMS = {"fprop": 128, "dgrad": 256, "wgrad": 128}  # rows of K in shared memory at once; in wgrad, of M: MT * 16 a warp
-# Warps and mma tiles of each. More of them gained nothing in the budgets' sum over the layers of five networks.
+# Warps and mma tiles of each.
 CUTS = {
     "fprop": ((4, 1), (4, 2), (8, 2), (8, 4)),
     "dgrad": ((4, 1), (4, 2), (8, 2)),

@@ -6,7 +6,7 @@
 //
 // Budget of a CTA, chunk of c channels with t taps each, and tile of P pixels, 2-byte values, H >= P with the halo:
 //   global -> shared  16*c*H bytes of x, 16*N*P of dy
-//   issue             8 loads, 4 packs and 1 16-byte store for each of c*H + N*P slots, of 32 lanes each
+//   issue             95 to 100 instructions for each 32 of c*H + N*P slots, 8 loads and a store among them (counts/cupy.json)
 //   shared -> mma     per 16 entries x 16 (2 pixels), in wavefronts of 128 bytes: 4 for x, 2*NT/MT for dy
 //   mma               NT of m16n8k16 for those
 // and 8 bytes of workspace per split and value.

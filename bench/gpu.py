@@ -36,6 +36,7 @@ of under nine minutes:
           launch     host time of a module call (bench/launch.py)
   layers  compile    the kernels of the layers, side by side: each layer once, checked
           layers     every layer, structure and backend against the best dense convolution (bench/run.py)
+          sweep      every tile of one layer's kernels beside the chosen one (bench/sweep.py)
   steps   step       whole training steps: eager, as CUDA graphs, through torch.compile (bench/step.py)
           sanitizer  compute-sanitizer over small layers: memcheck, racecheck, synccheck
 

@@ -17,13 +17,14 @@ import pytest
 import torch
 
 import blocksparse as bs
-from bench import gpu, launch, page, run, step
+from bench import gpu, launch, page, run, step, sweep
 from bench.pages import devices, figure, goals, tables
 from bench.shared import results
 from bench.shared.clocks import Lap
 from bench.shared.rows import FAIL, OK, Times
 from bench.stages import jobs, running
 from blocksparse import ops
+from blocksparse.backends import named
 from blocksparse.geometry import KINDS
 from blocksparse.kernels import triton_kernels
 from processes import run as run_process
@@ -60,9 +61,9 @@ def test_every_stage_runs_and_makes_a_page(tmp_path):
         with tarfile.open(tmp_path / f"{command}.tar.gz") as archive:
             assert len(archive.getnames()) > 1
     assert len(list(tmp_path.iterdir())) == 3 * len(jobs.COMMANDS)
-    assert list(found) == ["tests", "tiles", "launch", "compile", "layers", "step", "sanitizer"]
+    assert list(found) == ["tests", "tiles", "launch", "compile", "layers", "sweep", "step", "sanitizer"]
     for name, stage in found.items():
-        needs_gpu = name in ("tiles", "sanitizer", "compile")
+        needs_gpu = name in ("tiles", "sanitizer", "compile", "sweep")
         assert (stage["status"], stage["why"]) == (("not run", "no CUDA device") if needs_gpu else ("ok", "")), name
     assert found["tests"]["jobs"]["tests"]["result"]["tests"] > 5
     for name, least in (("launch", 2), ("layers", 8), ("step", 4)):
@@ -90,7 +91,7 @@ def test_a_stage_of_another_command_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         gpu.main(["layers", "--quick", "--stages", "tests", "--out", str(tmp_path)])
     assert stop.value.code == 2
-    assert "--stages tests: layers has compile, layers" in capsys.readouterr().err
+    assert "--stages tests: layers has compile, layers, sweep" in capsys.readouterr().err
 
 
 def test_the_stages_of_a_gpu_name_real_options(tmp_path, monkeypatch):
@@ -110,6 +111,7 @@ def test_the_stages_of_a_gpu_name_real_options(tmp_path, monkeypatch):
         [
             (layer, word)
             for job in found[name].jobs
+            if "sweep" not in job.name
             # But for the backends, which may be absent here, every option is understood.
             for words in [_without_backends(job.command[job.command.index("--layer") :])]
             for layer in run.parse_arguments(words).layers
@@ -338,6 +340,35 @@ def test_wrong_options_end_a_step_run(options):
     with pytest.raises(SystemExit) as stop:
         step.main(options)
     assert stop.value.code == 2
+
+
+# ---------------------------------------------------------------- tiles
+
+
+@pytest.mark.slow
+def test_every_tile_is_timed_beside_the_chosen_one(tmp_path, capsys, monkeypatch):
+    file = tmp_path / "sweep.json"
+    words = ["--layer", "32,32,3,1,4", "--blocksize", "32x32", "8x1", "--device", "cpu", "--quick", "--dtype", "fp32"]
+    assert sweep.main([*words, "--json", str(file)]) == 0
+    rows = json.loads(file.read_text())["rows"]
+    assert {(row["backend"], row["kind"]) for row in rows} == {(b, kind) for b in ("triton", "cupy") for kind in KINDS}
+    for backend in ("triton", "cupy"):
+        for kind in KINDS:
+            mine = [row for row in rows if (row["backend"], row["kind"]) == (backend, kind)]
+            assert [row["chosen"] for row in mine] == [True] + [False] * (len(mine) - 1)
+            assert len(mine) >= 2
+            assert all(row["times"] for row in mine)
+    text = capsys.readouterr().out
+    assert "32,32,3,1,4 wgrad, blocks of 32x32 on triton: 3 of 3 tiles ran" in text
+
+    class Wrong(type(named("triton", ""))):
+        def fprop(self, work, tile, *tensors):
+            result = super().fprop(work, tile, *tensors)
+            return result if tile == self.tile("fprop", work) else 1.1 * result
+
+    monkeypatch.setattr(sweep, "named", lambda *_: Wrong())
+    assert sweep.main([*words[:2], "--blocksize", "32x32", "--kind", "fprop", *words[5:]]) == 1
+    assert "FAIL: off by 0.1 of the largest element from the chosen tile" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- host time

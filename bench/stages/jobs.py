@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bench.layers.networks import parse_layer
+from bench.layers.rows import KINDS
 
 BENCH = Path(__file__).resolve().parents[1]
 PYTHON = (sys.executable, "-u")
 PARTS = 8  # processes side by side, on a GPU
 TILES = "tests/test_gpu_tiles.py"
+SWEPT = "resnet50.layer3.3x3"  # the layer whose tiles are all timed
 OURS = "^(fprop|dgrad|wgrad|add_splits)"  # the kernels that a sanitizer watches; PyTorch's own would take hours
 
 
@@ -65,7 +67,8 @@ def _layer_stages(folder: Path, on_gpu: bool, quick: bool, seconds: float) -> li
     missing = "" if on_gpu else "no CUDA device"
     return [
         Stage("compile", 2, compile_jobs(folder), parallel=True, missing=missing),
-        Stage("layers", 5, layer_jobs(folder, quick, 5 / 7 * seconds)),
+        Stage("layers", 5, layer_jobs(folder, quick, 5 / 9 * seconds)),
+        Stage("sweep", 2, sweep_jobs(folder, 2 / 9 * seconds), missing=missing),
     ]
 
 
@@ -148,6 +151,20 @@ def compile_jobs(folder: Path) -> list[Job]:
             name = f"compile-{run.name}-{i}"
             options = ("--layer", *piece, *run.options, "--repeats", "1")
             jobs.append(Job(name, script("run", folder, name, *options)))
+    for kind in KINDS:
+        name = f"compile-sweep-{kind}"
+        options = ("--layer", SWEPT, "--kind", kind, "--repeats", "1")
+        jobs.append(Job(name, script("sweep", folder, name, *options)))
+    return jobs
+
+
+def sweep_jobs(folder: Path, seconds: float) -> list[Job]:
+    """Every tile, of Triton and of CUDA C++, each in a process of its own."""
+    jobs = []
+    for name, share, blocks in (("sweep-triton", 2.0, ["32x32", "64x8"]), ("sweep-cupy", 1.0, ["group"])):
+        clock = f"{0.6 * seconds * share / 3:.0f}"
+        options = ("--layer", SWEPT, "--blocksize", *blocks, "--seconds", clock)
+        jobs.append(Job(name, script("sweep", folder, name, *options), share))
     return jobs
 
 

@@ -414,6 +414,14 @@ def test_every_contender_computes_the_layer(problem, layout):
         assert_right(contenders.narrow(problem, pattern.density, layout), truth)
 
 
+def test_a_dense_1x1_as_matrix_products(problem):
+    if problem.layer.kernel != (1, 1) or problem.layer.stride != 1:
+        with pytest.raises(contenders.NotApplicable, match="1x1 with stride 1"):
+            contenders.matmul(problem)
+        return
+    assert_right(contenders.matmul(problem), contenders.Truth.of(problem, problem.w["contiguous"], KINDS))
+
+
 @pytest.mark.filterwarnings("ignore:Sparse BSR tensor support")
 def test_torchs_bsr_computes_a_1x1(problem):
     pattern = bs.BSRPattern.random(problem.layer.shape, (8, 8), 0.5, generator())

@@ -183,6 +183,29 @@ def dense(problem: Problem, layout: str) -> Contender:
     return Contender("dense", layout, problem.conv(layout), problem=problem)
 
 
+def matmul(problem: Problem) -> Contender:
+    """The dense product of a 1x1 kernel of stride 1 as matrix products (cuBLAS) of channels_last tensors as they lie.
+
+    Raises:
+        NotApplicable: another kernel, stride or padding.
+    """
+    layer = problem.layer
+    if layer.kernel != (1, 1) or layer.stride != 1 or layer.padding != (0, 0):
+        raise NotApplicable("1x1 with stride 1 only")
+    n, (h, w), weight = problem.batch, layer.size, problem.w["contiguous"].flatten(1)
+    x, dy = (t["channels_last"].permute(0, 2, 3, 1).reshape(n * h * w, -1) for t in (problem.x, problem.dy))
+
+    def image(pixels: Tensor) -> Tensor:
+        return pixels.view(n, h, w, -1).permute(0, 3, 1, 2)
+
+    calls: Calls = {
+        "fprop": lambda: image(x @ weight.t()),
+        "dgrad": lambda: image(dy @ weight),
+        "wgrad": lambda: (dy.t() @ x)[:, :, None, None],
+    }
+    return Contender("dense", "matmul", calls, problem=problem)
+
+
 def grouped(problem: Problem, pattern: bs.BSRPattern, values: Tensor, layout: str) -> Contender:
     """By hand: gather the channels of each group, one grouped convolution; its gradients, scatter-add too.
 

@@ -19,6 +19,7 @@ from bench.layers.rows import BASELINES, KINDS, TOTAL, LayerRow, least_bytes
 from bench.shared.ceilings import Ceilings
 from bench.shared.clocks import Clock, Lap, Rounds, interleave
 from bench.shared.equal import Verdict, judge
+from bench.shared.kernels import kernels_of
 from bench.shared.memory import CpuMemory, CudaMemory
 from bench.shared.rows import ABSENT, ERROR, FAIL, OK, REFUSED, Row, Times
 
@@ -41,6 +42,7 @@ class Options:
 
 
 CaseKey = tuple[object, ...]
+WARM = Rounds(5, 5)  # with warm caches, on a GPU
 
 
 @dataclass
@@ -52,6 +54,8 @@ class Entry:
     failures: dict[str, tuple[str, str]] = field(default_factory=dict)  # kind -> (status, reason)
     laps: dict[str, list[Lap]] = field(default_factory=dict)
     extra_bytes: dict[str, int | None] = field(default_factory=dict)
+    warm_ms: dict[str, float] = field(default_factory=dict)
+    kernels: dict[str, list[str]] = field(default_factory=dict)
 
     def runs(self, kind: str) -> bool:
         return kind in self.contender.calls and kind not in self.failures
@@ -151,13 +155,18 @@ class LayerBench:
             "torch_bsr": [partial(contenders.torch_bsr, problem, pattern, values, v) for v in ways],
             "narrow": [partial(contenders.narrow, problem, pattern.density, v) for v in LAYOUTS],
         }
+        if problem.device.type == "cuda":
+            builders["dense"].append(partial(contenders.matmul, problem))
         for role, variants in builders.items():
             if case.keys[role] in known:
                 continue
-            try:
-                entries += [Entry(variant(), case.keys[role]) for variant in variants]
-            except NotApplicable as reason:
-                case.absent[role] = str(reason)
+            for variant in variants:
+                try:
+                    entries.append(Entry(variant(), case.keys[role]))
+                except NotApplicable as reason:
+                    case.absent[role] = str(reason)
+            if any(entry.case == case.keys[role] for entry in entries):
+                case.absent.pop(role, None)
         return entries
 
     def _check(self, entry: Entry, truth: Truth) -> None:
@@ -198,6 +207,10 @@ class LayerBench:
         )
         for (at, kind), measured in laps.items():
             entries[at].laps[kind] = measured
+        if self.options.device.type == "cuda":
+            for (at, kind), measured in interleave(calls, self.clock, WARM, 0.0, cold=False).items():
+                entries[at].warm_ms[kind] = Times.of(measured).p50
+                entries[at].kernels[kind] = kernels_of(calls[at, kind], self.options.device)
 
     # ------------------------------------------------------------ rows
 
@@ -232,6 +245,7 @@ class LayerBench:
             predicted_ms=predicted_ms(plan, kinds),
             predicted_bound=None if kind == TOTAL else bound_of(plan, kind),
             useful_flops=flops * len(kinds),
+            least_bytes=sum(nbytes),
             roofline_ms=1e3 * sum(self.ceilings.seconds(flops, n) for n in nbytes),
             peak_ms=None if (peak := self.ceilings.peak_flops) is None else 1e3 * flops * len(kinds) / peak,
         )
@@ -294,7 +308,10 @@ def result_of(entry: Entry, kind: str) -> Row:
     if kind in entry.failures:
         status, reason = entry.failures[kind]
         return Row(status=status, reason=reason, variant=variant)
-    return Row(variant=variant, times=Times.of(entry.laps[kind]), extra_bytes=entry.extra_bytes[kind])
+    return Row(
+        variant=variant, times=Times.of(entry.laps[kind]), extra_bytes=entry.extra_bytes[kind],
+        warm_ms=entry.warm_ms.get(kind), kernels=entry.kernels.get(kind, []),
+    )  # fmt: skip
 
 
 def added_up(results: Mapping[str, Row]) -> Row:
@@ -308,7 +325,14 @@ def added_up(results: Mapping[str, Row]) -> Row:
     laps = [Lap(1e-3 * sum(each), 1e-3 * sum(host) if host else None) for each in rounds]
     extra = [result.extra_bytes for result in results.values() if result.extra_bytes is not None]
     variant = "+".join(dict.fromkeys(result.variant for result in results.values()))
-    return Row(variant=variant, times=Times.of(laps), extra_bytes=max(extra) if len(extra) == len(results) else None)
+    warm = [result.warm_ms for result in results.values() if result.warm_ms is not None]
+    return Row(
+        variant=variant,
+        times=Times.of(laps),
+        extra_bytes=max(extra) if len(extra) == len(results) else None,
+        warm_ms=sum(warm) if len(warm) == len(results) else None,
+        kernels=[name for result in results.values() for name in result.kernels],
+    )
 
 
 def best_result(variants: list[Entry], kind: str) -> Row:

@@ -40,6 +40,7 @@ class LayerRow(Row):
     backend: str | None = None
     plan: str | None = None
     useful_flops: int | None = None  # of this kind, on the stored blocks alone
+    least_bytes: int | None = None  # that must move, see least_bytes()
     roofline_ms: float | None = None
     peak_ms: float | None = None
     predicted_ms: float | None = None  # on a GPU: what `explain` said before anything ran
@@ -54,6 +55,10 @@ class LayerRow(Row):
     @property
     def flops_per_second(self) -> float | None:
         return None if self.p50 is None or self.useful_flops is None else 1e3 * self.useful_flops / self.p50
+
+    @property
+    def bytes_per_second(self) -> float | None:
+        return None if self.p50 is None or self.least_bytes is None else 1e3 * self.least_bytes / self.p50
 
     @property
     def roofline_share(self) -> float | None:
@@ -71,6 +76,7 @@ class LayerRow(Row):
     def as_json(self) -> dict[str, Any]:
         return super().as_json() | {
             "flops_per_second": self.flops_per_second,
+            "bytes_per_second": self.bytes_per_second,
             "percent_of_roofline": None if self.roofline_share is None else 100 * self.roofline_share,
             "percent_of_peak": None if self.peak_share is None else 100 * self.peak_share,
             "speedup": {name: self.speedup(name) for name in BASELINES},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from bench.shared.clocks import Lap, percentile
@@ -41,6 +41,8 @@ class Row:
     reason       of any other status
     variant      memory format, and whatever else says how it was run
     extra_bytes  peak memory during the call beyond inputs and outputs; None: not measured
+    warm_ms      p50 with warm caches, on a GPU
+    kernels      what it launched, on a GPU
     """
 
     status: str = OK
@@ -48,6 +50,8 @@ class Row:
     variant: str = ""
     times: Times | None = None
     extra_bytes: int | None = None
+    warm_ms: float | None = None
+    kernels: list[str] = field(default_factory=list)
 
     @property
     def p50(self) -> float | None:

@@ -1,4 +1,4 @@
-"""Text in columns: the one printer of tables."""
+"""Text in columns, the one printer of tables; and counted things."""
 
 from __future__ import annotations
 
@@ -19,3 +19,8 @@ def columns(lines: list[list[str]], left: tuple[int, ...] = (0,), least: tuple[i
         return "  ".join(padded).rstrip()
 
     return "\n".join(map(line, lines))
+
+
+def counted(number: int, thing: str) -> str:
+    """As "1 epoch", "2 epochs"."""
+    return f"{number} {thing}{'' if number == 1 else 's'}"

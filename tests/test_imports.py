@@ -104,6 +104,7 @@ ROOMS: dict[str, list[str]] = {
     "data": ["sets", "batches", "cifar", "folders", "generated", "loading"],
     "reports": [
         "dgrad", "score", "stream", "mask_report", "model_report", "model_summary", "network_costs", "picture",
+        "study_picture",
     ],
     "training": [
         "checkpoint", "devices", "log", "older", "result", "settings", "signals", "optimizer", "continuing", "trainer",

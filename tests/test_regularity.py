@@ -20,7 +20,7 @@ from hrbp.formats.model import load, save
 from hrbp.layers.view import shape4, sparse_layers
 from hrbp.models import build, parameter_count
 from hrbp.reports.network_costs import costs_of
-from hrbp.reports.picture import draw_regularity
+from hrbp.reports.study_picture import draw_regularity
 from hrbp.study import regularity
 from hrbp.study.folder import read
 from hrbp.study.regularity import Regularity

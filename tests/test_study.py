@@ -15,7 +15,7 @@ import studies
 from hrbp import data
 from hrbp.cli import study as study_cli
 from hrbp.formats.model import load
-from hrbp.reports.picture import draw_study
+from hrbp.reports.study_picture import draw_study
 from hrbp.study import study
 from hrbp.study.folder import read
 from hrbp.study.study import Study

@@ -919,7 +919,7 @@ def test_the_command(words, tmp_path, small_shapes, capsys):
 
 def test_masks_that_follow_the_weights_are_logged_drawn_and_left_behind_at_the_end(tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr("hrbp.training.log.draw_training", lambda path, history: drawn.extend(history))
+    monkeypatch.setattr("hrbp.training.log.draw_training", lambda path, history, name: drawn.extend(history))
     made = variant("sr-ste", tmp_path)
     layers = sparse_layers(made.model)
     start = before = {name: layer.mask() for name, layer in layers.items()}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,6 @@ COLOURS = ((31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 1
 SINGLE = (60, 60, 60)  # weights without a group
 PIXELS = 2400, 640  # most of a panel, across and down: a larger matrix is averaged
 FORMATS = (".png", ".svg", ".pdf")
-MARKERS, LINES = "osD^vPX*", ("-", "--", ":")
 
 
 def check_plot(path: str | os.PathLike[str]) -> None:
@@ -147,153 +145,3 @@ def _label_taps(axis: Any, kernel: tuple[int, int], width: int, rotated: bool) -
     names = [f"({i}, {j})" for i in range(r) for j in range(s)]
     axis.set_xticks([(t + 0.5) * width for t in range(r * s)], names[::-1] if rotated else names)
     axis.tick_params(axis="x", length=0)
-
-
-# ---------------------------------------------------------------- studies
-
-
-def draw_study(
-    path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], machine: str
-) -> None:
-    """Accuracy against sparsity, and against measured step time, a colour each structure.
-
-    Args:
-        path: ends in .png, .svg or .pdf; written whole or not at all.
-        rows: as study.rows makes them.
-        settings, machine: of the study.
-
-    Raises:
-        ValueError: no matplotlib, another ending, or no training that is finished.
-    """
-    title = f"{settings['model']} x {settings['width']:g} on {settings['data']}, "
-    title += f"{settings['training']['epochs']} epochs, "
-    figure, (by_sparsity, by_time), found = _study_figure(path, rows, "draw_study()", title, (13, 5.5), 120)
-    sparsities = sorted({row["asked"] for row in found} - {0.0})
-    structures = _by_structure(row for row in found if row["structure"] != "dense")
-    apart = 0.012 * (len(sparsities) + 1)  # of a step on the axis: error bars beside one another
-    for i, (structure, mine) in enumerate(structures.items()):
-        look = _look(i, structure)
-        shift = apart * (i - (len(structures) - 1) / 2)
-        by_sparsity.errorbar([sparsities.index(row["asked"]) + shift for row in mine], *_accuracy(mine), **look)
-        timed = [row["step"] for row in mine]
-        if None not in timed:
-            by_time.errorbar(timed, *_accuracy(mine), **look)
-            for row, x, y in zip(mine, timed, _accuracy(mine)[0], strict=True):
-                _note(by_time, f"{100 * row['asked']:g}%", (x, y), look["color"])
-    for row in (row for row in found if row["structure"] == "dense"):
-        (y,), (spread,) = _accuracy([row])
-        by_sparsity.axhline(y, color="black", linewidth=1, label="dense")
-        by_sparsity.axhspan(y - spread, y + spread, color="black", alpha=0.1, linewidth=0)
-        by_time.errorbar([1.0], [y], [spread], color="black", marker="o", capsize=3)
-        _note(by_time, "dense", (1.0, y), "black")
-    by_sparsity.set_xticks(range(len(sparsities)), [f"{100 * s:g}%" for s in sparsities])
-    by_sparsity.set_xlim(-0.5, max(1, len(sparsities)) - 0.5)
-    by_sparsity.set_title("what is kept")
-    by_time.margins(x=0.08)
-    _relative(by_time, f"training step, relative to dense ({machine}); left of 1 is faster", "at what time")
-    _finish(figure, by_sparsity, path)
-
-
-def draw_regularity(
-    path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], machine: str
-) -> None:
-    """Accuracy against sparsity, against the size of the file and against measured time, a colour each structure.
-
-    Args:
-        path: ends in .png, .svg or .pdf; written whole or not at all.
-        rows: as regularity.rows makes them.
-        settings, machine: of the study.
-
-    Raises:
-        ValueError: no matplotlib, another ending, or no training that is finished.
-    """
-    first, last = settings["sparsities"][0], settings["sparsities"][-1]
-    title = (
-        f"{settings['model']} x {settings['width']:g} on {settings['data']}: pruned step by step, each line from "
-        f"{100 * first:g}% to its name at {100 * last:g}%; "
-    )
-    figure, axes, found = _study_figure(path, rows, "draw_regularity()", title, (18, 7), 110, panels=3)
-    by_sparsity, by_file, by_time = axes
-    for i, (structure, mine) in enumerate(_by_structure(found).items()):
-        look = _look(i, structure)
-        if structure == "dense":
-            look |= {"color": "black", "marker": "o", "linestyle": "-"}
-        for axis, key in ((by_sparsity, "asked"), (by_file, "file_ratio"), (by_time, "time")):
-            places = [row[key] for row in mine]
-            if None not in places:
-                axis.errorbar(places, *_accuracy(mine), **look)
-                _note(axis, structure, (places[-1], _accuracy(mine)[0][-1]), look["color"])
-    by_sparsity.set_xticks(settings["sparsities"], [f"{100 * s:g}%" for s in settings["sparsities"]])
-    by_sparsity.set_title("at what sparsity")
-    _relative(by_file, "file, relative to dense; left of 1 is smaller", "at what size")
-    timed = f"forward + backward of {settings['model']} x {settings['timed_width']:g}, relative to dense"
-    _relative(by_time, timed, f"at what time ({machine})")
-    for axis in axes:
-        axis.margins(x=0.12)
-    _finish(figure, by_sparsity, path)
-
-
-def _study_figure(
-    path: str | os.PathLike[str],
-    rows: Sequence[Mapping[str, Any]],
-    who: str,
-    title: str,
-    size: tuple[float, float],
-    dpi: int,
-    panels: int = 2,
-) -> tuple[Any, Any, list[Mapping[str, Any]]]:
-    """(figure, panels, rows with an accuracy): accuracy upwards in all panels, sparsity to the right in the first."""
-    check_plot(path)
-    found = [row for row in rows if row["accuracy"] is not None]
-    if not found:
-        raise ValueError(f"{who}: no training is finished; there is nothing to draw")
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter
-
-    figure = Figure(figsize=size, dpi=dpi, layout="constrained")
-    axes = figure.subplots(1, panels, sharey=True)
-    seeds = max(row["seeds"] for row in found)
-    figure.suptitle(title + (f"mean and deviation of {seeds} seeds" if seeds > 1 else "1 seed"))
-    axes[0].set(xlabel="sparsity of the layers made sparse", ylabel="test accuracy")
-    axes[0].yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}%"))
-    for axis in axes:
-        axis.grid(alpha=0.3)
-    return figure, axes, found
-
-
-def _by_structure(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
-    """The rows of each line of a figure."""
-    found: dict[str, list[Mapping[str, Any]]] = {}
-    for row in rows:
-        found.setdefault(row["structure"], []).append(row)
-    return found
-
-
-def _accuracy(rows: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[float]]:
-    """In percent, and its deviation."""
-    return [100 * row["accuracy"] for row in rows], [100 * (row["deviation"] or 0) for row in rows]
-
-
-def _note(axis: Any, text: str, place: tuple[float, float], color: Any) -> None:
-    axis.annotate(text, place, (5, 4), textcoords="offset points", fontsize=8, color=color)
-
-
-def _relative(axis: Any, label: str, title: str) -> None:
-    """An axis of ratios to dense, which is at 1."""
-    axis.axvline(1.0, color="0.6", linewidth=1, linestyle=":")
-    axis.set(xlabel=label, title=title)
-
-
-def _look(i: int, structure: str) -> dict[str, Any]:
-    """Colour, marker and line of the i-th structure."""
-    return {
-        "color": [c / 255 for c in COLOURS[i % len(COLOURS)]], "marker": MARKERS[i % len(MARKERS)], "label": structure,
-        "capsize": 3, "linestyle": LINES[i // len(COLOURS) % len(LINES)],
-    }  # fmt: skip
-
-
-def _finish(figure: Any, axis: Any, path: str | os.PathLike[str]) -> None:
-    """The legend of this axis, below all of them; and the file."""
-    handles, names = axis.get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 6), frameon=False)
-    save_figure(figure, path)

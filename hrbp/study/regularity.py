@@ -27,7 +27,7 @@ from ..models import build, narrow
 from ..progress import duration
 from ..reports.model_summary import summary
 from ..reports.network_costs import costs_of
-from ..reports.picture import draw_regularity
+from ..reports.study_picture import draw_regularity
 from ..structures.n_m import NM
 from ..structures.registry import structure as make_structure
 from ..surgery.conversion import densify, sparsify

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..columns import columns
+from ..columns import columns, counted
 from .spread import deviation, doubt, mean
 from .variants import BASELINES
 
@@ -95,8 +95,9 @@ def table(results: Mapping[str, Any], *, max_time: float = 0.5, max_storage: flo
     settings, trained = results["settings"], results["trained"]
     whole = f", {100 * trained['accuracy']:.1f}% right before pruning" if trained.get("accuracy") is not None else ""
     title = (
-        f"{settings['model']} x {settings['width']:g}, {settings['data']}{whole}; {settings['retraining']['epochs']}"
-        f" epochs after each pruning, {len(settings['seeds'])} seed{'s' if len(settings['seeds']) > 1 else ''};"
+        f"{settings['model']} x {settings['width']:g}, {settings['data']}{whole}; "
+        f"{counted(settings['retraining']['epochs'], 'epoch')} after each pruning,"
+        f" {counted(len(settings['seeds']), 'seed')};"
         f" {len(results['runs'])} of {settings['trainings']} trainings are finished"
     )
     notes = [
@@ -173,7 +174,9 @@ def _named(row: Mapping[str, Any]) -> str:
 
 
 def _costs(row: Mapping[str, Any]) -> str:
-    loss = "" if row["loss"] is None else f" ({100 * row['loss']:.1f} points less than dense)"
+    points = None if row["loss"] is None else f"{100 * abs(row['loss']):.1f}"
+    than = "less" if points is not None and row["loss"] > 0 else "more"
+    loss = "" if points is None else " (as dense)" if points == "0.0" else f" ({points} points {than} than dense)"
     return (
         f"{100 * row['accuracy']:.1f}%{loss} in {row['time']:.2f} of the time and {row['file_ratio']:.2f} of the file"
     )

@@ -24,7 +24,7 @@ from ..methods.registry import METHODS
 from ..models import build, narrow, parameter_count
 from ..reports.model_report import report_model
 from ..reports.model_summary import summary
-from ..reports.picture import draw_study
+from ..reports.study_picture import draw_study
 from ..surgery.conversion import sparsify
 from ..training.settings import Settings
 from ..training.trainer import Trainer

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..columns import columns
+from ..columns import columns, counted
 from ..methods.registry import METHODS
 from .spread import deviation, doubt, mean
 from .variants import PRESETS, PUBLISHED, Published, Variant
@@ -101,8 +101,8 @@ def table(results: Mapping[str, Any]) -> str:
         lines.append(line)
     settings = results["settings"]
     title = (
-        f"{settings['model']} x {settings['width']:g}, {settings['data']}, {settings['training']['epochs']} epochs,"
-        f" {seeds} seed{'s' if seeds > 1 else ''}; {len(results['runs'])} of"
+        f"{settings['model']} x {settings['width']:g}, {settings['data']},"
+        f" {counted(settings['training']['epochs'], 'epoch')}, {counted(seeds, 'seed')}; {len(results['runs'])} of"
         f" {settings['trainings']} trainings are finished"
     )
     return "\n".join([title, "", columns(lines), "", *_notes(results, found, papers), "", *sentences(found)])

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..columns import counted
 from ..files import naming, whole_file
 from ..reports.picture import check_plot, save_figure
 
@@ -52,12 +53,13 @@ def checked_history(entries: Any) -> list[dict[str, Any]]:
     return found
 
 
-def draw_training(path: Path, history: Sequence[dict[str, Any]]) -> None:
-    """Accuracy, loss, mask changes and, where masks changed, how many of their cells did, as panels over the steps.
+def draw_training(path: Path, history: Sequence[dict[str, Any]], name: str = "") -> None:
+    """Accuracy and loss over the steps; for sparse networks sparsity, and where masks changed by how much.
 
     Args:
         path: ends in .png, .svg or .pdf.
         history: entries of the log.
+        name: of the training, for the title.
 
     Raises:
         ValueError: no matplotlib.
@@ -66,28 +68,38 @@ def draw_training(path: Path, history: Sequence[dict[str, Any]]) -> None:
     from matplotlib.figure import Figure
 
     epochs, updates = ([e for e in history if e["kind"] == kind] for kind in ("epoch", "update"))
-    panels = 4 if updates else 3
-    figure = Figure(figsize=(13 / 3 * panels, 4), layout="constrained")
-    accuracy, loss, masks, *cells = figure.subplots(1, panels)
+    sparse = any(e["sparsity"] for e in epochs)
+    panels = 2 + (sparse or bool(updates)) + bool(updates)
+    figure = Figure(figsize=(13 / 3 * panels, 4), dpi=110, layout="constrained")
+    axes = list(figure.subplots(1, panels))
+    accuracy, loss, *others = axes
     steps = [e["step"] for e in epochs]
-    for axis, name in ((accuracy, "accuracy"), (loss, "loss")):
-        scale = 100 if name == "accuracy" else 1
-        axis.plot(steps, [scale * e[name] for e in epochs], label="train")
-        axis.plot(steps, [scale * e[f"test_{name}"] for e in epochs], label="test")
-        axis.set_title("accuracy, %" if name == "accuracy" else name)
+    end = f"test accuracy {epochs[-1]['test_accuracy']:.2%} after {counted(len(epochs), 'epoch')}" if epochs else ""
+    figure.suptitle(": ".join(part for part in (name, end) if part))
+    for axis, key in ((accuracy, "accuracy"), (loss, "loss")):
+        scale = 100 if key == "accuracy" else 1
+        marker = "." if len(steps) < 30 else ""
+        axis.plot(steps, [scale * e[key] for e in epochs], label="train", marker=marker)
+        axis.plot(steps, [scale * e[f"test_{key}"] for e in epochs], label="test", marker=marker)
+        axis.set_title("accuracy, %" if key == "accuracy" else "loss (cross entropy)")
         axis.legend()
-    masks.plot([e["step"] for e in updates], [100 * e["changed"] for e in updates], marker=".", label="new weights")
-    masks.plot(steps, [100 * e["sparsity"] for e in epochs], color="0.5", linestyle="--", label="sparsity")
-    masks.set_title("masks, %")
-    masks.set_ylim(0, 103)
-    masks.legend()
-    for axis in cells:
-        axis.plot([e["step"] for e in updates], [e["sad"] for e in updates], marker=".", label="since the last")
-        axis.plot([e["step"] for e in updates], [e["drift"] for e in updates], label="since the start")
-        axis.set_title("cells of the masks that differ (SAD)")
-        axis.set_ylim(bottom=0)
-        axis.legend()
-    for axis in (accuracy, loss, masks, *cells):
+    if others:
+        masks = others[0]
+        masks.plot(steps, [100 * e["sparsity"] for e in epochs], color="0.4", label="sparsity")
+        if updates:
+            changed = [100 * e["changed"] for e in updates]
+            masks.plot([e["step"] for e in updates], changed, marker=".", label="new weights of an update")
+        masks.set_title("sparsity, %, and mask updates, %" if updates else "sparsity, %")
+        masks.set_ylim(0, 103)
+        masks.legend()
+    if updates:
+        cells = others[1]
+        cells.plot([e["step"] for e in updates], [e["sad"] for e in updates], marker=".", label="since the last")
+        cells.plot([e["step"] for e in updates], [e["drift"] for e in updates], label="since the start")
+        cells.set_title("cells of the masks that differ (SAD)")
+        cells.set_ylim(bottom=0)
+        cells.legend()
+    for axis in axes:
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
     save_figure(figure, path)

@@ -366,7 +366,7 @@ class Trainer(Continued):
             model = release(copied(model))
         save(model, out / "model.pt")
         try:
-            log.draw_training(out / "training.png", self.history)
+            log.draw_training(out / "training.png", self.history, out.name)
         except ValueError as error:
             self.progress.say(f"no figure: {error}")
 

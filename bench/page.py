@@ -13,12 +13,13 @@ from bench.pages.devices import read
 from bench.pages.figure import draw, draw_speed
 from bench.pages.tables import page
 from bench.shared.options import make_parser
+from hrbp.reports.html_page import write_page
 
 DESCRIPTION = """\
-Makes FOLDER/index.md and, with matplotlib, FOLDER/speed-DEVICE.png and FOLDER/roofline-DEVICE.png from the files of
-bench/run.py, bench/step.py, bench/infer.py and bench/launch.py, and the files of bench/gpu.py: for each device its
-layers against the best dense convolution, whole steps, inference, host time, what was checked, and on a GPU the goals
-(bench/goals.json).
+Makes FOLDER/index.md, the same as FOLDER/index.html (one file, whose tables sort) and, with matplotlib,
+FOLDER/speed-DEVICE.png and FOLDER/roofline-DEVICE.png, from result files (--json) of bench/run.py, bench/step.py,
+bench/infer.py and bench/launch.py, and the files of bench/gpu.py: for each device its layers against the best dense
+convolution, whole steps, inference, host time, what was checked, and on a GPU the goals (bench/goals.json).
 
   python bench/page.py bench/results/*.json --out page
   python bench/page.py gpu/*.json --out page
@@ -46,7 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             if drawn(device, args.out / f"{kind}-{name}.png"):
                 text += [f"![{kind}]({kind}-{name}.png)", ""]
     (args.out / "index.md").write_text("\n".join(text).rstrip() + "\n")
+    write_page(args.out / "index.html", "blocksparse: measured speed", ["# Measured speed", "", *text])
     print(args.out / "index.md")
+    print(args.out / "index.html")
     return 0
 
 

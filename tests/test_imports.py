@@ -104,14 +104,15 @@ ROOMS: dict[str, list[str]] = {
     "data": ["sets", "batches", "cifar", "folders", "generated", "loading"],
     "reports": [
         "dgrad", "score", "stream", "mask_report", "model_report", "model_summary", "network_costs", "picture",
-        "study_picture",
+        "study_picture", "html_page",
     ],
     "training": [
         "checkpoint", "devices", "log", "older", "result", "settings", "signals", "optimizer", "continuing", "trainer",
         "run",
     ],
     "study": [
-        "folder", "spread", "timing", "variants", "regularity_table", "study_table", "runner", "regularity", "study",
+        "folder", "spread", "timing", "variants", "page", "regularity_table", "study_table", "runner", "regularity",
+        "study",
     ],
     "cli": ["parsing", "info", "regroup", "study", "train", "main"],
 }  # fmt: skip

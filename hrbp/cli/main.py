@@ -49,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help(sys.stderr)
         return 2
     args = parser.parse_args(words)
+    args.words = list(words)  # as they were given
     try:
         status = args.run(args)
         sys.stdout.flush()

@@ -15,10 +15,13 @@ from ..methods.registry import METHODS
 from ..models import NETWORKS
 from ..structures.registry import STRUCTURES
 from ..study.folder import RESULTS, TABLE
+from ..study.page import PAGE, Parts, write_study
 from ..study.regularity import Regularity
 from ..study.regularity_table import GRAINS
+from ..study.regularity_table import parts as regularity_parts
 from ..study.regularity_table import table as regularity_table
 from ..study.study import Study
+from ..study.study_table import parts as study_parts
 from ..study.study_table import table
 from ..study.variants import ABLATION, BASELINES, PRESETS, Preset, Variant
 from . import parsing
@@ -87,6 +90,7 @@ def add_study(commands: parsing.Commands) -> None:
         help="steps between mask changes, default 100, in short trainings a fortieth, of subp an epoch",
     )
     add("--out", type=parsing.path, metavar="DIR", help="folder, default runs/study, runs/study-PRESET")
+    add("--html", action="store_true", help=f"also write {PAGE}: one file with the table, figures and settings")
     parsing.add_device(add)
     add = parser.add_argument_group("--preset regularity").add_argument
     add("--weights", type=parsing.path, metavar="FILE", help="of the trained network, default: it is trained first")
@@ -95,7 +99,7 @@ def add_study(commands: parsing.Commands) -> None:
     budget = parsing.number(math.ulp(0.0), math.inf, "(0, inf)")
     add("--max-time", type=budget, help=f"budget of time, relative to dense, default {MAX_TIME}")
     add("--max-storage", type=budget, help=f"budget of file size, relative to dense, default {MAX_STORAGE}")
-    parser.set_defaults(run=run_study)
+    parser.set_defaults(run=run_study, words=())
 
 
 def run_study(args: argparse.Namespace) -> int:
@@ -130,6 +134,7 @@ def run_study(args: argparse.Namespace) -> int:
         if results["stopped"]:
             return _stopped(results["stopped"])
         print(f"in {made.out}: {RESULTS}, {TABLE}, {made.figure}, and a folder for each training")
+        _write_page(args, made, study_parts(results), results)
     return 0
 
 
@@ -164,7 +169,16 @@ def run_regularity(args: argparse.Namespace) -> int:
     if results["stopped"]:
         return _stopped(results["stopped"])
     print(f"in {made.out}: {RESULTS}, {TABLE}, {made.figure}, and a folder for each training")
+    _write_page(args, made, regularity_parts(results, **budgets), results)
     return 0
+
+
+def _write_page(
+    args: argparse.Namespace, made: Study | Regularity, parts: Parts | None, results: Mapping[str, Any]
+) -> None:
+    """The page of --html."""
+    if args.html and parts is not None:
+        print(f"page: {write_study(made.out, parts, results, made.figure, [*parsing.program().split(), *args.words])}")
 
 
 def _training(args: argparse.Namespace, preset: Mapping[str, Any]) -> dict[str, Any]:

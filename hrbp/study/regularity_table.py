@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..columns import columns, counted
+from .page import Parts
 from .spread import deviation, doubt, mean
 from .variants import BASELINES
 
@@ -74,11 +75,18 @@ def rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def table(results: Mapping[str, Any], *, max_time: float = 0.5, max_storage: float = 0.25) -> str:
     """The table, notes on its columns, and the best structure within a time and a storage budget: see `answers`."""
+    if (found := parts(results, max_time=max_time, max_storage=max_storage)) is None:
+        return "no training is finished yet"
+    return "\n".join([found.title, "", columns([found.head, *found.lines]), "", *found.notes, "", *found.sentences])
+
+
+def parts(results: Mapping[str, Any], *, max_time: float = 0.5, max_storage: float = 0.25) -> Parts | None:
+    """What is shown of a study; None where no training is finished."""
     found = rows(results)
     if not found:
-        return "no training is finished yet"
+        return None
     head = ["", "sparsity %", "accuracy %", "loss", "storage %", "file %", "references", "filters", "channels", "time"]
-    lines = [head]
+    lines = []
 
     def cell(value: float | None, form: str, scale: float = 1.0) -> str:
         return "-" if value is None else f"{value * scale:{form}}"
@@ -113,8 +121,7 @@ def table(results: Mapping[str, Any], *, max_time: float = 0.5, max_storage: flo
     for name, layers in {row["structure"]: row["refused"] for row in found if row["refused"]}.items():
         notes.append(f"{name}: dense where it does not fit: {layers}")
     notes += [f"left out: {line}, as {reason}" for line, reason in results.get("left_out", {}).items()]
-    said = answers(found, max_time=max_time, max_storage=max_storage)
-    return "\n".join([title, "", columns(lines), "", *notes, "", *said])
+    return Parts(title, head, lines, notes, answers(found, max_time=max_time, max_storage=max_storage))
 
 
 def _shown_sparsity(row: Mapping[str, Any]) -> str:

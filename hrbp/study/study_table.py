@@ -8,6 +8,7 @@ from typing import Any
 
 from ..columns import columns, counted
 from ..methods.registry import METHODS
+from .page import Parts
 from .spread import deviation, doubt, mean
 from .variants import PRESETS, PUBLISHED, Published, Variant
 
@@ -75,13 +76,20 @@ def _published(settings: Mapping[str, Any]) -> Published:
 
 def table(results: Mapping[str, Any]) -> str:
     """The table, notes on its columns, and a sentence for each sparsity."""
+    if (found := parts(results)) is None:
+        return "no training is finished yet"
+    return "\n".join([found.title, "", columns([found.head, *found.lines]), "", *found.notes, "", *found.sentences])
+
+
+def parts(results: Mapping[str, Any]) -> Parts | None:
+    """What is shown of a study; None where no training is finished."""
     found = rows(results)
     if not found:
-        return "no training is finished yet"
+        return None
     papers, seeds = any(row["published"] is not None for row in found), len(results["settings"]["seeds"])
     head = ["", "sparsity %", "accuracy %", "seeds", "of dense %", "parameters", "whole net %", "training MB", "step",
             "stored kB"]  # fmt: skip
-    lines = [head + ["paper %"] * papers]
+    lines = []
 
     def cell(value: float | None, form: str, scale: float = 1.0) -> str:
         return "-" if value is None else f"{value * scale:{form}}"
@@ -105,7 +113,7 @@ def table(results: Mapping[str, Any]) -> str:
         f" {counted(settings['training']['epochs'], 'epoch')}, {counted(seeds, 'seed')}; {len(results['runs'])} of"
         f" {settings['trainings']} trainings are finished"
     )
-    return "\n".join([title, "", columns(lines), "", *_notes(results, found, papers), "", *sentences(found)])
+    return Parts(title, head + ["paper %"] * papers, lines, _notes(results, found, papers), sentences(found))
 
 
 def _shown_sparsity(row: Mapping[str, Any]) -> str:

@@ -1,0 +1,57 @@
+"""The page of a study: one HTML file with its answer, table, figure, settings, and the command that repeats it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..reports.html_page import table_lines, write_page
+
+PAGE = "study.html"
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What is shown of a study: in a terminal one below the other, and on a page."""
+
+    title: str
+    head: list[str]
+    lines: list[list[str]]
+    notes: list[str]
+    sentences: list[str]
+
+
+def write_study(out: Path, parts: Parts, results: Mapping[str, Any], figure: str, command: Sequence[str]) -> Path:
+    """Write the page of a study into its folder; returns its path.
+
+    Args:
+        out: folder of the study.
+        parts: what is shown of it.
+        results: content of results.json.
+        figure: name of the figure in the folder; one that is not there is left out.
+        command: the words that repeat the study.
+    """
+    text = ["# Study: " + parts.title, "", *(f"- {sentence}" for sentence in parts.sentences), "", "## Table", ""]
+    text += [
+        "A click on a title sorts.",
+        "",
+        *table_lines(parts.head, parts.lines),
+        *(f"- {n}" for n in parts.notes),
+        "",
+    ]
+    if (out / figure).exists():
+        text += ["## Figures", "", f"![accuracy against sparsity, size and time]({figure})", ""]
+    settings = [[name, _shown(value)] for name, value in results["settings"].items()]
+    text += ["## Settings", "", f"Measured on {results['machine']}.", "", *table_lines(["setting", "value"], settings)]
+    text += ["## Repeat it", "", "```", shlex.join(command), "```"]
+    write_page(out / PAGE, parts.title, text)
+    return out / PAGE
+
+
+def _shown(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return f"`{text.replace('`', '')}`"

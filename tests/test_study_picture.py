@@ -1,5 +1,6 @@
 """The figures of studies: names that do not overlap, a look of its own for each structure."""
 
+import io
 import itertools
 
 import pytest
@@ -7,8 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hrbp.columns import counted
+from hrbp.progress import Progress
 from hrbp.reports.study_picture import _look, spread_out
 from hrbp.study.regularity_table import GRAINS, _costs
+from hrbp.study.timing import interleaved
 from hrbp.study.variants import BASELINES
 
 
@@ -41,3 +44,17 @@ def test_points_are_less_or_more(loss, words):
 
 def test_one_epoch_is_no_epochs():
     assert [counted(n, "epoch") for n in (0, 1, 2)] == ["0 epochs", "1 epoch", "2 epochs"]
+
+
+def test_measuring_says_how_far_it_is(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr("hrbp.progress.TERMINAL_SECONDS", 0.0)
+    out = Terminal()
+    steps = {"dense": lambda: 2.0, "sparse": lambda: 1.0}
+    assert interleaved(steps, 3, progress=Progress(False, out), what="steps") == {"dense": 2.0, "sparse": 1.0}
+    lines = [line.strip() for line in out.getvalue().split("\r") if line.strip()]
+    assert lines[1].startswith("steps: round 1/5, sparse takes 0.50 of the time of dense, 0 s left")
+    assert out.getvalue().endswith("\r")

@@ -233,7 +233,7 @@ class Study(Runner):
         x, y = next(iter(batches.epoch()))
         layouts = {line_name(v.layout, s): (v.layout, s) for v, s in [(Variant("dense"), 0.0), *self.lines]}
         steps = {name: self._step(variant, sparsity, x, y) for name, (variant, sparsity) in layouts.items()}
-        self.results["steps"] = interleaved(steps, ROUNDS)
+        self.results["steps"] = interleaved(steps, ROUNDS, progress=self.say, what="steps")
 
     def _step(self, variant: Variant, sparsity: float, x: torch.Tensor, y: torch.Tensor) -> Callable[[], float]:
         """A function that takes one step on a batch and returns its seconds."""

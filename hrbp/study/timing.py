@@ -9,10 +9,14 @@ from typing import Any
 
 import torch
 
+from ..progress import Progress, duration
+
 WARM_UP = 2  # rounds before those that count
 
 
-def interleaved(steps: Mapping[str, Callable[[], float]], rounds: int, first: str = "dense") -> dict[str, float]:
+def interleaved(
+    steps: Mapping[str, Callable[[], float]], rounds: int, first: str = "dense", *, progress: Progress, what: str
+) -> dict[str, float]:
     """Median seconds of interleaved steps: other load on the machine affects all of them alike.
 
     Ratios to `first` are taken within a round: what slows a round down slows both sides.
@@ -21,11 +25,20 @@ def interleaved(steps: Mapping[str, Callable[[], float]], rounds: int, first: st
         steps: name -> a function that takes one step and returns its seconds.
         rounds: each takes every step once; WARM_UP rounds come before, not counted.
         first: the step that ratios are relative to.
+        progress: shows how far it is, and the last ratio.
+        what: is measured, for that line.
     """
     times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds + WARM_UP):
+    begin, whole = time.monotonic(), rounds + WARM_UP
+    for at in range(whole):
         for name, step in steps.items():
             times[name].append(step())
+            if progress.due():
+                done = at + len([t for t in times.values() if len(t) > at]) / len(steps)
+                left = duration((time.monotonic() - begin) / done * (whole - done))
+                speed = f"{name} takes {times[name][-1] / times[first][-1]:.2f} of the time of {first}, "
+                progress.show(f"{what}: round {at + 1}/{whole}, {'' if name == first else speed}{left} left")
+    progress.clear()
     counted = {name: seconds[WARM_UP:] for name, seconds in times.items()}
     pace = statistics.median(counted[first])
     return {

@@ -316,7 +316,13 @@ class Trainer(Continued):
                     dist.broadcast(buffer, 0)
         model.eval()
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
-        for x, y in self.test.epoch():
+        for at, (x, y) in enumerate(self.test.epoch()):
+            if at and self.progress.due():
+                right = float(sums[1] / sums[2])
+                self.progress.show(
+                    f"epoch {self.epoch + 1}/{self.settings.epochs}  test batch {at}/{len(self.test)}"
+                    f"  test accuracy so far {right:.2%}"
+                )
             with self.settings.autocast(self.device):
                 logits = model(x.to(memory_format=self.format))
             loss = F.cross_entropy(_wide(logits), y, reduction="sum")

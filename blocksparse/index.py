@@ -230,7 +230,7 @@ def layout_of(
         )
     starts = _starts(sizes)
     order = (starts[-1], weight_shape[0]) if size[0] == ordered else None
-    return Layout(*zip(starts[:-1], sizes, strict=True), order)
+    return Layout(**dict(zip(Layout._fields, zip(starts, sizes, strict=False), strict=False)), row_order=order)
 
 
 def unpack(

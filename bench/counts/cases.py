@@ -83,15 +83,57 @@ class Case(NamedTuple):
             "triton": triton,
             "blocksize": list(self.blocksize),
             "format": self.format,
+            "math": self.math,
             "stride": self.stride,
             "kernel": self.kernel,
+            "batch": self.batch,
+            "height": self.height,
+            "density": self.density,
             "tile": self.tile._asdict(),
         }
 
 
+def entry_of(case: Case) -> tuple[str, tiles.Entry]:
+    """The row of tiles.TABLE that a case gets its tile from."""
+    column = tiles.column_of(case.arch)
+    math = case.math if case.dtype == torch.float32 else "half"
+    load = tiles._load(case.kind, case.geometry, case.blocksize, case.nnzb, column)
+    return case.kind, tiles.find(case.kind, case.tile.block_n, math, load, column)
+
+
+def entries(arch: str) -> set[tuple[str, tiles.Entry]]:
+    """The rows of tiles.TABLE for one target."""
+    column = tiles.column_of(arch)
+    return {(kind, row) for row in tiles.TABLE if column in row.archs.split() for kind in row.kinds.split()}
+
+
 def _shipped(arch: str) -> list[Case]:
-    sizes = ((32, 32), (64, 8), (16, 16), (64, 64))
-    return [Case(kind, arch, blocksize) for kind in KINDS for blocksize in sizes]
+    """Blocks that matter most, odd ones on sm_90, and then one more case for each row of the table without one."""
+    cases = [Case(kind, arch, blocksize) for kind in KINDS for blocksize in ((32, 32), (64, 8))]
+    if arch == "sm_90":
+        cases += [Case(kind, arch, blocksize) for kind in KINDS for blocksize in ((16, 16), (64, 64))]
+        cases += [
+            Case("fprop", arch, (24, 48), "bf16", row_order=True),
+            Case("fprop", arch, (8, 64)),
+            Case("fprop", arch, (64, 64), kernel=1, density=0.5),
+            Case("fprop", arch, (32, 32), stride=2, height=56),
+            Case("dgrad", arch, (32, 32), stride=2, height=56),
+            Case("dgrad", arch, (8, 64), "bf16"),
+            Case("dgrad", arch, (8, 8)),
+            Case("wgrad", arch, (32, 32), stride=2, height=56),
+        ]
+    if arch == "gfx950":  # gfx942's table
+        return cases
+    found = {entry_of(case) for case in cases}
+    for kind in KINDS:
+        for math in ("half", "tf32", "ieee"):
+            for blocksize in ((32, 32), (64, 64), (128, 128)):
+                for batch, density in ((64, 0.1), (1, 0.1), (64, 0.04)):
+                    case = Case(kind, arch, blocksize, math, batch=batch, density=density)
+                    if entry_of(case) not in found:
+                        found.add(entry_of(case))
+                        cases.append(case)
+    return cases
 
 
 SHIPPED = {arch: _shipped(arch) for arch in TARGETS}  # the rows of the table of counts

@@ -151,6 +151,9 @@ def counts(kernel: Any) -> dict[str, Any]:
     return {
         "loop": len(main),
         "mma": products(main),
+        "unit": max(groups([text for text in main if name(text).startswith(unit)]).items(), key=lambda item: item[1])[
+            0
+        ],
         "outside": len(all_) - len(main),
         "registers": numbers["registers"],
         "spills": numbers["stack"],

@@ -1,4 +1,4 @@
-"""Triton backend on the host: memory, grids and launches of the kernels in triton_kernels.py."""
+"""Triton backend on the host: memory, grids and launches of the kernels in triton_kernels.py and triton_wgrad.py."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from ..geometry import ConvGeometry
 from ..index import IndexTables, stacked
 from ..layout import format_of, memory_format
 from .tiles import Tile, granule, group_of, wgrad_tiles
-from .triton_kernels import INTERPRETED, dgrad_kernel, fprop_kernel, wgrad_kernel
+from .triton_gather import INTERPRETED
+from .triton_kernels import dgrad_kernel, fprop_kernel
+from .triton_wgrad import wgrad_kernel
 
 
 def _channels_last(t: Tensor) -> bool:
@@ -205,7 +207,7 @@ _counting: dict[tuple[int, int], Tensor] = {}
 
 
 def _zeros(like: Tensor, size: int) -> Tensor:
-    """int32 zeros that a launch on the current stream leaves as zeros: one buffer a stream, or the captured graph's own.
+    """int32 zeros that a launch on the current stream leaves as zeros: the stream's own, or the captured graph's.
 
     Launches on one stream run one after the other; a graph may run beside anything but itself.
     """

@@ -8,7 +8,7 @@ import torch
 
 from blocksparse import ConvGeometry
 from blocksparse.geometry import KINDS
-from blocksparse.kernels import tiles
+from blocksparse.kernels import gpus, tiles
 from blocksparse.kernels.tiles import Tile
 
 TARGETS = {
@@ -95,24 +95,38 @@ class Case(NamedTuple):
 
 def entry_of(case: Case) -> tuple[str, tiles.Entry]:
     """The row of tiles.TABLE that a case gets its tile from."""
-    column = tiles.column_of(case.arch)
-    math = case.math if case.dtype == torch.float32 else "half"
-    load = tiles._load(case.kind, case.geometry, case.blocksize, case.nnzb, column)
-    return case.kind, tiles.find(case.kind, case.tile.block_n, math, load, column)
+    number, sizes = case.math if case.dtype == torch.float32 else "half", case.tile
+    for row in tiles.find(case.kind, sizes.block_n, number, gpus.column_of(case.arch)):
+        if (row.block_m, row.block_k, row.num_warps, row.num_stages) == (sizes.block_m, *sizes[2:5]):
+            return case.kind, row
+    raise LookupError(f"cases.entry_of(): no row of tiles.TABLE has the tile of {case}")
 
 
 def entries(arch: str) -> set[tuple[str, tiles.Entry]]:
     """The rows of tiles.TABLE for one target."""
-    column = tiles.column_of(arch)
+    column = gpus.column_of(arch)
     return {(kind, row) for row in tiles.TABLE if column in row.archs.split() for kind in row.kinds.split()}
 
 
+def _every_tile(case: Case) -> list[Case]:
+    """The case with each tile that it could get; wgrad with eight splits, so that its sum is counted, too."""
+    number = case.math if case.dtype == torch.float32 else "half"
+    width, splits = tiles.block_n(case.kind, case.geometry, case.blocksize), 8 if case.kind == "wgrad" else 1
+    return [
+        case._replace(asked=Tile(row.block_m, width, row.block_k, row.num_warps, row.num_stages, splits))
+        for row in tiles.find(case.kind, width, number, gpus.column_of(case.arch))
+    ]
+
+
 def _shipped(arch: str) -> list[Case]:
-    """Blocks that matter most, odd ones on sm_90, and then one more case for each row of the table without one."""
-    cases = [Case(kind, arch, blocksize) for kind in KINDS for blocksize in ((32, 32), (64, 8))]
+    """Blocks that matter most with every tile that they could get, odd ones on sm_90, and every other row of the table.
+
+    Which tile a layer gets follows from these very counts: so none of them asks `pick`.
+    """
+    sizes = ((32, 32), (64, 8), (16, 16), (64, 64)) if arch == "sm_90" else ((32, 32), (64, 8))
+    cases = [tiled for kind in KINDS for size in sizes for tiled in _every_tile(Case(kind, arch, size))]
     if arch == "sm_90":
-        cases += [Case(kind, arch, blocksize) for kind in KINDS for blocksize in ((16, 16), (64, 64))]
-        cases += [
+        odd = (
             Case("fprop", arch, (24, 48), "bf16", row_order=True),
             Case("fprop", arch, (8, 64)),
             Case("fprop", arch, (64, 64), kernel=1, density=0.5),
@@ -121,15 +135,15 @@ def _shipped(arch: str) -> list[Case]:
             Case("dgrad", arch, (8, 64), "bf16"),
             Case("dgrad", arch, (8, 8)),
             Case("wgrad", arch, (32, 32), stride=2, height=56),
-        ]
+        )
+        cases += [_every_tile(case)[-1] for case in odd]
     if arch == "gfx950":  # gfx942's table
         return cases
     found = {entry_of(case) for case in cases}
     for kind in KINDS:
         for math in ("half", "tf32", "ieee"):
-            for blocksize in ((32, 32), (64, 64), (128, 128)):
-                for batch, density in ((64, 0.1), (1, 0.1), (64, 0.04)):
-                    case = Case(kind, arch, blocksize, math, batch=batch, density=density)
+            for side in (32, 64, 128):
+                for case in _every_tile(Case(kind, arch, (side, side), math)):
                     if entry_of(case) not in found:
                         found.add(entry_of(case))
                         cases.append(case)

@@ -54,9 +54,10 @@ class Entry(NamedTuple):
 
 
 # Chosen from counts of instructions, registers and shared memory (counts/triton.json, written by bench/count.py), not
-# tuned on a device: no GPU has timed an entry. Of the rows that fit `pick` takes that of least predicted time. Four warps
-# throughout: a product of 256 rows takes a third fewer instructions than two of 128. Three stages, which fit two programs
-# into a multiprocessor but for wgrad of 128 pixels; on the AMD path data waits in registers and two stages are all.
+# tuned on a device: no GPU has timed an entry. Of the rows that fit `pick` takes that of least predicted time. Four
+# warps throughout: a product of 256 rows takes a third fewer instructions than two of 128. Three stages, which fit two
+# programs into a multiprocessor but for wgrad of 128 pixels; on the AMD path data waits in registers and two stages are
+# all.
 _NVIDIA = "sm_80 sm_90 sm_100"
 TABLE: tuple[Entry, ...] = (
     Entry("fprop dgrad", 32, "half", "sm_90", 256, 64, 3),
@@ -145,6 +146,12 @@ def refusal(
         if (programs := _programs(kind, g, blocksize, smallest)) > MAX_GRID:
             return f"{kind} needs {programs} programs: a grid holds {MAX_GRID}; split the batch"
     return None
+
+
+def block_n(kind: str, g: ConvGeometry, blocksize: tuple[int, int]) -> int:
+    """BLOCK_N: the filters of a block, in dgrad the channels of a stack, as a power of two."""
+    side = blocksize[1] * stacked(g.weight_shape, blocksize) if kind == "dgrad" else blocksize[0]
+    return max(16, 1 << (side - 1).bit_length())
 
 
 def find(kind: str, block_n: int, math: str, arch: str) -> list[Entry]:
@@ -274,18 +281,14 @@ def pick(
         gpu: the device; None: a typical one of `arch`.
     """
     gpu = gpu or typical(arch)
-    number = precision if dtype == torch.float32 else "half"
-    side = blocksize[0]
-    if kind == "dgrad":
-        side = blocksize[1] * stacked(geometry.weight_shape, blocksize)
-    block_n = max(16, 1 << (side - 1).bit_length())
+    number, width = precision if dtype == torch.float32 else "half", block_n(kind, geometry, blocksize)
     found: dict[Tile, float] = {}
-    for entry in find(kind, block_n, number, gpu.column):
-        plain = Tile(entry.block_m, block_n, entry.block_k, entry.num_warps, entry.num_stages)
+    for entry in find(kind, width, number, gpu.column):
+        plain = Tile(entry.block_m, width, entry.block_k, entry.num_warps, entry.num_stages)
         for splits in _splits(geometry, blocksize, nnzb, plain) if kind == "wgrad" else (1,):
             tile = plain._replace(splits=splits)
             time = estimate(kind, geometry, blocksize, nnzb, dtype, precision, tile, gpu, channels_last)
             found[tile] = math.inf if time is None else time.seconds
     if not found:
-        raise LookupError(f"tiles.pick(): TABLE has no row for {kind}, N = {block_n}, {number}, {gpu.column}")
+        raise LookupError(f"tiles.pick(): TABLE has no row for {kind}, N = {width}, {number}, {gpu.column}")
     return min(found, key=lambda tile: found[tile])

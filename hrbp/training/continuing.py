@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from ..columns import counted
 from ..data.batches import Batches
 from ..files import only_writer
 from ..formats.model import plain_record
@@ -138,8 +139,8 @@ class Continued:
             if planned != self.settings.epochs:
                 masks = f", masks change as in one of {self.mask_epochs}" if self.evolver is not None else ""
                 self.progress.say(
-                    f"{out} was planned for {planned} epochs and gets {self.settings.epochs}: the learning rate is"
-                    f" that of a training of {self.settings.epochs} from here on{masks}"
+                    f"{out} was planned for {counted(planned, 'epoch')} and gets {self.settings.epochs}: the"
+                    f" learning rate is that of a training of {self.settings.epochs} from here on{masks}"
                 )
             done = self.epoch == self.settings.epochs
             at = "is complete" if done else f"continues at epoch {self.epoch + 1}, batch {self.batch + 1}"

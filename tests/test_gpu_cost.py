@@ -91,11 +91,12 @@ def test_products_are_chosen_one_by_one():
 @pytest.mark.parametrize("gpu", ["h200", pytest.param("h100", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("density", [0.05, 0.1, *(pytest.param(d, marks=pytest.mark.slow) for d in (0.2, 0.3, 0.5))])
 def test_no_other_backend_would_be_faster(gpu, density):
-    """Every layer and structure of ResNet-50. So no product is predicted slower than the dense one as it runs here."""
+    """Every layer and structure of ResNet-50. None is slower than a dense weight but by the launch that makes that."""
     for layer in LAYERS:
         for blocksize in structures(layer):
             found = plan_of(layer, blocksize, density, gpu)
             assert all(product.estimate.bound in BOUNDS for product in found.products.values())
+            assert all(p.estimate.seconds < p.dense.seconds + 4e-6 for p in found.products.values())
             for name in ("torch", "triton", "cupy"):
                 try:
                     other = plan_of(layer, blocksize, density, gpu, backend=name)

@@ -9,9 +9,9 @@
            each at the share of its rate that kernels reach, the first three in the unit that has most programs,
            + the launches
 
-Shares are those that tuned kernels of this kind reach on an H100; they are guesses for these. backends say what a
-product on stored blocks needs (a Demand: tiles.py and slots.py, with the counts of counts/*.json); here is what
-PyTorch's own product needs.
+Shares are those that tuned kernels of this kind reach on an H100; they are guesses for these. What a product on stored
+blocks needs (a Demand) is said in tiles.py and slots.py, from the counts of counts/*.json; here is what PyTorch's own
+product needs.
 """
 
 from __future__ import annotations

@@ -129,6 +129,8 @@ def copy_bytes(loop: list[str]) -> int:
         elif op.startswith(("global_load", "buffer_load")):
             end = op.rsplit("_", 1)[1]
             widths.append({"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "lds": 4}.get(end, 2))
+    if loop and any(name(text).startswith("s_") for text in loop):  # AMD's: single 4-byte loads are those of tables
+        widths = [width for width in widths if width != 4] or widths
     return min(widths, default=0)
 
 
@@ -145,9 +147,10 @@ def counts(kernel: Any) -> dict[str, Any]:
 
     whole = products(all_)
     unit = TENSOR if whole else ("FFMA", "v_fma", "v_fmac", "v_pk_fma")
-    loops = [inside(loop) for loop in program.loops()]
-    score = [(sum(name(text).startswith(unit) for text in loop), -len(loop)) for loop in loops]
-    main = loops[score.index(max(score))] if loops else []
+    loops = [loop for loop in program.loops() if any(name(text).startswith(unit) for text in inside(loop))]
+    # Of nested ones the inner, which runs most often; then the one that multiplies most.
+    inner = [loop for loop in loops if not any(other != loop and set(other) < set(loop) for other in loops)]
+    main = max(map(inside, inner), key=lambda loop: sum(name(text).startswith(unit) for text in loop), default=[])
     return {
         "loop": len(main),
         "mma": products(main),

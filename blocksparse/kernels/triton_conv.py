@@ -197,7 +197,7 @@ def dgrad(
         dgrad_kernel,
         (dy, values, tables.packed, dx),
         tuple(start for start, _ in found),
-        (g, bk, bc, tile, precision, dy.dtype, dy_last, dx_last),
+        (g, bk, bc, tile, precision, dy.dtype, wide, dy_last, dx_last),
         describe,
     )
     return dx
@@ -209,10 +209,12 @@ _counting: dict[tuple[int, int], Tensor] = {}
 def _zeros(like: Tensor, size: int) -> Tensor:
     """int32 zeros that a launch on the current stream leaves as zeros: the stream's own, or the captured graph's.
 
-    Launches on one stream run one after the other; a graph may run beside anything but itself.
+    Launches on one stream run one after the other; a graph may run beside anything but itself. A buffer that becomes
+    too small is given back to PyTorch, which keeps it for later launches on its stream.
     """
-    if not like.is_cuda or torch.cuda.is_current_stream_capturing():
-        return torch.zeros(size, dtype=torch.int32, device=like.device)
+    with _on(like):
+        if not like.is_cuda or torch.cuda.is_current_stream_capturing():
+            return torch.zeros(size, dtype=torch.int32, device=like.device)
     key = like.get_device(), torch.cuda.current_stream(like.device).cuda_stream
     found = _counting.get(key)
     if found is None or found.numel() < size:

@@ -82,6 +82,7 @@ def fprop_kernel(
         at = x + ((tile * BLOCK_M).to(tl.int64) - (pad_h * width + pad_w)) * CHANNELS
     else:
         lo = exchange(offset_of(n, h, w, height, width, CHANNELS, X_LAST).to(OFFSET), BLOCK_M)
+        lo = tl.multiple_of(lo, 8) if X_LAST else lo
         at = x
 
     u = tl.arange(0, CHUNKS)
@@ -269,6 +270,7 @@ def dgrad_kernel(
         at = dy + (tile * BLOCK_M).to(tl.int64) * CHANNELS
     else:
         lo = exchange(offset_of(n, i, j, p_size, q_size, CHANNELS, DY_LAST).to(OFFSET), BLOCK_M)
+        lo = tl.multiple_of(lo, 8) if DY_LAST else lo
         hi = lo
         at = dy
 

@@ -58,6 +58,7 @@ def _wgrad_reach(
     in_x, in_dy = out, out
     if not SAME:
         in_x = exchange(offset_of(n, h, w, height, width, channels, X_LAST).to(OFFSET), BLOCK_K)
+        in_x = tl.multiple_of(in_x, 8) if X_LAST else in_x
     if not DY_LAST:
         in_dy = exchange(offset_of(n, p, q, p_size, q_size, filters, False).to(OFFSET), BLOCK_K)
     return out, in_x, in_dy

@@ -72,6 +72,9 @@ def test_a_row_of_the_table_is_good(row):
     if row["math"] == "tf32":
         return  # tensor cores of fp32 want K-major operands: what is not is transposed on its way, 4 bytes each
     assert row["unit"].startswith(UNITS[row["target"]])
+    if row["triton"] == OLDEST and row["stride"] > 1:  # not yet: they gather 2 bytes at a time, and run dense
+        assert row["copy_bytes"] == 2
+        return
     assert row["copy_bytes"] == 16
     if row["target"].startswith("gfx"):
         return  # Triton pads or swizzles there as it sees fit

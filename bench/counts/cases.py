@@ -109,12 +109,20 @@ def entries(arch: str) -> set[tuple[str, tiles.Entry]]:
 
 
 def _every_tile(case: Case) -> list[Case]:
-    """The case with each tile that it could get; wgrad with eight splits, so that its sum is counted, too."""
+    """The case with each tile that it could get, the smaller ones, which fill a device with little work, for one image.
+
+    wgrad has eight splits, so that its sum is counted, too.
+    """
     number = case.math if case.dtype == torch.float32 else "half"
     width, splits = tiles.block_n(case.kind, case.geometry, case.blocksize), 8 if case.kind == "wgrad" else 1
+    rows = tiles.find(case.kind, width, number, gpus.column_of(case.arch))
+    most = max(row.block_m for row in rows)
     return [
-        case._replace(asked=Tile(row.block_m, width, row.block_k, row.num_warps, row.num_stages, splits))
-        for row in tiles.find(case.kind, width, number, gpus.column_of(case.arch))
+        case._replace(
+            asked=Tile(row.block_m, width, row.block_k, row.num_warps, row.num_stages, splits),
+            batch=case.batch if row.block_m == most else 1,
+        )
+        for row in rows
     ]
 
 

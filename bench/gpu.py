@@ -24,6 +24,7 @@ from bench.shared.options import make_parser
 from bench.shared.results import FORMAT
 from bench.stages.jobs import COMMANDS, stages
 from bench.stages.running import run_stage, summary_of
+from blocksparse.kernels import measured
 from hrbp.files import write_json
 from hrbp.progress import duration
 
@@ -46,8 +47,9 @@ of under nine minutes:
   python bench/gpu.py layers --out toy --quick                     # without a GPU, at toy sizes: a minute
 
 A command writes three files: OUT/COMMAND.json, every row as it comes; OUT/COMMAND.log, what the processes print;
-OUT/COMMAND.tar.gz, their own files, when all is done. A stage that takes longer than its share leaves less to the
-others; a process at its limit is stopped, and what it has measured is kept. bench/page.py makes tables of the files.
+OUT/COMMAND.tar.gz, when all is done, their own files and the table of measured products (bench/run.py --keep). A stage
+that takes longer than its share leaves less to the others; a process at its limit is stopped, and what it has measured
+is kept. bench/page.py makes tables of the files.
 Exit status: 0; 1 if a stage found something wrong, was stopped at its limit or could not run; 2 for wrong options; 130
 if interrupted.
 """
@@ -99,6 +101,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         results["complete"] = not interrupted
         results["machine"]["gpu after"] = gpu_facts(on_gpu)
         keep()
+        if measured.HERE.exists():  # what --keep has written
+            shutil.copytree(measured.HERE, folder / "measured", dirs_exist_ok=True)
         with tarfile.open(args.out / f"{args.command}.tar.gz", "w:gz") as archive:
             archive.add(folder, arcname=args.command)
     finally:

@@ -17,7 +17,8 @@ PYTHON = (sys.executable, "-u")
 PARTS = 8  # processes side by side, on a GPU
 TILES = "tests/test_gpu_tiles.py"
 SWEPT = "resnet50.layer3.3x3"  # the layer whose tiles are all timed
-OURS = "^(fprop|dgrad|wgrad|add_splits)"  # the kernels that a sanitizer watches; PyTorch's own would take hours
+# The kernels that a sanitizer watches; PyTorch's own would take hours.
+OURS = "^(fprop|dgrad|wgrad|add_splits|scatter_kernel|gather_kernel)"
 
 
 class Job(NamedTuple):
@@ -136,7 +137,7 @@ def layer_jobs(folder: Path, quick: bool, seconds: float) -> list[Job]:
         # Checks and warm-up come before a run's own clock; the rest is repetitions.
         clock = f"{0.6 * seconds * run.share / whole:.0f}"
         name = f"layers-{run.name}"
-        options = ("--layer", *run.layers, *run.options, "--seconds", clock)
+        options = ("--layer", *run.layers, *run.options, "--seconds", clock, *(() if quick else ("--keep",)))
         jobs.append(Job(name, script("run", folder, name, *options), run.share))
     return jobs
 

@@ -146,7 +146,7 @@ def triton_tiles(kind: str, work: Work, chosen: tiles.Tile) -> Iterator[tiles.Ti
 def slot_tiles(kind: str, work: Work, chosen: slots.SlotTile) -> Iterator[slots.SlotTile]:
     """Every cut that the model looks at, but of those that differ in pixels alone the few of least predicted time."""
     best: dict[Any, list[tuple[float, slots.SlotTile]]] = {}
-    for tile in slots._candidates(kind, work.geometry, work.blocksize, work.nnzb, work.dtype):
+    for tile in slots.candidates(kind, work.geometry, work.blocksize, work.nnzb, work.dtype):
         seconds = predicted("cupy", kind, work, tile) or 0.0
         best.setdefault((tile.nt, tile.mt, tile.warps, tile.bands, tile.taps), []).append((seconds, tile))
     for found in best.values():

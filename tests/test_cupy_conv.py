@@ -58,7 +58,7 @@ class Work:
         return slots.pick(kind, self.g, self.pattern.blocksize, self.pattern.nnzb, self.x.dtype)
 
     def candidates(self, kind: str) -> list[SlotTile]:
-        return [*slots._candidates(kind, self.g, self.pattern.blocksize, self.pattern.nnzb, self.x.dtype)]
+        return [*slots.candidates(kind, self.g, self.pattern.blocksize, self.pattern.nnzb, self.x.dtype)]
 
     def run(
         self,
@@ -179,7 +179,7 @@ def variants(kind: str, dtype: torch.dtype) -> list[tuple[tuple[int, int], SlotT
     found = {}
     for blocksize in ((16, 1), (24, 32)):
         g = ConvGeometry(9, 64, 7, 10, 2 * blocksize[0], 3, 3, (1, 1), (1, 1))
-        for tile in slots._candidates(kind, g, blocksize, 40, dtype):
+        for tile in slots.candidates(kind, g, blocksize, 40, dtype):
             taps = tile.taps if tile.warps * tile.mt == 4 else 0
             cut = (tile.mt, tile.warps, taps) if tile.bands == 1 else ()
             found[tile.nt, tile.bands, cut] = blocksize, tile

@@ -210,7 +210,7 @@ def pick(
     def seconds(tile: SlotTile) -> float:
         return estimate(kind, geometry, blocksize, nnzb, dtype, precision, tile, gpu, channels_last).seconds
 
-    return min(_candidates(kind, geometry, blocksize, nnzb, dtype, gpu), key=seconds)
+    return min(candidates(kind, geometry, blocksize, nnzb, dtype, gpu), key=seconds)
 
 
 def demand(
@@ -313,7 +313,7 @@ def estimate(
     return gpu_cost.estimate(demand(kind, g, blocksize, nnzb, dtype, precision, tile, gpu, channels_last), gpu, before)
 
 
-def _candidates(
+def candidates(
     kind: str, g: ConvGeometry, blocksize: tuple[int, int], nnzb: int, dtype: torch.dtype, gpu: Gpu = NAMED["h100"]
 ) -> Iterator[SlotTile]:
     bk, bc = blocksize

@@ -82,6 +82,13 @@ def runs(v, step, SIZE: tl.constexpr, TIMES: tl.constexpr, LAST: tl.constexpr):
 
 
 @triton.jit
+def sums_of(rows, columns, LAST: tl.constexpr):
+    """[ROWS] and [COLUMNS] -> [ROWS, COLUMNS] of offsets, with the hint that an exchange loses."""
+    found = rows[:, None] + columns[None, :]
+    return tl.max_contiguous(tl.multiple_of(found, [1, 8]), [1, 8]) if LAST else found
+
+
+@triton.jit
 def rows_of(ROWS: tl.constexpr, LO: tl.constexpr):
     """0, 1, ... ROWS - 1 as lo + LO*hi. Of LO rows, one pass of all threads over a tile, hi is then a constant."""
     lo = tl.reshape(tl.broadcast_to(tl.arange(0, LO)[None, :], [ROWS // LO, LO]), [ROWS])

@@ -51,6 +51,7 @@ from .triton_gather import (
     rows_of,
     runs,
     step_of,
+    sums_of,
 )
 
 
@@ -82,7 +83,6 @@ def fprop_kernel(
         at = x + ((tile * BLOCK_M).to(tl.int64) - (pad_h * width + pad_w)) * CHANNELS
     else:
         lo = exchange(offset_of(n, h, w, height, width, CHANNELS, X_LAST).to(OFFSET), BLOCK_M)
-        lo = tl.multiple_of(lo, 8) if X_LAST else lo
         at = x
 
     u = tl.arange(0, CHUNKS)
@@ -101,7 +101,7 @@ def fprop_kernel(
         if SAME:
             pointers = ((at + steps)[None, :] + (lo * CHANNELS)[:, None]) + (hi * (LO * CHANNELS))[:, None]
         else:
-            pointers = at + (lo[:, None] + steps[None, :])
+            pointers = at + sums_of(lo, steps, X_LAST)
         a = tl.load(pointers, mask=inside, other=0.0)
         v = tl.minimum(u, count - 1)
         block = runs(v // PARTS * (BK * BC) + v % PARTS * GRANULE, 1, CHUNKS, GRANULE, True)
@@ -178,7 +178,7 @@ def _dgrad_sum(
         if SAME:
             pointers = ((at + steps)[None, :] + (lo * CHANNELS)[:, None]) + (hi * (LO * CHANNELS))[:, None]
         else:
-            pointers = at + (lo[:, None] + steps[None, :])
+            pointers = at + sums_of(lo, steps, DY_LAST)
         g = tl.load(pointers, mask=inside, other=0.0)
         row = tl.arange(0, GRANULE) * BC
         if STACK == 1:
@@ -270,7 +270,6 @@ def dgrad_kernel(
         at = dy + (tile * BLOCK_M).to(tl.int64) * CHANNELS
     else:
         lo = exchange(offset_of(n, i, j, p_size, q_size, CHANNELS, DY_LAST).to(OFFSET), BLOCK_M)
-        lo = tl.multiple_of(lo, 8) if DY_LAST else lo
         hi = lo
         at = dy
 

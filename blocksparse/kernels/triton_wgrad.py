@@ -16,7 +16,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_gather import NEVER, dot, each, exchange, kernel, offset_of, outside, pixel_of, rows_of, runs, step_of
+from .triton_gather import (
+    NEVER,
+    dot,
+    each,
+    exchange,
+    kernel,
+    offset_of,
+    outside,
+    pixel_of,
+    rows_of,
+    runs,
+    step_of,
+    sums_of,
+)
 
 
 @triton.jit
@@ -58,7 +71,6 @@ def _wgrad_reach(
     in_x, in_dy = out, out
     if not SAME:
         in_x = exchange(offset_of(n, h, w, height, width, channels, X_LAST).to(OFFSET), BLOCK_K)
-        in_x = tl.multiple_of(in_x, 8) if X_LAST else in_x
     if not DY_LAST:
         in_dy = exchange(offset_of(n, p, q, p_size, q_size, filters, False).to(OFFSET), BLOCK_K)
     return out, in_x, in_dy
@@ -126,7 +138,7 @@ def wgrad_kernel(
         if SAME:
             pointers = ((at + channels)[None, :] + (lo * CHANNELS)[:, None]) + (hi * (LO * CHANNELS))[:, None]
         else:
-            pointers = at + (in_x[:, None] + channels[None, :])
+            pointers = at + sums_of(in_x, channels, X_LAST)
         a = tl.load(pointers, mask=(out_of[:, None] & need[None, :]) == 0, other=0.0)
         if DY_LAST:
             lines = ((from_dy + j)[None, :] + (low * FILTERS)[:, None]) + (high * (LO_DY * FILTERS))[:, None]

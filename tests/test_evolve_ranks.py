@@ -249,6 +249,7 @@ def test_what_differs_between_ranks_is_told_on_all_of_them(told, case, message):
     assert told[case].startswith(message)
 
 
+@pytest.mark.slow
 def test_ranks_that_skip_other_layers_grow_by_the_gradients_of_all(written):
     states = [torch.load(written / f"skipping-{rank}.pt", weights_only=True) for rank in range(RANKS)]
     assert all(torch.equal(t, states[1][name]) for name, t in states[0].items())

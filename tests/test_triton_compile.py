@@ -11,6 +11,7 @@ import json
 import sys
 from typing import Any
 
+import pytest
 import torch
 
 from bench.counts.cases import Case
@@ -79,6 +80,7 @@ def test_sizes_do_not_need_another_kernel():
     assert len({row["hash"] for row in result_of(start(cases, "compile"))}) == 1
 
 
+@pytest.mark.slow
 def test_a_kept_kernel_is_launched_as_triton_would():
     """The second launch skips Triton's search and passes the same arguments; unaligned pointers go through Triton."""
     small = {"height": 5, "batch": 1}
@@ -101,6 +103,7 @@ def test_a_kept_kernel_is_launched_as_triton_would():
         assert len(first) == 1
 
 
+@pytest.mark.slow
 def test_a_kept_kernel_gets_the_offsets_of_its_own_index():
     """Two layers that differ in their number of blocks share a kernel; their tables lie elsewhere."""
     few = [Case(kind, "sm_90", (32, 32), height=5, batch=1) for kind in ("fprop", "dgrad")]

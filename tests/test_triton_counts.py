@@ -72,9 +72,6 @@ def test_a_row_of_the_table_is_good(row):
     if row["math"] == "tf32":
         return  # tensor cores of fp32 want K-major operands: what is not is transposed on its way, 4 bytes each
     assert row["unit"].startswith(UNITS[row["target"]])
-    if row["triton"] == OLDEST and row["stride"] > 1:  # not yet: they gather 2 bytes at a time, and run dense
-        assert row["copy_bytes"] == 2
-        return
     assert row["copy_bytes"] == 16
     if row["target"].startswith("gfx"):
         return  # Triton pads or swizzles there as it sees fit
@@ -121,11 +118,6 @@ def of_this_triton() -> list[dict[str, Any]]:
     rows = [row for row in ROWS if row["triton"] == NEWEST]
     assert rows, f"{TABLE.name} has no rows of Triton {NEWEST}, which is installed; {ANEW}"
     return rows
-
-
-def test_a_kernel_of_each_kind_costs_what_the_table_says():
-    rows = [row for row in of_this_triton() if row["target"] == "sm_90" and row["blocksize"] == [32, 32]]
-    held([next(row for row in rows if row["kind"] == kind) for kind in ("fprop", "dgrad", "wgrad")], None)
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ tracked = subprocess.run(
     ["git", "ls-files", "blocksparse", "hrbp"], cwd=source, check=True, capture_output=True, text=True
 )
 needed = set(tracked.stdout.splitlines())
-assert {".cu", ".cpp", ".h", ".typed", ".py"} == {Path(name).suffix for name in needed}
+assert {".cu", ".cpp", ".h", ".json", ".typed", ".py"} == {Path(name).suffix for name in needed}
 (wheel,), (sdist,) = dist.glob("*.whl"), dist.glob("*.tar.gz")
 in_wheel = set(zipfile.ZipFile(wheel).namelist())
 with tarfile.open(sdist) as archive:

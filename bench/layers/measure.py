@@ -188,7 +188,11 @@ class LayerBench:
         for entry in entries:
             for kind, call in entry.contender.calls.items():
                 if kind in self.options.kinds and entry.runs(kind):
-                    extra = self.memory.extra_bytes(call)
+                    try:
+                        extra = self.memory.extra_bytes(call)
+                    except RuntimeError as error:  # out of memory, now that all contenders are there
+                        entry.failures[kind] = (ERROR, f"{entry.contender.variant}: {type(error).__name__}: {error}")
+                        continue
                     saved = entry.contender.saved_bytes.get(kind, 0)
                     entry.extra_bytes[kind] = None if extra is None else extra + saved
 

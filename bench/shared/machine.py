@@ -15,9 +15,10 @@ import blocksparse as bs
 
 
 def set_up_gpu(device: torch.device, tf32: bool) -> None:
-    """cuDNN searches for its best algorithm; fp32 is rounded to tf32 only where asked."""
+    """cuDNN searches for its best algorithm, of all; fp32 is rounded to tf32 only where asked."""
     torch.cuda.set_device(device)
     torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.benchmark_limit = 0
     # Not by fp32_precision: after that torch.compile, which reads these, raises.
     torch.backends.cudnn.allow_tf32 = tf32
     torch.backends.cuda.matmul.allow_tf32 = tf32

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.optimize import brentq
 
@@ -70,6 +70,7 @@ def test_erk_of_a_known_network():
     )
 
 
+@settings(max_examples=40)
 @given(networks, st.floats(0.001, 0.999), seeds)
 def test_global_keeps_the_highest_scores(shapes, sparsity, seed):
     scores = draw_scores(shapes, seed)

@@ -366,7 +366,7 @@ CHILD = """if True:
 """
 
 
-@pytest.mark.parametrize("way", ["fork", "spawn"])
+@pytest.mark.parametrize("way", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_another_process_runs_the_new_pattern(way, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(CHILD)

@@ -28,7 +28,11 @@ def layer(device="cpu", dtype=torch.float32, layout=torch.contiguous_format, blo
     return x.requires_grad_(), values.requires_grad_(), bias.requires_grad_(), pattern
 
 
-@pytest.mark.parametrize("runner", RUNNERS, ids="-".join)
+@pytest.mark.parametrize(
+    "runner",
+    [pytest.param(r, marks=pytest.mark.slow) if r == ("triton", "cpu") else r for r in RUNNERS],
+    ids="-".join,
+)
 @pytest.mark.parametrize(
     "layout", [FORMATS[0], *(pytest.param(f, marks=pytest.mark.slow) for f in FORMATS[1:])], ids=str
 )

@@ -53,6 +53,7 @@ waits_in_vain()
 """
 
 
+@pytest.mark.slow
 def test_what_hangs_is_ended_and_shows_its_output_and_where_it_was():
     """With what it started, which holds its output open."""
     with pytest.raises(AssertionError, match=r"still running after 10 s; its output so far:\nchild \d+\n") as error:

@@ -14,6 +14,8 @@ from runners import RUNNERS
 from strategies import DRAWS, Case, cases
 
 pytestmark = pytest.mark.device
+# Triton's interpreter is slow: some tests leave it to the slow run.
+MOST = [pytest.param(r, marks=pytest.mark.slow) if r == ("triton", "cpu") else r for r in RUNNERS]
 TILED = [runner for runner in RUNNERS if runner[0] in ("triton", "cupy")]
 HALF = (torch.float16, torch.bfloat16)
 
@@ -117,7 +119,7 @@ def test_backends_agree(runner, part):
         pytest.param((128, 64, 3, 3), (64, 32), 9, ((2, 2), (1, 1), (1, 1)), id="strided-3x3"),
         pytest.param((128, 64, 1, 1), (32, 64), 8, ((2, 2), (0, 0), (1, 1)), id="strided-1x1"),
         pytest.param((64, 128, 1, 1), (64, 128), 7, ((1, 1), (0, 0), (1, 1)), id="1x1"),
-        pytest.param((32, 32, 7, 7), (16, 16), 11, ((2, 2), (3, 3), (1, 1)), id="7x7"),
+        pytest.param((32, 32, 7, 7), (16, 16), 11, ((2, 2), (3, 3), (1, 1)), marks=pytest.mark.slow, id="7x7"),
         pytest.param((32, 32, 5, 5), (32, 8), 7, ((1, 1), (2, 2), (1, 1)), id="5x5"),
         pytest.param((32, 48, 1, 7), (16, 16), 9, ((1, 1), (0, 3), (1, 1)), id="1x7"),
         pytest.param((32, 32, 3, 3), (16, 16), 12, ((1, 1), (4, 2), (4, 2)), id="dilated"),
@@ -135,7 +137,7 @@ def test_layers_of_real_networks(runner, shape, blocksize, h, conv, channels_las
     assert_products(x, values, pattern, bias, dy, *conv, backend)
 
 
-@pytest.mark.parametrize("runner", RUNNERS, ids="-".join)
+@pytest.mark.parametrize("runner", MOST, ids="-".join)
 @given(data=st.data())
 @settings(max_examples=10, suppress_health_check=[HealthCheck.too_slow])
 def test_inputs_with_any_strides(runner, data):

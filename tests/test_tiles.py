@@ -315,7 +315,10 @@ def test_groups_of_splits(splits):
     ("blocksize", "spoilt"),
     [
         pytest.param(
-            blocksize, spoilt, marks=pytest.mark.slow if blocksize[0] > 8 and i else [], id=f"{blocksize}-{spoilt}"
+            blocksize,
+            spoilt,
+            marks=pytest.mark.slow if blocksize != (8, 8) and (i or blocksize[0] > 32) else [],
+            id=f"{blocksize}-{spoilt}",
         )
         for blocksize in ((8, 8), (32, 16), (64, 8), (16, 32))
         for i, spoilt in enumerate((float("nan"), float("inf")))
@@ -341,7 +344,7 @@ def test_a_gradient_that_is_not_finite_stays_where_it_belongs(blocksize, spoilt)
         torch.testing.assert_close(dx[~reached], needed[~reached])
 
 
-@pytest.mark.parametrize("draws", [2, pytest.param(6, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("draws", [1, pytest.param(8, marks=pytest.mark.slow)])
 def test_splits_agree_with_one_program_per_tile(draws):
     given_splits = given(
         seed=st.integers(0, 2**32 - 1),

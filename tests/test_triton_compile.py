@@ -73,6 +73,7 @@ def result_of(process: Process) -> Any:
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_sizes_do_not_need_another_kernel():
     case = Case("fprop", "sm_90", (32, 32))
     cases = [case, case._replace(batch=65, height=30), case._replace(batch=63, height=27)]

@@ -96,7 +96,9 @@ def test_no_other_backend_would_be_faster(gpu, density):
         for blocksize in structures(layer):
             found = plan_of(layer, blocksize, density, gpu)
             assert all(product.estimate.bound in BOUNDS for product in found.products.values())
-            assert all(p.estimate.seconds < p.dense.seconds + 4e-6 for p in found.products.values())
+            # The weight is written, the stored blocks are read, and for the gradient the other way.
+            moved = 2 * layer.weights * (1 + 2 * density) / (0.7 * gpus.named(gpu, "").memory)
+            assert all(p.estimate.seconds < p.dense.seconds + 2e-6 + moved for p in found.products.values())
             for name in ("torch", "triton", "cupy"):
                 try:
                     other = plan_of(layer, blocksize, density, gpu, backend=name)

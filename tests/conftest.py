@@ -32,6 +32,7 @@ from blocksparse.kernels import cupy_conv
 from emulator import Emulator
 
 torch.set_num_threads(1)
+sys.setrecursionlimit(max(sys.getrecursionlimit(), 2000))  # as PyTorch's compiler does when it first runs
 if not torch.cuda.is_available():
     cupy_conv.runtime = Emulator()
 

@@ -23,7 +23,7 @@ HALF = (torch.float16, torch.bfloat16)
 def share(runner: tuple[str, str], part: int) -> settings:
     """Triton's interpreter takes milliseconds a tile; on a GPU, and under g++, a new case compiles for a second."""
     default = settings.get_profile(settings.get_current_profile_name()).max_examples
-    draws = {"cpu": default // 2, "cuda": default // 5}[runner[1]] if runner in TILED else default * 3
+    draws = {"cpu": default // 3, "cuda": default // 5}[runner[1]] if runner in TILED else default * 3
     if runner[0] == "cpu" and part == 1:  # planes, units, rows in place, transpositions: many ways through its source
         draws *= 8
     if part > 1 and runner == ("cupy", "cpu"):

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,9 @@ from bench.shared import machine, options
 from bench.shared.clocks import Lap, Rounds, interleave, make_step_clock
 from bench.shared.equal import NETWORK_ALLOWED, network_error
 from bench.shared.memory import make_memory
+from bench.shared.parts import measure_parts
 from bench.shared.results import Writer
-from bench.shared.rows import ABSENT, ERROR, FAIL, OK, REFUSED, Row, Times, ratio
-from bench.shared.schedule import Schedule
+from bench.shared.rows import ERROR, FAIL, REFUSED, Row, Times, ratio
 from bench.shared.tables import number, percentiles, table
 from blocksparse import BSRConv2d, BSRLinear
 from hrbp.training.optimizer import training_bytes
@@ -123,28 +124,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         machine.set_up_gpu(args.device, tf32=True)
     facts = machine.describe(args.device)
     print(f"{facts['device']}, {facts['threads']} threads; torch {facts['torch']}; {args.dtype}", flush=True)
-    rows: list[StepRow] = []
-    writer, finished = Writer("step", args, facts), False
-    schedule = Schedule([1.0] * len(args.network), begin + args.seconds, fixed=False)
-    try:
-        for at, name in enumerate(args.network):
-            schedule.start(at, name)
-            new: list[StepRow] = []
-            try:
-                measure_network(NETWORKS[name], args, schedule.deadline(at), new)
-            finally:  # interrupted: what was measured so far counts
-                for row in new:
-                    if row.status == OK and row.times is None:
-                        row.fail(ABSENT, "interrupted before it was timed")
-                rows += new
-                schedule.clear()
-                if new:
-                    print("\n".join(lines(new)), flush=True)
-                writer.write(rows, complete=False)  # a run that is killed keeps what it has
-        finished = True
-    except KeyboardInterrupt:
-        print("\ninterrupted", flush=True)
-    writer.write(rows, finished)
+    writer = Writer("step", args, facts)
+    parts = [(name, partial(measure_network, NETWORKS[name], args)) for name in args.network]
+    rows, finished = measure_parts(parts, begin + args.seconds, writer, lines)
     if not finished:
         return 130
     return 1 if any(row.status in (FAIL, ERROR) for row in rows) or not rows else 0

@@ -25,9 +25,9 @@ from bench.layers.patterns import Blocksize, Structure, build, parse_blocksize
 from bench.layers.rows import KINDS
 from bench.shared import machine, options
 from bench.shared.clocks import Lap, Rounds, interleave, make_clock
+from bench.shared.parts import measure_parts
 from bench.shared.results import Writer
-from bench.shared.rows import ABSENT, ERROR, FAIL, OK, REFUSED, Row, Times
-from bench.shared.schedule import Schedule
+from bench.shared.rows import ERROR, FAIL, REFUSED, Row, Times
 from bench.shared.tables import number, table
 from blocksparse.backends import Work, named
 from blocksparse.index import layout_of, unpack
@@ -80,25 +80,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         machine.set_up_gpu(args.device, tf32=False)
     facts = machine.describe(args.device)
     print(f"{facts['device']}; torch {facts['torch']}, triton {facts['triton']}", flush=True)
-    writer, rows, finished = Writer("sweep", args, facts, "layers", "blocks"), list[TileRow](), False
-    work = list(itertools.product(args.layers, args.blocks, args.kind))
-    schedule = Schedule([1.0] * len(work), time.perf_counter() + args.seconds, fixed=False)
-    try:
-        for at, (layer, block, kind) in enumerate(work):
-            schedule.start(at, f"{layer.full_name} {block} {kind}")
-            new: list[TileRow] = []
-            try:
-                measure(layer, block, kind, args, schedule.deadline(at), new)
-            finally:
-                rows += new
-                schedule.clear()
-                if new:
-                    print("\n".join(lines(new)), flush=True)
-                writer.write(rows, complete=False)
-        finished = True
-    except KeyboardInterrupt:
-        print("\ninterrupted", flush=True)
-    writer.write(rows, finished)
+    writer = Writer("sweep", args, facts, "layers", "blocks")
+    parts = [
+        (f"{layer.full_name} {block} {kind}", partial(measure, layer, block, kind, args))
+        for layer, block, kind in itertools.product(args.layers, args.blocks, args.kind)
+    ]
+    rows, finished = measure_parts(parts, time.perf_counter() + args.seconds, writer, lines)
     if not finished:
         return 130
     return 1 if any(row.status == FAIL for row in rows) or not any(row.times for row in rows) else 0
@@ -230,8 +217,6 @@ def measure(
         for at, row in enumerate(rows):
             if laps.get(at):
                 row.times = Times.of(laps[at])
-            elif row.status == OK:
-                row.fail(ABSENT, "interrupted before it was timed")
 
 
 def lost(laps: Mapping[int, list[Lap]]) -> set[int]:

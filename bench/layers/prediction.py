@@ -12,8 +12,8 @@ import torch
 import blocksparse as bs
 from bench.layers.networks import CHOSEN, Layer
 from bench.layers.patterns import Blocksize, Structure, build
-from bench.layers.rows import KINDS, TOTAL
-from bench.shared.rows import OK, REFUSED, Row, ratio
+from bench.layers.rows import KINDS, TOTAL, PatternRow
+from bench.shared.rows import OK, REFUSED, ratio
 from bench.shared.tables import NONE, number
 from blocksparse.kernels import gpu_cost, gpus
 from blocksparse.plan import plan_on
@@ -21,27 +21,11 @@ from hrbp.columns import columns
 
 
 @dataclass(kw_only=True)
-class PredictedRow(Row):
-    """One product of a layer on one pattern, or the three of them (kind "total"), as predicted; it has no times."""
+class PredictedRow(PatternRow):
+    """As predicted; it has no times."""
 
-    net: str
-    layer: str
-    geometry: str
-    count: int
-    shape: tuple[int, int, int, int]
-    x_shape: tuple[int, int, int, int]
-    stride: int
-    structure: str
-    blocksize_asked: str
-    sparsity_asked: float
-    backend_asked: str
     gpu: str
-    kind: str
     predicted: bool = True
-    blocksize: tuple[int, int] | None = None
-    nnzb: int | None = None
-    density: float | None = None
-    backend: str | None = None
     tile: str | None = None
     seconds: float | None = None
     bound: str | None = None

@@ -17,8 +17,8 @@ BASELINES = ("dense", "grouped", "torch_bsr", "narrow")
 
 
 @dataclass(kw_only=True)
-class LayerRow(Row):
-    """The library on one pattern of a layer, and what it is compared with. Facts of a pattern that is refused: None."""
+class PatternRow(Row):
+    """One product of a layer on one pattern, or the three of them. Facts of a pattern that is refused: None."""
 
     net: str
     layer: str
@@ -27,17 +27,23 @@ class LayerRow(Row):
     shape: tuple[int, int, int, int]
     x_shape: tuple[int, int, int, int]
     stride: int
-    padding: tuple[int, int]
     structure: str
     blocksize_asked: str
     sparsity_asked: float
     backend_asked: str
     kind: str
-    baselines: dict[str, Row] = field(default_factory=dict)
     blocksize: tuple[int, int] | None = None
     nnzb: int | None = None
     density: float | None = None
     backend: str | None = None
+
+
+@dataclass(kw_only=True)
+class LayerRow(PatternRow):
+    """The library on one pattern of a layer, and what it is compared with."""
+
+    padding: tuple[int, int]
+    baselines: dict[str, Row] = field(default_factory=dict)
     plan: str | None = None
     useful_flops: int | None = None  # of this kind, on the stored blocks alone
     least_bytes: int | None = None  # that must move, see least_bytes()

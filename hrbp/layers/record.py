@@ -14,15 +14,20 @@ from .stored import take_masks
 
 
 class Lineage:
-    """Which model a model is a deep copy of, and which copies it has: averages of its weights are found by that."""
+    """Which model a model is a deep copy of, and which copies it has: averages of its weights are found by that.
+
+    made: how many copies were ever made; who has looked at them looks again when it grows.
+    """
 
     def __init__(self, parent: Lineage | None = None) -> None:
         self.parent = parent
         self.copies: weakref.WeakSet[Lineage] = weakref.WeakSet()
+        self.made = 0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Lineage:
         child = Lineage(self)
         self.copies.add(child)
+        self.made += 1
         return child
 
     def __reduce__(self) -> Any:  # in a file nothing is a copy of anything

@@ -152,7 +152,7 @@ class Evolver:
         self._state: dict[str, Any] = {}
         self._overdue = False
         self._dense: DenseGradients | None = None
-        self._followed = False
+        self._copies_seen = 0
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         self.layers = {name: layer for name, layer in sparse_layers(model).items() if id(layer.parameter) in held}
         if not self.layers:
@@ -185,9 +185,9 @@ class Evolver:
     def step(self) -> Update | None:
         """Call after every optimizer.step(), before gradients are cleared; changes the masks when it is time to."""
         self.steps += 1
-        if not self._followed and self._method.changes and not self._method.follows_weight:
+        if self._copies_seen != self.record.lineage.made and self._method.changes and not self._method.follows_weight:
+            self._copies_seen = self.record.lineage.made
             averages.follow(self.model, self.ema)
-            self._followed = True
         try:
             return self._update() if self._is_due(self.steps) else None
         finally:
@@ -210,7 +210,7 @@ class Evolver:
         self.steps, self._overdue, self._initial = int(state["steps"]), bool(state["overdue"]), float(state["initial"])
         self._drift.first, self._drift.last = dict(state["first"]), dict(state["last"])
         self._state = dict(state.get("own", {}))
-        self._followed = False
+        self._copies_seen = 0
         position = {"the step of the state": str(self.steps), "an update that is due": str(self._overdue)}
         who, remedy = "Evolver.load_state_dict()", "; load the same state everywhere"
         require_same(lambda: position | facts(self.record, self.layers), who, remedy)
@@ -292,7 +292,6 @@ class Evolver:
             who,
             remedy,
         )
-        averages.follow(self.model, self.ema)
         in_place = True
         copies = [sparse_layers(model) for model in self.ema]
         for name, selection in selections.items():

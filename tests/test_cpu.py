@@ -98,6 +98,7 @@ def test_a_compiler_that_fails_is_quoted(monkeypatch, tmp_path):
     assert cpu_build.library.__wrapped__("float") == f"{broken} does not compile it: error: no room for vectors"
 
 
+@pytest.mark.slow
 def test_a_compiler_without_openmp_is_told_and_counted_as_one_thread(monkeypatch, tmp_path):
     partial = tmp_path / "c++"
     partial.write_text(

@@ -65,7 +65,7 @@ os._exit(0)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
-@pytest.mark.parametrize("forks", [30, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("forks", [8, pytest.param(100, marks=pytest.mark.slow)])
 def test_a_fork_beside_a_thread_that_is_planning(forks):
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", FORKS, str(forks)]

@@ -113,8 +113,14 @@ def test_only_what_a_gradient_needs_is_kept_alive():
 # ---------------------------------------------------------------- torch.compile
 
 
-@pytest.mark.parametrize("runner", RUNNERS, ids="-".join)
-@pytest.mark.parametrize("layout", FORMATS, ids=str)
+@pytest.mark.parametrize(
+    ("runner", "layout"),
+    [
+        pytest.param(r, f, marks=pytest.mark.slow if r == ("triton", "cpu") and i == 0 else [], id=f"{f}-{'-'.join(r)}")
+        for r in RUNNERS
+        for i, f in enumerate(FORMATS)
+    ],
+)
 def test_compile_without_breaks_or_recompiles(runner, layout):
     backend, device = runner
     counter = CompileCounterWithBackend("aot_eager")

@@ -104,6 +104,7 @@ def test_no_fork_beside_threads():
         thread.join()
 
 
+@pytest.mark.slow
 def test_pieces_run_whatever_number_of_threads_is_asked_for(monkeypatch):
     """PyTorch's threads live in the process that forks where a variable lets them: its children would wait for them."""
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):

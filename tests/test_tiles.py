@@ -317,7 +317,7 @@ def test_groups_of_splits(splits):
         pytest.param(
             blocksize,
             spoilt,
-            marks=pytest.mark.slow if blocksize != (8, 8) and (i or blocksize[0] > 32) else [],
+            marks=pytest.mark.slow if blocksize != (8, 8) else [],
             id=f"{blocksize}-{spoilt}",
         )
         for blocksize in ((8, 8), (32, 16), (64, 8), (16, 32))

@@ -41,11 +41,12 @@ def follow(model: nn.Module, known: Collection[nn.Module]) -> None:
     record = record_of(model)
     assert record is not None
     ours = {id(unwrapped(average)) for average in known}
-    for found in gc.get_objects():
-        # The type, as `isinstance` asks proxies for their class, and some act on that.
-        if not issubclass(type(found), AveragedModel) or id(unwrapped(found)) in ours:
-            continue
-        if any(lineage.parent is record.lineage for lineage in _lineages(found)):
+    kinds = {AveragedModel}
+    while more := {kind for above in kinds for kind in above.__subclasses__()} - kinds:
+        kinds |= more
+    # The type, as `isinstance` asks proxies for their class, and some act on that.
+    for found in [thing for thing in gc.get_objects() if type(thing) in kinds]:
+        if id(unwrapped(found)) not in ours and any(lineage.parent is record.lineage for lineage in _lineages(found)):
             found.update_parameters = types.MethodType(update_parameters, found)
 
 

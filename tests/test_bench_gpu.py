@@ -168,7 +168,7 @@ def test_a_process_past_its_limit_is_stopped_and_its_result_kept(parallel, tmp_p
         return real([dataclasses.replace(each, end=0.0) for each in started], *more)
 
     monkeypatch.setattr(running, "finish", finish_late)
-    monkeypatch.setattr(running, "PATIENCE", 60.0)
+    monkeypatch.setattr(running, "PATIENCE", 600.0)
     found = run_one(
         jobs.Stage("launch", 1.0, [writes_then_sleeps(tmp_path, name) for name in names], parallel), tmp_path
     )

@@ -9,18 +9,22 @@ y = sparse(torch.randn(8, 256, 14, 14))
 """
 
 from . import reference
+from .bsr_module import BSRModule
 from .carry import OptimizerTensor, optimizer_tensors
-from .functional import conv2d, conv2d_dgrad, conv2d_wgrad, linear
-from .geometry import ConvGeometry
+from .conv1d import BSRConv1d
+from .functional import conv1d, conv2d, conv2d_dgrad, conv2d_wgrad, linear
+from .geometry import ConvGeometry, bank_shape
 from .indexed import IndexedModule
-from .modules import BSRConv2d, BSRLinear, symmetric_padding
+from .modules import BSRConv2d, BSRLinear, image_conv, symmetric_padding
 from .pattern import BSRPattern
 from .plan import ConvPlan, available_backends, explain
 from .version import __version__
 
 __all__ = [
+    "BSRConv1d",
     "BSRConv2d",
     "BSRLinear",
+    "BSRModule",
     "BSRPattern",
     "ConvGeometry",
     "ConvPlan",
@@ -28,10 +32,13 @@ __all__ = [
     "OptimizerTensor",
     "__version__",
     "available_backends",
+    "bank_shape",
+    "conv1d",
     "conv2d",
     "conv2d_dgrad",
     "conv2d_wgrad",
     "explain",
+    "image_conv",
     "linear",
     "optimizer_tensors",
     "reference",

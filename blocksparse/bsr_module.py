@@ -1,4 +1,4 @@
-"""What BSRConv2d and BSRLinear share: values, bias and an index, and how they change, move, are saved and loaded."""
+"""What all layers on stored blocks share: values, bias and index, and how they change, move, are saved and loaded."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .carry import Carrier, expect_untold, ordinary_tensors, tensors_of_blocks, written
 from .dense_view import HOW, read_only
+from .geometry import bank_shape
 from .indexed import IndexedModule
 from .pattern import BSRPattern, check_is_pattern
 from .pattern_checks import integers
@@ -19,7 +20,9 @@ SAVED = ("indptr", "indices", "row_order", "weight_shape")  # what a state_dict 
 
 
 class BSRModule(IndexedModule):
-    """What the two modules share: values, bias, an index buffer of their own, and how all three change together.
+    """A layer that stores blocks: BSRConv2d, BSRConv1d or BSRLinear.
+
+    It has values, a bias, an index buffer of its own, and changes all three together.
 
     `index` is this module's copy of the pattern's packed tables. A new pattern of equal nnzb is written into it, into
     `values`, `values.grad` and the optimizer's state in place, so that compiled code and CUDA graphs stay valid.
@@ -80,13 +83,46 @@ class BSRModule(IndexedModule):
 
     def _dense_weight(self) -> Tensor:
         nnzb, bk, bc = self.values.shape
-        return BSRPattern.from_index(self.weight_shape, (bk, bc), nnzb, self.index).to_dense(self.values)
+        pattern = BSRPattern.from_index(self.weight_shape, (bk, bc), nnzb, self.index)
+        return pattern.to_dense(self.values).view(self.dense_shape)
+
+    @property
+    def dense_shape(self) -> tuple[int, ...]:
+        """The shape of the weight of the dense layer that computes the same."""
+        return self.weight_shape
 
     @property
     def pattern(self) -> BSRPattern:
         """The pattern this module runs now (a copy: writing to neither touches the other)."""
         nnzb, bk, bc = self.values.shape
         return BSRPattern.from_index(self.weight_shape, (bk, bc), nnzb, self.index.clone())
+
+    # ------------------------------------------------------------------ the dense layer that computes the same
+
+    def to_dense(self) -> Any:
+        """A plain layer that computes the same, with zeros outside the pattern."""
+        raise NotImplementedError
+
+    def _take(self, dense: Any, pattern: BSRPattern) -> None:
+        """The weights of a dense layer that the pattern stores, its bias, and its mode."""
+        weight = dense.weight.reshape(bank_shape(dense.weight.shape))
+        with torch.no_grad():
+            self.values.copy_(pattern.to(weight.device).values_from_dense(weight))
+            if self.bias is not None and dense.bias is not None:
+                self.bias.copy_(dense.bias)
+                self.bias.requires_grad_(dense.bias.requires_grad)
+        self.values.requires_grad_(dense.weight.requires_grad)
+        self.train(dense.training)
+
+    def _give(self, dense: Any) -> Any:
+        """A dense layer of the same sizes, with this one's weights, bias and mode."""
+        with torch.no_grad():
+            dense.weight.copy_(self.pattern.to_dense(self.values.detach()).view(self.dense_shape))
+            if self.bias is not None:
+                dense.bias.copy_(self.bias)
+                dense.bias.requires_grad_(self.bias.requires_grad)
+        dense.weight.requires_grad_(self.values.requires_grad)
+        return dense.train(self.training)
 
     # ------------------------------------------------------------------ a new pattern
 

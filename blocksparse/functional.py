@@ -1,4 +1,4 @@
-"""conv2d, linear and the two gradients: what users call, on a BSRPattern."""
+"""conv2d, conv1d, linear and the two gradients: what users call, on a BSRPattern."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from .geometry import conv_pairs
+from .geometry import conv_pairs, line_pairs
 from .layout import is_channels_last
 from .ops import DGRAD, WGRAD, convolve
 from .pattern import BSRPattern, check_is_pattern
@@ -160,3 +160,70 @@ def apply_linear(
     pixels = x.reshape(-1, 1, 1, c).permute(0, 3, 1, 2)
     y = convolve(pixels, values, index, bias, weight_shape, (1, 1), (0, 0), (1, 1), backend)
     return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], k)
+
+
+def conv1d(
+    x: Tensor,
+    values: Tensor,
+    pattern: BSRPattern,
+    bias: Tensor | None = None,
+    stride: IntPair = 1,
+    padding: IntPair | str = 0,
+    dilation: IntPair = 1,
+    *,
+    residual: Tensor | None = None,
+    relu: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """Convolution along a line whose weight [K, C, S] is stored as blocks: conv2d on images of height 1, views of x.
+
+    Args:
+        x: [N, C, L], or one line [C, L].
+        values: [nnzb, bk, bc].
+        pattern: its shape is (K, C, 1, S).
+        bias: [K] or None.
+        stride, padding, dilation: int. The padding may be "valid", or "same" where that is the same on both sides.
+        residual, relu, backend: as in conv2d; the residual is [N, K, Q].
+
+    Returns:
+        y [N, K, Q] or [K, Q], its channels side by side in memory where those of x are. Differentiable once in x,
+        values, bias and residual.
+
+    Equivalent to: F.conv1d(x, pattern.to_dense(values)[:, :, 0], bias, stride, padding, dilation)
+    """
+    check_is_pattern(pattern, "conv1d()")
+    pattern.check_values(values, "conv1d()")
+    return apply_conv1d(
+        x, values, pattern.index, bias, pattern.shape,
+        *line_pairs(stride, padding, dilation, "conv1d()", pattern.shape), backend, residual, relu,
+    )  # fmt: skip
+
+
+def apply_conv1d(
+    x: Tensor,
+    values: Tensor,
+    index: Tensor,
+    bias: Tensor | None,
+    weight_shape: tuple[int, int, int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    backend: str | None,
+    residual: Tensor | None = None,
+    relu: bool = False,
+) -> Tensor:
+    """conv1d on a packed index; stride, padding and dilation are those of images of height 1."""
+    check_strided(x, "x", "conv1d()")
+    k, c, r, _ = weight_shape
+    if r != 1:
+        raise ValueError(f"conv1d(): the pattern has shape {tuple(weight_shape)}; it needs (K, C, 1, S)")
+    if x.dim() not in (2, 3) or x.shape[-2] != c:
+        raise ValueError(f"conv1d(): x has shape {tuple(x.shape)}; it needs [N, C, L] or [C, L] with C = {c}")
+    if residual is not None:
+        check_strided(residual, "residual", "conv1d()")
+        if residual.shape[:-1] != (*x.shape[:-2], k):
+            needed = "[N, K, Q]" if x.dim() == 3 else "[K, Q]"
+            raise ValueError(f"conv1d(): residual has shape {tuple(residual.shape)}; it needs {needed}, that of y")
+        residual = residual.unsqueeze(-2)
+    y = convolve(x.unsqueeze(-2), values, index, bias, weight_shape, stride, padding, dilation, backend, residual, relu)
+    return y.squeeze(-2)

@@ -4,9 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 KINDS = ("fprop", "dgrad", "wgrad")  # the products: y, dx and dvalues
 Pair = tuple[int, int]
+
+
+def bank_shape(shape: Sequence[int]) -> tuple[int, int, int, int]:
+    """(K, C, R, S) of the filter bank that a dense layer's weight is.
+
+    [K, C, R, S] of nn.Conv2d is one as it stands; [K, C, S] of nn.Conv1d is (K, C, 1, S), whose images have a height of
+    1, and [K, C] of nn.Linear is (K, C, 1, 1). In memory all are the same: weight.view(bank_shape(weight.shape)).
+    """
+    if len(shape) not in (2, 3, 4):
+        raise ValueError(f"bank_shape(): the shape is {tuple(shape)}; it needs [K, C, R, S], [K, C, S] or [K, C]")
+    k, c, *kernel = shape
+    r, s = (1, 1, *kernel)[-2:]
+    return k, c, r, s
 
 
 def pair(value: int | Sequence[int], name: str, who: str, least: int) -> Pair:
@@ -29,11 +43,12 @@ def conv_pairs(
     if isinstance(padding, str) and weight_shape:
         if padding == "same" and steps != (1, 1):
             raise ValueError(f"{who}: padding 'same' needs stride 1; stride is {stride!r}. Give the padding in numbers")
-        return steps, named_padding(padding, weight_shape[2:], spread, who), spread
+        rows, columns = named_padding(padding, weight_shape[2:], spread, who)
+        return steps, (rows, columns), spread
     return steps, pair(padding, "padding", who, 0), spread  # type: ignore[arg-type]  # a name: refused
 
 
-def named_padding(name: str, kernel_size: Sequence[int], dilation: Sequence[int], who: str) -> Pair:
+def named_padding(name: str, kernel_size: Sequence[int], dilation: Sequence[int], who: str) -> tuple[int, ...]:
     """What padding "same" or "valid" is in numbers; ValueError where "same" pads one cell more at the end."""
     if name not in ("same", "valid"):
         raise ValueError(f"{who}: padding is {name!r}; it needs 'same', 'valid', an int or two of them (height, width)")
@@ -43,7 +58,32 @@ def named_padding(name: str, kernel_size: Sequence[int], dilation: Sequence[int]
             f"{who}: padding 'same' of kernel {tuple(kernel_size)} at dilation {tuple(dilation)} is not symmetric;"
             " pad the input yourself and use padding 0"
         )
-    return total[0] // 2, total[1] // 2
+    return tuple(t // 2 for t in total)
+
+
+def line_pairs(
+    stride: int | Sequence[int],
+    padding: int | str | Sequence[int],
+    dilation: int | Sequence[int],
+    who: str,
+    weight_shape: Sequence[int] = (),
+) -> tuple[Pair, Pair, Pair]:
+    """conv_pairs of a convolution along a line, whose image has a height of 1: stride, padding, dilation are one int.
+
+    weight_shape: (K, C, 1, S).
+    """
+    given: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation}
+    for name, value in given.items():
+        one = value[0] if isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 1 else value
+        number = isinstance(one, int) and not isinstance(one, bool) and one >= (name != "padding")
+        if not number and not (name == "padding" and isinstance(one, str)):
+            or_name = ", 'same' or 'valid'" if name == "padding" else ""
+            raise ValueError(f"{who}: {name} is {value!r}; it needs an int >= {int(name != 'padding')}{or_name}")
+        given[name] = one
+    pad = given["padding"]
+    return conv_pairs(
+        (1, given["stride"]), pad if isinstance(pad, str) else (0, pad), (1, given["dilation"]), who, weight_shape
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,7 @@ def densities(
 
     - "uniform": density = x.
     - "erk": density = min(1, x * (K + C + R + S) / n): the number kept grows with the sides of a layer, not with its
-      volume. A layer of shape [K, C] has (K + C) / n.
+      volume. A layer of shape [K, C] has (K + C) / n, one of [K, C, S] (K + C + S) / n.
     - "global": the cells with the highest scores over all layers. Cells that tie with the last one kept (zeros,
       often) share what is left to keep in proportion to their number in each layer, so the order of the layers
       decides nothing. A layer may be left with nothing.
@@ -39,7 +39,7 @@ def densities(
     x, only those of them that bring the sum nearer.
 
     Args:
-        shapes: layer name -> weight shape, [K, C, R, S] or [K, C].
+        shapes: layer name -> weight shape, [K, C, R, S], [K, C, S] or [K, C].
         sparsity: the share of all cells together that is dropped, in [0, 1). 0 keeps every layer dense, without asking
             `realise`.
         distribution: "uniform", "erk" or "global".
@@ -211,9 +211,9 @@ def _realised(
 
 
 def _cells(name: str, shape: Sequence[int], who: str) -> int:
-    if len(shape) not in (2, 4) or not all(isinstance(n, int) and n > 0 for n in shape):
+    if len(shape) not in (2, 3, 4) or not all(isinstance(n, int) and n > 0 for n in shape):
         raise ValueError(
-            f"{who}: layer {name!r} has shape {tuple(shape)}; it needs [K, C, R, S] or [K, C], integers >= 1"
+            f"{who}: layer {name!r} has shape {tuple(shape)}; it needs [K, C, R, S], [K, C, S] or [K, C], integers >= 1"
         )
     return math.prod(shape)
 

@@ -14,7 +14,7 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 from torch.nn.parameter import is_lazy
 
-from blocksparse import BSRConv2d, BSRLinear
+from blocksparse import BSRModule
 
 from .arguments import any_case, check_sparsity
 from .wrappers import copied
@@ -61,8 +61,9 @@ def saliency(
 
     Args:
         model: any module.
-        names: modules of `model` with a `weight` (Conv2d, Linear), or with stored blocks, as in named_modules(). Of
-            these the weights that are stored count, and all others are 0; they are scored on a dense copy of the model.
+        names: modules of `model` with a `weight` (Conv2d, Conv1d, Linear), or with stored blocks, as in
+            named_modules(). Of these the weights that are stored count, and all others are 0; they are scored on a
+            dense copy of the model.
         method: one of the above.
         batch: (inputs, targets), or an iterable of such pairs (needed where inputs is a tuple or list), for all but
             "random" and "magnitude". Tensors are moved to the weights' device, floating-point ones to their dtype.
@@ -115,14 +116,14 @@ def saliency(
 
 def _plain(model: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:
     """A model whose layers of stored blocks are dense, and name -> their mask; itself where it has none."""
-    if not any(isinstance(module, BSRConv2d | BSRLinear) for module in model.modules()):
+    if not any(isinstance(module, BSRModule) for module in model.modules()):
         return model, {}
     model, masks = copied(model), {}
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     made: dict[nn.Module, Any] = {}  # one for each, also of those with several names
     with torch.random.fork_rng(devices):  # a layer draws weights when it is made
         for name, module in list(model.named_modules(remove_duplicate=False)):
-            if isinstance(module, BSRConv2d | BSRLinear):
+            if isinstance(module, BSRModule):
                 dense = made[module] = made[module] if module in made else module.to_dense()
                 masks[name] = module.pattern.to_mask().view(dense.weight.shape)
                 parent, _, own = name.rpartition(".")
@@ -151,7 +152,7 @@ def _weights(model: nn.Module, names: Sequence[str], who: str) -> dict[str, nn.P
         if weight is None or not weight.is_floating_point():
             raise ValueError(
                 f"{who}: module {name!r} is a {type(modules[name]).__name__} without a floating-point parameter"
-                " 'weight'; it needs a Conv2d or Linear (remove parametrizations first)"
+                " 'weight'; it needs a Conv2d, Conv1d or Linear (remove parametrizations first)"
             )
         weights[name] = weight
     return weights

@@ -233,8 +233,11 @@ TWO = {"a": (4, 4), "b": (2, 3, 3, 3)}
     ("call", "message"),
     [
         (lambda: densities({}, 0.5), "shapes is empty; it needs at least one layer"),
-        (lambda: densities({"a": (4, 0)}, 0.5), r"layer 'a' has shape \(4, 0\); it needs \[K, C, R, S\] or \[K, C\]"),
-        (lambda: densities({"a": (4, 4, 3)}, 0.5), r"layer 'a' has shape \(4, 4, 3\)"),
+        (
+            lambda: densities({"a": (4, 0)}, 0.5),
+            r"layer 'a' has shape \(4, 0\); it needs \[K, C, R, S\], \[K, C, S\] or",
+        ),
+        (lambda: densities({"a": (4, 4, 3, 3, 3)}, 0.5), r"layer 'a' has shape \(4, 4, 3, 3, 3\)"),
         (lambda: densities({"a": (4, 2.5)}, 0.5), "integers >= 1"),
         (lambda: densities(TWO, 1.0), r"densities\(\): sparsity is 1.0; it needs a number in \[0, 1\)"),
         (lambda: densities(TWO, -0.1), "sparsity is -0.1"),

@@ -89,9 +89,23 @@ ALLOWED = {
     "dense_view": set(),
     "indexed": set(),
     "version": set(),
-    "bsr_module": {"carry", "dense_view", "indexed", "pattern", "pattern_checks"},
-    "modules": {"bsr_module", "carry", "functional", "geometry", "pattern"},
-    "__init__": {"carry", "reference", "functional", "geometry", "indexed", "modules", "pattern", "plan", "version"},
+    "bsr_module": {"carry", "dense_view", "geometry", "indexed", "pattern", "pattern_checks"},
+    "bsr_conv": {"bsr_module", "carry", "geometry", "pattern"},
+    "modules": {"bsr_conv", "bsr_module", "carry", "functional", "geometry", "pattern"},
+    "conv1d": {"bsr_conv", "functional", "geometry", "pattern"},
+    "__init__": {
+        "bsr_module",
+        "carry",
+        "conv1d",
+        "reference",
+        "functional",
+        "geometry",
+        "indexed",
+        "modules",
+        "pattern",
+        "plan",
+        "version",
+    },
 }
 
 # The rooms of hrbp and the files in each, in order: a file imports files before it, never a room as a whole.

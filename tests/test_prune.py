@@ -212,7 +212,7 @@ def test_iterative_pruning_and_hooks_of_others(net, x):
 
 def test_refusals_leave_the_model_untouched(net, x):
     before = list(net.state_dict())
-    with pytest.raises(ValueError, match=r"from_prune\(\): no Conv2d or Linear has a mask .*nothing is pruned"):
+    with pytest.raises(ValueError, match=r"from_prune\(\): no Conv2d, Conv1d or Linear has a mask .*nothing is pruned"):
         hrbp.from_prune(net)
     assert list(net.state_dict()) == before
     prune.l1_unstructured(net.split, "weight", 0.5)

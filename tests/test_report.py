@@ -435,7 +435,7 @@ def test_wrong_input_is_refused():
     mask = torch.ones(4, 4, 1, 1, dtype=torch.bool)
     with pytest.raises(TypeError, match=r"mask has dtype torch.float32; it needs torch.bool"):
         report_mask(mask.float())
-    with pytest.raises(ValueError, match=r"mask has shape \(4,\); it needs \[K, C, R, S\] or \[K, C\]"):
+    with pytest.raises(ValueError, match=r"mask has shape \(4,\); it needs \[K, C, R, S\], \[K, C, S\] or \[K, C\]"):
         report_mask(mask[:, 0, 0, 0])
     with pytest.raises(ValueError, match=r"score has shape \(4, 3, 1, 1\); it needs \(4, 4, 1, 1\)"):
         report_mask(mask, torch.ones(4, 3))

@@ -164,7 +164,9 @@ def test_include_and_exclude(net):
         "hrbp"
     )
     assert record_of(net).dense["wide"] == "excluded"
-    with pytest.raises(ValueError, match=r"sparsify\(\): 'nothing\*' matches no Conv2d or Linear; the model has stem"):
+    with pytest.raises(
+        ValueError, match=r"sparsify\(\): 'nothing\*' matches no Conv2d, Conv1d or Linear; the model has stem"
+    ):
         hrbp.sparsify(Net(), 0.8, include=["nothing*"])
 
 
@@ -330,16 +332,12 @@ def test_other_dtypes_and_channels_last(net, dtype):
     assert torch.allclose(net(x), twin(x), rtol=0.05, atol=0.02)
 
 
-def test_convolutions_that_are_no_conv2d_are_listed_with_their_reason():
-    model = nn.ModuleDict(
-        {"conv": nn.Conv2d(16, 16, 3), "line": nn.Conv1d(4, 4, 3), "cube": nn.Conv3d(4, 4, 3),
-         "up": nn.ConvTranspose2d(4, 4, 2)}
-    )  # fmt: skip
+def test_other_convolutions_are_listed_with_their_reason():
+    model = nn.ModuleDict({"conv": nn.Conv2d(16, 16, 3), "cube": nn.Conv3d(4, 4, 3), "up": nn.ConvTranspose2d(4, 4, 2)})
     hrbp.sparsify(model, 0.5, structure="unstructured", include=["conv"])
     text = str(hrbp.summary(model))
-    assert "line (a Conv1d: stored blocks are for Conv2d and Linear)" in text
-    assert "cube (a Conv3d: stored blocks are for Conv2d and Linear)" in text
-    assert "up (a ConvTranspose2d: stored blocks are for Conv2d and Linear; upsampling" in text
+    assert "cube (a Conv3d: stored blocks are for Conv2d, Conv1d or Linear)" in text
+    assert "up (a ConvTranspose2d: stored blocks are for Conv2d, Conv1d or Linear; upsampling" in text
 
 
 def test_hooks_of_a_layer_run_before_sparsify_after_it_and_after_densify():

@@ -407,9 +407,9 @@ def test_layers_are_filter_banks():
         "conv.weight": torch.ones(4, 3, 3, 3), "conv.bias": torch.ones(4), "fc.weight": torch.ones(5, 4),
         "bn.running_mean": torch.ones(4), "steps": torch.ones(2, 2, dtype=torch.int64), "raw": torch.ones(2, 2).half(),
         "conv1d.weight": torch.ones(2, 2, 3), "m.mask": torch.ones(2, 2, 1, 1, dtype=torch.bool),
-        "none.weight": torch.ones(0, 2),
+        "none.weight": torch.ones(0, 2), "stored.values": torch.ones(2, 2, 3),
     }  # fmt: skip
-    assert list(layers(tensors)) == ["conv", "fc", "raw", "m"]
+    assert list(layers(tensors)) == ["conv", "fc", "raw", "conv1d", "m"]
 
 
 def test_a_weight_beside_its_mask_is_left_to_the_mask():

@@ -16,6 +16,8 @@ from typing import Any
 
 from torch import Tensor
 
+from blocksparse import bank_shape
+
 from ..columns import columns
 from ..density import densities
 from ..formats.weights import layers, read_weights, write_groupings
@@ -159,7 +161,7 @@ def _chosen_layers(
     scores: dict[str, Tensor] = {}
     dense: dict[str, str] = {}
     for name, weight in found.items():
-        shape = tuple(weight.shape) if weight.dim() == 4 else (*weight.shape, 1, 1)
+        shape = bank_shape(weight.shape)
         if wanted is not None and not wanted.search(name):
             continue
         if wanted is None and shape[1] <= FEWEST_CHANNELS:

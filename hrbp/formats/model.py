@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from blocksparse import BSRLinear, BSRPattern
+from blocksparse import BSRPattern, bank_shape
 
 from .. import models
 from ..files import whole_file
@@ -53,8 +53,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     packed = {}
     for name, layer in sparse_layers(model).items():
         if not layer.master and packs(pattern := layer.module.pattern):
-            linear = isinstance(layer.module, BSRLinear)
-            packed[name] = pattern, list(layer.shape[: 2 if linear else 4])
+            packed[name] = pattern, list(layer.dense_shape)
     content = {
         "network": getattr(model, "_hrbp_network", None),
         "plan": plain_record(model),
@@ -167,7 +166,7 @@ def _make_sparse(model: nn.Module, state: Mapping[str, Tensor], record: Sparsity
             selection = _selection(record, state[key], state.get(f"{name}.row_order"))
             replace_module(model, layer, with_master(layer, selection))
             continue
-        shape = (*layer.weight.shape, 1, 1)[:4]
+        shape = bank_shape(layer.weight.shape)
         if part == "mask":  # of single weights that were packed, see packed.py
             if not was_masked(state, f"{name}.", shape):
                 raise ValueError(f"{name} has a mask, and no weight of the same shape")
@@ -187,5 +186,5 @@ def _make_sparse(model: nn.Module, state: Mapping[str, Tensor], record: Sparsity
 
 def _selection(record: SparsityRecord, mask: Tensor, row_order: Tensor | None) -> Selection:
     """As `sparsify` with a method made it, of a layer that has a mask of its own."""
-    shape = (*mask.shape, 1, 1)[:4]
+    shape = bank_shape(mask.shape)
     return Selection(mask.view(shape), record.structure.blocksize(shape), row_order)

@@ -45,7 +45,7 @@ def pack(state: Mapping[str, Tensor], layers: Mapping[str, tuple[BSRPattern, lis
 
     Args:
         state: of the model.
-        layers: name -> (pattern, shape [K, C, R, S] or [K, C] of the weight), of those that `packs` says.
+        layers: name -> (pattern, shape of the dense layer's weight), of those that `packs` says.
     """
     packed: dict[str, Tensor] = {}
     for key, t in state.items():

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from blocksparse import BSRPattern
+from blocksparse import BSRPattern, bank_shape
 
 from ..files import memory_bytes, whole_file
 from ..structures.grouping import Grouping
@@ -309,12 +309,15 @@ def weights_for(path: str | os.PathLike[str], model: nn.Module, who: str) -> dic
 def layers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The filter banks among a file's tensors: floating point or bool, [K, C, R, S] or [K, C], by layer name.
 
-    A weight that is stored beside its mask (NAME.weight and NAME.mask, or torch.nn.utils.prune's weight_orig and
-    weight_mask) is left to its mask.
+    [K, C, S], too, where the name ends in weight or mask: other tensors of three axes may be anything. A weight that is
+    stored beside its mask (NAME.weight and NAME.mask, or torch.nn.utils.prune's weight_orig and weight_mask) is left to
+    its mask.
     """
     found = {}
     for name, t in tensors.items():
-        if t.dim() not in (2, 4) or not t.numel() or not (t.is_floating_point() or t.dtype == torch.bool):
+        if t.dim() not in (2, 3, 4) or not t.numel() or not (t.is_floating_point() or t.dtype == torch.bool):
+            continue
+        if t.dim() == 3 and not name.endswith(("weight", "mask")):
             continue
         masks = name.removesuffix("weight") + "mask", name.removesuffix("_orig") + "_mask"
         if any(mask in tensors for mask in masks):
@@ -324,13 +327,13 @@ def layers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def sparse_names(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Layers that a BSRConv2d or BSRLinear saved."""
+    """Layers that a BSRModule saved."""
     ends = [name.removesuffix("indptr") for name in tensors if name == "indptr" or name.endswith(".indptr")]
     return [prefix.removesuffix(".") for prefix in ends if {prefix + "values", prefix + "indices"} <= tensors.keys()]
 
 
 def saved_shape(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...] | None:
-    """The shape (K, C, R, S) of a BSRConv2d's or BSRLinear's weight; None in files of older versions."""
+    """The shape (K, C, R, S) of a BSR layer's weight as a filter bank; None in files of older versions."""
     shape = tensors.get(f"{name}.weight_shape" if name else "weight_shape")
     if shape is None:
         return None
@@ -340,17 +343,17 @@ def saved_shape(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...] | N
 
 
 def sparse_layer(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...] | None = None) -> BSRPattern:
-    """The pattern that a BSRConv2d or BSRLinear of this name saved.
+    """The pattern that a BSRModule of this name saved.
 
     Args:
-        shape: of its weight, [K, C, R, S] or [K, C]; None: that in the file, which older files do not have.
+        shape: of its weight, [K, C, R, S], [K, C, S] or [K, C]; None: that in the file, which older files do not have.
 
     Raises:
         ValueError, TypeError: the file has another shape, or none and none is given; the saved index is none of such a
             filter bank.
     """
     prefix, saved = f"{name}." if name else "", saved_shape(tensors, name)
-    if saved is not None and shape is not None and saved != (*shape, 1, 1)[:4]:
+    if saved is not None and shape is not None and saved != bank_shape(shape):
         raise ValueError(f"{name}: the saved layer has a weight of shape {saved}; {tuple(shape)} was asked for")
     shape = saved or shape
     if shape is None:
@@ -359,7 +362,7 @@ def sparse_layer(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...
     if values.dim() != 3:
         raise ValueError(f"{prefix}values has shape {tuple(values.shape)}; it needs (nnzb, bk, bc)")
     order = tensors.get(prefix + "row_order")
-    shape = (*shape, 1, 1) if len(shape) == 2 else shape
+    shape = bank_shape(shape)
     try:
         pattern = BSRPattern(shape, values.shape[1:], tensors[prefix + "indptr"], tensors[prefix + "indices"], order)
     except (TypeError, ValueError) as error:

@@ -9,45 +9,55 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from blocksparse import BSRConv2d, ConvGeometry, conv2d
+from blocksparse import BSRConv1d, BSRConv2d, ConvGeometry, image_conv
 
 
-class FusedConv2d(BSRConv2d):
-    """BSRConv2d with the sum that followed it in a network: y = conv(x) + bias + residual, or the ReLU of that.
+class Fused:
+    """A convolution on stored blocks with the sum that followed it in a network: y = conv(x) + bias + residual.
 
-    A residual of y's shape and dtype is added before y leaves the cache. Others (one that is broadcast or of another
-    dtype, a number) are added afterwards, by PyTorch's rules for sums.
+    Or the ReLU of that. A residual of y's shape and dtype is added before y leaves the cache. Others (one that is
+    broadcast or of another dtype, a number) are added afterwards, by PyTorch's rules for sums.
     """
 
-    @classmethod
-    def of(cls, conv: BSRConv2d) -> FusedConv2d:
+    @staticmethod
+    def of(conv: Any) -> Any:
         """A module with the parameters and the pattern of `conv`."""
-        made = cls(
+        kind = FusedConv2d if isinstance(conv, BSRConv2d) else FusedConv1d
+        made = kind(
             conv.pattern, conv.stride, conv.padding, conv.dilation, conv.bias is not None,
             relu=conv.relu, backend=conv.backend, device=conv.values.device, dtype=conv.values.dtype,
         )  # fmt: skip
         made._parameters.update(conv._parameters)
         return made.train(conv.training)
 
-    def forward(self, input: Tensor, residual: Any = None) -> Tensor:
+    def forward(self: Any, input: Tensor, residual: Any = None) -> Tensor:
         if residual is None or self._fits(input, residual):
-            return super().forward(input, residual)
-        conv = self.stride, self.padding, self.dilation
-        y = conv2d(input, self.values, self.pattern, self.bias, *conv, backend=self.backend) + residual
+            return self.convolved(input, residual, self.relu)
+        y = self.convolved(input, None, False) + residual
         return y.relu() if self.relu else y
 
-    def _fits(self, x: Tensor, residual: Any) -> bool:
+    def _fits(self: Any, x: Tensor, residual: Any) -> bool:
         """Whether a residual is a tensor of the shape and dtype of the convolution's result."""
-        if not isinstance(residual, Tensor) or x.dim() != 4:
+        axes = len(self.stride)
+        if not isinstance(residual, Tensor) or x.dim() != 2 + axes:
             return False
-        conv = self.stride, self.padding, self.dilation
-        if tuple(residual.shape) != ConvGeometry.of(x.shape, self.weight_shape, *conv, "conv2d()").y_shape:
+        x_shape = (*x.shape[:2], *(1,) * (2 - axes), *x.shape[2:])  # of a line: an image of height 1
+        y_shape = ConvGeometry.of(x_shape, self.weight_shape, *image_conv(self), f"conv{axes}d()").y_shape
+        if tuple(residual.shape) != (*y_shape[:2], *y_shape[-axes:]):
             return False
         device = x.device.type
         dtype = x.dtype
         if device != "meta" and torch.is_autocast_enabled(device) and dtype != torch.float64:
             dtype = torch.get_autocast_dtype(device)
         return residual.dtype == dtype and residual.device == x.device
+
+
+class FusedConv2d(Fused, BSRConv2d):
+    """BSRConv2d with the sum that followed it."""
+
+
+class FusedConv1d(Fused, BSRConv1d):
+    """BSRConv1d with the sum that followed it."""
 
 
 class FusedModel(GraphModule):

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
-from torch.nn.grad import conv2d_weight
+from torch.nn.grad import conv1d_weight, conv2d_weight
 
 from .dense_conv import contiguous
 
-Conv = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # stride, padding, dilation
+Conv = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # stride, padding, dilation: a number for each axis
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -78,7 +78,8 @@ class _DenseGradientForward(_DenseGradient):
         if ctx.conv is None:
             dense = nn.functional.linear(x_, weight.to(x_.dtype))
         else:
-            dense = nn.functional.conv2d(x_, weight.to(x_.dtype), None, *ctx.conv)
+            convolve: Any = nn.functional.conv2d if weight.dim() == 4 else nn.functional.conv1d
+            dense = convolve(x_, weight.to(x_.dtype), None, *ctx.conv)
         return dense if y is None else y + dense
 
 
@@ -94,16 +95,16 @@ def dense_gradient(x: Tensor, dy: Tensor, shape: torch.Size | tuple[int, ...], c
     """dL/dW of all weights of a layer from its input and the gradient of its output; float32 at least.
 
     Args:
-        x: [N, C, H, W] or [C, H, W], or [..., C] of a linear layer.
-        dy: [N, K, P, Q] or [K, P, Q], or [..., K].
-        shape: of W: [K, C, R, S] or [K, C].
+        x: [N, C, H, W] or [C, H, W]; [N, C, L] or [C, L] along a line; [..., C] of a linear layer.
+        dy: [N, K, P, Q] or [K, P, Q]; [N, K, Q] or [K, Q]; [..., K].
+        shape: of W: [K, C, R, S]; [K, C, S]; [K, C].
         conv: stride, padding, dilation; None: a linear layer.
     """
     x = x.to(dy.dtype)
     if conv is None:
         grad = dy.flatten(0, -2).t() @ x.flatten(0, -2) if dy.dim() > 1 else torch.outer(dy, x)
     else:
-        if x.dim() == 3:  # an image without a batch
+        if x.dim() < len(shape):  # without a batch
             x, dy = x[None], dy[None]
         # In channels_last PyTorch refuses float64. On a CPU it gets strided 1x1 convolutions wrong there, if of few
         # channels, and in bfloat16 it reads beyond x.
@@ -111,5 +112,6 @@ def dense_gradient(x: Tensor, dy: Tensor, shape: torch.Size | tuple[int, ...], c
             wide = torch.promote_types(x.dtype, torch.float32)
             x, dy = contiguous(x.to(wide)), contiguous(dy.to(wide))
         stride, padding, dilation = conv
-        grad = conv2d_weight(x, shape, dy, stride, padding, dilation)
+        of_weight: Any = conv2d_weight if len(shape) == 4 else conv1d_weight
+        grad = of_weight(x, shape, dy, stride, padding, dilation)
     return grad.to(torch.promote_types(grad.dtype, torch.float32)).view(shape)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from blocksparse import BSRPattern, IndexedModule, conv2d, linear, symmetric_padding
+from blocksparse import BSRPattern, IndexedModule, bank_shape, conv1d, conv2d, linear, symmetric_padding
 
 from ..structures.base import Selection, Structure
 from .dense_conv import masked_conv
@@ -24,8 +24,8 @@ from .twin import twin
 CONFIGURATION = ("rule", "sparsity", "backend", "blocksize", "nnzb")  # attributes of a layer with a master weight
 
 
-class _Master(IndexedModule):
-    """The base of both layers: which part of the weight takes part, and how.
+class Master(IndexedModule):
+    """The base of these layers: which part of the weight takes part, and how.
 
     rule       the mask follows the weight: at any time it is what this structure keeps of |weight| at `sparsity`, and
                the layer computes with a masked copy of the weight; None: it is the buffer `mask`, until `set_selection`
@@ -46,9 +46,12 @@ class _Master(IndexedModule):
 
     @property
     def weight_shape(self) -> tuple[int, int, int, int]:
-        """(K, C, R, S); a linear layer has R = S = 1."""
-        k, c, r, s = (*self.weight.shape, 1, 1)[:4]
-        return k, c, r, s
+        """(K, C, R, S) of the weight as a filter bank."""
+        return bank_shape(self.weight.shape)
+
+    @property
+    def dense_shape(self) -> tuple[int, ...]:
+        return tuple(self.weight.shape)
 
     def live(self) -> Tensor:
         """The mask, bool [K, C, R, S]: which weights take part."""
@@ -107,7 +110,7 @@ class _Master(IndexedModule):
             return self._adopt(pattern)
 
     def to_dense(self) -> Any:
-        """A plain nn.Conv2d or nn.Linear that computes the same: its weight is new, zero where none takes part."""
+        """A plain layer that computes the same: its weight is new, zero where none takes part."""
         plain: Any = twin(self, PLAIN_OF[type(self)])
         for name in ("mask", "row_order", "index"):
             del plain._buffers[name]
@@ -236,10 +239,10 @@ class _Master(IndexedModule):
         return pattern
 
 
-class MasterConv2d(_Master, nn.Conv2d):  # type: ignore[misc]
+class MasterConv2d(Master, nn.Conv2d):  # type: ignore[misc]
     """nn.Conv2d that trains a dense weight and computes with the part E that is in its mask.
 
-    y = conv2d(x, E * weight, bias); dL/dweight is that of a dense layer: the gradient with respect to E * weight, not
+    y = conv(x, E * weight, bias); dL/dweight is that of a dense layer: the gradient with respect to E * weight, not
     masked (Bengio et al., Estimating or Propagating Gradients Through Stochastic Neurons, 2013).
 
     `with_master` makes one of a plain layer. Without a rule, y and dL/dx are computed on the stored blocks alone and
@@ -255,7 +258,19 @@ class MasterConv2d(_Master, nn.Conv2d):  # type: ignore[misc]
         return with_dense_gradient(y, input, self.weight, conv)
 
 
-class MasterLinear(_Master, nn.Linear):  # type: ignore[misc]
+class MasterConv1d(Master, nn.Conv1d):  # type: ignore[misc]
+    """nn.Conv1d that trains a dense weight and computes with the part E that is in its mask; see MasterConv2d."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.rule is not None:
+            return masked_conv(self, input, self._masked())
+        pattern, values = self._stored()
+        conv = self.stride, symmetric_padding(self), self.dilation
+        y = conv1d(input, values, pattern, self.bias, *conv, backend=self.backend)
+        return with_dense_gradient(y, input, self.weight, conv)
+
+
+class MasterLinear(Master, nn.Linear):  # type: ignore[misc]
     """nn.Linear that trains a dense weight and computes with the part E that is in its mask; see MasterConv2d."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -267,7 +282,11 @@ class MasterLinear(_Master, nn.Linear):  # type: ignore[misc]
         )
 
 
-MASTER: dict[type[nn.Module], type[_Master]] = {nn.Conv2d: MasterConv2d, nn.Linear: MasterLinear}
+MASTER: dict[type[nn.Module], type[Master]] = {
+    nn.Conv2d: MasterConv2d,
+    nn.Conv1d: MasterConv1d,
+    nn.Linear: MasterLinear,
+}
 PLAIN_OF = {master: plain for plain, master in MASTER.items()}
 
 
@@ -275,10 +294,10 @@ def with_master(
     layer: nn.Module, selection: Selection | None = None, *, rule: Structure | None = None, sparsity: float = 0.0,
     backend: str | None = None,
 ) -> Any:  # fmt: skip
-    """A MasterConv2d or MasterLinear with the weight of a plain layer, the same Parameter.
+    """A layer of MASTER with the weight of a plain one, the same Parameter.
 
     Args:
-        layer: nn.Conv2d or nn.Linear.
+        layer: nn.Conv2d, nn.Conv1d or nn.Linear.
         selection: the part that takes part, in blocks, until the new layer's `set_selection`.
         rule, sparsity: instead of a selection: what this structure keeps of |weight|, a new mask in every forward.
         backend: of the blocks, as in blocksparse.conv2d.

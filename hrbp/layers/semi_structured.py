@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.sparse import SparseSemiStructuredTensor, to_sparse_semi_structured
 
-from blocksparse import BSRConv2d
+from blocksparse import BSRConv1d, BSRConv2d
 
 from .twin import twin
 
@@ -30,6 +30,8 @@ def refuses(layer: nn.Module, weight: Tensor) -> str | None:
     The device is checked last: on a CPU this says what a GPU would refuse.
     """
     k, c, r, s = weight.shape
+    if isinstance(layer, nn.Conv1d | BSRConv1d):
+        return "a Conv1d: linear layers and 1x1 convolutions alone"
     if (r, s) != (1, 1):
         return f"a {r}x{s} kernel: matrix products alone, linear layers and 1x1 convolutions"
     if isinstance(layer, nn.Conv2d) and layer.groups != 1:

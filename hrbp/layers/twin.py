@@ -12,7 +12,7 @@ Layer = TypeVar("Layer", bound=nn.Module)
 def twin(layer: nn.Module, kind: type[Layer]) -> Layer:
     """A module of class `kind` that shares the parameters and buffers of `layer`. No random number is drawn.
 
-    For classes that add a forward and attributes to nn.Conv2d or nn.Linear, or lack what `layer` adds.
+    For classes that add a forward and attributes to nn.Conv2d, nn.Conv1d or nn.Linear, or lack what `layer` adds.
     """
     made = kind.__new__(kind)
     for name, value in vars(layer).items():

@@ -7,17 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from blocksparse import BSRConv2d, BSRLinear, BSRPattern, optimizer_tensors
+from blocksparse import BSRModule, BSRPattern, bank_shape, optimizer_tensors
 
 from ..structures.base import Selection
 from ..wrappers import unwrapped
-from .master import MasterConv2d, MasterLinear
+from .master import Master
 
 
 def shape4(layer: Any) -> tuple[int, int, int, int]:
-    shape = list(layer.weight.shape)
-    k, c, r, s = shape if len(shape) == 4 else [*shape, 1, 1]
-    return k, c, r, s
+    """(K, C, R, S) of a plain layer's weight."""
+    return bank_shape(layer.weight.shape)
 
 
 class SparseLayer:
@@ -36,6 +35,11 @@ class SparseLayer:
     @property
     def shape(self) -> tuple[int, int, int, int]:
         return self.module.weight_shape
+
+    @property
+    def dense_shape(self) -> tuple[int, ...]:
+        """The shape of the plain layer's weight: [K, C, R, S], [K, C, S] or [K, C]."""
+        return self.module.dense_shape
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -102,7 +106,7 @@ class SparseLayer:
 
 
 class StoredLayer(SparseLayer):
-    """Stored blocks and nothing else: blocksparse.BSRConv2d, BSRLinear."""
+    """Stored blocks and nothing else: a blocksparse.BSRModule."""
 
     master = False
 
@@ -139,7 +143,7 @@ class StoredLayer(SparseLayer):
 
 
 class MasterLayer(SparseLayer):
-    """A dense weight of which a part takes part: MasterConv2d, MasterLinear."""
+    """A dense weight of which a part takes part: MasterConv2d and its like."""
 
     master = True
 
@@ -174,12 +178,7 @@ def _bytes(t: Tensor) -> int:
     return t.numel() * t.element_size()
 
 
-KINDS: dict[type[nn.Module], type[SparseLayer]] = {
-    BSRConv2d: StoredLayer,
-    BSRLinear: StoredLayer,
-    MasterConv2d: MasterLayer,
-    MasterLinear: MasterLayer,
-}
+KINDS: dict[type[nn.Module], type[SparseLayer]] = {BSRModule: StoredLayer, Master: MasterLayer}
 
 
 def as_sparse(module: nn.Module, name: str = "") -> SparseLayer | None:

@@ -53,12 +53,9 @@ class _Sum:
     """What becomes of the dense gradients of one layer. A copy of the layer gets None instead."""
 
     def __init__(self, layer: SparseLayer) -> None:
-        module, (k, c, r, s) = layer.module, layer.shape
-        self.conv = None
+        module, self.shape, self.conv = layer.module, layer.dense_shape, None
         if hasattr(module, "stride"):
-            padding = symmetric_padding(module) if isinstance(module, nn.Conv2d) else module.padding
-            self.conv = module.stride, padding, module.dilation
-        self.shape = (k, c) if self.conv is None else (k, c, r, s)
+            self.conv = module.stride, symmetric_padding(module), module.dilation
         dtype = torch.promote_types(layer.parameter.dtype, torch.float32)
         zero = torch.zeros((), dtype=dtype, device=layer.parameter.device)
         self.leaf = zero.expand(self.shape).requires_grad_()  # whose gradient compiled code adds to; it has no memory

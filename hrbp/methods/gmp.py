@@ -98,7 +98,7 @@ class GMP(Arriving):
         rule, live = now.record.structure, now.live
         scores: Mapping[str, Tensor] = {}
         # As sparsify() does: what "erk" makes of a linear layer is of its two axes.
-        shapes = {name: layer.shape[: 4 if hasattr(layer.module, "stride") else 2] for name, layer in live.items()}
+        shapes = {name: layer.dense_shape for name, layer in live.items()}
         if now.record.distribution == "global":
             orders = {name: None if self._first(now) else layer.row_order() for name, layer in live.items()}
             scores = {n: rule.ranked(_score(layer), orders[n]).view(shapes[n]) for n, layer in live.items()}

@@ -90,7 +90,7 @@ def report_mask(
     taps.
 
     Args:
-        mask: bool [K, C, R, S] or [K, C], whose structure is recognised; or a Selection.
+        mask: bool [K, C, R, S], [K, C, S] or [K, C], whose structure is recognised; or a Selection.
         score: of the mask's shape, finite and >= 0, floating point or bool. Default: no score is reported.
         dtype: of the stored values.
         value_bits, index_bits: of the model; the defaults are those of its source.

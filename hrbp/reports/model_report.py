@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..columns import columns
+from ..layers.stored import PLAIN
 from ..layers.view import as_sparse
 from ..structures.base import Selection
 from ..structures.recognise import stored_blocks
@@ -28,8 +29,8 @@ def report_model(
     """`report_mask` of every layer, by name.
 
     Args:
-        model: a module: the masks are the stored blocks of BSRConv2d and BSRLinear, and the non-zero weights of other
-            Conv2d and Linear (see `kept_of`); layers with a dense master weight are reported as `release` would leave
+        model: a module: the masks are the stored blocks of BSR layers, and the non-zero weights of other Conv2d,
+            Conv1d and Linear (see `kept_of`); layers with a dense master weight are reported as `release` would leave
             them. Or a mapping: layer name -> mask (bool), weight (likewise) or Selection.
         scores: layer name -> score, for some layers or all.
         dtype: of the stored values; default: that of each weight, float32 for masks.
@@ -56,7 +57,7 @@ def _layers_of(model: nn.Module) -> dict[str, tuple[Tensor | Selection, torch.dt
     for name, module in model.named_modules():
         if (layer := as_sparse(module)) is not None:
             found[name] = stored_blocks(layer.pattern()), layer.parameter.dtype
-        elif isinstance(module, nn.Conv2d | nn.Linear):
+        elif isinstance(module, PLAIN):
             found[name] = module.weight.detach(), module.weight.dtype
     return found
 
@@ -69,7 +70,7 @@ def kept_of(weight: Tensor) -> Tensor:
     larger than without. All cells are kept then. Nobody prunes by so little: an index pays from a third of zeros on.
 
     Args:
-        weight: [K, C, R, S] or [K, C], of any dtype but bool.
+        weight: [K, C, R, S], [K, C, S] or [K, C], of any dtype but bool.
     """
     mask = weight != 0
     zeros = mask.numel() - int(mask.sum())

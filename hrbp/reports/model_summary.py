@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from blocksparse import BSRConv2d, BSRLinear, explain, symmetric_padding
+from blocksparse import BSRLinear, BSRModule, explain, image_conv
 
 from ..columns import columns
 from ..layers import semi_structured
 from ..layers.master import MasterLinear
 from ..layers.record import SparsityRecord, record_of
+from ..layers.stored import PLAIN
 from ..layers.view import SparseLayer, sparse_layers
 from ..methods.registry import METHODS
 from ..methods.subp import counts
@@ -142,7 +143,7 @@ def summary(model: nn.Module, x: Tensor | Sequence[int] | None = None, *, measur
     rows, cells, kept = [], 0, 0
     for name, module in model.named_modules():
         layer = sparse.get(name)
-        if layer is None and not isinstance(module, nn.Conv2d | nn.Linear):
+        if layer is None and not isinstance(module, PLAIN):
             continue
         row = _dense_row(name, module, record) if layer is None else _sparse_row(layer, record)
         if name in calls:
@@ -265,7 +266,7 @@ def _calls_of(model: nn.Module, x: Tensor | Sequence[int]) -> dict[str, list[tup
 
         return hook
 
-    kinds = (nn.Conv2d, nn.Linear, BSRConv2d, BSRLinear)
+    kinds = (*PLAIN, BSRModule)
     hooks = [
         m.register_forward_hook(keep(name), with_kwargs=True)
         for name, m in model.named_modules()
@@ -288,8 +289,10 @@ def _backend_of(module: Any, x: Tensor) -> str:
     if isinstance(module, BSRLinear | MasterLinear):
         x = x.reshape(-1, x.shape[-1], 1, 1)
         return explain(x, module.values, module.pattern, backend=module.backend).products["fprop"].backend
-    conv = (module.stride, symmetric_padding(module), module.dilation)
-    return explain(x, module.values, module.pattern, *conv, backend=module.backend).products["fprop"].backend
+    x = x.unsqueeze(-2) if len(module.stride) == 1 else x  # a line is an image of height 1
+    x = x[None] if x.dim() == 3 else x
+    plan = explain(x, module.values, module.pattern, *image_conv(module), backend=module.backend)
+    return plan.products["fprop"].backend
 
 
 def _timed(module: Any, x: Tensor, rounds: int = 5) -> tuple[float, float]:

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from blocksparse import bank_shape
+
 from ..structures.base import Selection
 from ..structures.grouping import Grouping
 from ..structures.selection import check_score, top
@@ -42,7 +44,7 @@ class Score(NamedTuple):
 
 def score_of(choice: Selection, score: Tensor, seed: int) -> Score:
     mask = choice.mask
-    score = score[:, :, None, None] if score.dim() == 2 else score
+    score = score.reshape(bank_shape(score.shape)) if score.dim() in (2, 3) else score
     if score.shape != mask.shape:
         raise ValueError(f"report_mask(): score has shape {tuple(score.shape)}; it needs {tuple(mask.shape)}")
     check_score(score, 0.0, "report_mask()")

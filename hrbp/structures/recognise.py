@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from blocksparse import BSRPattern
+from blocksparse import BSRPattern, bank_shape
 
 from .base import Selection
 from .grouping import Grouping
@@ -27,13 +27,15 @@ def recognise(mask: Tensor) -> Selection:
     one weight; groups of two filters or more that keep the same cells; single weights.
 
     Args:
-        mask: bool [K, C, R, S] or [K, C].
+        mask: bool [K, C, R, S], [K, C, S] or [K, C].
     """
     if mask.dtype != torch.bool:
         raise TypeError(f"report_mask(): mask has dtype {mask.dtype}; it needs torch.bool (for weights: weight != 0)")
-    if mask.dim() not in (2, 4) or mask.numel() == 0:
-        raise ValueError(f"report_mask(): mask has shape {tuple(mask.shape)}; it needs [K, C, R, S] or [K, C]")
-    mask = mask[:, :, None, None] if mask.dim() == 2 else mask
+    if mask.dim() not in (2, 3, 4) or mask.numel() == 0:
+        raise ValueError(
+            f"report_mask(): mask has shape {tuple(mask.shape)}; it needs [K, C, R, S], [K, C, S] or [K, C]"
+        )
+    mask = mask.reshape(bank_shape(mask.shape))
     if mask.all() or not mask.any():
         return Selection(mask, (mask.shape[0], mask.shape[1]))
     order, rows = _equal_filters(mask)

@@ -35,6 +35,8 @@ from typing import Annotated, Any
 
 from torch import Tensor
 
+from blocksparse import bank_shape
+
 from ..arguments import any_case
 from ..registry import Entry, Registry
 from .base import Selection, Structure
@@ -135,7 +137,8 @@ def make_mask(score: Tensor, sparsity: float, structure: str = "hrbp++", *, seed
     """The mask of this structure that keeps the most of the score.
 
     Args:
-        score: [K, C, R, S] or [K, C] (read as [K, C, 1, 1]), finite and >= 0, floating point or bool, on any device.
+        score: [K, C, R, S], [K, C, S] (read as [K, C, 1, S]) or [K, C] (read as [K, C, 1, 1]), finite and >= 0,
+            floating point or bool, on any device.
         sparsity: share of the weights that is dropped, in [0, 1). Structures keep whole grains, and at least one:
             the share kept is as near as these allow.
         structure: see the list at the top of this file.
@@ -155,8 +158,8 @@ def make_mask(score: Tensor, sparsity: float, structure: str = "hrbp++", *, seed
 def choose(score: Tensor, sparsity: float, structure: str = "hrbp++", *, seed: int = 0, **options: object) -> Selection:
     """As `make_mask`, with the BSR form: Selection(mask [K, C, R, S], blocksize, row_order, grouping)."""
     made = _structure(structure, **options)
-    if isinstance(score, Tensor) and score.dim() == 2:
-        score = score[:, :, None, None]
+    if isinstance(score, Tensor) and score.dim() in (2, 3):
+        score = score.reshape(bank_shape(score.shape))
     return made.choose(score, sparsity, seed)
 
 

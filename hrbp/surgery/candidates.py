@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize, prune
 
+from ..layers.stored import NAMES, PLAIN
 from ..saliencies import pairs
 from . import carry
 from .dataflow import ends, quiet
@@ -21,12 +22,12 @@ def candidates(
     model: nn.Module, include: Iterable[Selector] | None, exclude: Iterable[Selector] | None, batch: Any, who: str
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Layers to make sparse, and why others stay dense."""
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, PLAIN)}
     exclude = list(exclude or ())
     for selector in [*(include or ()), *exclude]:
         if not any(_matches(name, layer, selector) for name, layer in layers.items()):
             raise ValueError(
-                f"{who}: {selector!r} matches no Conv2d or Linear; the model has {', '.join(list(layers)[:8])}"
+                f"{who}: {selector!r} matches no {NAMES}; the model has {', '.join(list(layers)[:8])}"
                 + (", ..." if len(layers) > 8 else "")
             )
     dense = {}
@@ -56,15 +57,15 @@ def candidates(
 
 
 def _other_convolution(module: nn.Module) -> bool:
-    return isinstance(module, nn.modules.conv._ConvNd) and not isinstance(module, nn.Conv2d)
+    return isinstance(module, nn.modules.conv._ConvNd) and not isinstance(module, PLAIN)
 
 
 def _no_kernel(conv: nn.Module) -> str:
-    """Why a convolution that is no Conv2d stays dense."""
+    """Why a convolution of another kind stays dense."""
     kind = type(conv).__name__
     if "Transpose" in kind:
-        return f"a {kind}: stored blocks are for Conv2d and Linear; upsampling and a Conv2d can take its place"
-    return f"a {kind}: stored blocks are for Conv2d and Linear"
+        return f"a {kind}: stored blocks are for {NAMES}; upsampling and a convolution can take its place"
+    return f"a {kind}: stored blocks are for {NAMES}"
 
 
 def _ends(model: nn.Module, layers: Mapping[str, nn.Module], batch: Any) -> dict[str, str]:
@@ -107,7 +108,7 @@ def _matches(name: str, layer: nn.Module, selector: Selector) -> bool:
     return fnmatch.fnmatchcase(name, selector) if isinstance(selector, str) else isinstance(layer, selector)
 
 
-def unfit(name: str, layer: nn.Conv2d | nn.Linear, users: Mapping[int, int]) -> str | None:
+def unfit(name: str, layer: Any, users: Mapping[int, int]) -> str | None:
     """Why this layer cannot be replaced by a sparse one that computes the same, or None."""
     if not name:
         return "it is the model itself: put it into an nn.Sequential"
@@ -118,9 +119,9 @@ def unfit(name: str, layer: nn.Conv2d | nn.Linear, users: Mapping[int, int]) -> 
             return _computed(layer, part)
     if getattr(layer, "weight", None) is None:
         return "it has no weight"
-    if type(layer) not in (nn.Conv2d, nn.Linear):
+    if type(layer) not in PLAIN:
         return f"a {type(layer).__name__}, whose forward may differ"
-    if isinstance(layer, nn.Conv2d):
+    if isinstance(layer, nn.Conv1d | nn.Conv2d):
         if layer.groups != 1:
             return "grouped" if layer.groups < layer.in_channels else "depthwise"
         if layer.padding_mode != "zeros":

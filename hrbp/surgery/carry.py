@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _WrappedHook
 
-from blocksparse import BSRConv2d, BSRLinear
+from blocksparse import BSRModule
 
 from ..layers import master
 from ..layers.stored import PLAIN
@@ -58,7 +58,7 @@ def carry(old: Any, new: Any, *, replaces: bool = True) -> None:
         hooks.update(vars(new)[name])
         new.__dict__[name] = hooks
     new.__dict__["_is_full_backward_hook"] = old._is_full_backward_hook
-    stored, stores = (isinstance(module, BSRConv2d | BSRLinear) for module in (old, new))
+    stored, stores = (isinstance(module, BSRModule) for module in (old, new))
     brought = old.__dict__.get("_hrbp_brought", ())
     for name, value in vars(old).items():
         internal = stored and name.startswith("_") and name not in brought

@@ -1,7 +1,7 @@
 """A dense model becomes a sparse one, and back.
 
-Sparse layers hold their stored blocks and nothing else (blocksparse.BSRConv2d, BSRLinear), single weights as blocks of
-(1, 1). Training methods that let dropped weights learn, to bring them back (`method`), keep a dense weight
+Sparse layers hold their stored blocks and nothing else (blocksparse.BSRConv2d, BSRConv1d, BSRLinear), single weights as
+blocks of (1, 1). Training methods that let dropped weights learn, to bring them back (`method`), keep a dense weight
 (layers/master.py).
 """
 
@@ -14,10 +14,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from blocksparse import BSRConv2d, BSRLinear
+from blocksparse import BSRModule
 
 from ..layers import semi_structured
-from ..layers.fused import FusedConv2d
+from ..layers.fused import Fused
 from ..layers.master import with_master
 from ..layers.record import forget, record_of, remember
 from ..layers.stored import PLAIN, block_module
@@ -60,7 +60,7 @@ def sparsify(
     symbols, both on a stand-in for the model; where neither can be had, by order of registration.
 
     Args:
-        model: any module with nn.Conv2d and nn.Linear in it. Wrap it in DistributedDataParallel afterwards.
+        model: any module with nn.Conv2d, nn.Conv1d and nn.Linear in it. Wrap it in DistributedDataParallel afterwards.
         sparsity: share of the weights of the layers made sparse that is dropped, in [0, 1). `summary` tells the share
             of the whole model.
         structure: as in `make_mask`. Names, here and below, are taken in any case.
@@ -122,15 +122,15 @@ def _step(model: nn.Module, decided: Decision, name: str, backend: str | None) -
 
 
 def densify(model: nn.Module) -> nn.Module:
-    """Turn every sparse layer into a plain nn.Conv2d or nn.Linear that computes the same, in place; returns the model.
+    """Turn every sparse layer into a plain layer that computes the same, in place; returns the model.
 
     Works on any model with BSR layers, also ones not made by `sparsify`. ValueError, with the model untouched, where
     one of them adds a residual or has a ReLU (`fuse`): plain layers do not.
     """
     for name, module in model.named_modules():
-        if isinstance(module, FusedConv2d) or (isinstance(module, BSRConv2d) and module.relu):
+        if isinstance(module, Fused) or (isinstance(module, BSRModule) and getattr(module, "relu", False)):
             raise ValueError(
-                f"densify(): {name or 'the model'} computes a ReLU or a sum, too, which an nn.Conv2d does not; densify"
+                f"densify(): {name or 'the model'} computes a ReLU or a sum, too, which a plain layer does not; densify"
                 " the model as it was before fuse()"
             )
     for module in list(model.modules()):
@@ -179,11 +179,9 @@ def to_semi_structured(model: nn.Module) -> dict[str, str | None]:
         layer -> why it stays, None for those that were converted.
     """
     model, refusals = unwrapped(model), {}
-    sparse = sparse_layers(model)
+    sparse, kinds = sparse_layers(model), (*PLAIN, BSRModule)
     for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Conv2d | nn.Linear | BSRConv2d | BSRLinear) and not semi_structured.is_converted(
-            module
-        ):
+        if isinstance(module, kinds) and not semi_structured.is_converted(module):
             layer = sparse.get(name)
             refusals[name] = semi_refuses(model, module, layer)
             if refusals[name] is None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..arguments import any_case, check_sparsity
 from ..density import DISTRIBUTIONS, check_min_density, densities
 from ..layers.record import SparsityRecord, record_of
+from ..layers.stored import NAMES
 from ..layers.view import shape4
 from ..methods.base import Method
 from ..methods.registry import dense_weight_method
@@ -48,7 +49,7 @@ def structure_for(method: type[Method] | None, name: str, options: Mapping[str, 
 class Decision:
     """What `sparsify` will do. Nothing has been changed yet.
 
-    layers      name -> the nn.Conv2d or nn.Linear that becomes sparse
+    layers      name -> the plain layer that becomes sparse
     selections  name -> the weights it keeps; None: its mask follows its weight, by the record's structure
     record      what the model will remember of it
     """
@@ -115,7 +116,7 @@ def decide(
     if not chosen:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(dense.items())[-3:])
         raise ValueError(
-            f"{who}: no layer to make sparse ({reasons or 'the model has no Conv2d or Linear'}); `include` names layers"
+            f"{who}: no layer to make sparse ({reasons or f'the model has no {NAMES}'}); `include` names layers"
             " that are to be sparse though they are first or last"
         )
 

@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from blocksparse import BSRConv2d, BSRLinear
+from blocksparse import BSRConv1d, BSRConv2d, BSRLinear, BSRModule
 
 NORMS: dict[type, tuple[type, ...]] = {  # layer -> norms whose axis is that of its results
     nn.Conv2d: (nn.BatchNorm2d, nn.SyncBatchNorm),
     BSRConv2d: (nn.BatchNorm2d, nn.SyncBatchNorm),
+    nn.Conv1d: (nn.BatchNorm1d, nn.SyncBatchNorm),
+    BSRConv1d: (nn.BatchNorm1d, nn.SyncBatchNorm),
     nn.Linear: (nn.BatchNorm1d, nn.SyncBatchNorm),
     BSRLinear: (nn.BatchNorm1d, nn.SyncBatchNorm),
 }
@@ -30,7 +32,7 @@ def folded_weights(module: Any, norm: Any) -> tuple[Tensor, Tensor] | None:
         bias = bias + _wide(module.bias) * scale
     if norm.bias is not None:
         bias = bias + _wide(norm.bias)
-    if isinstance(module, BSRConv2d | BSRLinear):
+    if isinstance(module, BSRModule):
         old, pattern = module.values, module.pattern.to("cpu")
         rows = scale if pattern.row_order is None else scale[pattern.row_order.long()]
         of_block = torch.repeat_interleave(pattern.indptr.long().diff())

@@ -15,9 +15,9 @@ from torch import nn
 from torch.fx import Graph, Node
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from blocksparse import BSRConv2d, BSRLinear
+from blocksparse import BSRConv1d, BSRConv2d, BSRLinear, BSRModule
 
-from ..layers.fused import FusedConv2d, FusedModel
+from ..layers.fused import Fused, FusedModel
 from ..wrappers import copied, unwrapped
 from .carry import HOOKS, _ours
 from .conversion import release
@@ -26,6 +26,7 @@ from .symbols import CALL_HOOKS, follow
 
 RELUS: tuple[Any, ...] = (F.relu, torch.relu, torch.relu_, "relu", "relu_")
 SUMS: tuple[Any, ...] = (operator.add, operator.iadd, torch.add, "add", "add_")
+CONVS = (BSRConv2d, BSRConv1d)  # that add a residual and have a ReLU
 SUMS_IN_PLACE: tuple[Any, ...] = (operator.iadd, "add_")
 
 
@@ -186,7 +187,7 @@ class _Fuser:
             return "in training mode"
         if norm.running_mean is None or norm.running_var is None:
             return "it keeps no running statistics"
-        if isinstance(work.module, BSRConv2d) and work.module.relu:
+        if isinstance(work.module, CONVS) and work.module.relu:
             return f"{work.node.target} has a ReLU"
         folded = folded_weights(work.module, norm)
         if folded is None:
@@ -228,7 +229,7 @@ class _Fuser:
     def _sum_refuses(self, node: Node, part: Node) -> str | None:
         """Why the convolution at `part` cannot take over a sum."""
         work = self.work.get(part)
-        if work is None or not isinstance(work.module, BSRConv2d):
+        if work is None or not isinstance(work.module, CONVS):
             return "follows a dense layer"
         if node.target in SUMS_IN_PLACE and node.args[0] is not part:
             return "written into a tensor that others may read"
@@ -250,7 +251,7 @@ class _Fuser:
         work = self.work.get(before) if isinstance(before, Node) else None
         if work is None:
             return "follows no convolution"
-        if not isinstance(work.module, BSRConv2d):
+        if not isinstance(work.module, CONVS):
             return "follows a dense layer"
         if why := (self._hooked(node) if node.op == "call_module" else None) or self._apart(work.node):
             return why
@@ -274,7 +275,7 @@ class _Fuser:
             return f"{name} is called {self.calls[id(module)]} times"
         if any(id(p) in self.read for p in (*module._parameters.values(), *module._buffers.values()) if p is not None):
             return f"the model reads parameters of {name} itself"
-        main = "values" if isinstance(module, BSRConv2d | BSRLinear) else "weight"
+        main = "values" if isinstance(module, BSRModule) else "weight"
         if type(module) in NORMS and not _is_plain(module._parameters.get(main)):
             return f"{name}.{main} is no ordinary parameter"
         return self._hooked(node)
@@ -370,9 +371,9 @@ def _made(work: _Work) -> nn.Module:
     made = copy.copy(work.module)
     made._parameters, made._buffers = made._parameters.copy(), made._buffers.copy()
     if work.norm is not None:
-        main = "values" if isinstance(made, BSRConv2d | BSRLinear) else "weight"
+        main = "values" if isinstance(made, BSRModule) else "weight"
         for name, t in zip((main, "bias"), work.norm, strict=True):
             setattr(made, name, nn.Parameter(t, requires_grad=False))
     if work.relu:
         made.relu = True
-    return FusedConv2d.of(made) if work.residual else made
+    return Fused.of(made) if work.residual else made

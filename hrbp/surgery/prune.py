@@ -11,8 +11,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
 
+from blocksparse import bank_shape
+
 from ..layers.record import SparsityRecord, remember
-from ..layers.stored import block_module
+from ..layers.stored import NAMES, PLAIN, block_module
 from ..structures.base import Selection, Structure
 from ..structures.grains import BOXES, Grains
 from ..structures.mixed import Mixed
@@ -27,15 +29,15 @@ from .decision import dense_model
 def from_prune(
     model: nn.Module, *, structure: str | None = None, backend: str | None = None, **options: Any
 ) -> nn.Module:
-    """Take over the masks of torch.nn.utils.prune, in place: every nn.Conv2d and nn.Linear pruned by it becomes sparse.
+    """Take over the masks of torch.nn.utils.prune, in place: every layer pruned by it becomes sparse.
 
         prune.l1_unstructured(model.conv2, "weight", amount=0.9)
         hrbp.from_prune(model)
 
     A layer keeps the weights that its mask keeps, and loses weight_orig, weight_mask and the hook that multiplies them.
-    It stores them as blocks (BSRConv2d, BSRLinear), single weights as (1, 1); the model is then one that `sparsify`
-    might have made. What cannot be taken over stays as torch.nn.utils.prune left it: pruned biases and the weights
-    beside them, other kinds of layers, all that `sparsify` would leave dense (grouped, shared weights, ...). `summary`
+    It stores them as blocks (BSRConv2d, BSRConv1d, BSRLinear), single weights as (1, 1); the model is then one that
+    `sparsify` might have made. What cannot be taken over stays as torch.nn.utils.prune left it: pruned biases and the
+    weights beside them, other kinds of layers, all that `sparsify` would leave dense (shared weights, ...). `summary`
     says which layers, and why. The first and the last layers are taken like any others.
 
     Call it before the optimizer is made: parameters are replaced.
@@ -66,11 +68,11 @@ def from_prune(
     left = {}
     for name, module in model.named_modules():
         hooks = _hooks(module)
-        if "weight" not in hooks or not isinstance(module, nn.Conv2d | nn.Linear):
+        if "weight" not in hooks or not isinstance(module, PLAIN):
             if hooks:
-                kind = isinstance(module, nn.Conv2d | nn.Linear)
+                kind = isinstance(module, PLAIN)
                 left[name] = _left(hooks, "its weight is not pruned" if kind else f"a {type(module).__name__}")
-            elif isinstance(module, nn.Conv2d | nn.Linear):
+            elif isinstance(module, PLAIN):
                 left[name] = "not pruned"
             continue
         plain, mask = _unpruned(module), module.get_buffer("weight_mask")
@@ -81,13 +83,13 @@ def from_prune(
         else:
             reason = unfit(name, plain, users)
         if reason is None:
-            taken[name] = module, plain, mask.bool().view(*mask.shape, *(1,) * (4 - mask.dim()))
+            taken[name] = module, plain, mask.bool().reshape(bank_shape(mask.shape))
         else:
             left[name] = _left(hooks, reason)
     if not taken:
         reasons = "; ".join(f"{name}: {why}" for name, why in left.items() if why != "not pruned")
         raise ValueError(
-            f"{who}: no Conv2d or Linear has a mask to take over ({reasons or 'nothing is pruned'}); it needs layers"
+            f"{who}: no {NAMES} has a mask to take over ({reasons or 'nothing is pruned'}); it needs layers"
             " pruned by torch.nn.utils.prune, before prune.remove"
         )
     masks = {name: mask for name, (_, _, mask) in taken.items()}

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .bsr_module import BSRModule
 from .carry import ordinary_tensors
-from .geometry import Pair, named_padding
+from .geometry import Pair, bank_shape, named_padding
 from .pattern import BSRPattern, check_is_pattern
 
 Layer = TypeVar("Layer", bound="BSRConv")
@@ -30,7 +30,7 @@ class BSRConv(BSRModule):
     relu: bool
 
     # What tools read of a dense layer.
-    groups, transposed, padding_mode = 1, False, "zeros"
+    transposed, padding_mode = False, "zeros"
 
     def __init__(
         self,
@@ -48,8 +48,17 @@ class BSRConv(BSRModule):
         self.relu = relu
 
     @property
+    def groups(self) -> int:
+        return self._groups
+
+    @property
+    def bank(self) -> tuple[int, ...]:
+        """What the ops take as weight_shape."""
+        return self.weight_shape if self._groups == 1 else (*self.weight_shape, self._groups)
+
+    @property
     def in_channels(self) -> int:
-        return self.weight_shape[1]
+        return self.weight_shape[1] * self._groups
 
     @property
     def out_channels(self) -> int:
@@ -67,17 +76,23 @@ class BSRConv(BSRModule):
     def from_dense(cls: type[Layer], conv: Any, pattern: BSRPattern, *, backend: str | None = None) -> Layer:
         """The stored blocks of `conv` (weights outside the pattern are dropped), on its device and in its dtype.
 
-        Raises ValueError for groups > 1, padding modes other than zeros, and 'same' padding that is not symmetric.
+        The pattern is that of its weight, [K, C/groups, ...]; the groups come from `conv`.
+
+        Raises ValueError where a block would have filters of two groups, for padding modes other than zeros, and for
+        'same' padding that is not symmetric.
         """
         who, name = f"{cls.__name__}.from_dense()", cls.plain.__name__
         if not isinstance(conv, cls.plain):
             raise TypeError(f"{who}: conv is {type(conv).__name__}; it needs an nn.{name}")
         check_is_pattern(pattern, who)
-        if conv.groups != 1:
+        if pattern.groups not in (1, conv.groups):
             raise ValueError(
-                f"{who}: conv has groups={conv.groups}; it needs groups=1 (a grouped convolution is a block-diagonal"
-                " pattern over the whole filter bank: build that filter bank first)"
+                f"{who}: conv has groups={conv.groups} and the pattern {pattern.groups}; they need the same"
             )
+        if pattern.shape != bank_shape(conv.weight.shape):
+            needed = f"{bank_shape(conv.weight.shape)}, that of its weight"
+            raise ValueError(f"{who}: the pattern has shape {pattern.shape}; conv needs {needed}")
+        pattern = pattern.grouped(conv.groups)
         if conv.padding_mode != "zeros":
             raise ValueError(f"{who}: conv has padding_mode={conv.padding_mode!r}; only 'zeros' is supported")
         made: Any = cls
@@ -98,7 +113,7 @@ class BSRConv(BSRModule):
         with ordinary_tensors(self.values):
             conv = self.plain(
                 self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding, self.dilation,
-                bias=self.bias is not None, device=self.values.device, dtype=self.values.dtype,
+                self.groups, bias=self.bias is not None, device=self.values.device, dtype=self.values.dtype,
             )  # fmt: skip
         return self._give(conv)
 
@@ -112,7 +127,8 @@ class BSRConv(BSRModule):
     def extra_repr(self) -> str:
         return (
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride},"
-            f" padding={self.padding}, dilation={self.dilation}, {self._describe()}{', relu' if self.relu else ''}"
+            f" padding={self.padding}, dilation={self.dilation},{f' groups={self.groups},' if self.groups > 1 else ''}"
+            f" {self._describe()}{', relu' if self.relu else ''}"
         )
 
 

@@ -16,7 +16,7 @@ from .indexed import IndexedModule
 from .pattern import BSRPattern, check_is_pattern
 from .pattern_checks import integers
 
-SAVED = ("indptr", "indices", "row_order", "weight_shape")  # what a state_dict has beside the parameters
+SAVED = ("indptr", "indices", "row_order", "weight_shape", "groups")  # what a state_dict has beside the parameters
 
 
 class BSRModule(IndexedModule):
@@ -32,6 +32,7 @@ class BSRModule(IndexedModule):
     bias: nn.Parameter | None
     index: Tensor
     weight_shape: tuple[int, int, int, int]
+    _groups = 1
 
     def __init__(
         self,
@@ -44,6 +45,7 @@ class BSRModule(IndexedModule):
         check_is_pattern(pattern, f"{type(self).__name__}()")
         super().__init__()
         self.weight_shape = pattern.shape
+        self._groups = pattern.groups
         self.backend = backend
         device = torch.device(device) if device is not None else pattern.device
         with ordinary_tensors():
@@ -83,7 +85,7 @@ class BSRModule(IndexedModule):
 
     def _dense_weight(self) -> Tensor:
         nnzb, bk, bc = self.values.shape
-        pattern = BSRPattern.from_index(self.weight_shape, (bk, bc), nnzb, self.index)
+        pattern = BSRPattern.from_index(self.weight_shape, (bk, bc), nnzb, self.index, self._groups)
         return pattern.to_dense(self.values).view(self.dense_shape)
 
     @property
@@ -95,7 +97,7 @@ class BSRModule(IndexedModule):
     def pattern(self) -> BSRPattern:
         """The pattern this module runs now (a copy: writing to neither touches the other)."""
         nnzb, bk, bc = self.values.shape
-        return BSRPattern.from_index(self.weight_shape, (bk, bc), nnzb, self.index.clone())
+        return BSRPattern.from_index(self.weight_shape, (bk, bc), nnzb, self.index.clone(), self._groups)
 
     # ------------------------------------------------------------------ the dense layer that computes the same
 
@@ -135,7 +137,7 @@ class BSRModule(IndexedModule):
         parameter as a whole, such as step counters, stay. `values` stays the same Parameter object.
 
         Args:
-            new: a pattern of the same shape (K, C, R, S).
+            new: a pattern of the same shape (K, C, R, S); one without groups gets those of this module.
             optimizer: the optimizer that updates `values`. Without it an optimizer's state stays where it is: with as
                 many blocks as before it belongs to other blocks from then on, with more or fewer the next
                 `optimizer.step()` raises a RuntimeError that says so. Make a new optimizer then.
@@ -155,6 +157,7 @@ class BSRModule(IndexedModule):
         check_is_pattern(new, who)
         if new.shape != self.weight_shape:
             raise ValueError(f"{who}: the pattern has shape {new.shape}; this module needs {self.weight_shape}")
+        new = self._in_groups(new, who)
         if "values" not in self._parameters:
             raise ValueError(
                 f"{who}: values is not a parameter of this module but computed from others (weight_norm, prune, ...);"
@@ -178,6 +181,15 @@ class BSRModule(IndexedModule):
             for part, t in zip(parts, moved, strict=True):
                 part.state[part.name] = written(part.tensor, t)
         return in_place
+
+    def _in_groups(self, pattern: BSRPattern, who: str) -> BSRPattern:
+        """A pattern of this module's weight, in its groups."""
+        if pattern.groups not in (1, self._groups):
+            raise ValueError(f"{who}: the pattern has {pattern.groups} groups; this module needs {self._groups}")
+        try:
+            return pattern.grouped(self._groups)
+        except ValueError as error:
+            raise ValueError(f"{who}: {error}") from None
 
     def _obstacle(self, new: BSRPattern) -> str | None:
         """Why this module cannot take over a pattern of its shape, or None."""
@@ -259,6 +271,8 @@ class BSRModule(IndexedModule):
             destination[prefix + "row_order"] = order
         shape = torch.tensor(self.weight_shape, dtype=torch.int32, device=pattern.device)
         destination[prefix + "weight_shape"] = shape
+        if self._groups > 1:
+            destination[prefix + "groups"] = torch.tensor([self._groups], dtype=torch.int32, device=pattern.device)
 
     def _load_from_state_dict(
         self,
@@ -317,6 +331,14 @@ class BSRModule(IndexedModule):
                     f"the saved layer has a weight of shape {found}, and this {type(self).__name__} one of"
                     f" {self.weight_shape}; make it from a pattern of the saved shape"
                 )
+        if saved["weight_shape"] is not None or saved["groups"] is not None:  # else the file does not tell
+            groups = saved["groups"]
+            number = 1 if groups is None else sum(integers(groups, "groups", "load_state_dict()").tolist())
+            if number != self._groups:
+                raise ValueError(
+                    f"the saved layer has groups={number}, and this {type(self).__name__} groups={self._groups}; make"
+                    f" it from pattern.grouped({number})"
+                )
         values = saved["values"]
         if not isinstance(values, Tensor):
             kind = f"{type(values).__module__}.{type(values).__name__}".removeprefix("builtins.")
@@ -326,6 +348,7 @@ class BSRModule(IndexedModule):
         if values.dim() != 3:
             raise ValueError(f"values has shape {tuple(values.shape)}; it needs (nnzb, bk, bc)")
         pattern = BSRPattern(self.weight_shape, values.shape[1:], saved["indptr"], saved["indices"], saved["row_order"])
+        pattern = pattern.grouped(self._groups)
         if pattern.nnzb != values.shape[0]:
             raise ValueError(f"values has {values.shape[0]} blocks and the index {pattern.nnzb}; they must agree")
         return pattern

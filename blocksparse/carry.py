@@ -214,9 +214,8 @@ class Carrier:
 
 def _block_keys(pattern: BSRPattern) -> Tensor:
     """One ascending int64 per stored block: its number in the full grid of blocks."""
-    tables = pattern._tables
     _, c, r, s = pattern.shape
-    return tables.rows.long() * (r * s * (c // pattern.blocksize[1])) + tables.indices
+    return pattern._tables.rows.long() * (r * s * (c // pattern.blocksize[1])) + pattern.indices
 
 
 # ---------------------------------------------------------------- optimizers that were not told

@@ -52,5 +52,5 @@ class BSRConv1d(BSRConv):
         (stride,), (padding,), (dilation,) = self.stride, self.padding, self.dilation
         return apply_conv1d(
             input, self.values, self.index, self.bias,
-            self.weight_shape, (1, stride), (0, padding), (1, dilation), self.backend, residual, relu,
+            self.bank, (1, stride), (0, padding), (1, dilation), self.backend, residual, relu,
         )  # fmt: skip

@@ -39,7 +39,8 @@ def conv2d(
         x: [N, C, H, W], contiguous or channels_last (the fast one on a GPU, unless bc < 8); float16, bfloat16, float32
             or float64. Or one image [C, H, W]: y is [K, P, Q] then.
         values: [nnzb, bk, bc], the stored blocks; dtype and device of x.
-        pattern: which blocks they are.
+        pattern: which blocks they are. One of `grouped(groups)` makes this a convolution in groups, with groups times
+            pattern.shape[1] channels of x.
         bias: [K] or None.
         stride, padding, dilation: int or (height, width). The padding may be "valid", or "same" where that is the same
             on both sides.
@@ -57,12 +58,12 @@ def conv2d(
         ValueError: shapes, dtypes, devices or a block size that do not fit, before any memory is touched.
         RuntimeError: the backend asked for is absent, with the reason.
 
-    Equivalent to: F.conv2d(x, pattern.to_dense(values), bias, stride, padding, dilation)
+    Equivalent to: F.conv2d(x, pattern.to_dense(values), bias, stride, padding, dilation, pattern.groups)
     """
     check_is_pattern(pattern, "conv2d()")
     pattern.check_values(values, "conv2d()")
     return convolve(
-        x, values, pattern.index, bias, pattern.shape,
+        x, values, pattern.index, bias, pattern.bank,
         *conv_pairs(stride, padding, dilation, "conv2d()", pattern.shape), backend, residual, relu,
     )  # fmt: skip
 
@@ -89,7 +90,7 @@ def conv2d_dgrad(
     check_strided(dy, "dy", "conv2d_dgrad()")
     pattern.check_values(values, "conv2d_dgrad()")
     return DGRAD(
-        dy, values, pattern.index, tuple(x_shape), pattern.shape,
+        dy, values, pattern.index, tuple(x_shape), pattern.bank,
         *conv_pairs(stride, padding, dilation, "conv2d_dgrad()"), is_channels_last(dy), backend,
     )  # fmt: skip
 
@@ -115,7 +116,7 @@ def conv2d_wgrad(
     check_strided(x, "x", "conv2d_wgrad()")
     check_strided(dy, "dy", "conv2d_wgrad()")
     return WGRAD(
-        x, dy, pattern.index, (pattern.nnzb, *pattern.blocksize), pattern.shape,
+        x, dy, pattern.index, (pattern.nnzb, *pattern.blocksize), pattern.bank,
         *conv_pairs(stride, padding, dilation, "conv2d_wgrad()"), backend,
     )  # fmt: skip
 
@@ -139,7 +140,7 @@ def linear(
     """
     check_is_pattern(pattern, "linear()")
     pattern.check_values(values, "linear()")
-    return apply_linear(x, values, pattern.index, bias, pattern.shape, backend)
+    return apply_linear(x, values, pattern.index, bias, pattern.bank, backend)
 
 
 def apply_linear(
@@ -147,14 +148,15 @@ def apply_linear(
     values: Tensor,
     index: Tensor,
     bias: Tensor | None,
-    weight_shape: tuple[int, int, int, int],
+    weight_shape: tuple[int, ...],
     backend: str | None,
 ) -> Tensor:
     """linear on a packed index: every vector is an image of one pixel, channels_last."""
     check_strided(x, "x", "linear()")
-    k, c, r, s = weight_shape
-    if (r, s) != (1, 1):
-        raise ValueError(f"linear(): the pattern has shape {tuple(weight_shape)}; it needs (K, C, 1, 1)")
+    k, c, *kernel = weight_shape
+    if kernel != [1, 1]:
+        in_groups = f" and {kernel[2]} groups" if len(kernel) > 2 else ""
+        raise ValueError(f"linear(): the pattern has shape {tuple(weight_shape[:4])}{in_groups}; it needs (K, C, 1, 1)")
     if x.dim() == 0 or x.shape[-1] != c:
         raise ValueError(f"linear(): x has shape {tuple(x.shape)}; it needs [..., C] with C = {c}")
     pixels = x.reshape(-1, 1, 1, c).permute(0, 3, 1, 2)
@@ -194,7 +196,7 @@ def conv1d(
     check_is_pattern(pattern, "conv1d()")
     pattern.check_values(values, "conv1d()")
     return apply_conv1d(
-        x, values, pattern.index, bias, pattern.shape,
+        x, values, pattern.index, bias, pattern.bank,
         *line_pairs(stride, padding, dilation, "conv1d()", pattern.shape), backend, residual, relu,
     )  # fmt: skip
 
@@ -204,7 +206,7 @@ def apply_conv1d(
     values: Tensor,
     index: Tensor,
     bias: Tensor | None,
-    weight_shape: tuple[int, int, int, int],
+    weight_shape: tuple[int, ...],
     stride: tuple[int, int],
     padding: tuple[int, int],
     dilation: tuple[int, int],
@@ -214,11 +216,12 @@ def apply_conv1d(
 ) -> Tensor:
     """conv1d on a packed index; stride, padding and dilation are those of images of height 1."""
     check_strided(x, "x", "conv1d()")
-    k, c, r, _ = weight_shape
+    k, c, r, _, groups = (*weight_shape, 1)[:5]
     if r != 1:
-        raise ValueError(f"conv1d(): the pattern has shape {tuple(weight_shape)}; it needs (K, C, 1, S)")
-    if x.dim() not in (2, 3) or x.shape[-2] != c:
-        raise ValueError(f"conv1d(): x has shape {tuple(x.shape)}; it needs [N, C, L] or [C, L] with C = {c}")
+        raise ValueError(f"conv1d(): the pattern has shape {tuple(weight_shape[:4])}; it needs (K, C, 1, S)")
+    if x.dim() not in (2, 3) or x.shape[-2] != c * groups:
+        needed = f"[N, C, L] or [C, L] with C = {c * groups}"
+        raise ValueError(f"conv1d(): x has shape {tuple(x.shape)}; it needs {needed}")
     if residual is not None:
         check_strided(residual, "residual", "conv1d()")
         if residual.shape[:-1] != (*x.shape[:-2], k):

@@ -88,9 +88,10 @@ def line_pairs(
 
 @dataclass(frozen=True, slots=True)
 class ConvGeometry:
-    """Sizes of a 2-d convolution without groups.
+    """Sizes of a 2-d convolution.
 
-    x is [N, C, H, W], the filter bank [K, C, R, S], y is [N, K, P, Q] with
+    x is [N, C, H, W], the filter bank [K, C, R, S], of which in a convolution in groups only blocks on the diagonal are
+    not zero (groups.py): a dense weight is [K, C/groups, R, S]. y is [N, K, P, Q] with
     P = (H + 2*padding[0] - dilation[0]*(R - 1) - 1) // stride[0] + 1, and Q likewise along W.
     A tap is one kernel offset (r, s), numbered r*S + s.
     """
@@ -105,6 +106,7 @@ class ConvGeometry:
     stride: Pair = (1, 1)
     padding: Pair = (0, 0)
     dilation: Pair = (1, 1)
+    groups: int = 1
 
     @classmethod
     def of(
@@ -118,6 +120,8 @@ class ConvGeometry:
     ) -> ConvGeometry:
         """Checked geometry of `x_shape` [N, C, H, W] under `weight_shape` [K, C, R, S].
 
+        A convolution in groups has a fifth number there, their number: (K, C/groups, R, S, groups).
+
         Raises ValueError, with `who` in front, for shapes that are not 4-d, channels that differ, strides,
         paddings or dilations out of range, and a kernel that is larger than the padded input.
         """
@@ -125,18 +129,21 @@ class ConvGeometry:
             raise ValueError(
                 f"{who}: x has shape {tuple(x_shape)}; it needs 4 dimensions [N, C, H, W] (unsqueeze(0) a single image)"
             )
-        if len(weight_shape) != 4:
+        if len(weight_shape) not in (4, 5):
             raise ValueError(f"{who}: the filter bank has shape {tuple(weight_shape)}; it needs [K, C, R, S]")
         n, c, h, w = x_shape
-        k, weight_c, r, s = weight_shape
-        if c != weight_c:
+        k, weight_c, r, s, groups = (*weight_shape, 1)[:5]
+        if groups < 1 or k % groups:
+            raise ValueError(f"{who}: {groups} groups do not divide the {k} filters of {tuple(weight_shape[:4])}")
+        if c != weight_c * groups:
+            of_groups = f" in {groups} groups" if groups > 1 else ""
             raise ValueError(
                 f"{who}: x has {c} channels (shape {tuple(x_shape)});"
-                f" the filter bank {tuple(weight_shape)} = (K, C, R, S) needs {weight_c}"
+                f" the filter bank {tuple(weight_shape[:4])} = (K, C, R, S){of_groups} needs {weight_c * groups}"
             )
         geometry = cls(
             n, c, h, w, k, r, s,
-            *conv_pairs(stride, padding, dilation, who),
+            *conv_pairs(stride, padding, dilation, who), groups,
         )  # fmt: skip
         if geometry.p < 1 or geometry.q < 1:
             raise ValueError(
@@ -163,7 +170,18 @@ class ConvGeometry:
 
     @property
     def weight_shape(self) -> tuple[int, int, int, int]:
+        """Of the filter bank over all channels, which the index is of."""
         return self.k, self.c, self.r, self.s
+
+    @property
+    def dense_shape(self) -> tuple[int, int, int, int]:
+        """Of a dense weight."""
+        return self.k, self.c // self.groups, self.r, self.s
+
+    @property
+    def weights(self) -> int:
+        """Of a dense weight."""
+        return self.k * self.c // self.groups * self.taps
 
     @property
     def taps(self) -> int:
@@ -177,9 +195,10 @@ class ConvGeometry:
 
     def __str__(self) -> str:
         return (
-            f"x {self.n}x{self.c}x{self.h}x{self.w} * {self.k}x{self.c}x{self.r}x{self.s}"
+            f"x {self.n}x{self.c}x{self.h}x{self.w} * {'x'.join(map(str, self.dense_shape))}"
             f" -> y {self.n}x{self.k}x{self.p}x{self.q}"
-            f" (stride {self.stride}, padding {self.padding}, dilation {self.dilation})"
+            f" (stride {self.stride}, padding {self.padding}, dilation {self.dilation}"
+            f"{f', {self.groups} groups' if self.groups > 1 else ''})"
         )
 
 

@@ -30,7 +30,8 @@ class BSRConv2d(BSRConv):
     module with any other pattern of the same filter bank: `values` then takes the saved shape.
 
     Args:
-        pattern: which blocks are stored.
+        pattern: which blocks are stored. Its groups (`pattern.grouped`) are those of the convolution; state_dict has
+            `groups` then.
         stride, padding, dilation: int or (height, width). The padding may be "valid" (0), or "same" where that is the
             same on both sides: `padding` then is what it comes to.
         bias: add a learnable bias [K].
@@ -65,7 +66,7 @@ class BSRConv2d(BSRConv):
         dilation: tuple[int, int] = self.dilation  # type: ignore[assignment]
         return convolve(
             input, self.values, self.index, self.bias,
-            self.weight_shape, stride, padding, dilation, self.backend, residual, relu,
+            self.bank, stride, padding, dilation, self.backend, residual, relu,
         )  # fmt: skip
 
 
@@ -85,8 +86,9 @@ class BSRLinear(BSRModule):
         dtype: torch.dtype | None = None,
     ) -> None:
         check_is_pattern(pattern, "BSRLinear()")
-        if pattern.shape[2:] != (1, 1):
-            raise ValueError(f"BSRLinear(): the pattern has shape {pattern.shape}; it needs (K, C, 1, 1)")
+        if pattern.bank[2:] != (1, 1):
+            in_groups = f" and {pattern.groups} groups" if pattern.groups > 1 else ""
+            raise ValueError(f"BSRLinear(): the pattern has shape {pattern.shape}{in_groups}; it needs (K, C, 1, 1)")
         super().__init__(pattern, bias, backend, device, dtype)
 
     @property

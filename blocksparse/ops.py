@@ -25,6 +25,7 @@ from .product_checks import Facts, check_dgrad, check_fprop, check_residual, che
 
 # ---------------------------------------------------------------- the ops
 
+# weight_shape: (K, C, R, S); of a convolution in groups (K, C/groups, R, S, groups), see BSRPattern.bank.
 _library = torch.library.Library("bsrconv", "DEF")
 _CONV = "int[] weight_shape, int[] stride, int[] padding, int[] dilation"
 
@@ -67,7 +68,7 @@ class Op:
         geometry, values_shape = self.check(
             Facts(*a), Facts(*b), Facts(*index), third, weight_shape, stride, padding, dilation
         )
-        layout = layout_of(index[0], index[1], weight_shape, values_shape[1:], values_shape[0], self.who)
+        layout = layout_of(index[0], index[1], geometry.weight_shape, values_shape[1:], values_shape[0], self.who)
         return plan_conv(self.who, geometry, values_shape, a[1], a[2], layout, backend, setting)
 
     def opened(
@@ -294,7 +295,7 @@ def convolve(
     values: Tensor,
     index: Tensor,
     bias: Tensor | None,
-    weight_shape: tuple[int, int, int, int],
+    weight_shape: tuple[int, ...],
     stride: tuple[int, int],
     padding: tuple[int, int],
     dilation: tuple[int, int],

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from .bsr import of_scipy, of_torch, scipy_bsr, sorted_bsr
-from .index import IndexTables, pack, unpack
+from .cells import Places, bank_of, blocks_of, marked_blocks
+from .groups import check_groups, of_diagonal, pack_groups, whole_shape
+from .index import IndexTables, unpack
 from .pattern_checks import (
     check_arrays,
     check_device,
@@ -41,16 +43,17 @@ class BSRPattern:
     Args:
         shape: (K, C, R, S) of the filter bank.
         blocksize: (bk, bc); bk divides K, bc divides C.
-        indptr: [K/bk + 1] integers (tensor, numpy array or list).
-        indices: [nnzb] integers.
+        indptr, indices: [K/bk + 1] and [nnzb] integers (tensor, numpy array or list).
         row_order: a permutation of range(K), or None. The identity is stored as None.
+        groups: of a convolution in groups, whose weight is [K, C, R, S] with the C channels of one; see `grouped`.
 
     Raises:
         ValueError: the arrays are not such an index. They are always checked fully; the message says what is wrong.
         TypeError: an array does not hold integers.
     """
 
-    __slots__ = ("_blocksize", "_index", "_nnzb", "_shape")
+    __slots__ = ("_blocksize", "_groups", "_index", "_nnzb", "_shape")
+    _groups: int
     _shape: tuple[int, int, int, int]
     _blocksize: tuple[int, int]
     _nnzb: int
@@ -63,6 +66,7 @@ class BSRPattern:
         indptr: Tensor | np.ndarray | Sequence[int],
         indices: Tensor | np.ndarray | Sequence[int],
         row_order: Tensor | np.ndarray | Sequence[int] | None = None,
+        groups: int = 1,
     ) -> None:
         who = "BSRPattern()"
         shape, blocksize = check_sizes(shape, blocksize, who)
@@ -70,20 +74,18 @@ class BSRPattern:
         indptr = integers(indptr, "indptr", who).to(indices.device)
         order = check_row_order(row_order, shape[0], indices.device, who)
         check_arrays(shape, blocksize, indptr, indices, who)
-        self._set(shape, blocksize, indptr, indices, order)
+        check_groups(groups, shape, blocksize, order, who)
+        packed = pack_groups(shape, blocksize, indptr, indices, order, groups)
+        self._set(shape, blocksize, indices.numel(), packed, groups)
 
     def _set(
-        self,
-        shape: tuple[int, int, int, int],
-        blocksize: tuple[int, int],
-        indptr: Tensor,
-        indices: Tensor,
-        row_order: Tensor | None,
+        self, shape: tuple[int, int, int, int], blocksize: tuple[int, int], nnzb: int, packed: Tensor, groups: int
     ) -> None:
         object.__setattr__(self, "_shape", shape)
         object.__setattr__(self, "_blocksize", blocksize)
-        object.__setattr__(self, "_nnzb", indices.numel())
-        object.__setattr__(self, "_index", pack(shape, blocksize, indptr, indices, row_order))
+        object.__setattr__(self, "_nnzb", nnzb)
+        object.__setattr__(self, "_index", packed)
+        object.__setattr__(self, "_groups", groups)
 
     @classmethod
     def _trusted(
@@ -93,11 +95,11 @@ class BSRPattern:
         indptr: Tensor,
         indices: Tensor,
         row_order: Tensor | None,
+        groups: int = 1,
     ) -> BSRPattern:
         """A pattern from arrays that are valid by construction: not checked again."""
-        pattern = cls.__new__(cls)
-        pattern._set(shape, blocksize, indptr, indices, row_order)
-        return pattern
+        packed = pack_groups(shape, blocksize, indptr, indices, row_order, groups)
+        return cls.from_index(shape, blocksize, indices.numel(), packed, groups)
 
     # ------------------------------------------------------------------ constructors
 
@@ -121,15 +123,7 @@ class BSRPattern:
             raise TypeError(f"{who}: mask has dtype {mask.dtype}; it needs torch.bool (for weights: weight != 0)")
         shape, blocksize = check_sizes(mask.shape, blocksize, who)
         order = check_row_order(row_order, shape[0], mask.device, who)
-        (k, c, r, s), (bk, bc) = shape, blocksize
-        if order is not None:
-            mask = mask[order]
-        # Byte max-reductions over one axis at a time vectorise; any() over several axes does not.
-        cells = mask.contiguous().view(torch.uint8).view(k // bk, bk, c * r * s)
-        cells = cells.amax(1) if bk > 1 else cells[:, 0]
-        cells = cells.view(k // bk, c // bc, bc, r * s)
-        cells = cells.amax(2) if bc > 1 else cells[:, :, 0]
-        stored = cells.transpose(1, 2).reshape(k // bk, -1) != 0
+        stored = marked_blocks(mask if order is None else mask[order], blocksize)
         return cls._from_stored(shape, blocksize, stored, order)
 
     @classmethod
@@ -179,6 +173,28 @@ class BSRPattern:
         return self._shape
 
     @property
+    def groups(self) -> int:
+        """1, or the number of groups of a convolution: each has shape[1] channels of its own."""
+        return self._groups
+
+    @property
+    def bank(self) -> tuple[int, ...]:
+        """What the torch ops take as weight_shape: `shape`, and behind it `groups` where there are several."""
+        return self._shape if self._groups == 1 else (*self._shape, self._groups)
+
+    def grouped(self, groups: int) -> BSRPattern:
+        """The same blocks for a convolution in groups: filters of group j read the j-th shape[1] channels of x alone.
+
+        Shape, indices and values stay those of the weight [K, C/groups, R, S], as nn.Conv2d has it. ValueError where a
+        block would have filters of two groups.
+        """
+        if groups == self._groups:
+            return self
+        check_groups(groups, self._shape, self._blocksize, order := self.row_order, "BSRPattern.grouped()")
+        arrays = self.indptr.long(), self.indices.long(), order
+        return BSRPattern._trusted(self._shape, self._blocksize, *arrays, groups)
+
+    @property
     def blocksize(self) -> tuple[int, int]:
         """(bk, bc): filters and input channels of one block."""
         return self._blocksize
@@ -205,7 +221,7 @@ class BSRPattern:
 
     @property
     def _tables(self) -> IndexTables:
-        return unpack(self._index, self._shape, self._blocksize, self._nnzb)
+        return unpack(self._index, whole_shape(self._shape, self._groups), self._blocksize, self._nnzb)
 
     @property
     def indptr(self) -> Tensor:
@@ -215,7 +231,10 @@ class BSRPattern:
     @property
     def indices(self) -> Tensor:
         """int32 [nnzb], tap*(C/bc) + c_block; a copy."""
-        return self._tables.indices.clone()
+        indices = self._tables.indices
+        return (
+            indices.clone() if self._groups == 1 else of_diagonal(indices, self._shape, self._blocksize, self._groups)
+        )
 
     @property
     def row_order(self) -> Tensor | None:
@@ -229,34 +248,28 @@ class BSRPattern:
         packed = self._index.to(device)
         if packed is self._index:
             return self
-        return BSRPattern.from_index(self._shape, self._blocksize, self._nnzb, packed)
+        return BSRPattern.from_index(self._shape, self._blocksize, self._nnzb, packed, self._groups)
 
     @classmethod
     def from_index(
-        cls, shape: tuple[int, int, int, int], blocksize: tuple[int, int], nnzb: int, packed: Tensor
+        cls, shape: tuple[int, int, int, int], blocksize: tuple[int, int], nnzb: int, packed: Tensor, groups: int = 1
     ) -> BSRPattern:
         """The pattern around a packed buffer, which is neither copied nor checked.
 
         Args:
-            shape, blocksize, nnzb: of the pattern that the buffer is from.
+            shape, blocksize, nnzb, groups: of the pattern that the buffer is from.
             packed: a copy of that pattern's `index`. Whoever writes to it changes this pattern: for modules that own
                 their index and build a pattern around it for the length of a forward.
         """
         pattern = cls.__new__(cls)
-        object.__setattr__(pattern, "_shape", shape)
-        object.__setattr__(pattern, "_blocksize", blocksize)
-        object.__setattr__(pattern, "_nnzb", nnzb)
-        object.__setattr__(pattern, "_index", packed)
+        pattern._set(shape, blocksize, nnzb, packed, groups)
         return pattern
 
     # ------------------------------------------------------------------ values
 
-    def _coordinates(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(block-row, c_block, tap) of every stored block, int64."""
-        tables = self._tables
-        cols = tables.indices.long()
-        c_blocks = self._shape[1] // self._blocksize[1]
-        return tables.rows.long(), cols % c_blocks, cols // c_blocks
+    def _places(self) -> Places:
+        cols, c_blocks = self.indices.long(), self._shape[1] // self._blocksize[1]
+        return self._tables.rows.long(), cols % c_blocks, cols // c_blocks
 
     def values_from_dense(self, weight: Tensor) -> Tensor:
         """The stored blocks [nnzb, bk, bc] of a dense filter bank [K, C, R, S]; what lies outside is left behind.
@@ -268,12 +281,8 @@ class BSRPattern:
         if tuple(weight.shape) != self._shape:
             raise ValueError(f"{who}: weight has shape {tuple(weight.shape)}; the pattern needs {self._shape}")
         check_device(weight, "weight", self.device, who)
-        (k, c, r, s), (bk, bc) = self._shape, self._blocksize
         order = self._tables.row_order
-        if order is not None:
-            weight = weight[order.long()]
-        rows, c_block, tap = self._coordinates()
-        return weight.reshape(k // bk, bk, c // bc, bc, r * s)[rows, :, c_block, :, tap]
+        return blocks_of(weight if order is None else weight[order.long()], self._blocksize, self._places())
 
     def to_dense(self, values: Tensor) -> Tensor:
         """The dense filter bank [K, C, R, S] with `values` [nnzb, bk, bc] in their places and zeros elsewhere.
@@ -281,12 +290,7 @@ class BSRPattern:
         Differentiable; the inverse of `values_from_dense` on the stored blocks.
         """
         self.check_values(values, "BSRPattern.to_dense()")
-        (k, c, r, s), (bk, bc) = self._shape, self._blocksize
-        blocks = values.new_zeros((k // bk, c // bc, r * s, bk, bc))
-        rows, c_block, tap = self._coordinates()
-        blocks = blocks.index_put((rows, c_block, tap), values)
-        weight = blocks.permute(0, 3, 1, 4, 2).reshape(k, c, r, s)
-        order = self._tables.row_order
+        weight, order = bank_of(values, self._shape, self._places()), self._tables.row_order
         return weight if order is None else weight[torch.argsort(order)]
 
     def to_mask(self) -> Tensor:
@@ -312,7 +316,7 @@ class BSRPattern:
         self.check_values(values, who)
         k, c, r, s = self._shape
         tables = self._tables
-        return scipy_bsr(values, tables.indices, tables.indptr, (k, r * s * c), who)
+        return scipy_bsr(values, self.indices, tables.indptr, (k, r * s * c), who)
 
     @classmethod
     def from_scipy(
@@ -351,19 +355,19 @@ class BSRPattern:
         raise AttributeError(f"BSRPattern is immutable; {name!r} cannot be deleted")
 
     def __eq__(self, other: object) -> bool:
-        """Same shape, blocksize, blocks and row order; the device does not matter."""
+        """Same shape, groups, blocksize, blocks and row order; the device does not matter."""
         if not isinstance(other, BSRPattern):
             return NotImplemented
-        if (self._shape, self._blocksize, self._nnzb) != (other._shape, other._blocksize, other._nnzb):
+        if (self.bank, self._blocksize, self._nnzb) != (other.bank, other._blocksize, other._nnzb):
             return False
         return torch.equal(self._index, other._index.to(self.device))
 
     def __hash__(self) -> int:
-        return hash((self._shape, self._blocksize, self._nnzb))
+        return hash((self.bank, self._blocksize, self._nnzb))
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Through the constructor: a damaged pickle is refused like any other damaged index.
-        return BSRPattern, (self._shape, self._blocksize, self.indptr, self.indices, self.row_order)
+        return BSRPattern, (self._shape, self._blocksize, self.indptr, self.indices, self.row_order, self._groups)
 
     def __copy__(self) -> BSRPattern:
         return self
@@ -373,7 +377,8 @@ class BSRPattern:
 
     def __repr__(self) -> str:
         k, c, r, s = self._shape
-        order = "" if self._tables.row_order is None else ", rows permuted"
+        order = ", rows permuted" * (self._tables.row_order is not None)
+        order += f", groups={self._groups}" * (self._groups > 1)
         device = "" if self.device.type == "cpu" else f", device={str(self.device)!r}"
         return (
             f"BSRPattern(shape=({k}, {c}, {r}, {s}), blocksize={self._blocksize}, nnzb={self._nnzb},"

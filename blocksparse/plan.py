@@ -93,7 +93,7 @@ class ConvPlan:
 
     @property
     def dense_flops(self) -> int:
-        return self._flops_at(self.geometry.k * self.geometry.c * self.geometry.taps)
+        return self._flops_at(self.geometry.weights)
 
     def _flops_at(self, weights: int) -> int:
         return 2 * self.geometry.n * self.geometry.p * self.geometry.q * weights
@@ -108,7 +108,7 @@ class ConvPlan:
 
     def __str__(self) -> str:
         g = self.geometry
-        density = self.nnzb * self.blocksize[0] * self.blocksize[1] / (g.k * g.c * g.taps)
+        density = self.nnzb * self.blocksize[0] * self.blocksize[1] / g.weights
         lines = [
             str(g),
             f"{self.nnzb} blocks of {self.blocksize[0]} x {self.blocksize[1]}, density {density:.4g},"
@@ -326,7 +326,9 @@ def explain(
     check_strided(x, "x", who)
     pattern.check_values(values, who)
     conv = conv_pairs(stride, padding, dilation, who)
-    geometry = ConvGeometry.of(x.shape, pattern.shape, *conv, who)
-    index = layout_of(pattern.index.shape, pattern.index.dtype, pattern.shape, pattern.blocksize, pattern.nnzb, who)
+    geometry = ConvGeometry.of(x.shape, pattern.bank, *conv, who)
+    index = layout_of(
+        pattern.index.shape, pattern.index.dtype, geometry.weight_shape, pattern.blocksize, pattern.nnzb, who
+    )
     shape, setting = (pattern.nnzb, *pattern.blocksize), setting_of(x, is_channels_last(x))
     return plan_conv(who, geometry, shape, values.dtype, values.device, index, backend, setting)

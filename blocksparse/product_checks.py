@@ -43,7 +43,7 @@ def check_alike(who: str, tensors: dict[str, Tensor | Facts], index: Tensor | Fa
 
 
 def check_values_shape(who: str, values_shape: Sequence[int], weight_shape: Sequence[int]) -> None:
-    k, c = weight_shape[:2]
+    k, c = weight_shape[0] // (*weight_shape, 1)[4], weight_shape[1]  # of each group
     if len(values_shape) != 3 or k % max(1, values_shape[1]) or c % max(1, values_shape[2]) or 0 in values_shape[1:]:
         raise ValueError(
             f"{who}: values has shape {tuple(values_shape)}; it needs (nnzb, bk, bc) where bk divides K = {k} and"

@@ -24,6 +24,15 @@ def _taps(g: ConvGeometry) -> Iterator[tuple[int, int, slice, slice]]:
             yield r, s, rows, cols
 
 
+def _all_channels(weight: Tensor, groups: int) -> Tensor:
+    """[K, C, R, S] of a weight [K, C/groups, R, S]: the filters of group j read the j-th C/groups channels."""
+    rows, (k, c, r, s) = weight.shape[0] // groups, weight.shape
+    wide = weight.new_zeros((k, c * groups, r, s))
+    for j in range(groups):
+        wide[j * rows : (j + 1) * rows, j * c : (j + 1) * c] = weight[j * rows : (j + 1) * rows]
+    return wide
+
+
 def _padded(x: Tensor, g: ConvGeometry) -> Tensor:
     wide = x.new_zeros((g.n, g.c, g.h + 2 * g.padding[0], g.w + 2 * g.padding[1]))
     wide[:, :, g.padding[0] : g.padding[0] + g.h, g.padding[1] : g.padding[1] + g.w] = x
@@ -41,10 +50,11 @@ def fprop(
 ) -> Tensor:
     """y[n,k,p,q] = bias[k] + sum over c,r,s of x[n,c,p*stride+r*dilation-padding,...] * w[k,c,r,s]; float64 [N,K,P,Q].
 
-    Equivalent to: F.conv2d(x.double(), pattern.to_dense(values.double()), bias, stride, padding, dilation)
+    Equivalent to: F.conv2d(x.double(), pattern.to_dense(values.double()), bias, stride, padding, dilation, groups)
     """
-    g = ConvGeometry.of(x.shape, pattern.shape, stride, padding, dilation, "reference.fprop()")
+    g = ConvGeometry.of(x.shape, pattern.bank, stride, padding, dilation, "reference.fprop()")
     weight, wide = pattern.to_dense(values.detach().double()), _padded(x.detach().double(), g)
+    weight = _all_channels(weight, g.groups)
     y = wide.new_zeros(g.y_shape)
     for r, s, rows, cols in _taps(g):
         y += torch.einsum("ncpq,kc->nkpq", wide[:, :, rows, cols], weight[:, :, r, s])
@@ -61,8 +71,9 @@ def dgrad(
     dilation: int | Sequence[int] = 1,
 ) -> Tensor:
     """The gradient of <dy, fprop(x)> in x: every product of fprop, scattered back; float64 [N,C,H,W]."""
-    g = ConvGeometry.of(x_shape, pattern.shape, stride, padding, dilation, "reference.dgrad()")
+    g = ConvGeometry.of(x_shape, pattern.bank, stride, padding, dilation, "reference.dgrad()")
     weight, dy = pattern.to_dense(values.detach().double()), dy.detach().double()
+    weight = _all_channels(weight, g.groups)
     wide = _padded(dy.new_zeros(g.x_shape), g)
     for r, s, rows, cols in _taps(g):
         wide[:, :, rows, cols] += torch.einsum("nkpq,kc->ncpq", dy, weight[:, :, r, s])
@@ -78,9 +89,11 @@ def wgrad(
     dilation: int | Sequence[int] = 1,
 ) -> Tensor:
     """The gradient of <dy, fprop(x)> in values: the dense one at the stored blocks; float64 [nnzb,bk,bc]."""
-    g = ConvGeometry.of(x.shape, pattern.shape, stride, padding, dilation, "reference.wgrad()")
+    g = ConvGeometry.of(x.shape, pattern.bank, stride, padding, dilation, "reference.wgrad()")
     wide, dy = _padded(x.detach().double(), g), dy.detach().double()
     dense = wide.new_zeros(g.weight_shape)
     for r, s, rows, cols in _taps(g):
         dense[:, :, r, s] = torch.einsum("nkpq,ncpq->kc", dy, wide[:, :, rows, cols])
-    return pattern.values_from_dense(dense)
+    k, c = g.k // g.groups, g.c // g.groups
+    squares = [dense[j * k : (j + 1) * k, j * c : (j + 1) * c] for j in range(g.groups)]
+    return pattern.values_from_dense(torch.cat(squares))

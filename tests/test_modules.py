@@ -99,10 +99,10 @@ def test_same_padding_where_it_is_symmetric():
             ValueError,
             "padding 'same' of kernel .* is not symmetric",
         ),
-        (lambda: nn.Conv2d(4, 4, 2, groups=2), ValueError, "conv has groups=2"),
+        (lambda: nn.Conv2d(4, 4, 2, groups=2), ValueError, r"shape \(4, 4, 2, 2\); conv needs \(4, 2, 2, 2\), that of"),
         (lambda: nn.Conv2d(4, 4, 2, padding_mode="reflect"), ValueError, "padding_mode='reflect'"),
         (lambda: nn.ConvTranspose2d(4, 4, 2), TypeError, "conv is ConvTranspose2d; it needs an nn.Conv2d"),
-        (lambda: nn.Conv2d(8, 4, 2), ValueError, r"weight has shape \(4, 8, 2, 2\); the pattern needs"),
+        (lambda: nn.Conv2d(8, 4, 2), ValueError, r"pattern has shape \(4, 4, 2, 2\); conv needs \(4, 8, 2, 2\)"),
     ],
 )
 def test_from_dense_refuses(build, error, message):

@@ -22,7 +22,7 @@ class Net(nn.Module):
         self.wide = nn.Conv2d(16, 32, 3, stride=2, padding=1, bias=False)
         self.norm = nn.BatchNorm2d(32)
         self.point = nn.Conv2d(32, 32, 1)
-        self.split = nn.Conv2d(32, 32, 3, padding=1, groups=2)
+        self.split = nn.Conv2d(32, 32, 3, padding=1, groups=32)
         self.hidden = nn.Linear(32, 48)
         self.head = nn.Linear(48, 10)
 
@@ -179,13 +179,13 @@ def test_what_is_not_taken_over_stays_pruned_and_is_named(net, x):
         "stem": "not pruned",
         "norm": f"{still} bias: a BatchNorm2d",
         "point": f"{still} weight: its mask has values other than 0 and 1",
-        "split": f"{still} weight: grouped",
+        "split": f"{still} weight: depthwise",
         "hidden": f"{still} weight and bias: its bias is pruned, too",
         "head": f"{still} bias: its weight is not pruned",
     }
     torch.testing.assert_close(net(x), expected)
     text = str(hrbp.summary(net, x))
-    assert f"dense ({still} weight: grouped)" in text
+    assert f"dense ({still} weight: depthwise)" in text
     assert f"left as they were: norm ({still} bias: a BatchNorm2d)" in text
     hrbp.densify(net)
     assert torch.equal(net(x), expected)
@@ -216,7 +216,7 @@ def test_refusals_leave_the_model_untouched(net, x):
         hrbp.from_prune(net)
     assert list(net.state_dict()) == before
     prune.l1_unstructured(net.split, "weight", 0.5)
-    with pytest.raises(ValueError, match=r"split: torch.nn.utils.prune still masks its weight: grouped"):
+    with pytest.raises(ValueError, match=r"split: torch.nn.utils.prune still masks its weight: depthwise"):
         hrbp.from_prune(net)
     prune.l1_unstructured(net.wide, "weight", 0.5)
     prune.ln_structured(net.hidden, "weight", 0.5, n=2, dim=0)

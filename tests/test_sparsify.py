@@ -22,7 +22,7 @@ SPARSITY = {"n:m": 0.5}
 
 
 class Net(nn.Module):
-    """Stem, a shared block, a strided 1x1, a depthwise and a grouped convolution, two linear layers."""
+    """Stem, a shared block, a strided 1x1, a depthwise and a mirrored convolution, two linear layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,13 +31,13 @@ class Net(nn.Module):
         self.norm = nn.BatchNorm2d(32)
         self.point = nn.Conv2d(32, 32, 1, stride=2)
         self.depth = nn.Conv2d(32, 32, 3, padding=1, groups=32)
-        self.split = nn.Conv2d(32, 32, 3, padding=1, groups=2)
+        self.mirror = nn.Conv2d(32, 32, 3, padding=1, padding_mode="reflect")
         self.hidden = nn.Linear(32, 48)
         self.head = nn.Linear(48, 10)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.norm(self.wide(self.stem(x).relu())).relu()
-        x = self.split(self.depth(self.point(x)).relu()).mean((2, 3))
+        x = self.mirror(self.depth(self.point(x)).relu()).mean((2, 3))
         return self.head(self.hidden(x).relu())
 
 
@@ -143,7 +143,7 @@ def test_what_stays_dense_and_why(net):
     assert record_of(net).dense == {
         "stem": "the first layer, by data flow",
         "depth": "depthwise",
-        "split": "grouped",
+        "mirror": "padding_mode 'reflect'",
         "head": "the last layer, by data flow",
     }
     table = str(hrbp.summary(net))
@@ -286,7 +286,7 @@ def test_the_summary_counts_right(net, x):
     hrbp.sparsify(net, 0.8, structure="hrbp++", saliency="magnitude")
     result = hrbp.summary(net, x, measure=True)
     rows = {row.name: row for row in result.rows}
-    assert list(rows) == ["stem", "wide", "point", "depth", "split", "hidden", "head"]
+    assert list(rows) == ["stem", "wide", "point", "depth", "mirror", "hidden", "head"]
     layers = sparse_layers(net)
     for name, layer in layers.items():
         stored = int(layer.mask().sum())

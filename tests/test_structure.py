@@ -362,7 +362,7 @@ def test_scores_that_make_no_mask(name):
         score = ONES.clone()
         score[3, 2, 1, 0] = bad
         assert message(score) == "score has cells that are negative, infinite or NaN; it needs finite ones >= 0"
-    for shape in [(8, 3, 3), (8,), (1, 16, 8, 3, 3), (0, 8, 3, 3), (16, 0, 1, 1)]:
+    for shape in [(8,), (1, 16, 8, 3, 3), (0, 8, 3, 3), (16, 0, 1, 1)]:
         assert message(torch.ones(shape)) == f"score has shape {shape}; it needs [K, C, R, S], none of them 0"
     assert message(ONES.int()) == "score is torch.int32; it needs floating point or bool"
     for sparsity in (1.0, -0.1, math.nan):

@@ -8,7 +8,8 @@ tens of thousands of random geometries against float64 found these mistakes (PyT
 - wgrad of a strided 1x1 convolution without padding corrupts the heap in channels_last (few channels, several threads,
   a batch that they do not divide), and in bfloat16 reads beyond x. It is a convolution of stride 1 over the pixels
   that it reads, and runs as one: it reads less, too.
-- fprop of one channel, strided along its rows, reads outside x in channels_last (float32): one channel is contiguous.
+- fprop of one channel, strided along its rows, reads outside x in channels_last (float32): one channel, and groups of
+  one channel each, are contiguous.
 - float64 gradients refuse some channels_last tensors: these are computed contiguous.
 
 On a GPU strided 1x1 convolutions stay as they are: their detour would cost passes over x and dx.
@@ -46,7 +47,7 @@ def works_in(channels_last: bool, like: Tensor, g: ConvGeometry) -> bool:
     On a CPU a strided 1x1 convolution with padding stays contiguous for safety.
     """
     safe = like.device.type != "cpu" or g.taps > 1 or dense_steps(g, like.device).stride == (1, 1)
-    return channels_last and like.dtype != torch.float64 and g.c > 1 and safe
+    return channels_last and like.dtype != torch.float64 and g.c > g.groups and safe
 
 
 def _laid_out(t: Tensor, channels_last: bool) -> Tensor:
@@ -58,7 +59,7 @@ def _laid_out(t: Tensor, channels_last: bool) -> Tensor:
 
 
 def _args(g: ConvGeometry) -> tuple[object, ...]:
-    return list(g.stride), list(g.padding), list(g.dilation), False, [0, 0], 1
+    return list(g.stride), list(g.padding), list(g.dilation), False, [0, 0], g.groups
 
 
 def bias_alone(shape: tuple[int, ...], like: Tensor, bias: Tensor | None, channels_last: bool) -> Tensor:
@@ -72,7 +73,7 @@ def fprop(x: Tensor, weight: Tensor, bias: Tensor | None, g: ConvGeometry) -> Te
 
     Args:
         x: [N, C, H, W]; K and C are those of these tensors, and g tells the rest.
-        weight: [K, C, R, S].
+        weight: [K, C/groups, R, S].
         bias: [K] or None.
     """
     last = is_channels_last(x)
@@ -84,8 +85,8 @@ def fprop(x: Tensor, weight: Tensor, bias: Tensor | None, g: ConvGeometry) -> Te
 
 
 def dgrad(dy: Tensor, weight: Tensor, g: ConvGeometry, channels_last: bool) -> Tensor:
-    """dx [N, C, H, W], channels_last or contiguous; dy [N, K, P, Q], weight [K, C, R, S]."""
-    shape = (dy.shape[0], weight.shape[1], g.h, g.w)
+    """dx [N, C, H, W], channels_last or contiguous; dy [N, K, P, Q], weight [K, C/groups, R, S]."""
+    shape = (dy.shape[0], weight.shape[1] * g.groups, g.h, g.w)
     if g.only_padding:
         return empty(shape, dy, channels_last).zero_()
     steps, last = dense_steps(g, dy.device), works_in(channels_last, dy, g)
@@ -100,8 +101,8 @@ def dgrad(dy: Tensor, weight: Tensor, g: ConvGeometry, channels_last: bool) -> T
 
 
 def wgrad(x: Tensor, dy: Tensor, g: ConvGeometry) -> Tensor:
-    """dweight [K, C, R, S], in x's memory format or contiguous; x [N, C, H, W], dy [N, K, P, Q]."""
-    shape = (dy.shape[1], x.shape[1], g.r, g.s)
+    """dweight [K, C/groups, R, S], in x's memory format or contiguous; x [N, C, H, W], dy [N, K, P, Q]."""
+    shape = (dy.shape[1], x.shape[1] // g.groups, g.r, g.s)
     last = works_in(is_channels_last(x), x, g)
     if g.only_padding:
         return empty(shape, x, last).zero_()

@@ -73,12 +73,16 @@ def stored_terms(
 
 
 def dense_terms(g: ConvGeometry, blocksize: tuple[int, int], nnzb: int) -> Terms:
-    """Counts of the dense product."""
+    """Counts of the dense product.
+
+    In groups PyTorch multiplies within each alone, its filters filled up to whole vectors, not its channels: 4, 8, 16
+    and 24 of both were measured to take 3.3, 1.5, 1 and 1.1 times as long for a multiplication.
+    """
     values = g.n * (g.c * g.h * g.w + g.k * g.p * g.q)
-    bank = g.k * g.c * g.taps
-    work = float(g.n * g.p * g.q * g.taps * _padded(g.k) * _padded(g.c))
+    of_group = _padded(g.k // g.groups) * (g.c // g.groups if g.groups > 1 else _padded(g.c))
+    work = float(g.n * g.p * g.q * g.taps * g.groups * of_group)
     spatial, pointwise = (work, 0.0) if g.taps > 1 else (0.0, work)
-    return Terms(1.0, bank, nnzb * blocksize[0] * blocksize[1], values, 0.0, spatial, 0.0, 0.0, pointwise)
+    return Terms(1.0, g.weights, nnzb * blocksize[0] * blocksize[1], values, 0.0, spatial, 0.0, 0.0, pointwise)
 
 
 def seconds(terms: Terms, constants: Terms, threads: int) -> float:

@@ -139,11 +139,13 @@ def activations(g: ConvGeometry) -> tuple[int, int]:
 def dense(g: ConvGeometry, dtype: torch.dtype, precision: str, channels_last: bool, gpu: Gpu) -> Estimate:
     """PyTorch's convolution of a dense filter bank, alone; fprop, dgrad and wgrad alike.
 
-    cuDNN computes two-byte types in channels_last: contiguous tensors are turned before and after.
+    cuDNN computes two-byte types in channels_last: contiguous tensors are turned before and after. In groups each is
+    taken to be computed alone, filters and channels filled up to 8, the least that a tensor core multiplies: less than
+    it takes, so that stored blocks are not preferred by a guess.
     """
-    size, (x, y) = dtype.itemsize, activations(g)
-    weights = g.k * g.c * g.taps
-    flops = 2.0 * g.n * g.p * g.q * weights
+    size, (x, y), weights = dtype.itemsize, activations(g), g.weights
+    fill = math.prod(-(-side // g.groups // 8) * 8 * g.groups / side for side in (g.k, g.c)) if g.groups > 1 else 1.0
+    flops = 2.0 * g.n * g.p * g.q * weights * fill
     rate = DENSE_TENSOR * flops_of(dtype, precision, gpu) * gpu.units * gpu.clock * SUSTAINED
     found = {"tensor cores": flops / rate, "HBM": (x + y + weights) * size / (DENSE_HBM * MEMORY * gpu.memory)}
     bound = max(found, key=lambda name: found[name])
@@ -156,9 +158,9 @@ def scattered(
     kind: str, g: ConvGeometry, weights: int, dtype: torch.dtype, ordered: bool, channels_last: bool, gpu: Gpu
 ) -> float:
     """Seconds from stored values to a filter bank, or for wgrad back: what torch_conv.py launches around dense()."""
-    size, cells = dtype.itemsize, g.k * g.c * g.taps
+    size, cells = dtype.itemsize, g.weights
     nbytes = (cells if kind != "wgrad" else 0) + 2 * weights
-    if channels_last or g.taps == 1:
+    if (channels_last or g.taps == 1) and g.groups == 1:
         return passes(nbytes * size, 1, gpu)  # triton_bank.py
     # Zeros, indices as int64, where they point, and the copy; with a row order the bank once more.
     return passes((nbytes + (2 * cells if ordered else 0)) * size, 9 if ordered else 7, gpu)

@@ -29,8 +29,9 @@ def facts(
 ) -> dict[str, Any]:  # fmt: skip
     """What a row is about: a product of one backend."""
     name = str(dtype).removeprefix("torch.")
+    weight = g.weight_shape if g.groups == 1 else (*g.weight_shape, g.groups)
     values = (
-        backend, kind, g.x_shape, g.weight_shape, g.stride, g.padding, g.dilation, blocksize, nnzb, name, precision,
+        backend, kind, g.x_shape, weight, g.stride, g.padding, g.dilation, blocksize, nnzb, name, precision,
         channels_last,
     )  # fmt: skip
     return {key: list(v) if isinstance(v, tuple) else v for key, v in zip(FACTS, values, strict=True)}

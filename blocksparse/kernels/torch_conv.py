@@ -1,8 +1,9 @@
 """The dense products: stored blocks are scattered into a filter bank, and PyTorch's own convolution does the rest.
 
 Every device, dtype and block. A plan runs it where no other backend can, and where stored blocks would take longer: few
-pixels, few channels, few zeros. One filter bank lives as long as the call; weights, gradients and optimizer state stay
-blocks. It never reads the index on the host. On a GPU with Triton one launch makes the bank, and one takes from it.
+pixels, few channels, few zeros. One filter bank lives as long as the call, in groups [K, C/groups, R, S] and never that
+of all channels; weights, gradients and optimizer state stay blocks. It never reads the index on the host. On a GPU with
+Triton one launch makes the bank, and one takes from it, unless there are groups.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ import torch
 from torch import Tensor
 
 from ..geometry import ConvGeometry
+from ..groups import of_diagonal
 from ..index import IndexTables
 from ..layout import empty, is_channels_last
 from . import aten_conv
 
 
-def _blocks(bank: Tensor, tables: IndexTables, bk: int, bc: int) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """A filter bank [K, C, R, S] as its blocks, a view, and where each stored one lies in it.
+def _blocks(bank: Tensor, tables: IndexTables, bk: int, bc: int, groups: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """A filter bank [K, C/groups, R, S] as its blocks, a view, and where each stored one lies in it.
 
     In channels_last that is [Kb, T*Cb, bk, bc] and the index as it stands, else [Kb, T, Cb, bk, bc]. Both tables become
     int64 in one pass: they lie side by side.
@@ -28,6 +30,8 @@ def _blocks(bank: Tensor, tables: IndexTables, bk: int, bc: int) -> tuple[Tensor
     (start, nnzb), (then, _) = tables.layout.indices, tables.layout.rows
     both = tables.packed[start : then + nnzb].long()
     cols, rows = both[:nnzb], both[then - start :]
+    if groups > 1:
+        cols = of_diagonal(cols, bank.shape, (bk, bc), groups)
     lines = bank.permute(0, 2, 3, 1)
     if bank.shape[2] * bank.shape[3] == 1 or lines.is_contiguous():
         return lines.flatten(1).unflatten(1, (-1, bc)).unflatten(0, (-1, bk)).transpose(1, 2), (rows, cols)
@@ -51,12 +55,13 @@ def _in_one_launch() -> Any:
 
 
 def _bank(values: Tensor, tables: IndexTables, g: ConvGeometry, channels_last: bool) -> Tensor:
-    """[K, C, R, S] in filter order, zeros where nothing is stored."""
+    """[K, C/groups, R, S] in filter order, zeros where nothing is stored."""
     _, bk, bc = values.shape
-    if _on_gpu(values) and values.numel() and (channels_last or g.taps == 1) and (kernels := _in_one_launch()):
+    in_one = _on_gpu(values) and values.numel() and (channels_last or g.taps == 1) and g.groups == 1
+    if in_one and (kernels := _in_one_launch()):
         return kernels.scatter(values, tables, g)
-    bank = empty((g.k, g.c, g.r, g.s), values, channels_last).zero_()
-    blocks, where = _blocks(bank, tables, bk, bc)
+    bank = empty(g.dense_shape, values, channels_last).zero_()
+    blocks, where = _blocks(bank, tables, bk, bc, g.groups)
     blocks[where] = values
     if tables.row_order is None:
         return bank
@@ -99,9 +104,9 @@ def wgrad(
         return x.new_zeros(values_shape)
     bank = aten_conv.wgrad(_compute(x), _compute(dy), geometry)
     one_row = bank.permute(0, 2, 3, 1).is_contiguous()  # memory of channels_last
-    if _on_gpu(bank) and one_row and values_shape[0] and (kernels := _in_one_launch()):
+    if _on_gpu(bank) and one_row and geometry.groups == 1 and values_shape[0] and (kernels := _in_one_launch()):
         return kernels.gather(bank, tables, geometry, values_shape)
     if tables.row_order is not None:
         bank = bank.index_select(0, tables.row_order)
-    blocks, where = _blocks(bank, tables, bk, bc)
+    blocks, where = _blocks(bank, tables, bk, bc, geometry.groups)
     return x.new_empty(values_shape).copy_(blocks[where])

@@ -15,13 +15,14 @@ from blocksparse import BSRPattern, bank_shape
 from .. import models
 from ..files import whole_file
 from ..layers.fused import FusedModel
+from ..layers.in_groups import in_groups
 from ..layers.master import with_master
 from ..layers.record import SparsityRecord, record_of, remember
 from ..layers.semi_structured import is_converted
 from ..layers.stored import PLAIN, block_module, pattern_of_mask, take_masks, was_masked
-from ..layers.view import sparse_layers
+from ..layers.view import groups_of, sparse_layers
 from ..methods.registry import dense_weight_method
-from ..structures.base import Selection, sparsity_of
+from ..structures.base import Selection, Structure, sparsity_of
 from ..structures.registry import CLASSES
 from ..surgery.carry import replace_module
 from ..surgery.conversion import densify
@@ -163,7 +164,8 @@ def _make_sparse(model: nn.Module, state: Mapping[str, Tensor], record: Sparsity
         if type(layer) not in PLAIN:  # sparse already, or a buffer of the same name
             continue
         if part == "mask" and record is not None and method is not None:
-            selection = _selection(record, state[key], state.get(f"{name}.row_order"))
+            rule = in_groups(record.structure, groups_of(layer))
+            selection = _selection(rule, state[key], state.get(f"{name}.row_order"))
             replace_module(model, layer, with_master(layer, selection))
             continue
         shape = bank_shape(layer.weight.shape)
@@ -184,7 +186,7 @@ def _make_sparse(model: nn.Module, state: Mapping[str, Tensor], record: Sparsity
         replace_module(model, layer, block_module(layer, pattern, None))
 
 
-def _selection(record: SparsityRecord, mask: Tensor, row_order: Tensor | None) -> Selection:
+def _selection(rule: Structure, mask: Tensor, row_order: Tensor | None) -> Selection:
     """As `sparsify` with a method made it, of a layer that has a mask of its own."""
     shape = bank_shape(mask.shape)
-    return Selection(mask.view(shape), record.structure.blocksize(shape), row_order)
+    return Selection(mask.view(shape), rule.blocksize(shape), row_order)

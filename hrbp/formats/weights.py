@@ -365,6 +365,8 @@ def sparse_layer(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...
     shape = bank_shape(shape)
     try:
         pattern = BSRPattern(shape, values.shape[1:], tensors[prefix + "indptr"], tensors[prefix + "indices"], order)
+        if (groups := tensors.get(prefix + "groups")) is not None:
+            pattern = pattern.grouped(sum(groups.tolist()))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name}: the saved index does not fit a layer {tuple(shape)}: {error}") from None
     pattern.check_values(values, name)

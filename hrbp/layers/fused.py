@@ -42,7 +42,7 @@ class Fused:
         if not isinstance(residual, Tensor) or x.dim() != 2 + axes:
             return False
         x_shape = (*x.shape[:2], *(1,) * (2 - axes), *x.shape[2:])  # of a line: an image of height 1
-        y_shape = ConvGeometry.of(x_shape, self.weight_shape, *image_conv(self), f"conv{axes}d()").y_shape
+        y_shape = ConvGeometry.of(x_shape, self.bank, *image_conv(self), f"conv{axes}d()").y_shape
         if tuple(residual.shape) != (*y_shape[:2], *y_shape[-axes:]):
             return False
         device = x.device.type

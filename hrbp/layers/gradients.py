@@ -12,7 +12,7 @@ from torch.nn.grad import conv1d_weight, conv2d_weight
 
 from .dense_conv import contiguous
 
-Conv = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # stride, padding, dilation: a number for each axis
+Conv = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]  # stride, padding, dilation; groups
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -97,8 +97,8 @@ def dense_gradient(x: Tensor, dy: Tensor, shape: torch.Size | tuple[int, ...], c
     Args:
         x: [N, C, H, W] or [C, H, W]; [N, C, L] or [C, L] along a line; [..., C] of a linear layer.
         dy: [N, K, P, Q] or [K, P, Q]; [N, K, Q] or [K, Q]; [..., K].
-        shape: of W: [K, C, R, S]; [K, C, S]; [K, C].
-        conv: stride, padding, dilation; None: a linear layer.
+        shape: of W: [K, C/groups, R, S]; [K, C/groups, S]; [K, C].
+        conv: stride, padding, dilation, with a number for each axis, and groups; None: a linear layer.
     """
     x = x.to(dy.dtype)
     if conv is None:
@@ -111,7 +111,6 @@ def dense_gradient(x: Tensor, dy: Tensor, shape: torch.Size | tuple[int, ...], c
         if x.dtype == torch.float64 or x.device.type == "cpu":
             wide = torch.promote_types(x.dtype, torch.float32)
             x, dy = contiguous(x.to(wide)), contiguous(dy.to(wide))
-        stride, padding, dilation = conv
         of_weight: Any = conv2d_weight if len(shape) == 4 else conv1d_weight
-        grad = of_weight(x, shape, dy, stride, padding, dilation)
+        grad = of_weight(x, shape, dy, *conv)
     return grad.to(torch.promote_types(grad.dtype, torch.float32)).view(shape)

@@ -19,6 +19,7 @@ from blocksparse import BSRPattern, IndexedModule, bank_shape, conv1d, conv2d, l
 from ..structures.base import Selection, Structure
 from .dense_conv import masked_conv
 from .gradients import _StraightThrough, _StraightThroughForward, with_dense_gradient
+from .in_groups import in_groups
 from .twin import twin
 
 CONFIGURATION = ("rule", "sparsity", "backend", "blocksize", "nnzb")  # attributes of a layer with a master weight
@@ -72,7 +73,7 @@ class Master(IndexedModule):
     @property
     def pattern(self) -> BSRPattern:
         """The blocks that take part, of a layer that has a blocksize; the index is a copy."""
-        return BSRPattern.from_index(self.weight_shape, self._blocksize(), self.nnzb, self._index().clone())
+        return self._pattern(self._index().clone())
 
     @property
     def values(self) -> Tensor:
@@ -101,7 +102,7 @@ class Master(IndexedModule):
             raise ValueError(f"{who}: the selection has blocksize {selection.blocksize}; it needs {self.blocksize}")
         device = self.weight.device
         with self._ordinary_tensors():
-            pattern = selection.pattern().to(device)
+            pattern = selection.pattern().grouped(getattr(self, "groups", 1)).to(device)
             if obstacle := self._obstacle(pattern):
                 raise ValueError(f"{who}: {obstacle}")
             assert self.mask is not None
@@ -139,9 +140,13 @@ class Master(IndexedModule):
         assert self.index is not None
         return self.index
 
+    def _pattern(self, index: Tensor) -> BSRPattern:
+        groups = getattr(self, "groups", 1)
+        return BSRPattern.from_index(self.weight_shape, self._blocksize(), self.nnzb, index, groups)
+
     def _stored(self) -> tuple[BSRPattern, Tensor]:
         """A pattern around this layer's own index, and its blocks."""
-        pattern = BSRPattern.from_index(self.weight_shape, self._blocksize(), self.nnzb, self._index())
+        pattern = self._pattern(self._index())
         return pattern, pattern.values_from_dense(self.weight.detach().view(self.weight_shape))
 
     def _masked(self) -> Tensor:
@@ -234,6 +239,7 @@ class Master(IndexedModule):
         if order is not None and order.shape != self.weight.shape[:1]:
             raise ValueError(f"row_order has shape {tuple(order.shape)}; it needs {tuple(self.weight.shape[:1])}")
         pattern = BSRPattern.from_mask(mask.view(self.weight_shape), self._blocksize(), order)
+        pattern = pattern.grouped(getattr(self, "groups", 1))
         if not torch.equal(pattern.to_mask().view(mask.shape), mask):
             raise ValueError(f"mask is not made of blocks {self.blocksize}")
         return pattern
@@ -255,7 +261,7 @@ class MasterConv2d(Master, nn.Conv2d):  # type: ignore[misc]
         pattern, values = self._stored()
         conv = self.stride, symmetric_padding(self), self.dilation
         y = conv2d(input, values, pattern, self.bias, *conv, backend=self.backend)
-        return with_dense_gradient(y, input, self.weight, conv)
+        return with_dense_gradient(y, input, self.weight, (*conv, self.groups))
 
 
 class MasterConv1d(Master, nn.Conv1d):  # type: ignore[misc]
@@ -267,7 +273,7 @@ class MasterConv1d(Master, nn.Conv1d):  # type: ignore[misc]
         pattern, values = self._stored()
         conv = self.stride, symmetric_padding(self), self.dilation
         y = conv1d(input, values, pattern, self.bias, *conv, backend=self.backend)
-        return with_dense_gradient(y, input, self.weight, conv)
+        return with_dense_gradient(y, input, self.weight, (*conv, self.groups))
 
 
 class MasterLinear(Master, nn.Linear):  # type: ignore[misc]
@@ -303,14 +309,15 @@ def with_master(
         backend: of the blocks, as in blocksparse.conv2d.
     """
     made: Any = twin(layer, MASTER[type(layer)])
-    device = made.weight.device
+    device, groups = made.weight.device, getattr(made, "groups", 1)
     with torch.inference_mode(False):  # what a forward in training may use
-        pattern = None if selection is None else selection.pattern().to(device)
+        pattern = None if selection is None else selection.pattern().grouped(groups).to(device)
         mask = None if selection is None else selection.mask.view(made.weight.shape).to(device, copy=True)
         order = (
             None if selection is None or selection.row_order is None else selection.row_order.to(device, torch.int64)
         )
-    made.rule, made.sparsity, made.backend = rule, sparsity, backend
+    made.rule = None if rule is None else in_groups(rule, groups)
+    made.sparsity, made.backend = sparsity, backend
     made.blocksize, made.nnzb = (None, 0) if pattern is None else (pattern.blocksize, pattern.nnzb)
     made.register_buffer("mask", mask)
     made.register_buffer("row_order", order)

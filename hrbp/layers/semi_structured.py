@@ -34,7 +34,7 @@ def refuses(layer: nn.Module, weight: Tensor) -> str | None:
         return "a Conv1d: linear layers and 1x1 convolutions alone"
     if (r, s) != (1, 1):
         return f"a {r}x{s} kernel: matrix products alone, linear layers and 1x1 convolutions"
-    if isinstance(layer, nn.Conv2d) and layer.groups != 1:
+    if getattr(layer, "groups", 1) != 1:
         return "grouped"
     if isinstance(layer, nn.Conv2d | BSRConv2d) and (layer.padding not in ((0, 0), "valid", "same")):
         return f"padding {layer.padding}"

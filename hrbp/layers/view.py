@@ -19,6 +19,11 @@ def shape4(layer: Any) -> tuple[int, int, int, int]:
     return bank_shape(layer.weight.shape)
 
 
+def groups_of(layer: Any) -> int:
+    """The groups of a layer; 1 where it is no convolution."""
+    return getattr(layer, "groups", 1)
+
+
 class SparseLayer:
     """One sparse layer, however it is stored: its mask, its weights, and how to change them.
 
@@ -35,6 +40,11 @@ class SparseLayer:
     @property
     def shape(self) -> tuple[int, int, int, int]:
         return self.module.weight_shape
+
+    @property
+    def groups(self) -> int:
+        """Of a convolution in groups, whose shape is (K, C/groups, R, S)."""
+        return groups_of(self.module)
 
     @property
     def dense_shape(self) -> tuple[int, ...]:

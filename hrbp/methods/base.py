@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..layers.in_groups import in_groups
 from ..layers.record import SparsityRecord
 from ..layers.view import SparseLayer
 from ..structures.base import Selection, Structure
@@ -48,6 +49,10 @@ class Moment:
         for i, (name, layer) in enumerate(self.layers.items()):
             if name in self.live and (self.gradients is None or name in self.gradients):
                 yield i, name, layer
+
+    def rule(self, layer: SparseLayer) -> Structure:
+        """The structure that a layer's masks have: that of the record, in the groups of a convolution in groups."""
+        return in_groups(self.record.structure, layer.groups)
 
     def generator(self, seed: int, layer: int) -> torch.Generator:
         """Of what is drawn at this step for the layer of this number; on the CPU: alike on all devices and ranks."""

@@ -55,7 +55,7 @@ class _Sum:
     def __init__(self, layer: SparseLayer) -> None:
         module, self.shape, self.conv = layer.module, layer.dense_shape, None
         if hasattr(module, "stride"):
-            self.conv = module.stride, symmetric_padding(module), module.dilation
+            self.conv = module.stride, symmetric_padding(module), module.dilation, module.groups
         dtype = torch.promote_types(layer.parameter.dtype, torch.float32)
         zero = torch.zeros((), dtype=dtype, device=layer.parameter.device)
         self.leaf = zero.expand(self.shape).requires_grad_()  # whose gradient compiled code adds to; it has no memory

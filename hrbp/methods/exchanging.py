@@ -49,10 +49,10 @@ class Exchanging(Seeded, Until, Drop, Every, Method):
         return self.drop / 2 * (1 + math.cos(math.pi * min(1.0, step / end)))
 
     def selections(self, now: Moment) -> dict[str, Selection]:
-        share, rule = self.share(now.step, now.total_steps), now.record.structure
+        share = self.share(now.step, now.total_steps)
         return {
             name: self.exchanged(
-                rule, layer.mask(), layer.row_order(), self.worth(now, i, name, layer),
+                now.rule(layer), layer.mask(), layer.row_order(), self.worth(now, i, name, layer),
                 self.growth(now, i, name, layer), share,
             )
             for i, name, layer in now.indexed()

@@ -59,9 +59,9 @@ class GMP(Arriving):
                 f"{WHO}: sparsity is {self.final} and min_density of the model {now.record.min_density}; 'gmp' needs a"
                 f" sparsity of at most {1 - now.record.min_density:.6g} then"
             )
-        rule, sizes = now.record.structure, {name: math.prod(layer.shape) for name, layer in now.live.items()}
+        sizes = {name: math.prod(layer.shape) for name, layer in now.live.items()}
         asked = self._asked(now, self.final)
-        final = sum(rule.density(now.live[n].shape, at) * sizes[n] for n, at in asked.items())
+        final = sum(now.rule(now.live[n]).density(now.live[n].shape, at) * sizes[n] for n, at in asked.items())
         # A model that has arrived may be continued, and which layers round up or down depends on its weights.
         if sum(layer.kept() for layer in now.live.values()) < 0.98 * final:
             raise ValueError(
@@ -83,9 +83,11 @@ class GMP(Arriving):
 
     def selections(self, now: Moment) -> dict[str, Selection]:
         asked = self._asked(now, self.sparsity_at(now)) if now.live else {}
-        rule, first = now.record.structure, self._first(now)
+        first = self._first(now)
         return {
-            name: rule.shrink(layer.mask(), layer.row_order(), _score(layer), sparsity_of(asked[name]), first)
+            name: now.rule(layer).shrink(
+                layer.mask(), layer.row_order(), _score(layer), sparsity_of(asked[name]), first
+            )
             for name, layer in now.live.items()
         }
 
@@ -95,19 +97,19 @@ class GMP(Arriving):
 
     def _asked(self, now: Moment, sparsity: float) -> dict[str, float]:
         """layer -> density at a sparsity, of the layers that can change."""
-        rule, live = now.record.structure, now.live
+        live = now.live
         scores: Mapping[str, Tensor] = {}
         # As sparsify() does: what "erk" makes of a linear layer is of its two axes.
         shapes = {name: layer.dense_shape for name, layer in live.items()}
         if now.record.distribution == "global":
             orders = {name: None if self._first(now) else layer.row_order() for name, layer in live.items()}
-            scores = {n: rule.ranked(_score(layer), orders[n]).view(shapes[n]) for n, layer in live.items()}
+            scores = {n: now.rule(a).ranked(_score(a), orders[n]).view(shapes[n]) for n, a in live.items()}
         return densities(
             shapes,
             sparsity,
             now.record.distribution,
             scores=scores,
-            realise=lambda name, density: rule.density(live[name].shape, density),
+            realise=lambda name, density: now.rule(live[name]).density(live[name].shape, density),
             min_density=now.record.min_density,
         )
 

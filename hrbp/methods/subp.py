@@ -81,8 +81,8 @@ class SUBP(Seeded, Decaying, Arriving):
         return Decay(model, now.layers.values(), optimizer, self.decay)
 
     def selections(self, now: Moment) -> dict[str, Selection]:
-        rule, selections = now.record.structure, {}
-        n, epoch, epochs = rule.uniform_rows, now.step / self.every, now.total_steps / self.every
+        selections = {}
+        n, epoch, epochs = now.record.structure.uniform_rows, now.step / self.every, now.total_steps / self.every
         assert n is not None
         begin, end = self.begin * epochs, self.until * epochs
         arrived = now.step >= self.arrives(now.total_steps)
@@ -92,7 +92,7 @@ class SUBP(Seeded, Decaying, Arriving):
             weight = layer.parameter.detach().view(layer.shape)
             scores = block_scores(weight, n, self.score, self.alpha, order)
             kept = kept_blocks(scores, sparsity, pruned, now.generator(self.seed, i), self.tau)
-            selections[name] = rule.of_rows(kept, layer.shape, order)
+            selections[name] = now.rule(layer).of_rows(kept, layer.shape, order)
         return selections
 
 

@@ -20,7 +20,7 @@ def dgrad_fill(choice: Selection) -> float:
 
     Source: HRBP (CPAL 2024), section 3.
     """
-    mask = choice.mask
+    mask = choice.whole()
     k, c, r, s = mask.shape
     bk, bc = choice.blocksize
     if choice.grouping is None and bk > 1 and bc > 1:
@@ -42,7 +42,7 @@ def dgrad_fill(choice: Selection) -> float:
     return len(owner) / int((height * width).sum())
 
 
-def dgrad_ratio(mask: Tensor, n: int, m: int) -> str:
+def dgrad_ratio(mask: Tensor, n: int, m: int, groups: int = 1) -> str:
     """Whether an n:m mask is n:m in the input gradient, too: "n:m", or the share of runs that keep more, or K.
 
     Its operand W' [C, K*R*S] (see `dgrad_fill`) is n:m if every m neighbours in a row keep n at most. In NHWC these are
@@ -52,12 +52,13 @@ def dgrad_ratio(mask: Tensor, n: int, m: int) -> str:
     Args:
         mask: bool [K, C, R, S].
         n, m: weights kept of neighbours.
+        groups: of a convolution in groups, whose mask is [K, C/groups, R, S].
 
     Source: HRBP (CPAL 2024), appendix H.
     """
-    k, c = mask.shape[:2]
+    k, c = mask.shape[0] // groups, mask.shape[1]
     if k % m:
-        return f"no, K = {k}"
+        return f"no, K = {k}" + (f" of each of {groups} groups" if groups > 1 else "")
     kept = mask.flip(2, 3).permute(1, 2, 3, 0).reshape(c, -1, m).sum(2)
     over = float((kept > n).double().mean())
     return f"{n}:{m}" if over == 0 else f"no, {100 * over:.3g}% over"

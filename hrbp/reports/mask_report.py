@@ -105,7 +105,8 @@ def report_mask(
     dense = isinstance(mask, Tensor) and bool(mask.all())
     choice = recognise(mask) if isinstance(mask, Tensor) else mask
     mask, (k, c, r, s) = choice.mask, choice.mask.shape
-    box = grain(mask if choice.row_order is None else mask[choice.row_order.long()])
+    bk, *others = grain(mask if choice.row_order is None else mask[choice.row_order.long()])
+    box = (math.gcd(bk, k // choice.groups), others[0], others[1], others[2])
     kept, cells = int(mask.sum()), mask.numel()
     pattern = None if dense else choice.pattern()
     stored = cells if pattern is None else pattern.nnzb * math.prod(pattern.blocksize)
@@ -114,6 +115,7 @@ def report_mask(
     run = _run(choice, box) if order is None else None
     read = _dense_stream(choice) if dense else stream(choice, box, run, index_bits)
     in_rows = mask if order is None else mask[order.long()]
+    of_channels = mask.view(choice.groups, -1, c, r, s).sum((1, 3, 4)).flatten()  # groups have channels of their own
     item, words = dtype.itemsize, describe(choice)
     ratio = n_m_ratio(mask)
     return MaskReport(
@@ -133,11 +135,13 @@ def report_mask(
         ),
         references=read.references(),
         row_balance=_balance(mask.sum((1, 2, 3))),
-        column_balance=_balance(mask.sum((0, 2, 3))),
+        column_balance=_balance(of_channels),
         fprop_balance=_balance(_by_lanes(in_rows.sum((1, 2, 3)))),
-        dgrad_balance=_balance(_by_lanes(mask.sum((0, 2, 3)))),
+        dgrad_balance=_balance(_by_lanes(of_channels)),
         dgrad_fill=dgrad_fill(choice),
-        dgrad_ratio=dgrad_ratio(mask, *ratio) if ratio is not None and words == f"{ratio[0]}:{ratio[1]}" else None,
+        dgrad_ratio=dgrad_ratio(mask, *ratio, choice.groups)
+        if ratio is not None and words == f"{ratio[0]}:{ratio[1]}"
+        else None,
     )
 
 

@@ -240,6 +240,7 @@ def _sparse_row(layer: SparseLayer, record: SparsityRecord | None) -> Row:
     item, cells, kept = layer.parameter.element_size(), math.prod(layer.shape), layer.kept()
     named = record.structure.name if record is not None and layer.name in record.asked else "blocks"
     named += ", masked" if layer.blocksize is None else f" {layer.blocksize}"
+    named += f", {layer.groups} groups" if layer.groups > 1 else ""
     named += ", master" if layer.master else ""
     dense = cells + bias
     return Row(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
+import torch
 from torch import Tensor
 
 from blocksparse import BSRPattern
@@ -24,16 +25,28 @@ class Selection:
     blocksize  (bk, bc) that stores the mask and no zero; single weights in (1, 1)
     row_order  which filter each row of the BSR matrix is; None: filter i
     grouping   the groups of "hrbp" and "hrbp++"
+    groups     of a convolution in groups: the mask is [K, C/groups, R, S]
     """
 
     mask: Tensor
     blocksize: tuple[int, int]
     row_order: Tensor | None = None
     grouping: Grouping | None = None
+    groups: int = 1
 
     def pattern(self) -> BSRPattern:
         """The mask as a BSR index without a stored zero."""
-        return BSRPattern.from_mask(self.mask, self.blocksize, self.row_order)
+        return BSRPattern.from_mask(self.mask, self.blocksize, self.row_order).grouped(self.groups)
+
+    def whole(self) -> Tensor:
+        """The mask over all channels, bool [K, C, R, S]; False where a filter reads none of them."""
+        if self.groups == 1:
+            return self.mask
+        k, c, r, s = self.mask.shape
+        wide = self.mask.new_zeros((self.groups, k // self.groups, self.groups, c, r, s))
+        at = torch.arange(self.groups, device=wide.device)
+        wide[at, :, at] = self.mask.view(self.groups, -1, c, r, s)
+        return wide.view(k, self.groups * c, r, s)
 
 
 class Structure(ABC):
@@ -77,6 +90,16 @@ class Structure(ABC):
     def refuses(self, shape: Sequence[int]) -> str | None:
         """Why a layer [K, C, R, S] cannot have this structure, or None."""
         return None
+
+    @property
+    def keeps_filters(self) -> bool:
+        """Whether its units are of single filters, or of neighbours that never move.
+
+        Its masks of a convolution in groups are then those of any layer of that shape, if it does not refuse the shape
+        of one group: no unit has filters of two. Otherwise each group has this structure by itself: see
+        layers/in_groups.py.
+        """
+        return False
 
     def can(self, ability: str) -> bool:
         """Whether this structure defines an optional method.

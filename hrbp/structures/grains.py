@@ -37,6 +37,10 @@ class Grains(Structure):
     uniform: bool = False
     rearrange: bool = False
 
+    @property
+    def keeps_filters(self) -> bool:
+        return self.box[0] is not None and not self.rearrange
+
     def sizes(self, shape: Sequence[int]) -> tuple[int, int, int, int]:
         """The box in a layer of this shape."""
         k, c, r, s = (axis if size is None else size for axis, size in zip(shape, self.box, strict=True))

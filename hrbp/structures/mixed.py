@@ -16,6 +16,10 @@ class Mixed(Structure):
 
     name: str = "mixed"
 
+    @property
+    def keeps_filters(self) -> bool:
+        return True  # they do not change
+
     def choose(self, score: Tensor, sparsity: float, seed: int = 0) -> Selection:
         raise ValueError(f"structure {self.name!r} is what masks that were taken over have; it makes none")
 

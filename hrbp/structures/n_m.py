@@ -32,6 +32,10 @@ class NM(Structure):
     def name(self) -> str:  # type: ignore[override]
         return "n:m" if self.n is None else f"{self.n}:{self.m}"
 
+    @property
+    def keeps_filters(self) -> bool:
+        return True
+
     def kept(self, sparsity: float) -> int:
         exact = self.m * (1 - sparsity)
         n = round(exact) if self.n is None else self.n

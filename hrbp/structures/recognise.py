@@ -17,7 +17,11 @@ def stored_blocks(pattern: BSRPattern) -> Selection:
     """The weights of a pattern's blocks, with its blocksize and row order."""
     mask = pattern.to_mask()
     order = pattern.row_order
-    return Selection(mask, pattern.blocksize, order, recognise(mask).grouping)
+    grouping = recognise(mask).grouping
+    if grouping is not None and pattern.groups > 1:
+        of = grouping.row_order.view(grouping.groups, -1) // (len(mask) // pattern.groups)
+        grouping = grouping if bool((of == of[:, :1]).all()) else None  # its filters read other channels
+    return Selection(mask, pattern.blocksize, order, grouping, pattern.groups)
 
 
 def recognise(mask: Tensor) -> Selection:

@@ -122,8 +122,8 @@ def unfit(name: str, layer: Any, users: Mapping[int, int]) -> str | None:
     if type(layer) not in PLAIN:
         return f"a {type(layer).__name__}, whose forward may differ"
     if isinstance(layer, nn.Conv1d | nn.Conv2d):
-        if layer.groups != 1:
-            return "grouped" if layer.groups < layer.in_channels else "depthwise"
+        if layer.groups == layer.in_channels > 1:
+            return "depthwise"
         if layer.padding_mode != "zeros":
             return f"padding_mode {layer.padding_mode!r}"
         if layer.padding == "same" and any(

@@ -50,10 +50,11 @@ def sparsify(
     """Make the convolutions and linear layers of a model sparse, in place.
 
     Call it before the optimizer is made: layers are replaced. Weights that are kept keep their values; hooks,
-    attributes and biases go with their layer. The first and the last layers and grouped convolutions stay dense; so do
+    attributes and biases go with their layer. The first and last layers and depthwise convolutions stay dense; so do
     layers that a structure does not fit, and those that code other than their own forward may read or change
     (subclasses, shared or parametrized weights, weight_norm, pruning: for that see `from_prune`): `summary` says which,
-    and why.
+    and why. A convolution in groups keeps them: masks, densities and gradients are of its weight [K, C/groups, R, S]
+    alone, and no block has filters of two groups (layers/in_groups.py).
 
     First is a layer that reads the model's input through no other one, last one whose output reaches the model's and
     feeds no other; there may be several. They are found by data flow: in a forward pass of the first of `batch`, or of

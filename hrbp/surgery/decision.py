@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from ..arguments import any_case, check_sparsity
 from ..density import DISTRIBUTIONS, check_min_density, densities
+from ..layers.in_groups import in_groups, refuses_in_groups
 from ..layers.record import SparsityRecord, record_of
 from ..layers.stored import NAMES
-from ..layers.view import shape4
+from ..layers.view import groups_of, shape4
 from ..methods.base import Method
 from ..methods.registry import dense_weight_method
 from ..saliencies import SALIENCIES
@@ -107,7 +108,7 @@ def decide(
     if kind is not None and (reason := kind.refuses(shape_rule)):
         raise ValueError(f"{who}: {reason}")
     for name in list(chosen):
-        if reason := shape_rule.refuses(shape4(chosen[name])):
+        if reason := refuses_in_groups(shape_rule, shape4(chosen[name]), groups_of(chosen[name])):
             dense[name] = f"{shape_rule.name}: {reason}"
             del chosen[name]
     for selector in include or ():
@@ -120,6 +121,7 @@ def decide(
             " that are to be sparse though they are first or last"
         )
 
+    rules = {name: in_groups(shape_rule, groups_of(layer)) for name, layer in chosen.items()}
     scores = score_weights(model, list(chosen), saliency, batch=batch, loss=loss, sparsity=sparsity, seed=seed)
     alone = _given_alone(per_layer or {}, list(chosen), who)
     shared = densities(
@@ -127,10 +129,10 @@ def decide(
         sparsity,
         distribution,
         scores={
-            name: shape_rule.ranked(score.view(shape4(chosen[name]))).view(score.shape)
+            name: rules[name].ranked(score.view(shape4(chosen[name]))).view(score.shape)
             for name, score in scores.items()
         },
-        realise=None if begins_dense else lambda name, at: shape_rule.density(shape4(chosen[name]), at),
+        realise=None if begins_dense else lambda name, at: rules[name].density(shape4(chosen[name]), at),
         min_density=min_density,
     ) if len(alone) < len(chosen) else {}  # fmt: skip
     asked = {name: 1 - alone[name] if name in alone else shared[name] for name in chosen}
@@ -142,10 +144,11 @@ def decide(
     for i, (name, layer) in enumerate(chosen.items()):
         share = sparsity_of(asked[name])
         if follows_weight:
-            shape_rule.choose(layer.weight.detach().view(shape4(layer)).abs(), share)  # raises where it cannot
+            rules[name].choose(layer.weight.detach().view(shape4(layer)).abs(), share)  # raises where it cannot
             selections[name] = None
         else:
-            selections[name] = shape_rule.choose(scores[name].view(shape4(layer)), 0.0 if target else share, seed + i)
+            at = 0.0 if target else share
+            selections[name] = rules[name].choose(scores[name].view(shape4(layer)), at, seed + i)
     record = SparsityRecord(
         shape_rule, distribution, asked, dense, None if kind is None else kind.name, target, saliency, why, alone,
         min_density,

@@ -13,8 +13,10 @@ from torch.nn.utils.prune import BasePruningMethod
 
 from blocksparse import bank_shape
 
+from ..layers.in_groups import in_groups, refuses_in_groups
 from ..layers.record import SparsityRecord, remember
 from ..layers.stored import NAMES, PLAIN, block_module
+from ..layers.view import groups_of
 from ..structures.base import Selection, Structure
 from ..structures.grains import BOXES, Grains
 from ..structures.mixed import Mixed
@@ -93,7 +95,8 @@ def from_prune(
             " pruned by torch.nn.utils.prune, before prune.remove"
         )
     masks = {name: mask for name, (_, _, mask) in taken.items()}
-    rule, selections = _chosen(masks, structure, options, who)
+    groups = {name: groups_of(plain) for name, (_, plain, _) in taken.items()}
+    rule, selections = _chosen(masks, groups, structure, options, who)
     makes: list[Callable[[], None]] = []
     for name, (layer, plain, _) in taken.items():
         made = block_module(plain, selections[name].pattern(), backend)
@@ -147,9 +150,14 @@ def _put_blocks(model: nn.Module, layer: nn.Module, made: nn.Module) -> None:
 
 
 def _chosen(
-    masks: dict[str, Tensor], name: str | None, options: dict[str, Any], who: str
+    masks: dict[str, Tensor], groups: dict[str, int], name: str | None, options: dict[str, Any], who: str
 ) -> tuple[Structure, dict[str, Selection]]:
-    """The common structure of all masks, and the selection of each."""
+    """The common structure of all masks, and the selection of each; groups: of each layer."""
+
+    def selected(layer: str, rule: Structure) -> Selection:
+        mask = masks[layer]
+        return Selection(mask, in_groups(rule, groups[layer]).blocksize(mask.shape))
+
     rule: Structure
     if name is not None:
         rule = make_structure(name, **options)
@@ -159,30 +167,27 @@ def _chosen(
                 " boxes (unstructured, n:m, kernel, block, ...), or None"
             )
         for layer, mask in masks.items():
-            if not rule.has(mask):
+            own = in_groups(rule, groups[layer])
+            if refuses_in_groups(rule, mask.shape, groups[layer]) is not None or not own.has(mask):
                 raise ValueError(
                     f"{who}: the mask of {layer} is not of structure {rule.name!r}; leave structure out to have"
                     " the one that it is of"
                 )
-        return rule, {layer: _as_selection(mask, rule) for layer, mask in masks.items()}
+        return rule, {layer: selected(layer, rule) for layer in masks}
     if options:
         raise TypeError(f"{who}: no option {', '.join(sorted(options))} without a structure")
-    boxes = {layer: grain(mask) for layer, mask in masks.items()}
-    rule = _grains([(box, tuple(masks[layer].shape)) for layer, box in boxes.items()])
+    # A box of a convolution in groups lies in one of them.
+    shapes = {layer: (mask.shape[0] // groups[layer], *mask.shape[1:]) for layer, mask in masks.items()}
+    boxes = {layer: (math.gcd((box := grain(mask))[0], shapes[layer][0]), *box[1:]) for layer, mask in masks.items()}
+    rule = _grains([(box, shapes[layer]) for layer, box in boxes.items()])
     ratios = {n_m_ratio(mask) for mask in masks.values()}
     if set(boxes.values()) == {(1, 1, 1, 1)} and len(ratios) == 1 and (ratio := ratios.pop()) is not None:
         rule = NM(ratio[1], ratio[0])
-    selections = {layer: _as_selection(mask, rule) for layer, mask in masks.items()}
-    own = {
-        layer: _as_selection(masks[layer], _grains([(box, tuple(masks[layer].shape))])) for layer, box in boxes.items()
-    }
-    if any(selection.blocksize != (1, 1) == selections[layer].blocksize for layer, selection in own.items()):
-        return Mixed(), own
+    selections = {layer: selected(layer, rule) for layer in masks}
+    alone = {layer: selected(layer, _grains([(box, shapes[layer])])) for layer, box in boxes.items()}
+    if any(selection.blocksize != (1, 1) == selections[layer].blocksize for layer, selection in alone.items()):
+        return Mixed(), alone
     return rule, selections
-
-
-def _as_selection(mask: Tensor, rule: Structure) -> Selection:
-    return Selection(mask, rule.blocksize(mask.shape))
 
 
 def _grains(boxes: Collection[tuple[tuple[int, ...], tuple[int, ...]]]) -> Grains:

@@ -94,8 +94,10 @@ def test_regroup_table(dense, capsys):
         cells = line.split()
         assert cells[:2] == [name, "x".join(map(str, row["shape"]))]
         assert cells[2:8] == [str(row["groups"]), "x", str(row["rows"]), str(row["channels"]), str(row["taps"]),
-                              f"{100 * row['density']:.2f}"]  # fmt: skip
-        assert cells[8:11] == [f"{row[key]:.4f}" for key in ("retained_by_paper", "retained", "of_unstructured")]
+                              f"{row['coverage']:.2f}"]  # fmt: skip
+        assert row["coverage"] == row["groups"] * row["channels"] / row["shape"][1]
+        assert cells[8] == f"{100 * row['density']:.2f}"
+        assert cells[9:12] == [f"{row[key]:.4f}" for key in ("retained_by_paper", "retained", "of_unstructured")]
     assert lines[4].split()[0] == "all"
     assert lines[-1] == "left dense: 0 (3 input channels); 5 (last layer)"
 

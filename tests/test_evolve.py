@@ -472,6 +472,25 @@ def test_layers_frozen_and_thawed_between_updates(method, structure, sparsity, o
     assert set(last.step().sad.values()) == {0}
 
 
+def test_gradual_pruning_makes_the_groups_that_cover_in_the_end():
+    """At the first update, when fewer would still read every channel: rows stay in their groups from then on."""
+    net = make("hrbp", 0.0, row_granule=1)
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    evolver = Evolver(net, optimizer, "gmp", total_steps=5, every=1, until=1.0, sparsity=0.9)
+    orders = []
+    for step in range(5):
+        backward(net, step)
+        optimizer.step()
+        evolver.step()
+        orders.append([layer.row_order() for layer in sparse_layers(net).values()])
+    assert all(torch.equal(a, b) for later in orders[1:] for a, b in zip(later, orders[0], strict=True))
+    rule = record_of(net).structure
+    for layer in sparse_layers(net).values():
+        groups = rule.grouping(layer.mask(), layer.row_order())
+        assert groups.groups == rule.count(layer.shape, groups.channels.shape[1])
+        assert groups.coverage >= 1
+
+
 def test_frozen_weights_do_not_decay():
     net = make("2:4", 0.5, method="sr-ste", exclude=["stem"])
     optimizer = torch.optim.SGD(net.parameters(), 1.0)

@@ -199,6 +199,30 @@ def test_the_shapes_of_the_house():
     assert sizes((13, 4, 1, 1), 0, groups=13, min_rows=1) == (13, 4, 1)
 
 
+@settings(max_examples=200)
+@given(
+    st.integers(1, 96), st.integers(1, 96), st.integers(1, 96), st.integers(1, 9), st.sampled_from([1, 2, 4])
+)  # fmt: skip
+def test_the_default_of_models_is_the_least_number_of_groups_that_covers(k, c, channels, min_rows, run):
+    """Never fewer groups than the 8 of at least 8 filters; more only where those leave channels unread."""
+    channels, row_granule = min(channels, c), run if k % run == 0 else 1
+    options = GroupOptions(groups=None, min_rows=min_rows, row_granule=row_granule)
+    able = [t for t in range(1, k + 1) if k % t == 0 and k // t >= min_rows and k // t % row_granule == 0] or [1]
+    usual = max((t for t in able if t <= 8 and k // t >= 8), default=1)
+    covering = [t for t in able if t * channels >= c and t >= usual]
+    assert options.count((k, c, 3, 3), channels) == min(covering, default=max(able))
+
+
+def test_coverage_and_unread_channels():
+    """By hand: 16 filters in 2 groups that read 2 of 16 channels each, as 8 filters a group make it at 87.5%."""
+    score = torch.rand(16, 16, 3, 3, generator=torch.Generator().manual_seed(0))
+    few, all_read = (regroup(score, 0.875, balanced=True, groups=t, min_rows=n) for t, n in ((8, 8), (None, 2)))
+    assert (few.groups, few.coverage, few.unread) == (2, 0.25, 12)
+    assert (all_read.groups, all_read.coverage, all_read.unread) == (8, 1.0, 0)
+    one = Grouping((2, 4, 1, 1), torch.arange(2), torch.tensor([[0, 1], [1, 2]]), torch.zeros(2, 1).long())
+    assert (one.coverage, one.unread) == (1.0, 1)  # channel 1 is read twice
+
+
 @settings(max_examples=60)
 @given(layers(balanced=True))
 def test_balanced_channels_are_kept_equally_often(layer):
@@ -763,7 +787,7 @@ def test_tensors_that_are_no_groups_are_refused(change, message):
 def test_other_refusals():
     g = Grouping((4, 4, 1, 2), **GOOD)
     assert repr(g) == (
-        "Grouping((4, 4, 1, 2), 2 groups of 2, channels 2 of 4, taps 1 of 2, density 0.2500, rows moved)"
+        "Grouping((4, 4, 1, 2), 2 groups of 2, channels 2 of 4, taps 1 of 2, density 0.2500, coverage 1.00, rows moved)"
     )
     for blocksize in ((3, 1), (1, 4), (4, 2), (0, 1), (1, 0)):
         with pytest.raises(ValueError, match=r"bk needs to divide 2, the rows of a group, and bc 2, the granule"):

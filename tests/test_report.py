@@ -509,6 +509,19 @@ def test_channels_last_alone_keeps_n_m():
     assert is_ratio(operand(both_ways(8, 8, 1, 1, 0), "NCHW"), 2, 4)
 
 
+def test_the_table_says_what_is_read():
+    few = choose(scores(0, (16, 16, 3, 3)), 0.875, "hrbp", balanced=True)
+    all_read = torch.ones(4, 4, 1, 1, dtype=torch.bool).tril()
+    found = report_model({"few": few, "all": all_read})
+    assert [(r.coverage, r.unread) for r in found.values()] == [(0.25, 12), (None, 0)]
+    head, first, second = table(found).splitlines()[:3]
+    assert head.split()[8:12] == ["kept%", "structure", "cover", "unread%"]
+    at = head.index("unread%") + len("unread%")
+    assert first[:at].split()[-2:] == ["0.25", "75"]
+    assert second[:at].endswith(" " * 14)
+    assert "unread" not in table({"all": found["all"]})
+
+
 def test_the_table_says_which_masks_are_n_m_both_ways():
     masks = {
         "a": both_ways(8, 8, 3, 3, 0), "b": choose(scores(1, (8, 8, 3, 3)), 0.5, "2:4").mask,

@@ -269,17 +269,45 @@ def test_random_groups_leave_filters_in_place_and_read_every_channel_equally(str
     net = nn.Sequential(nn.Conv2d(8, 64, 3), nn.Conv2d(64, 64, 3), nn.Conv2d(64, 8, 3))
 
     def readers(**options) -> torch.Tensor:
-        """[C]: how many of the eight groups read each input channel."""
+        """[C]: how many of the groups read each input channel."""
         made = hrbp.sparsify(copy.deepcopy(net), 0.9, structure=structure, distribution="uniform", **options)
         (layer,) = sparse_layers(made).values()
         assert (layer.row_order() is None) is ("row_granule" not in options)
-        return layer.mask()[:: 64 // 8].any(3).any(2).sum(0)
+        grouping = record_of(made).structure.grouping(layer.mask(), layer.row_order())
+        assert grouping.groups == (16 if structure == "hrbp" else 8)  # of 6 and of 14 channels out of 64
+        return torch.bincount(grouping.channels.flatten(), minlength=64)
 
     groups = readers()
     assert int(groups.max()) - int(groups.min()) <= 1
     drawn = readers(balanced=False)
     assert int(drawn.max()) - int(drawn.min()) > 1
     readers(row_granule=1)
+
+
+@pytest.mark.parametrize("saliency", ["random", "magnitude"])
+def test_groups_of_a_model_read_every_channel_equally(net, saliency, recwarn):
+    hrbp.sparsify(net, 0.85, structure="hrbp", saliency=saliency, distribution="uniform")
+    rows = {row.name: row for row in hrbp.summary(net).rows if row.coverage is not None}
+    assert list(rows) == list(sparse_layers(net))
+    for name, layer in sparse_layers(net).items():
+        readers = layer.mask().any(3).any(2)[:: 1 if saliency == "magnitude" else layer.blocksize[0]].sum(0)
+        assert int(readers.min()) >= 1
+        assert rows[name].coverage >= 1
+        assert rows[name].unread == 0
+    assert "cover" in str(hrbp.summary(net)).splitlines()[0]
+    assert not [w for w in recwarn if "too few groups" in str(w.message)]
+
+
+def test_too_few_groups_are_named_once(net):
+    options = {"structure": "hrbp", "distribution": "uniform", "groups": 4, "min_rows": 8}
+    with pytest.warns(UserWarning, match="too few groups") as told:
+        hrbp.sparsify(net, 0.9, **options)
+    (text,) = (str(w.message) for w in told)
+    assert text.startswith("sparsify(): wide, point, hidden: too few groups to read every input channel; in point")
+    assert "in point 4 groups x 3 channels are 38% of 32, and the others are read by no filter" in text
+    rows = {row.name: row for row in hrbp.summary(net).rows}
+    assert (rows["wide"].coverage, rows["wide"].unread) == (0.5, 8)
+    assert "unread: input channels that no filter reads, in 3 layers; most in point, 20 of 32" in str(hrbp.summary(net))
 
 
 def test_the_summary_counts_right(net, x):

@@ -32,6 +32,8 @@ columns
   structure        what is recognised: dense, groups of filters that keep the same channels and taps,
                    filters, channels, kernels, vectors, blocks, element-wise groups, n:m, single weights
   kept%            share of the weights; a layer with up to 1% of zeros and no structure counts as dense
+  cover            of groups: groups x channels of each / input channels; below 1 some channels are read by none
+  unread%          share of the input channels that no filter reads, where there are such channels
   model%           storage by the model of Mao et al. (2017), 8 bits a weight and 4 an index, relative to dense; over
                    100 the index takes more than the zeros save
   dense, memory, file kB   the dense weight; stored blocks with their index in memory; in a checkpoint

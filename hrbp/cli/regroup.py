@@ -45,6 +45,7 @@ weights, and reports the score that each layer keeps.
 REGROUP_END = """\
 columns
   groups, channels, taps   groups x filters in each; input channels and kernel offsets that each group keeps
+  cover      groups x channels / input channels: below 1 some channels are read by no filter
   kept%      share of the layer's weights
   retained   sum of |w| that is kept, as a share of the layer's: by the paper's rule (Algorithm 1 of HRBP, which
              counts weights), and by ours, which keeps the most
@@ -112,6 +113,7 @@ class Row:
             "channels": g.channels.shape[1],
             "taps": g.taps.shape[1],
             "density": g.density,
+            "coverage": g.coverage,
             "retained_by_paper": self.paper,
             "seconds": self.seconds,
             **_score_json(self.score),
@@ -201,8 +203,8 @@ def _regrouped(scores: Mapping[str, Tensor], made: Groups, args: argparse.Namesp
 
 
 def _regroup_table(rows: Mapping[str, Row], method: str) -> str:
-    lines = [["layer", "K x C x R x S", "groups", "channels", "taps", "kept%", "retained: paper", "ours", "of unstr.",
-              "efficacy", "seconds"]]  # fmt: skip
+    lines = [["layer", "K x C x R x S", "groups", "channels", "taps", "cover", "kept%", "retained: paper", "ours",
+              "of unstr.", "efficacy", "seconds"]]  # fmt: skip
 
     def end(score: Score, paper: float, seconds: float) -> list[str]:
         ours = "-" if method == "paper" else f"{score.retained:.4f}"
@@ -213,11 +215,12 @@ def _regroup_table(rows: Mapping[str, Row], method: str) -> str:
         g = row.grouping
         k, c, r, s = g.shape
         sizes = [f"{k}x{c}x{r}x{s}", f"{g.groups} x {g.rows}", f"{g.channels.shape[1]}", f"{g.taps.shape[1]}"]
-        lines.append([name, *sizes, f"{100 * g.density:.2f}", *end(row.score, row.paper, row.seconds)])
+        shares = [f"{g.coverage:.2f}", f"{100 * g.density:.2f}"]
+        lines.append([name, *sizes, *shares, *end(row.score, row.paper, row.seconds)])
     if len(rows) > 1:
         score, paper, density, seconds = _totals(rows)
         cells = sum(math.prod(row.grouping.shape) for row in rows.values())
-        lines.append(["all", f"{cells:,}", "", "", "", f"{100 * density:.2f}", *end(score, paper, seconds)])
+        lines.append(["all", f"{cells:,}", "", "", "", "", f"{100 * density:.2f}", *end(score, paper, seconds)])
     return columns(lines)
 
 

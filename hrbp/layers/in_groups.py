@@ -7,7 +7,7 @@ are regrouped, may be of two. That is all that a structure needs: shapes, masks 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -55,6 +55,9 @@ class EachGroup(Structure):
 
     def refuses(self, shape: Sequence[int]) -> str | None:
         return refuses_in_groups(self.rule, shape, self.groups)
+
+    def settled(self, shape: Sequence[int], sparsity: float) -> EachGroup:
+        return replace(self, rule=self.rule.settled(self._one(shape), sparsity))
 
     @property
     def uniform_rows(self) -> int | None:

@@ -82,14 +82,17 @@ class GMP(Arriving):
         return self.final + (now.initial - self.final) * left**3
 
     def selections(self, now: Moment) -> dict[str, Selection]:
-        asked = self._asked(now, self.sparsity_at(now)) if now.live else {}
+        if not now.live:
+            return {}
         first = self._first(now)
-        return {
-            name: now.rule(layer).shrink(
+        asked, final = (self._asked(now, sparsity) for sparsity in (self.sparsity_at(now), self.final))
+        selections = {}
+        for name, layer in now.live.items():
+            rule = now.rule(layer).settled(layer.shape, sparsity_of(final[name]))
+            selections[name] = rule.shrink(
                 layer.mask(), layer.row_order(), _score(layer), sparsity_of(asked[name]), first
             )
-            for name, layer in now.live.items()
-        }
+        return selections
 
     def _first(self, now: Moment) -> bool:
         """Whether rows may move yet."""

@@ -47,6 +47,8 @@ class MaskReport:
     dgrad_balance   likewise of 8 neighbouring input channels, whose input gradients are computed
     dgrad_fill      see `dgrad_fill`
     dgrad_ratio     of an n:m mask: what `dgrad_ratio` says; else None
+    coverage        of groups: see `Grouping.coverage`; else None
+    unread          input channels that no filter reads
     """
 
     shape: tuple[int, int, int, int]
@@ -63,6 +65,8 @@ class MaskReport:
     dgrad_balance: float
     dgrad_fill: float
     dgrad_ratio: str | None
+    coverage: float | None
+    unread: int
 
     @property
     def density(self) -> float:
@@ -142,6 +146,8 @@ def report_mask(
         dgrad_ratio=dgrad_ratio(mask, *ratio, choice.groups)
         if ratio is not None and words == f"{ratio[0]}:{ratio[1]}"
         else None,
+        coverage=None if choice.grouping is None else choice.grouping.coverage / choice.groups,
+        unread=int((of_channels == 0).sum()),
     )
 
 

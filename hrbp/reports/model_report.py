@@ -85,6 +85,8 @@ def table(reports: Mapping[str, MaskReport]) -> str:
     """A line a layer, and one for all of them.
 
     kept%       share of the weights
+    cover       of groups: groups x channels of each / input channels; below 1 some channels are read by none
+    unread%     share of the input channels that no filter reads; no such column where every channel is read
     retained%, of unstr.%, efficacy   see Score
     model%      storage as a stream of 8-bit weights and 4-bit relative indices, relative to dense; where that is over
                 100 a line below says so
@@ -96,23 +98,29 @@ def table(reports: Mapping[str, MaskReport]) -> str:
     """
     scored = any(report.score for report in reports.values())
     head = ["layer", "K x C x R x S", "kept%", "structure"]
+    read = {
+        "cover": ["" if r.coverage is None else f"{r.coverage:.2f}" for r in reports.values()],
+        "unread%": [f"{100 * r.unread / r.shape[1]:.0f}" if r.unread else "" for r in reports.values()],
+    }
+    read = {name: cells for name, cells in read.items() if any(cells)}
+    head += read
     head += ["retained%", "of unstr.%", "efficacy"] if scored else []
     head += ["model%", "dense kB", "memory kB", "file kB", "refs", "rows", "cols", "dgrad%"]
     lines = [head]
-    for name, report in reports.items():
+    for i, (name, report) in enumerate(reports.items()):
         shape = "x".join(map(str, report.shape if report.shape[2:] != (1, 1) else report.shape[:2]))
         shares = _shares(report.score) if scored else []
         refs = sum(report.references) / math.prod(report.shape)
         spread = [f"{v:.2f}" for v in (refs, report.fprop_balance, report.dgrad_balance)]
         kept = f"{100 * report.density:.2f}"
         costs = [*_costs(report.storage), *spread, f"{100 * report.dgrad_fill:.0f}"]
-        lines.append([name, shape, kept, report.structure, *shares, *costs])
+        lines.append([name, shape, kept, report.structure, *(cells[i] for cells in read.values()), *shares, *costs])
     if len(reports) > 1:
         every = reports.values()
         share = sum(report.kept for report in every) / sum(math.prod(report.shape) for report in every)
         storage = Storage(*(sum(column) for column in zip(*(report.storage for report in every), strict=True)))
         shares = _shares(total_score([report.score for report in every])) if scored else []
-        total = ["all", "", f"{100 * share:.2f}", "", *shares]
+        total = ["all", "", f"{100 * share:.2f}", "", *("" for _ in read), *shares]
         lines.append([*total, *_costs(storage), "", "", "", ""])
     if any(report.dgrad_ratio for report in reports.values()):
         ratios = [report.dgrad_ratio or "" for report in reports.values()]

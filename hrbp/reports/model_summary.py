@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ from ..layers.stored import PLAIN
 from ..layers.view import SparseLayer, sparse_layers
 from ..methods.registry import METHODS
 from ..methods.subp import counts
+from ..structures.groups import Groups
 from ..structures.n_m import NM
 from ..surgery.conversion import densify, semi_refuses
 from ..wrappers import copied, unwrapped
@@ -36,6 +38,8 @@ class Row:
     flops      of the weights that are kept, in the forward pass
     run_flops  that are run: those of the stored blocks; all of them under a mask, or where the dense product is taken
     backend    of the forward product; "masked": a dense product of a master weight under its mask
+    coverage   of groups: see `Grouping.coverage`; None for other structures
+    unread     input channels that no filter reads
     seconds    of forward + backward of a sparse layer and of its dense twin, where they were measured
     """
 
@@ -53,6 +57,8 @@ class Row:
     backend: str = ""
     seconds: float | None = None
     dense_seconds: float | None = None
+    coverage: float | None = None
+    unread: int = 0
 
 
 @dataclass
@@ -71,10 +77,12 @@ class Summary:
 
     def __str__(self) -> str:
         head = ["layer", "shape", "structure", "density", "params", "MB", "GFLOP", "run", "backend"]
+        if any(row.coverage is not None for row in self.rows):
+            head.insert(4, "cover")
         timed = [(row.seconds, row.dense_seconds) for row in self.rows if row.seconds and row.dense_seconds]
         head += ["ms", "dense ms", "speed"] if timed else []
         table = [head, *([self._cells(row)[name] for name in head] for row in self.rows)]
-        first, *rest = columns(table, left=(0, 1, 2, 8)).split("\n")
+        first, *rest = columns(table, left=(0, 1, 2, head.index("backend"))).split("\n")
         lines = [first, "-" * len(first), *rest, ""]
         lines.append(
             f"sparse layers {self.sparsity:.2%} sparse, whole model {self.model_sparsity:.2%}: "
@@ -104,6 +112,7 @@ class Summary:
             "shape": "x".join(map(str, row.shape)),
             "structure": row.structure,
             "density": f"{row.density:.4f}",
+            "cover": "" if row.coverage is None else f"{row.coverage:.2f}",
             "params": f"{row.parameters:,}",
             "MB": f"{row.bytes / 1e6:.3f}",
             "GFLOP": "" if row.flops is None else f"{row.flops / 1e9:.3g}",
@@ -173,6 +182,14 @@ def summary(model: nn.Module, x: Tensor | Sequence[int] | None = None, *, measur
     dense_total = everything + sum(math.prod(layer.shape) - layer.parameter.numel() for layer in sparse.values())
     total = everything - masked_away
     notes = []
+    if any(row.coverage is not None for row in rows):
+        notes.append("cover: groups x channels of each / input channels; below 1 some channels are read by no filter")
+    if unread := {row.name: row for row in rows if row.unread}:
+        worst = max(unread.values(), key=lambda row: row.unread / row.shape[1])
+        notes.append(
+            f"unread: input channels that no filter reads, in {len(unread)} layers; most in {worst.name},"
+            f" {worst.unread} of {worst.shape[1]}"
+        )
     if any(layer.blocksize is None for layer in sparse.values()):
         notes.append("masked: computed as a dense weight under a mask, in the time of a dense layer at any density")
     if any(_block_bytes(layer) < INDEX_BYTES for layer in sparse.values() if layer.blocksize is not None):
@@ -242,10 +259,15 @@ def _sparse_row(layer: SparseLayer, record: SparsityRecord | None) -> Row:
     named += ", masked" if layer.blocksize is None else f" {layer.blocksize}"
     named += f", {layer.groups} groups" if layer.groups > 1 else ""
     named += ", master" if layer.master else ""
-    dense = cells + bias
+    dense, mask = cells + bias, layer.mask()
+    coverage = None
+    if record is not None and layer.name in record.asked and isinstance(record.structure, Groups):
+        with contextlib.suppress(ValueError):  # a pattern that was set by hand, not of groups
+            coverage = record.structure.grouping(mask, layer.row_order()).coverage
     return Row(
-        layer.name, layer.shape, named, kept / cells, kept + bias, dense, layer.bytes() + bias * item, dense * item
-    )
+        layer.name, layer.shape, named, kept / cells, kept + bias, dense, layer.bytes() + bias * item, dense * item,
+        coverage=coverage, unread=int((~mask.any(3).any(2).any(0)).sum()),
+    )  # fmt: skip
 
 
 def inputs_of(model: nn.Module, x: Tensor | Sequence[int]) -> dict[str, tuple[Tensor, Tensor]]:

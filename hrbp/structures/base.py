@@ -87,6 +87,13 @@ class Structure(ABC):
         """The score that a ranking over all layers uses, for every weight: its own, or that of its grain."""
         return score
 
+    def settled(self, shape: Sequence[int], sparsity: float) -> Structure:
+        """This structure with all that depends on the sparsity of a layer [K, C, R, S] fixed as it is at this one.
+
+        Gradual pruning asks for it with its final sparsity, before the first update.
+        """
+        return self
+
     def refuses(self, shape: Sequence[int]) -> str | None:
         """Why a layer [K, C, R, S] cannot have this structure, or None."""
         return None
@@ -170,9 +177,19 @@ class Named(NamedTuple):
     name: str
     place: int
     drawn: Mapping[str, object]
+    in_models: Callable[[bool], Mapping[str, object]]
 
 
-def named(name: str, place: int = 1000, drawn: Mapping[str, object] | None = None) -> Callable[[Make], Make]:
+def _nothing(gpu: bool) -> Mapping[str, object]:
+    return {}
+
+
+def named(
+    name: str,
+    place: int = 1000,
+    drawn: Mapping[str, object] | None = None,
+    in_models: Callable[[bool], Mapping[str, object]] = _nothing,
+) -> Callable[[Make], Make]:
     """Register the structure that a function makes; the keyword arguments of the function are its options.
 
         @named("stripes")
@@ -187,10 +204,11 @@ def named(name: str, place: int = 1000, drawn: Mapping[str, object] | None = Non
         name: in small letters.
         place: where lists have it, lowest first; those of one place by name.
         drawn: options that `sparsify` gives it where the first masks are random, unless the caller gives others.
+        in_models: likewise, always; called with whether the model is for a GPU.
     """
 
     def mark(make: Make) -> Make:
-        make.structure = Named(name, place, dict(drawn or {}))  # type: ignore[attr-defined]
+        make.structure = Named(name, place, dict(drawn or {}), in_models)  # type: ignore[attr-defined]
         return make
 
     return mark

@@ -17,6 +17,7 @@ from ..arguments import check_sparsity
 
 RULES = ("assign", "paper")
 MAX_BLOCK_ROWS = 128  # rows of a block by default
+USUAL_GROUPS, USUAL_ROWS = 8, 8  # the paper's t and B1
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +81,8 @@ class Grouping:
         (_, c, r, s), moved = self.shape, "" if self._in_order() else ", rows moved"
         return (
             f"Grouping({tuple(self.shape)}, {self.groups} groups of {self.rows}, channels {self.channels.shape[1]} of "
-            f"{c}, taps {self.taps.shape[1]} of {r * s}, density {self.density:.4f}{moved})"
+            f"{c}, taps {self.taps.shape[1]} of {r * s}, density {self.density:.4f}, coverage {self.coverage:.2f}"
+            f"{moved})"
         )
 
     @property
@@ -97,6 +99,16 @@ class Grouping:
         """Kept weights / all weights."""
         _, c, r, s = self.shape
         return self.channels.shape[1] * self.taps.shape[1] / (c * r * s)
+
+    @property
+    def coverage(self) -> float:
+        """groups * k / C: how many groups read an input channel, on average. Below 1 some channels are read by none."""
+        return self.channels.numel() / self.shape[1]
+
+    @property
+    def unread(self) -> int:
+        """Input channels that no group reads: at least C - groups * k, and exactly that where groups are balanced."""
+        return self.shape[1] - len(self.channels.unique())
 
     @property
     def blocksize(self) -> tuple[int, int]:
@@ -200,6 +212,11 @@ class GroupShape:
     taps: int
 
 
+def _divisors(k: int) -> list[int]:
+    small = [d for d in range(1, math.isqrt(k) + 1) if k % d == 0]
+    return sorted({*small, *(k // d for d in small)})
+
+
 def option(default: Any, text: str) -> Any:
     """A field that is an option of the command line, too, with this help text."""
     return field(default=default, metadata={"help": text})
@@ -209,21 +226,22 @@ def option(default: Any, text: str) -> Any:
 class GroupOptions:
     """Options of `regroup`, of the structures "hrbp" and "hrbp++", and of `python -m hrbp regroup`.
 
-    `regroup` says what each does. row_granule None: filters stay where they are.
+    `regroup` says what each does. groups None: as many as it takes to read every channel, see `count`. row_granule
+    None: filters stay where they are.
     """
 
-    groups: int = option(8, "most groups of a layer")
+    groups: int | None = option(USUAL_GROUPS, "most groups of a layer")
     tap_density: Annotated[float, "a number in (0, 1]"] = option(1.0, "share of the taps that a group keeps")
     granule: int = option(1, "channels are kept in aligned runs of this many")
     row_granule: int | None = option(1, "filters move in aligned runs of this many")
-    min_rows: int = option(8, "least filters of a group")
+    min_rows: int = option(USUAL_ROWS, "least filters of a group")
     balanced: bool = option(False, "every channel is kept by equally many groups, give or take one")
     method: str = option("assign", "assign: keeps the most; paper: Algorithm 1 of HRBP alone")
 
     def size(self, shape: Sequence[int], sparsity: float) -> GroupShape:
         """The number and size of the groups that `regroup` makes, from the layer's shape alone.
 
-        groups    the largest t <= groups with K % t = 0, K/t >= min_rows and K/t % row_granule = 0; else 1
+        groups    see `count`
         taps      max(1, round(R*S * tap_density)); where more than that is kept of the layer,
                   ceil(R*S * (1 - sparsity))
         channels  granule * max(1, round(C * (1 - sparsity) / (tap_density * granule))), at most C; tap_density is that
@@ -245,7 +263,7 @@ class GroupOptions:
         for name in ("groups", "granule", "row_granule", "min_rows"):
             value = getattr(self, name)
             if not isinstance(value, Integral) or value < 1:
-                if name == "row_granule" and value is None:
+                if name in ("groups", "row_granule") and value is None:
                     continue
                 raise ValueError(f"{who}: {name} is {value!r}; it needs a positive integer")
         granule, row_granule, tap_density = self.granule, self.row_granule or 1, self.tap_density
@@ -260,11 +278,23 @@ class GroupOptions:
         if density > tap_density or r * s == 1:
             tap_density = taps / (r * s)
         channels = min(c, granule * max(1, round(c * density / (tap_density * granule))))
-        fits = [
-            t for t in range(1, min(self.groups, k) + 1)
-            if k % t == 0 and k // t >= self.min_rows and k // t % row_granule == 0
-        ]  # fmt: skip
-        return GroupShape(max(fits, default=1), channels, taps)
+        return GroupShape(self.count(shape, channels), channels, taps)
+
+    def count(self, shape: Sequence[int], channels: int) -> int:
+        """The number of groups of a layer [K, C, R, S] that keep `channels` each.
+
+        The largest t <= groups with K % t = 0, K/t >= min_rows and K/t % row_granule = 0; else 1. With groups None as
+        many as the default of 8 groups of 8 filters or more gives or, where these read fewer than all channels, the
+        least t that covers them, t * channels >= C; the most there are where none does.
+        """
+        k, c = shape[:2]
+        fits = [t for t in _divisors(k) if k // t >= self.min_rows and k // t % (self.row_granule or 1) == 0] or [1]
+        most = USUAL_GROUPS if self.groups is None else self.groups
+        rows = USUAL_ROWS if self.groups is None else 1
+        usual = max((t for t in fits if t <= most and k // t >= rows), default=1)
+        if self.groups is not None or usual * channels >= c:
+            return usual
+        return next((t for t in fits if t * channels >= c), fits[-1])
 
     def moved_rows(self, shape: Sequence[int], sparsity: float = 0.0) -> int:
         """Filters move in runs of this many: of whole groups where they stay where they are."""

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
 
 from .base import Selection, Structure, named, sparsity_of
-from .grouping import Grouping, GroupOptions
+from .grouping import USUAL_ROWS, Grouping, GroupOptions
 from .regrouping import keep_by_counts, regroup_by
 from .selection import balanced, staying, swapped, top
 
@@ -32,12 +33,20 @@ class Groups(GroupOptions, Structure):
     def choose(self, score: Tensor, sparsity: float, seed: int = 0) -> Selection:
         return selection_of(regroup_by(self, score, sparsity, seed))
 
+    def settled(self, shape: Sequence[int], sparsity: float) -> Groups:
+        return replace(self, groups=self.size(shape, sparsity).groups)
+
     def grouping(self, mask: Tensor, row_order: Tensor | None) -> Grouping:
         """Recover the groups of a mask of this structure, with its row order."""
         k, c, r, s = mask.shape
         order = torch.arange(k, device=mask.device) if row_order is None else row_order.long()
-        groups = self.size(mask.shape, 0.0).groups
-        kept = mask[order[:: k // groups]].view(groups, c, r * s)
+        rows = mask[order].flatten(1)
+        groups = self.count(mask.shape, int(mask[order[0]].any(2).any(1).sum()))
+        if (rows.view(groups, k // groups, -1) != rows[:: k // groups, None]).any():
+            # Made with another number of groups, as by gradual pruning on its way: the fewest that fit.
+            begins = (rows[1:] != rows[:-1]).any(1).nonzero()[:, 0] + 1
+            groups = k // math.gcd(k, *begins.tolist())
+        kept = rows[:: k // groups].view(groups, c, r * s)
         channels, taps = (axes.nonzero()[:, 1].view(groups, -1) for axes in (kept.any(2), kept.any(1)))
         return Grouping((k, c, r, s), order, channels, taps, self.granule)
 
@@ -133,9 +142,13 @@ def _maker(name: str, tap_density: float, place: int, what: str) -> Callable[...
     ]  # fmt: skip
     make.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     make.__doc__ = what
-    # Of random scores groups of neighbours are as good as any and cost nothing when running; balanced, every channel is
-    # read by equally many.
-    return named(name, place, {"row_granule": None, "balanced": True})(make)
+    # Of random scores groups of neighbours are as good as any and cost nothing when running.
+    return named(name, place, {"row_granule": None}, _in_models)(make)
+
+
+def _in_models(gpu: bool) -> dict[str, object]:
+    """Every channel is read, by equally many groups. GPU kernels take blocks of 8 filters, those of CPUs any."""
+    return {"groups": None, "min_rows": USUAL_ROWS if gpu else 2, "balanced": True}
 
 
 make_hrbp = _maker("hrbp", 1.0, 90, "groups of filters that keep the same channels, all taps")

@@ -95,10 +95,18 @@ def structure(name: str, **options: object) -> Structure:
     return make(m=int(ratio[2]), n=int(ratio[1])) if ratio else make(**options)
 
 
-def options_if_drawn(name: str) -> dict[str, object]:
-    """Options of a structure for random first masks; none for "2:4", ..."""
+def options_in_models(name: str, *, drawn: bool, gpu: bool) -> dict[str, object]:
+    """Options that `sparsify` gives a structure; none for "2:4", ...
+
+    Args:
+        name: of the structure.
+        drawn: the first masks are random.
+        gpu: the model is for a GPU.
+    """
     made: Any = STRUCTURES.get(name)
-    return {} if made is None else dict(made.structure.drawn)
+    if made is None:
+        return {}
+    return dict(made.structure.in_models(gpu)) | dict(made.structure.drawn if drawn else {})
 
 
 def _wrong(value: object, annotation: Any) -> str | None:
@@ -125,6 +133,10 @@ def listed() -> str:
         options = [f"{p.name}={_short(p.default)}" for p in inspect.signature(make).parameters.values()]
         if options:
             text, indent = f"options: {', '.join(options)}", " " * 16
+            here, there = (options_in_models(name, drawn=False, gpu=gpu) for gpu in (False, True))
+            others = [f"{option}={_short(value)}" for option, value in here.items()]
+            others += [f"{option}={_short(value)} for a GPU" for option, value in there.items() - here.items()]
+            text += f"; in a model {', '.join(others)}" if others else ""
             lines += textwrap.wrap(text, 120, initial_indent=indent, subsequent_indent=indent)
     return "\n".join(lines)
 

@@ -34,7 +34,7 @@ def regroup(
     score: Tensor,
     sparsity: float,
     *,
-    groups: int = 8,
+    groups: int | None = 8,
     tap_density: float = 1.0,
     granule: int = 1,
     row_granule: int | None = 1,
@@ -64,7 +64,8 @@ def regroup(
     Args:
         score: [K, C, R, S] >= 0, floating point or bool, on any device: the work is done there.
         sparsity: share of the weights that is dropped, in [0, 1). The result has whole channels and taps.
-        groups: at most so many groups; see `GroupOptions.size` for the number used, and for channels and taps.
+        groups: at most so many groups; None: as many as it takes to read every input channel. See `GroupOptions.count`
+            for the number used, and `GroupOptions.size` for channels and taps.
         tap_density: share of the taps that a group keeps; 1 is HRBP, the paper's HRBP++ has 4/9.
         granule: channels are kept in aligned runs of this many (8 is what 16-byte loads of float16 ask for).
         row_granule: filters move in aligned runs of this many; None: they stay where they are.
@@ -158,9 +159,9 @@ class _Search:
         kept = (channels[..., None] & taps[:, :, None]).to(self.cells.dtype)
         return (kept.view(-1, self.matrix.shape[1]) @ self.matrix.t()).view(*channels.shape[:2], self.rows)
 
-    def best_channels(self, sums: Tensor, taps: Tensor) -> Tensor:
+    def best_channels(self, sums: Tensor, taps: Tensor, prices: Tensor | None = None) -> Tensor:
         value = (sums * taps[:, :, None]).sum(3)
-        return choose_balanced(value, self.kept_channels) if self.balanced else top(value, self.kept_channels)
+        return choose_balanced(value, self.kept_channels, prices) if self.balanced else top(value, self.kept_channels)
 
     def best_taps(self, sums: Tensor, channels: Tensor) -> Tensor:
         return top((sums * channels[..., None]).sum(2), self.kept_taps)
@@ -172,10 +173,10 @@ class _Search:
 def _alternate(search: _Search, found: _Found) -> tuple[_Found, Tensor]:
     """All half-steps in turn until no solution gains any more; what they keep [B]."""
     kept: Tensor | None = None
-    prices = found.member.new_zeros(*found.member.shape[:2], 1, dtype=torch.float64)
+    prices, channel_prices = found.member.new_zeros(2, *found.member.shape[:2], 1, dtype=torch.float64)
     for _ in range(STEPS):
         sums = search.sums(found.member)
-        channels = search.best_channels(sums, found.taps)
+        channels = search.best_channels(sums, found.taps, channel_prices)
         taps = search.best_taps(sums, channels)
         worth = search.worth(channels, taps)
         found = _Found(search.best_rows(worth, prices), channels, taps)

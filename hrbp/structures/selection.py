@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..arguments import check_sparsity
 
+FEW_RANKS = 1  # one maximum after the other up to here: three times as fast as topk along groups
 SWEEPS = 8  # most rounds over the prices; what they leave is repaired exactly
 JITTER = 1e-11  # breaks ties, relative to the largest value
 
@@ -142,7 +143,11 @@ def _by_prices(value: Tensor, quota: int, lo: int, extra: int, prices: Tensor) -
 
 def _largest(surplus: Tensor, rank: int) -> Tensor:
     """[B, items] each item's largest surplus (rank 0), second largest (1), ..."""
-    return surplus.amax(1) if rank == 0 else surplus.topk(rank + 1, 1).values[:, rank]
+    if rank > FEW_RANKS:
+        return surplus.topk(rank + 1, 1).values[:, rank]
+    for _ in range(rank):
+        surplus = surplus.scatter(1, surplus.max(1, keepdim=True).indices, -math.inf)
+    return surplus.amax(1)
 
 
 def _between(t: Tensor, k: int) -> Tensor:

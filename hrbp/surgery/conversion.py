@@ -7,6 +7,7 @@ blocks of (1, 1). Training methods that let dropped weights learn, to bring them
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -26,7 +27,7 @@ from ..structures.base import sparsity_of
 from ..wrappers import unwrapped
 from .candidates import Selector
 from .carry import carry, replace_module
-from .decision import Decision, decide, dense_model
+from .decision import Decision, decide, dense_model, uncovered
 
 
 def sparsify(
@@ -78,10 +79,8 @@ def sparsify(
         saliency: what chooses the weights: "random", "magnitude", "snip", "grasp", "synflow", "magnitude+gradient", or
             "auto": "random" where the weights are freshly drawn, "magnitude" where they look trained or in doubt (see
             fresh.py); `summary` says which it took, and why. With "random", groups (hrbp, hrbp++) are of neighbouring
-            filters, which costs nothing when running, and balanced: every channel is read by equally many groups, give
-            or take one, rather than some by none. The paper's are drawn independently: row_granule=1, balanced=False.
-            "magnitude" of trained weights, structure "2:4", then fine-tuning under the mask that this gives, is ASP
-            (Mishra et al., 2021).
+            filters, which costs nothing when running. "magnitude" of trained weights, structure "2:4", then fine-tuning
+            under the mask that this gives, is ASP (Mishra et al., 2021).
         include: only these: names of layers (with * and ? as wildcards) or types. The first and last layers too, if
             they are named. Default: all layers. A layer whose shape the structure refuses stays dense, and the summary
             says why, unless its full name is given here: then that is an error.
@@ -89,10 +88,16 @@ def sparsify(
         batch, loss: for saliencies that need gradients, see `hrbp.saliency`; the batch finds first and last layers.
         backend: of the sparse layers, as in blocksparse.conv2d.
         seed: of random scores and searches.
-        **options: of the structure; see `make_mask`.
+        **options: of the structure; see `make_mask`. Groups (hrbp, hrbp++) are as many as it takes to read every input
+            channel (groups=None: 8 of 8 filters or more, else more), of at least 2 filters (min_rows; 8 where the
+            model or the machine has a GPU, whose kernels take no less), and balanced: every channel is read by equally
+            many groups, give or take one. The paper's: groups=8, min_rows=8, row_granule=1, balanced=False.
 
     Returns:
         The model.
+
+    Warns:
+        UserWarning: once for the model, with the names of layers whose groups cannot read every input channel.
 
     Raises:
         ValueError: no layer is left to make sparse, or an argument is out of range; the model is untouched then.
@@ -107,6 +112,8 @@ def sparsify(
     for step in steps:  # nothing can fail from here on
         step()
     remember(model, decided.record)
+    if text := uncovered(decided):
+        warnings.warn(f"sparsify(): {text}", stacklevel=2)
     return whole
 
 

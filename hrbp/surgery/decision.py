@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..arguments import any_case, check_sparsity
@@ -21,7 +22,7 @@ from ..methods.registry import dense_weight_method
 from ..saliencies import SALIENCIES
 from ..saliencies import saliency as score_weights
 from ..structures.base import Selection, Structure, sparsity_of
-from ..structures.registry import STRUCTURES, options_if_drawn
+from ..structures.registry import STRUCTURES, options_in_models
 from ..structures.registry import structure as make_structure
 from ..wrappers import unwrapped
 from .candidates import Selector, candidates
@@ -102,8 +103,8 @@ def decide(
     if saliency == "auto":
         reason = trained(model, chosen)
         saliency, why = ("random", "the weights look freshly drawn") if reason is None else ("magnitude", reason)
-    if saliency == "random":
-        options = options_if_drawn(structure) | options
+    gpu = next(iter(chosen.values())).weight.device.type == "cuda" or torch.cuda.is_available() if chosen else False
+    options = options_in_models(structure, drawn=saliency == "random", gpu=gpu) | options
     shape_rule = structure_for(kind, structure, options)
     if kind is not None and (reason := kind.refuses(shape_rule)):
         raise ValueError(f"{who}: {reason}")
@@ -154,6 +155,23 @@ def decide(
         min_density,
     )  # fmt: skip
     return Decision(chosen, selections, record)
+
+
+def uncovered(decided: Decision) -> str | None:
+    """Which layers have groups that cannot read every input channel, and what to do; None: there is no such layer."""
+    made = {n: s.grouping for n, s in decided.selections.items() if s is not None and s.grouping is not None}
+    found = {name: groups for name, groups in made.items() if groups.coverage < 1}
+    if not found:
+        return None
+    names = list(found)
+    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+    worst = min(found, key=lambda name: found[name].coverage)
+    g = found[worst]
+    return (
+        f"{', '.join(names[:3])}{more}: too few groups to read every input channel; in {worst} {g.groups} groups x"
+        f" {g.channels.shape[1]} channels are {g.coverage:.0%} of {g.shape[1]}, and the others are read by no filter."
+        " Allow more groups (groups=, min_rows=), or keep more of these layers (min_density=, per_layer=)"
+    )
 
 
 def _given_alone(per_layer: Mapping[str, float], names: list[str], who: str) -> dict[str, float]:

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import blocksparse as bs
+import hrbp
 from hrbp.formats.sealed import TRAINING, read
+from hrbp.layers.record import record_of
 from hrbp.layers.view import sparse_layers
 from hrbp.training.checkpoint import LAST, write_training
 from hrbp.training.trainer import Trainer
@@ -69,6 +71,29 @@ def test_it_goes_on(case, tmp_path):
     for name, t in result.model.state_dict().items():
         torch.testing.assert_close(t, expected[name], rtol=1e-9, atol=1e-12)
     assert result.accuracy == whole.accuracy
+
+
+@pytest.mark.parametrize("saliency", ["random", "magnitude"])
+def test_groups_stay_what_they_were_by_default(saliency, tmp_path):
+    """Of a training begun when 8 groups of 8 filters or more were the default, balanced where they were random."""
+    were = {"groups": 8, "min_rows": 8, "balanced": saliency == "random"}
+
+    def begin(out: Path, resume: bool = False, **options: Any) -> Trainer:
+        model = hrbp.sparsify(
+            network(double=True), 0.5, structure="hrbp", distribution="uniform", saliency=saliency, **options
+        )
+        return trainer(model, out, resume, evolve="rigl", lr=0.01, evolve_options={"every": 2})
+
+    whole = begin(tmp_path / "whole", **were).run()
+    signalled(begin(tmp_path / "cut", **were), 7).run()
+    again = begin(tmp_path / "cut", resume=True)  # by today's default
+    assert (again.step, record_of(again.model).structure.groups) == (7, 8)
+    expected = whole.model.state_dict()
+    for name, t in again.run().model.state_dict().items():
+        assert torch.equal(t, expected[name]), name
+    begin(tmp_path / "other", groups=4).run()
+    with pytest.raises(ValueError, match=r"another training: plan\.structure\.groups is 4 there and null here"):
+        begin(tmp_path / "other", resume=True)
 
 
 def test_another_training_is_refused(tmp_path):

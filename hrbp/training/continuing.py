@@ -25,7 +25,7 @@ from ..methods.evolver import Evolver
 from ..progress import Progress
 from ..reports.model_summary import summary
 from . import checkpoint, log
-from .older import config_as_now, optimizer_as_now
+from .older import config_as_now, groups_as_begun, optimizer_as_now
 from .optimizer import check_optimizer
 from .settings import Settings
 
@@ -93,13 +93,19 @@ class Continued:
         except TypeError as error:
             raise ValueError(f"Trainer(): config has more than plain values: {error}") from error
 
-    def _epochs_of_masks(self, epochs: int, resume: bool) -> int:
-        """How many epochs the training that is continued was begun with, where that is fewer than it is to have."""
+    def _as_begun(self, epochs: int, resume: bool) -> int:
+        """Take over from the training that is continued what its model had by default in an older version.
+
+        Returns:
+            How many epochs it was begun with, where that is fewer than it is to have.
+        """
         if not resume or self.out is None:
             return epochs
         log_file = self.out / "log.jsonl"
-        begun = _epochs_begun(self._on_first_rank(lambda: log.configuration(log_file)))
-        return epochs if begun is None else min(begun, epochs)
+        begun = self._on_first_rank(lambda: log.configuration(log_file))
+        groups_as_begun(self.model, begun)
+        first = _epochs_begun(begun)
+        return epochs if first is None else min(first, epochs)
 
     def _open(self, out: Path, resume: bool, who: str) -> None:
         """Begin a training in this folder, or continue the one it holds."""

@@ -113,10 +113,10 @@ class Trainer(Continued):
         self.progress = Progress(quiet or self.rank > 0)
         self.out = None if out is None else Path(out)
         self.total_steps = settings.epochs * len(train)
-        self.mask_epochs = self._epochs_of_masks(settings.epochs, resume)
-        self.settings = settings = with_every(settings, len(train), self.mask_epochs)
         self.format = torch.channels_last if settings.channels_last else torch.contiguous_format
         self.model = model.to(self.device, memory_format=self.format)  # type: ignore[call-overload]
+        self.mask_epochs = self._as_begun(settings.epochs, resume)
+        self.settings = settings = with_every(settings, len(train), self.mask_epochs)
         self.optimizer = make_optimizer(self.model, settings)
         self.ema = None
         if settings.ema is not None:

@@ -11,7 +11,7 @@ from hrbp.columns import counted
 from hrbp.progress import Progress
 from hrbp.reports.study_picture import _look, spread_out
 from hrbp.study.regularity_table import GRAINS, _costs
-from hrbp.study.timing import interleaved
+from hrbp.study.timing import Timing, interleaved
 from hrbp.study.variants import BASELINES
 
 
@@ -54,7 +54,8 @@ def test_measuring_says_how_far_it_is(monkeypatch):
     monkeypatch.setattr("hrbp.progress.TERMINAL_SECONDS", 0.0)
     out = Terminal()
     steps = {"dense": lambda: 2.0, "sparse": lambda: 1.0}
-    assert interleaved(steps, 3, progress=Progress(False, out), what="steps") == {"dense": 2.0, "sparse": 1.0}
+    found = interleaved(steps, 3, progress=Progress(False, out), what="steps")
+    assert found == {"dense": Timing(2.0, 2.0, 2.0), "sparse": Timing(1.0, 1.0, 1.0)}
     lines = [line.strip() for line in out.getvalue().split("\r") if line.strip()]
     assert lines[1].startswith("steps: round 1/5, sparse takes 0.50 of the time of dense, 0 s left")
     assert out.getvalue().endswith("\r")

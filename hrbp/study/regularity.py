@@ -291,7 +291,8 @@ class Regularity(Runner):
             steps = {"dense": self._step(self._timed_network("dense", 0.0), images)}
             for sparsity in (s for made, s in self.lines if made == structure):
                 steps[str(sparsity)] = self._step(self._timed_network(structure, sparsity), images)
-            times[structure] = interleaved(steps, ROUNDS, progress=self.say, what=structure)
+            measured = interleaved(steps, ROUNDS, progress=self.say, what=structure)
+            times[structure] = {name: timing.seconds for name, timing in measured.items()}
             self._write()
 
     def _timed_network(self, structure: str, sparsity: float) -> nn.Module:

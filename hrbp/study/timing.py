@@ -5,21 +5,33 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ..progress import Progress, duration
+from .spread import median_interval
 
 WARM_UP = 2  # rounds before those that count
 
 
+@dataclass(frozen=True)
+class Timing:
+    """Median seconds of a step, and the interval of that median."""
+
+    seconds: float
+    low: float
+    high: float
+
+
 def interleaved(
     steps: Mapping[str, Callable[[], float]], rounds: int, first: str = "dense", *, progress: Progress, what: str
-) -> dict[str, float]:
+) -> dict[str, Timing]:
     """Median seconds of interleaved steps: other load on the machine affects all of them alike.
 
-    Ratios to `first` are taken within a round: what slows a round down slows both sides.
+    Ratios to `first` are taken within a round: what slows a round down slows both sides. Intervals are those of the
+    ratio, so that of `first` is a point: how fast the machine is as a whole drops out of every comparison.
 
     Args:
         steps: name -> a function that takes one step and returns its seconds.
@@ -40,11 +52,11 @@ def interleaved(
                 progress.show(f"{what}: round {at + 1}/{whole}, {'' if name == first else speed}{left} left")
     progress.clear()
     counted = {name: seconds[WARM_UP:] for name, seconds in times.items()}
-    pace = statistics.median(counted[first])
-    return {
-        name: pace * statistics.median(t / d for t, d in zip(seconds, counted[first], strict=True))
-        for name, seconds in counted.items()
-    }
+    pace, found = statistics.median(counted[first]), {}
+    for name, seconds in counted.items():
+        ratios = [t / d for t, d in zip(seconds, counted[first], strict=True)]
+        found[name] = Timing(*(pace * ratio for ratio in (statistics.median(ratios), *median_interval(ratios))))
+    return found
 
 
 def timed(device: torch.device, step: Callable[[], Any]) -> float:

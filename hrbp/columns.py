@@ -21,6 +21,6 @@ def columns(lines: list[list[str]], left: tuple[int, ...] = (0,), least: tuple[i
     return "\n".join(map(line, lines))
 
 
-def counted(number: int, thing: str) -> str:
-    """As "1 epoch", "2 epochs"."""
-    return f"{number} {thing}{'' if number == 1 else 's'}"
+def counted(number: int, thing: str, things: str | None = None) -> str:
+    """As "1 epoch", "2 epochs"; things: where the plural has no s alone."""
+    return f"{number} {thing if number == 1 else things or thing + 's'}"

@@ -130,20 +130,20 @@ ROOMS: dict[str, list[str]] = {
         "fusion",
     ],
     "formats": ["packed", "sealed", "weights", "pretrained", "model", "onnx_file"],
-    "data": ["sets", "batches", "cifar", "folders", "generated", "loading"],
+    "data": ["sets", "batches", "cifar", "digits", "folders", "generated", "loading"],
     "reports": [
         "dgrad", "score", "stream", "mask_report", "model_report", "model_summary", "network_costs", "picture",
-        "study_picture", "html_page",
+        "study_picture", "worth_picture", "html_page",
     ],
     "training": [
         "checkpoint", "devices", "log", "older", "result", "settings", "signals", "optimizer", "continuing", "trainer",
         "run",
     ],
     "study": [
-        "folder", "spread", "timing", "variants", "page", "regularity_table", "study_table", "runner", "regularity",
-        "study",
+        "folder", "spread", "rival", "timing", "variants", "page", "regularity_table", "study_table", "worth_table",
+        "runner", "regularity", "study", "worth",
     ],
-    "cli": ["parsing", "info", "regroup", "study", "train", "main"],
+    "cli": ["parsing", "info", "regroup", "worth", "study", "train", "main"],
 }  # fmt: skip
 ORDER = [f"{room}/{file}" if room else file for room, files in ROOMS.items() for file in files]
 LONGEST = 400  # lines of a file; a longer one says in its head why

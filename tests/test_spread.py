@@ -43,7 +43,7 @@ def test_pairs_are_of_one_seed_and_what_a_seed_does_to_both_drops_out():
     assert found.mean == pytest.approx(0.02)
     half = 4.302653 * 0.01 / math.sqrt(3)
     assert (found.low, found.high) == pytest.approx((0.02 - half, 0.02 + half))
-    assert not found.shown
+    assert found.side == 0
     assert paired({1: 0.5}, {2: 0.5}) is None
     ours = [0.71, 0.74, 0.70, 0.78]
     found = paired(dict(enumerate(ours)), dict.fromkeys(range(4), 0.70))

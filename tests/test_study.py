@@ -226,7 +226,7 @@ def test_the_sentence_is_computed_from_the_results(whole):
 def test_slower_than_dense_is_said(whole):
     results = copy.deepcopy(whole[1])
     steps = {"dense": 0.01, "narrow 80%": 0.005, "unstructured 80%": 0.0101, "hrbp++ 80%": 0.02, "hrbp 80%": 0.004}
-    assert results["steps"].keys() == steps.keys()
+    assert results["steps"].keys() == results["step_bounds"].keys() == {*steps, "hrbp++ rigl 80%, an update"}
     results["steps"] = steps
     assert [row["step"] for row in rows(results)] == pytest.approx([1, 0.5, 1.01, 2, 0.4])
     assert "slower than dense here: hrbp++ rigl\n" in table(results)

@@ -24,7 +24,7 @@ from ..study.study import Study
 from ..study.study_table import parts as study_parts
 from ..study.study_table import table
 from ..study.variants import ABLATION, BASELINES, PRESETS, Preset, Variant
-from . import parsing
+from . import parsing, worth
 
 REGULARITY = "regularity"
 MAX_TIME, MAX_STORAGE = 0.5, 0.25
@@ -38,6 +38,13 @@ default takes about five minutes on a laptop.
   python -m hrbp study --structures dense hrbp hrbp++ --methods static rigl hrbp --sparsities 0.8 0.9 --seeds 0 1 2
   python -m hrbp study --preset paper --root ~/data                         Table 1 of the HRBP paper, for days
   python -m hrbp study --preset paper --model resnet32 --data cifar10 --seeds 0
+
+--preset worth asks whether sparse networks are worth it: against narrow dense ones whose steps take as long, with five
+paired seeds and 95% intervals. It says how long it will take before it begins, under an hour on two cores by default.
+
+  python -m hrbp study --preset worth --html
+  python -m hrbp study --preset worth --quick                               under five minutes
+  python -m hrbp study --preset worth --full --root ~/data                  two networks, two widths, CIFAR-10: for days
 
 --preset regularity prunes one trained network instead, grain by grain (single weights, vectors, kernels, filters, ...)
 and from one sparsity to the next, with retraining after each; the table has storage, memory references, balance and
@@ -64,10 +71,10 @@ def add_study(commands: parsing.Commands) -> None:
     add = parser.add_argument
     add("--preset", choices=(*PRESETS, REGULARITY), default="quick", help="which defaults, default quick")
     add("--model", choices=NETWORKS, nargs="+", metavar="NAME", help=f"{', '.join(NETWORKS)}")
-    add("--width", type=float, help="times the published channel counts")
+    add("--width", type=float, nargs="+", metavar="W", help="times the published channel counts")
     add(
         "--data", nargs="+", type=parsing.path, metavar="NAME",
-        help=f"shapes (generated), cifar10, cifar100, or a folder with {LAYOUT}",
+        help=f"shapes (generated), digits (scikit-learn's), cifar10, cifar100, or a folder with {LAYOUT}",
     )  # fmt: skip
     add("--root", type=parsing.path, default="data", help="where CIFAR's archives lie, default data")
     add(
@@ -80,7 +87,7 @@ def add_study(commands: parsing.Commands) -> None:
     add("--methods", nargs="+", choices=METHODS, metavar="NAME", help=f"how masks change: {', '.join(METHODS)}")
     add("--sparsities", nargs="+", type=float, metavar="S",
         help="of the layers made sparse, default 0.9 0.95, regularity: 0.5 0.75 0.875")  # fmt: skip
-    add("--seeds", nargs="+", type=parsing.seed, metavar="N", help="default 0 1, paper: 0 1 2")
+    add("--seeds", nargs="+", type=parsing.seed, metavar="N", help="default 0 1, paper: 0 1 2, worth: 0 1 2 3 4")
     add("--epochs", type=int, help="default 6, paper: 160")
     add("--batch-size", type=parsing.positive, help="default 64, paper: 128")
     add("--lr", type=float, help="default 0.1; half of that when training again after pruning")
@@ -90,8 +97,12 @@ def add_study(commands: parsing.Commands) -> None:
         help="steps between mask changes, default 100, in short trainings a fortieth, of subp an epoch",
     )
     add("--out", type=parsing.path, metavar="DIR", help="folder, default runs/study, runs/study-PRESET")
+    add("--retime", action="store_true", help="measure step times anew; trainings that are finished stay")
     add("--html", action="store_true", help=f"also write {PAGE}: one file with the table, figures and settings")
     parsing.add_device(add)
+    add = parser.add_argument_group("--preset worth").add_argument
+    add("--quick", action="store_true", help="fewer arms, epochs and seeds, one sparsity")
+    add("--full", action="store_true", help="resnet8 and resnet14, width 2 and 4, and CIFAR-10 where --root has it")
     add = parser.add_argument_group("--preset regularity").add_argument
     add("--weights", type=parsing.path, metavar="FILE", help="of the trained network, default: it is trained first")
     add("--retrain", type=int, help=f"epochs after each pruning, default {RETRAIN}")
@@ -105,7 +116,17 @@ def add_study(commands: parsing.Commands) -> None:
 def run_study(args: argparse.Namespace) -> int:
     """The studies of all networks on all data sets, each with its table."""
     args.data = None if args.data is None else [set_named(name) for name in args.data]
+    if args.preset != worth.PRESET:
+        if args.quick or args.full:
+            option = "quick" if args.quick else "full"
+            raise ValueError(f"study: --{option} is of --preset {worth.PRESET}; leave it out, or take that preset")
+        if len(args.width or ()) > 1:
+            raise ValueError(f"study: --preset {args.preset} takes one --width; run it once for each")
+    elif args.quick and args.full:
+        raise ValueError("study: --quick and --full are two sizes of the study; take one")
     if args.preset == REGULARITY:
+        if args.retime:
+            raise ValueError(f"study: --retime is not of --preset {REGULARITY}; leave it out, or use a new folder")
         return run_regularity(args)
     for name in ("weights", "retrain", "timed_width", "max_time", "max_storage"):
         if getattr(args, name) is not None:
@@ -113,6 +134,9 @@ def run_study(args: argparse.Namespace) -> int:
             raise ValueError(f"study: --{option} is of --preset {REGULARITY}; leave it out, or take that preset")
     preset = PRESETS[args.preset]
     training = _training(args, preset.training)
+    if args.preset == worth.PRESET:
+        stopped = worth.run_worth(args, lambda name, split: load(name, split, root=args.root), training, _variants)
+        return 0 if stopped is None else _stopped(stopped)
     models, sets = (list(dict.fromkeys(names)) for names in (args.model or preset.models, args.data or preset.data))
     pairs = [(model, data) for data in sets for model in models]
     loaded = {data: (load(data, "train", root=args.root), load(data, "test", root=args.root)) for _, data in pairs}
@@ -121,10 +145,11 @@ def run_study(args: argparse.Namespace) -> int:
         Study(
             out if len(pairs) == 1 else out / f"{model}-{loaded[data][0].name}",
             _variants(args, preset, model, data), model=model,
-            width=preset.width.get(model, 1.0) if args.width is None else args.width, images=loaded[data],
+            width=preset.width.get(model, 1.0) if args.width is None else args.width[0], images=loaded[data],
             sparsities=args.sparsities or preset.sparsities,
             seeds=preset.seeds if args.seeds is None else args.seeds,
-            batch_size=args.batch_size or preset.batch_size, every=args.every, device=args.device, **training,
+            batch_size=args.batch_size or preset.batch_size, every=args.every, device=args.device,
+            retime=args.retime, **training,
         )
         for model, data in pairs
     ]  # fmt: skip
@@ -152,7 +177,7 @@ def run_regularity(args: argparse.Namespace) -> int:
         training.pop("epochs")
         structures.remove("narrow")
     data, model = (args.data or quick.data)[0], (args.model or quick.models)[0]
-    width = 1.0 if args.width is None else args.width
+    width = 1.0 if args.width is None else args.width[0]
     timed_width = TIMED_WIDTH if args.width is None and model in quick.models else width
     made = Regularity(
         args.out or f"runs/study-{REGULARITY}", structures if args.structures is None else args.structures,
@@ -178,7 +203,9 @@ def _write_page(
 ) -> None:
     """The page of --html."""
     if args.html and parts is not None:
-        print(f"page: {write_study(made.out, parts, results, made.figure, [*parsing.program().split(), *args.words])}")
+        print(
+            f"page: {write_study(made.out, parts, [results], made.figure, [*parsing.program().split(), *args.words])}"
+        )
 
 
 def _training(args: argparse.Namespace, preset: Mapping[str, Any]) -> dict[str, Any]:

@@ -32,18 +32,23 @@ _CIFAR_STATISTICS = {
 }
 
 
+def cifar_place(name: str, root: Path) -> Path | None:
+    """The folder or the archive of "cifar10" or "cifar100"; None: there is none."""
+    folder, archive = CIFAR[name][:2]
+    itself = [root] if root.name in (folder, archive) else []
+    return next((p for p in (*itself, root / folder, root / archive) if p.exists()), None)
+
+
 def cifar_set(name: str, split: str, root: Path) -> MemorySet:
     """A split of the official python version of CIFAR-10 or CIFAR-100."""
     folder, archive, train, test, meta, label_key, names_key = CIFAR[name]
     files = train if split == "train" else test
-    itself = [root] if root.name in (folder, archive) else []
-    places = [p for p in (*itself, root / folder, root / archive) if p.exists()]
-    if not places:
+    place = cifar_place(name, root)
+    if place is None:
         raise FileNotFoundError(
             f"load(): {name} is not in {root.resolve()}; put {archive} (the 'python version' of"
             " https://www.cs.toronto.edu/~kriz/cifar.html) or the folder in it there, or pass root"
         )
-    place = places[0]
     found = _folder_files(place, [*files, meta]) if place.is_dir() else _archive_files(place, folder, [*files, meta])
     names = _unpickle(found[meta], f"{place}/{meta}").get(names_key)
     if not isinstance(names, list) or not all(isinstance(n, bytes) for n in names):

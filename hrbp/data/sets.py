@@ -51,6 +51,7 @@ class MemorySet(ImageSet):
         classes: their names.
         name: of the set, for reports.
         mean, std: of each channel, black 0 and white 1; default: 0.5 and 0.25.
+        flips: whether a mirrored image is one of its class; False: they are not flipped.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class MemorySet(ImageSet):
         name: str = "images",
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        flips: bool = True,
     ) -> None:
         who = "MemorySet()"
         if images.dtype != torch.uint8 or images.dim() != 4 or 0 in images.shape:
@@ -79,7 +81,7 @@ class MemorySet(ImageSet):
         if not len(mean) == len(std) == images.shape[1] or min(std) <= 0:
             raise ValueError(f"{who}: mean is {mean} and std {std}; images of {images.shape[1]} channels need as many")
         self.images, self.labels = images, labels.to(images.device)
-        self.name, self.classes = name, tuple(classes)
+        self.name, self.classes, self.flips = name, tuple(classes), flips
         self.shape = (images.shape[1], images.shape[2], images.shape[3])
         self.mean, self.std, self.device = tuple(mean), tuple(std), images.device
 
@@ -93,17 +95,17 @@ class MemorySet(ImageSet):
         for numbers, draws in parts:
             chosen = torch.from_numpy(numbers).to(self.device)
             x = self.images[chosen]
-            yield (x if draws is None else _shift_and_flip(x, draws)), self.labels[chosen]
+            yield (x if draws is None else _shift_and_flip(x, draws, self.flips)), self.labels[chosen]
 
 
-def _shift_and_flip(x: Tensor, draws: np.ndarray) -> Tensor:
+def _shift_and_flip(x: Tensor, draws: np.ndarray, flips: bool) -> Tensor:
     """x [n, C, H, W], each moved by up to an eighth of its size and flipped or not, as draws[:, :3] say."""
     n, c, h, w = x.shape
     pad_h, pad_w = h // 8, w // 8
     # On the CPU, in float64: every device then takes the same pixels.
     top = np.floor(draws[:, 0, None].astype(np.float64) * (2 * pad_h + 1)).astype(np.int64)
     left = np.floor(draws[:, 1, None].astype(np.float64) * (2 * pad_w + 1)).astype(np.int64)
-    flip = draws[:, 2, None] < 0.5
+    flip = (draws[:, 2, None] < 0.5) & flips
     rows = torch.from_numpy(top + np.arange(h)).to(x.device)
     cols = torch.from_numpy(left + np.where(flip, np.arange(w)[::-1], np.arange(w))).to(x.device)
     padded = F.pad(x, (pad_w, pad_w, pad_h, pad_h))

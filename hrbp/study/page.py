@@ -25,13 +25,15 @@ class Parts:
     sentences: list[str]
 
 
-def write_study(out: Path, parts: Parts, results: Mapping[str, Any], figure: str, command: Sequence[str]) -> Path:
-    """Write the page of a study into its folder; returns its path.
+def write_study(
+    out: Path, parts: Parts, studies: Sequence[Mapping[str, Any]], figure: str, command: Sequence[str]
+) -> Path:
+    """Write the page of a study, or of several in one table, into a folder; returns its path.
 
     Args:
-        out: folder of the study.
-        parts: what is shown of it.
-        results: content of results.json.
+        out: the folder.
+        parts: what is shown.
+        studies: contents of results.json.
         figure: name of the figure in the folder; one that is not there is left out.
         command: the words that repeat the study.
     """
@@ -45,8 +47,11 @@ def write_study(out: Path, parts: Parts, results: Mapping[str, Any], figure: str
     ]
     if (out / figure).exists():
         text += ["## Figures", "", f"![accuracy against sparsity, size and time]({figure})", ""]
-    settings = [[name, _shown(value)] for name, value in results["settings"].items()]
-    text += ["## Settings", "", f"Measured on {results['machine']}.", "", *table_lines(["setting", "value"], settings)]
+    for results in studies:
+        settings = [[name, _shown(value)] for name, value in results["settings"].items()]
+        of = f" of {results['settings']['model']} on {results['settings']['data']}" if len(studies) > 1 else ""
+        text += [f"## Settings{of}", "", f"Measured on {results['machine']}.", ""]
+        text += table_lines(["setting", "value"], settings)
     text += ["## Repeat it", "", "```", shlex.join(command), "```"]
     write_page(out / PAGE, parts.title, text)
     return out / PAGE

@@ -62,6 +62,7 @@ class Runner(ABC):
     numbers: ClassVar[Sequence[str]]  # that a result needs
     ended: ClassVar[Sequence[str]]  # further ones, of a training whose loss stayed finite
     times: ClassVar[str]  # key of results.json that has the measured seconds
+    later = 0.0  # seconds of studies that follow, to be told as left
     pace: float | None = None  # seconds for a unit of `_work`, before anything is trained; None: not known
 
     def __init__(
@@ -143,9 +144,12 @@ class Runner(ABC):
         """Run the trainings that are left; returns the signal that stopped one of them."""
         begin, done, pace = time.monotonic(), 0.0, self.pace
         for i, run in enumerate(todo):
-            left = "" if pace is None else f", {duration(pace * sum(self._work(*r) for r in todo[i:]))} left"
+            left = (
+                "" if pace is None else f", {duration(pace * sum(self._work(*r) for r in todo[i:]) + self.later)} left"
+            )
             at = len(self.runs) - len(todo) + i + 1
-            head = f"[{at}/{len(self.runs)}{left}] {self._line_name(*run[:2])} seed {run[2]}"
+            best = f"; {words}" if (words := self._so_far()) else ""
+            head = f"[{at}/{len(self.runs)}{left}{best}] {self._line_name(*run[:2])} seed {run[2]}"
             result = self._train_one(*run, head)
             if isinstance(result, str):
                 return result
@@ -252,6 +256,10 @@ class Runner(ABC):
     def _work(self, what: Any, sparsity: float, seed: int) -> float:
         """Expected duration of a training, in any unit."""
         return 1.0
+
+    def _so_far(self) -> str:
+        """What the study has come to, for the running line."""
+        return ""
 
     def _other_folders(self) -> list[Path]:
         """Folders of trainings that belong to no line."""

@@ -29,9 +29,11 @@ class Interval:
     values: int
 
     @property
-    def shown(self) -> bool:
-        """Whether the interval excludes 0."""
-        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
+    def side(self) -> int:
+        """1 where the interval lies above 0, -1 where below; else 0: no difference from 0 is shown."""
+        if self.low is None or self.high is None:
+            return 0
+        return (self.low > 0) - (self.high < 0)
 
 
 def mean(values: Sequence[float]) -> float | None:
@@ -82,7 +84,7 @@ def points(difference: Interval | None) -> str:
     if difference.low is None or difference.high is None:
         return f"{100 * difference.mean:+.1f}, one seed"
     said = f"{100 * difference.mean:+.1f} [{100 * difference.low:+.1f}, {100 * difference.high:+.1f}]"
-    return said if difference.shown else f"no difference shown {said}"
+    return said if difference.side else f"no difference shown {said}"
 
 
 def median_interval(values: Sequence[float]) -> tuple[float, float]:

@@ -16,25 +16,29 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..columns import counted
 from ..data.batches import Batches
 from ..data.sets import ImageSet
+from ..files import only_writer
 from ..layers.view import sparse_layers
 from ..methods.evolver import Evolver
 from ..methods.registry import METHODS
 from ..models import build, narrow, parameter_count
+from ..progress import duration
 from ..reports.model_report import report_model
 from ..reports.model_summary import summary
 from ..reports.study_picture import draw_study
 from ..surgery.conversion import sparsify
 from ..training.settings import Settings
 from ..training.trainer import Trainer
-from .folder import RESULT
+from .folder import RESULT, RESULTS, is_number, read
 from .runner import Line, Runner
-from .study_table import line_name, rows, table
+from .study_table import BOUNDS, line_name, rows, step_times, table, update_name
 from .timing import interleaved, timed
-from .variants import QUICK, Variant
+from .variants import PRUNES, QUICK, Variant
 
-ROUNDS = 15  # of the interleaved timing
+ROUNDS = 31  # of the interleaved timing
+FORWARD = 0.4  # of the time of a step, to test as many images: for the time that is left
 IMAGES_PER_CLASS = 10  # for the gradients of saliencies, as in GraSP
 
 
@@ -51,7 +55,8 @@ class Study(Runner):
     seed, and a folder for each training with its log, its checkpoints and, when it is finished, result.json.
 
     Step times are measured first, interleaved: all networks take one step in turn, over many rounds, so that other load
-    on the machine affects all of them alike. They are of steps at the final sparsity that do not change masks.
+    on the machine affects all of them alike. They are of steps at the final sparsity; steps that change masks are
+    measured apart. `measure` does this and nothing else.
 
     Args:
         out: folder; a new one, or that of the same study.
@@ -65,6 +70,7 @@ class Study(Runner):
             epoch, or less where these would be fewer than twenty.
         device: default: the GPU if there is one.
         quiet: print nothing.
+        retime: measure step times anew, also where they are known.
         **training: see `Settings`; epochs is needed.
 
     Raises:
@@ -91,12 +97,14 @@ class Study(Runner):
         every: int | None = None,
         device: torch.device | str | None = None,
         quiet: bool = False,
+        retime: bool = False,
         **training: Any,
     ) -> None:
         super().__init__(
             out, model=model, width=width, images=images, batch_size=batch_size, device=device, quiet=quiet,
             variants=[v.name for v in variants], sparsities=sparsities, seeds=seeds,
         )  # fmt: skip
+        self.retime = retime
         if every is not None and every < 1:
             raise ValueError(f"{self.who}: every is {every}; it needs an integer >= 1")
         for variant in variants:
@@ -120,14 +128,38 @@ class Study(Runner):
         with torch.device("meta"):
             dense = build(model, width=width, **self.shape)
         settings = {
-            "dense_parameters": parameter_count(dense), "variants": [asdict(v) for v in variants],
+            "dense_parameters": parameter_count(dense), "variants": [v.record for v in variants],
             "sparsities": sparsities, "every": self.every, "training": asdict(self.training),
         }  # fmt: skip
         self._set_up(asked, settings)
 
+    def measure(self) -> float:
+        """Measure step times, unless they are known; returns the seconds that the trainings left will take by them."""
+        with only_writer(self.out, self.who):
+            self._take_up()
+            found = [(run, self._result_of(*run)) for run in self.runs]
+            self._prepare([result for _, result in found if result is not None])
+            return sum(self._work(*run) for run, result in found if result is None)
+
+    def _take_up(self) -> None:
+        super()._take_up()
+        self.results[BOUNDS] = {}
+        if self.results["steps"]:
+            bounds = read(self.out / RESULTS).get(BOUNDS, {})
+            if not isinstance(bounds, dict) or not all(_is_pair(pair) for pair in bounds.values()):
+                raise ValueError(f"Study(): {self.out / RESULTS} is damaged: {BOUNDS!r} has no times; remove it")
+            self.results[BOUNDS] = bounds
+
     def _take_times(self, found: dict[str, Any]) -> None:
-        if {"dense", *(line_name(v.layout, s) for v, s in self.lines)} <= found.keys():
+        if self._timed_lines().keys() <= found.keys() and not self.retime:
             self.results["steps"] = found
+
+    def _timed_lines(self) -> dict[str, tuple[Variant, float, bool]]:
+        """Name -> what is timed: variant, sparsity, whether in a step that changes masks."""
+        lines = [(Variant("dense"), 0.0), *self.lines]
+        return {line_name(v.layout, s): (v.layout, s, False) for v, s in lines} | {
+            update_name(v, s): (v, s, True) for v, s in self.lines if v.updates
+        }
 
     def _impossible(self, variant: Variant, sparsity: float) -> str | None:
         """Tested by making its trainer once, unless it has been trained."""
@@ -138,6 +170,8 @@ class Study(Runner):
             with torch.random.fork_rng():
                 if _prunes(variant):  # it starts at another sparsity
                     self._network(drawn.layout, sparsity, self.seeds[0])
+                if variant.structure == "narrow":
+                    self._check_narrow(variant, sparsity)
                 self._trainer(drawn, sparsity, self.seeds[0])
         except ValueError as error:
             return " ".join(str(error).split())
@@ -149,10 +183,30 @@ class Study(Runner):
         if not self.results["steps"]:
             self._measure()
             self._write()
+        left = [run for run in self.runs if self._result_of(*run) is None]
+        seconds = sum(self._work(*run) for run in left)
+        if left:
+            self.say.say(
+                f"{counted(len(left), 'training')} of {counted(self.total_steps, 'step')}: about {duration(seconds)} on"
+                f" {self.results['machine']}, by the measured steps"
+            )
         return None
 
     def _work(self, variant: Variant, sparsity: float, seed: int) -> float:
-        return self.results["steps"][line_name(variant.layout, sparsity)] * self.total_steps
+        step = step_times(self.results, variant, sparsity)
+        assert step is not None  # measured first
+        tests = self.training.epochs * len(self.test) / self.batch_size
+        return step[0] * (self.total_steps + FORWARD * tests)
+
+    def _so_far(self) -> str:
+        """The best sparse line, of those that are trained with most seeds."""
+        found = [row for row in self._rows() if row["accuracy"] is not None and row["structure"] != "dense"]
+        found = [row for row in found if not row["structure"].startswith("narrow")]
+        if not found:
+            return ""
+        most = max(row["seeds"] for row in found)
+        best = max((row for row in found if row["seeds"] == most), key=lambda row: row["accuracy"])
+        return f"best so far {best['line']} {best['accuracy']:.1%}"
 
     def _seed_ended(self) -> None:
         self.say.say(f"\n{table(self.results)}\n")
@@ -174,19 +228,24 @@ class Study(Runner):
 
     def _identity(self, variant: Variant, sparsity: float, seed: int) -> dict[str, Any]:
         sparsity = 0.0 if variant.structure == "dense" else sparsity
-        return {"line": line_name(variant, sparsity), **asdict(variant), "asked": sparsity, "seed": seed}
+        return {"line": line_name(variant, sparsity), **variant.record, "asked": sparsity, "seed": seed}
 
     def _trainer(self, variant: Variant, sparsity: float, seed: int, **more: Any) -> Trainer:
         """The trainer of one training; more: its folder."""
-        method = METHODS[variant.method]
+        name = PRUNES if variant.start == "dense" else variant.method
+        method = METHODS[name]
         options: dict[str, Any] = {} if method.by_epoch and self.every_by_default else {"every": self.every}
         options |= {"seed": seed, **self.training.evolve_options}
+        if variant.start == "dense":
+            half = max(1, self.total_steps // 2)
+            options |= {"every": half, "until": half / self.total_steps}
         options = {name: value for name, value in options.items() if name in method.options()}
         if _prunes(variant):
             options["sparsity"] = sparsity
-        settings = Settings(**{**asdict(self.training), "evolve": variant.method, "evolve_options": options})
+        settings = Settings(**{**asdict(self.training), "evolve": name, "evolve_options": options})
         return Trainer(
-            self._network(variant, 0.0 if _prunes(variant) else sparsity, seed),
+            self._network(variant.layout if variant.start == "dense" else variant,
+                          0.0 if _prunes(variant) else sparsity, seed),
             *self._batches(seed), settings, quiet=True, **more,
         )  # fmt: skip
 
@@ -213,7 +272,7 @@ class Study(Runner):
         if variant.structure == "narrow":
             sparsify(model, sparsity, structure="unstructured", seed=seed)
             torch.manual_seed(seed)
-            return narrow(self.model, summary(model).parameters, **self.shape)
+            return narrow(self.model, round(variant.times * summary(model).parameters), **self.shape)
         options: dict[str, Any] = dict(variant.options)
         if variant.saliency not in ("random", "magnitude"):
             count = math.ceil(IMAGES_PER_CLASS * len(self.train.classes) / self.batch_size)
@@ -224,19 +283,29 @@ class Study(Runner):
             saliency=variant.saliency, seed=seed, **options,
         )  # fmt: skip
 
+    def _check_narrow(self, variant: Variant, sparsity: float) -> None:
+        count, whole = (parameter_count(self._network(v, sparsity, self.seeds[0])) for v in (variant, Variant("dense")))
+        if count >= whole:
+            raise ValueError(f"it would have {count:,} parameters, and the dense network has {whole:,}")
+
     # ------------------------------------------------------------ step times
 
     def _measure(self) -> None:
         """Median seconds of a step of every network, interleaved."""
-        self.say.say(f"measuring steps of {len(self.lines)} networks on {self.results['machine']}")
+        timed_lines = self._timed_lines()
+        self.say.say(f"measuring steps of {len(timed_lines)} networks on {self.results['machine']}")
         batches = Batches(self.train, self.batch_size, train=True, device=self.device)
         x, y = next(iter(batches.epoch()))
-        layouts = {line_name(v.layout, s): (v.layout, s) for v, s in [(Variant("dense"), 0.0), *self.lines]}
-        steps = {name: self._step(variant, sparsity, x, y) for name, (variant, sparsity) in layouts.items()}
-        self.results["steps"] = interleaved(steps, ROUNDS, progress=self.say, what="steps")
+        steps = {name: self._step(*line, x, y) for name, line in timed_lines.items()}
+        found = interleaved(steps, ROUNDS, progress=self.say, what="steps")
+        self.results["steps"] = {name: timing.seconds for name, timing in found.items()}
+        self.results[BOUNDS] = {name: [timing.low, timing.high] for name, timing in found.items()}
+        self.retime = False
 
-    def _step(self, variant: Variant, sparsity: float, x: torch.Tensor, y: torch.Tensor) -> Callable[[], float]:
-        """A function that takes one step on a batch and returns its seconds."""
+    def _step(
+        self, variant: Variant, sparsity: float, updates: bool, x: torch.Tensor, y: torch.Tensor
+    ) -> Callable[[], float]:
+        """A function that takes one step on a batch and returns its seconds; `updates`: one that changes masks."""
         settings = self.training
         form = torch.channels_last if settings.channels_last else torch.contiguous_format
         model = self._network(variant, sparsity, 0).to(self.device, memory_format=form)  # type: ignore[call-overload]
@@ -245,7 +314,9 @@ class Study(Runner):
         if method.begins_dense:  # at its final sparsity
             evolver = Evolver(model, optimizer, variant.method, total_steps=1, every=1)
             evolver.step()
-        elif method.changes:  # its work in every step counts; updates of masks are too rare to
+        elif updates:
+            evolver = Evolver(model, optimizer, variant.method, total_steps=sys.maxsize, every=1)
+        elif method.changes:  # its work in every step counts
             evolver = Evolver(model, optimizer, variant.method, total_steps=1, every=sys.maxsize)
 
         def step() -> None:
@@ -261,5 +332,9 @@ class Study(Runner):
 
 
 def _prunes(variant: Variant) -> bool:
-    """Whether its method prunes to a sparsity, from a lower one."""
-    return "sparsity" in METHODS[variant.method].options()
+    """Whether it is pruned to a sparsity, from a lower one."""
+    return variant.start == "dense" or "sparsity" in METHODS[variant.method].options()
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(is_number(number) and number > 0 for number in value)

@@ -9,12 +9,52 @@ from typing import Any
 from ..columns import columns, counted
 from ..methods.registry import METHODS
 from .page import Parts
-from .spread import deviation, doubt, mean
-from .variants import PRESETS, PUBLISHED, Published, Variant
+from .rival import Point, against, curve, rival_at
+from .spread import Interval, deviation, doubt, interval, mean, paired, points
+from .variants import BASELINES, PRESETS, PUBLISHED, Published, Variant
+
+BOUNDS = "step_bounds"  # key of results.json: line -> the interval of its step time
 
 
 def line_name(variant: Variant, sparsity: float) -> str:
     return variant.name if variant.structure == "dense" else f"{variant.name} {100 * sparsity:g}%"
+
+
+def update_name(variant: Variant, sparsity: float) -> str:
+    """Of a step that changes masks."""
+    return f"{line_name(variant, sparsity)}, an update"
+
+
+def step_times(results: Mapping[str, Any], variant: Variant, asked: float) -> tuple[float, float, float] | None:
+    """(seconds, low, high) of a step of a training on average, with its interval; None: not measured.
+
+    Steps that change masks count as often as they come. Of a network that is pruned halfway half of the steps are
+    dense.
+    """
+    steps, bounds = results["steps"], results.get(BOUNDS, {})
+
+    def times(name: str) -> tuple[float, ...] | None:
+        return (steps[name], *bounds.get(name, (steps[name],) * 2)) if name in steps else None
+
+    after = times(line_name(variant.layout, asked))
+    if variant.start == "dense":
+        other, share = times("dense"), 0.5
+    else:
+        other, share = times(update_name(variant, asked)), _updating(results, variant)
+    if after is None or other is None:
+        return after  # type: ignore[return-value]
+    seconds, low, high = ((1 - share) * a + share * b for a, b in zip(after, other, strict=True))
+    return seconds, low, high
+
+
+def _updating(results: Mapping[str, Any], variant: Variant) -> float:
+    """The share of the steps that change masks."""
+    options = METHODS[variant.method].options()
+    if not variant.updates:
+        return 0.0
+    given = results["settings"]["training"]["evolve_options"]
+    until = given.get("until", options["until"].default if "until" in options else 1.0)
+    return min(1.0, until / given.get("every", results["settings"]["every"]))
 
 
 def rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -29,7 +69,15 @@ def rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     memory                        bytes of weights, index, gradients and optimizer state
     storage                       bytes of convolutions and linear layers in a file: values and their BSR index
     step_seconds, step            of training, measured; relative to the dense network
+    step_low, step_high           seconds: the interval of that time, relative to dense
+    low, high                     interval of the accuracy
+    rival                         accuracy of the narrow dense network of equal step time: see rival.py
+    gain, gain_low, gain_high     accuracy above that, paired by seed, and its interval
+    of_equal, of_equal_low, ..    accuracy above the narrow network of as many parameters, likewise
+    of_single, of_single_low, ..  accuracy above unstructured of this sparsity, likewise
     published, published_speedup  accuracy in the HRBP paper, as a share; training there, faster than dense
+
+    Intervals are 95% ones; see spread.py.
     """
     settings = results["settings"]
     published = _published(settings)
@@ -39,14 +87,32 @@ def rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
         lines.setdefault(run["line"], []).append(run)
     order = {Variant(**v).name: i for i, v in enumerate(settings["variants"])}
     dense = mean([r["accuracy"] for r in lines.get("dense", []) if r["accuracy"] is not None])
+    scores = {
+        line: {r["seed"]: r["accuracy"] for r in runs if r["accuracy"] is not None} for line, runs in lines.items()
+    }
+    narrow = curve(
+        Point(times[0], scores[line])
+        for line, runs in lines.items()
+        if runs[0]["structure"] in BASELINES and (times := step_times(results, _variant(runs[0]), runs[0]["asked"]))
+    )
     for line, runs in lines.items():
-        variant = Variant(**{key: runs[0][key] for key in Variant.__dataclass_fields__})
+        variant = _variant(runs[0])
         asked = runs[0]["asked"]
         ended = [run for run in runs if run["accuracy"] is not None]
         right = [run["accuracy"] for run in ended]
         accuracy, parameters = mean(right), round(statistics.mean(run["parameters"] for run in runs))
         memory = mean([run["memory"] for run in ended])
-        seconds = steps.get(line_name(variant.layout, asked))
+        times = step_times(results, variant, asked)
+        seconds, low, high = (None, None, None) if times is None else times
+        compared: dict[str, Interval | None] = dict.fromkeys(("gain", "of_equal", "of_single"))
+        spread, rival = interval(right), None
+        if variant.structure not in BASELINES:
+            if times is not None:
+                compared["gain"] = against(narrow, scores[line], times)
+                rival = mean(list((rival_at(narrow, times[0]) or {}).values()))
+            for key, other in (("of_equal", Variant("narrow")), ("of_single", Variant("unstructured"))):
+                if (theirs := line_name(other, asked)) != line:
+                    compared[key] = paired(scores[line], scores.get(theirs, {}))
         paper, speedup = published.get(variant.name, {}).get(asked, (None, None))
         found.append({
             "line": line, "structure": variant.name, "asked": asked, "accuracy": accuracy,
@@ -57,9 +123,28 @@ def rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
             "memory": None if memory is None else round(memory),
             "storage": round(statistics.mean(run["storage"] for run in runs)),
             "step_seconds": seconds, "step": seconds / steps["dense"] if seconds else None,
+            "step_low": low, "step_high": high,
+            "low": spread and spread.low, "high": spread and spread.high, "rival": rival,
+            **{name: value for key, one in compared.items() for name, value in _flat(key, one).items()},
             "published": None if paper is None else paper / 100, "published_speedup": speedup,
         })  # fmt: skip
     return sorted(found, key=lambda row: (row["asked"], order[row["structure"]]))
+
+
+def _variant(run: Mapping[str, Any]) -> Variant:
+    return Variant(**{key: run[key] for key in Variant.__dataclass_fields__ if key in run})
+
+
+def _flat(key: str, difference: Interval | None) -> dict[str, float | None]:
+    low, high = (None, None) if difference is None else (difference.low, difference.high)
+    return {key: None if difference is None else difference.mean, f"{key}_low": low, f"{key}_high": high}
+
+
+def difference(row: Mapping[str, Any], key: str) -> Interval | None:
+    """A difference of a row, "gain", "of_equal" or "of_single", as an interval."""
+    if row[key] is None:
+        return None
+    return Interval(row[key], row[f"{key}_low"], row[f"{key}_high"], row["seeds"])
 
 
 def _published(settings: Mapping[str, Any]) -> Published:
@@ -89,6 +174,7 @@ def parts(results: Mapping[str, Any]) -> Parts | None:
     papers, seeds = any(row["published"] is not None for row in found), len(results["settings"]["seeds"])
     head = ["", "sparsity %", "accuracy %", "seeds", "of dense %", "parameters", "whole net %", "training MB", "step",
             "stored kB"]  # fmt: skip
+    rivals = any(row["gain"] is not None for row in found)
     lines = []
 
     def cell(value: float | None, form: str, scale: float = 1.0) -> str:
@@ -103,6 +189,8 @@ def parts(results: Mapping[str, Any]) -> Parts | None:
             f"{100 * row['model_sparsity']:.2f}", cell(row["memory"], ".3f", 1e-6),
             "-" if row["step"] is None else f"{row['step']:.2f}x", f"{row['storage'] / 1e3:.1f}",
         ]  # fmt: skip
+        if rivals:
+            line.append(points(difference(row, "gain")))
         if papers:
             faster = f" ({row['published_speedup']}x)" if row["published_speedup"] else ""
             line.append(cell(row["published"], ".2f", 100) + faster)
@@ -113,7 +201,8 @@ def parts(results: Mapping[str, Any]) -> Parts | None:
         f" {counted(settings['training']['epochs'], 'epoch')}, {counted(seeds, 'seed')}; {len(results['runs'])} of"
         f" {settings['trainings']} trainings are finished"
     )
-    return Parts(title, head + ["paper %"] * papers, lines, _notes(results, found, papers), sentences(found))
+    head += ["against narrow of equal time"] * rivals + ["paper %"] * papers
+    return Parts(title, head, lines, _notes(results, found, papers), sentences(found))
 
 
 def _shown_sparsity(row: Mapping[str, Any]) -> str:
@@ -142,8 +231,15 @@ def _notes(results: Mapping[str, Any], found: Sequence[Mapping[str, Any]], paper
         notes.append(
             f"{', '.join(trained)}: trains a dense weight, with a dense layer's memory; stored is what computes"
         )
-    if any(row["structure"] == "narrow" for row in found):
-        notes.append("narrow: a dense network of as many parameters as the sparse ones")
+    if any(row["structure"].startswith("narrow") for row in found):
+        notes.append("narrow: a dense network of as many parameters as the sparse ones; 2x: of twice as many")
+    if any(row["gain"] is not None for row in found):
+        notes.append(
+            "against narrow of equal time: points above the dense network whose width makes its step take as long,"
+            " interpolated for each seed; in brackets the 95% interval, at either end of the interval of the time"
+        )
+    if any(row["structure"].endswith("from dense") for row in found):
+        notes.append("from dense: half of the training dense, then pruned by magnitude; its step is the mean of both")
     notes += [f"left out: {line}, as {reason}" for line, reason in results.get("left_out", {}).items()]
     if papers:
         notes.append("paper: HRBP (CPAL 2024), Table 1; in brackets, training on an A100 against dense")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from typing import Any
 
@@ -11,18 +11,21 @@ from ..methods.registry import METHODS, method_named
 from ..surgery.decision import structure_for
 
 BASELINES = ("dense", "narrow")  # networks that are not pruned: the full one, and a thin one
+PRUNES = "gmp"  # the method that prunes a dense network; halfway and in one step, for `start` "dense"
 
 
 @dataclass(frozen=True)
 class Variant:
     """One way to train; with a sparsity, a line of the table.
 
-    structure     "dense"; "narrow": dense and as thin as it takes to have as many parameters as the sparse networks;
-                  else as in `sparsify`
+    structure     "dense"; "narrow": dense and as thin as it takes to have as many parameters as the sparse networks, or
+                  `times` as many, the one option; else as in `sparsify`
     method        how the mask changes, as in `Evolver`
     saliency      what chooses the first mask
     distribution  of the layers' densities
     options       of the structure
+    start         "scratch"; or "dense": the first half of the training is dense, then the network is pruned by
+                  magnitude, once. The second half goes on with the same schedule
     """
 
     structure: str
@@ -30,25 +33,59 @@ class Variant:
     saliency: str = "random"
     distribution: str = "erk"
     options: Mapping[str, float] = field(default_factory=dict)
+    start: str = "scratch"
 
     @property
     def name(self) -> str:
-        """Structure and non-default choices, such as "hrbp++ rigl"."""
+        """Structure and non-default choices, such as "hrbp++ rigl", "narrow 2x", "block from dense"."""
+        if self.structure == "narrow" and self.options:
+            return f"narrow {self.times:g}x"
         named = [f"{key}={Fraction(value).limit_denominator(99)}" for key, value in self.options.items()]
         ways = [way for way in (self.saliency, self.method) if way not in (Variant.saliency, Variant.method)]
-        return " ".join([self.structure, *named, *ways])
+        return " ".join([self.structure, *named, *ways, *([] if self.start == "scratch" else ["from dense"])])
+
+    @property
+    def times(self) -> float:
+        """A narrow network has so many times the parameters of the sparse ones."""
+        return self.options.get("times", 1)
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """As plain values; a choice that came later is left out where it is not made, as in files of before."""
+        return {key: value for key, value in asdict(self).items() if (key, value) != ("start", "scratch")}
 
     @property
     def layout(self) -> Variant:
-        """The variant whose step time is measured: without mask updates, unless every step makes one."""
+        """The variant whose step time is measured: without mask updates, unless every step makes one.
+
+        Of one that is pruned halfway it is the network after that, with filters in the order that pruning gives them.
+        """
         method = self.method if METHODS[self.method].dense_weights else "static"
-        return Variant(self.structure, method, self.saliency, self.distribution, self.options)
+        saliency = "magnitude" if self.start == "dense" else self.saliency
+        return Variant(self.structure, method, saliency, self.distribution, self.options)
+
+    @property
+    def updates(self) -> bool:
+        """Whether masks change in some steps, which take longer than the others."""
+        method = METHODS[self.method]
+        return method.changes and not method.dense_weights and "sparsity" not in method.options()
 
     def refuses(self) -> str | None:
         """Why structure and method do not fit together, or None."""
         method = method_named(self.method, "Study()")
-        if self.structure in ("dense", "narrow"):
-            return "it has no mask" if method.changes else None
+        if self.start not in ("scratch", "dense"):
+            return f"start is {self.start!r}; it needs 'scratch' or 'dense'"
+        if self.structure in BASELINES:
+            known = {"times"} if self.structure == "narrow" else set()
+            if method.changes or self.start != "scratch":
+                return "it has no mask"
+            if unknown := sorted(self.options.keys() - known):
+                return f"{self.structure!r} has no option {', '.join(unknown)}"
+            return None if self.times > 0 else f"times is {self.times}; it needs a number > 0"
+        if self.start == "dense":
+            if self.method != "static":
+                return f"it is pruned once, halfway, and method {self.method!r} changes masks; use method='static'"
+            return METHODS[PRUNES].refuses(structure_for(METHODS[PRUNES], self.structure, self.options))
         return method.refuses(structure_for(method, self.structure, self.options))
 
 
@@ -122,7 +159,33 @@ class Preset:
     seeds: Sequence[int]
     batch_size: int
     training: Mapping[str, Any]
+    epochs: Mapping[str, int] = field(default_factory=dict)  # data -> where they differ from those of `training`
 
+
+# Groups of a layer: the paper's; as many as it takes that every channel is read.
+EIGHT, COVER = {"groups": 8}, {"groups": 32, "min_rows": 2}
+WORTH_QUICK = (
+    Variant("dense"),
+    *(Variant("narrow", options={"times": n} if n > 1 else {}) for n in (1, 2, 3, 5)),
+    Variant("unstructured"),
+    Variant("hrbp", options=COVER),
+    Variant("hrbp++", options=COVER),
+    Variant("block"),
+)
+WORTH = (
+    *WORTH_QUICK,
+    Variant("hrbp", options=EIGHT),
+    Variant("hrbp++", options=EIGHT),
+    Variant("elementwise"),
+    Variant("1xn", options={"n": 8}),
+    Variant("n:m", options={"m": 32}),
+    Variant("unstructured", "rigl"),
+    Variant("hrbp++", "rigl", options=COVER),
+    Variant("block", "rigl"),
+    Variant("unstructured", start="dense"),
+    Variant("hrbp++", options={**COVER, "balanced": True}, start="dense"),
+    Variant("block", start="dense"),
+)
 
 PRESETS = {
     "quick": Preset(
@@ -131,5 +194,9 @@ PRESETS = {
     "paper": Preset(
         ("resnet32", "vgg19"), {"resnet32": 2.0}, ("cifar10", "cifar100"), TABLE_1, (0.9, 0.95), (0, 1, 2), 128,
         {"epochs": 160, "lr": 0.1, "schedule": "step", "milestones": (0.5, 0.75), "gamma": 0.1},
+    ),
+    "worth": Preset(
+        ("resnet8",), {"resnet8": 2.0, "resnet14": 2.0}, ("shapes", "digits"), WORTH, (0.9, 0.95), (0, 1, 2, 3, 4), 64,
+        {"epochs": 6, "lr": 0.1, "warmup": 0.5}, {"digits": 20, "cifar10": 30, "cifar100": 30},
     ),
 }  # fmt: skip

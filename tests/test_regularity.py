@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
+import json
 import math
 from pathlib import Path
 
@@ -24,12 +25,12 @@ from hrbp.reports.study_picture import draw_regularity
 from hrbp.study import regularity
 from hrbp.study.folder import read
 from hrbp.study.regularity import Regularity
-from hrbp.study.regularity_table import GRAINS, answers, line_name, rows, table
+from hrbp.study.regularity_table import GRAINS, answers, line_name, narrow_names, rows, table
 
 ROOT = Path(__file__).parent.parent
 STRUCTURES = ("dense", "narrow", "unstructured", "kernel", "hrbp")
 KINDS = nn.Conv2d | nn.Linear | BSRConv2d | BSRLinear
-TIMES = {"time"}
+TIMES = {"time", "rival", "gain", "gain_low", "gain_high"}
 
 
 def tiny(out, structures=STRUCTURES, **more):
@@ -63,7 +64,7 @@ def saved(whole, structure, sparsity):
 
 def test_every_link_prunes_what_the_one_before_came_to(whole):
     """The kernels of largest sum of |w|, among those of the network before it was trained again."""
-    before = load(whole[0] / "trained" / "model.pt")
+    before = load(whole[0] / "trained-seed-0" / "model.pt")
     for sparsity in (0.5, 0.75):
         after = load(saved(whole, "kernel", sparsity))
         layers = sparse_layers(after)
@@ -86,16 +87,52 @@ def test_baselines_are_trained_as_long(whole):
     assert parameter_count(dense) == parameters["dense 75%"] == parameters["dense 50%"]
     assert parameter_count(narrow) == parameters["narrow 75%"] == pytest.approx(parameters["0-D weight 75%"], rel=0.02)
     assert not sparse_layers(dense) | sparse_layers(narrow)
-    steps = {(run["structure"], run["asked"]): run["steps"] for run in whole[1]["runs"]}
-    assert steps == {
-        (name, s): 4 * (3 + i if name == "narrow" else 1) for name in STRUCTURES for i, s in enumerate((0.5, 0.75))
-    }
+    assert {run["steps"] for run in whole[1]["runs"]} == {4}
+
+
+def rates(folder):
+    """Steps and learning rate of each epoch in a training's log."""
+    told = [json.loads(text) for text in (folder / "log.jsonl").read_text().splitlines()]
+    return [(entry["step"], entry["lr"]) for entry in told if entry["kind"] == "epoch"]
+
+
+def test_every_arm_has_the_same_epochs_at_the_same_learning_rates(whole):
+    """Before its chain, and at every link of it; narrow networks of each size go through the whole chain."""
+    narrow = narrow_names((0.5, 0.75))
+    assert narrow == ["narrow as 50%", "narrow as 75%"]
+    assert line_name(narrow[0], 0.75) == "narrow as 50% 75%"
+    for structure in (*(name for name in STRUCTURES if name != "narrow"), *narrow):
+        begun = whole[0] / f"{structure.replace('%', '').replace(' ', '-')}-trained-seed-0"
+        before = begun if structure in narrow else whole[0] / "trained-seed-0"
+        assert rates(before) == rates(whole[0] / "trained-seed-0")
+        assert len(rates(before)) == 2
+        for sparsity in (0.5, 0.75):
+            assert rates(saved(whole, structure, sparsity).parent) == rates(saved(whole, "dense", 0.5).parent)
+    sizes = {run["line"]: run["parameters"] for run in whole[1]["runs"] if run["structure"].startswith("narrow")}
+    assert sizes["narrow 50%"] == sizes["narrow as 50% 75%"] > sizes["narrow 75%"] == sizes["narrow as 75% 50%"]
+
+
+def test_the_rival_is_the_narrow_network_of_equal_time_that_was_trained_as_long(whole):
+    results = copy.deepcopy(whole[1])
+    results["time_bounds"] = {}
+    for name, seconds in (("narrow as 50%", 0.5), ("narrow as 75%", 0.25), ("kernel", 0.5**1.5), ("hrbp", 0.1)):
+        results["times"][name] = {"dense": 1.0, "0.5": seconds, "0.75": seconds}
+    right = {"dense": 0.9, "narrow as 50%": 0.8, "narrow as 75%": 0.6, "kernel": 0.72, "hrbp": 0.5, "unstructured": 0.8}
+    for run in results["runs"]:
+        run["accuracy"] = right[run["structure"]] - (0.1 if run["asked"] == 0.5 else 0.0)
+    found = {row["line"]: row for row in rows(results)}
+    assert found["2-D kernel 75%"]["rival"] == pytest.approx(0.7)  # halfway in the logarithm of time
+    assert found["2-D kernel 75%"]["gain"] == pytest.approx(0.02)
+    assert found["2-D kernel 50%"]["rival"] == pytest.approx(0.6)
+    assert found["hrbp 75%"]["gain"] is None  # faster than every narrow network
+    assert found["dense 75%"]["gain"] is found["narrow 75%"]["gain"] is None
+    assert "+2.0, one seed" in table(results)
 
 
 def test_costs_are_recomputed_from_the_files(whole):
     """Sizes on disk; parameters; records of kernels and references of them, counted one by one."""
     found = {(row["structure"], row["asked"]): row for row in rows(whole[1])}
-    trained = whole[0] / "trained" / "model.pt"
+    trained = whole[0] / "trained-seed-0" / "model.pt"
     for structure in STRUCTURES:
         for asked in (0.5, 0.75):
             row, path = found[GRAINS.get(structure, structure), asked], saved(whole, structure, asked)
@@ -161,7 +198,8 @@ def test_balance_is_weighed_by_work(whole):
 
 def test_times_are_of_a_wide_network_and_relative_to_dense(whole, tmp_path, monkeypatch):
     results = copy.deepcopy(whole[1])
-    assert results["times"].keys() == set(STRUCTURES) - {"dense"}
+    assert results["times"].keys() == {*STRUCTURES, *narrow_names((0.5, 0.75))} - {"dense", "narrow"}
+    assert results["times"].keys() == results["time_bounds"].keys()
     results["times"]["kernel"] = {"dense": 0.1, "0.5": 0.2, "0.75": 0.05}
     times = {(row["structure"], row["asked"]): row["time"] for row in rows(results)}
     shown = [times[line] for line in (("2-D kernel", 0.5), ("2-D kernel", 0.75), ("dense", 0.5))]
@@ -180,14 +218,14 @@ def test_times_are_of_a_wide_network_and_relative_to_dense(whole, tmp_path, monk
 
 @pytest.mark.slow
 def test_a_study_that_was_stopped_continues_in_the_middle_of_a_training(whole, tmp_path, monkeypatch):
-    batches = studies.stop_at(monkeypatch, 19, "hrbp.study.runner")  # in the third link
+    batches = studies.stop_at(monkeypatch, 19, "hrbp.study.runner")  # in what comes before the third link
     results = tiny(tmp_path / "s").run()
     assert results["stopped"] == read(tmp_path / "s" / "results.json")["stopped"] == "SIGTERM"
     assert len(results["runs"]) == 2
-    assert "2 of 10 trainings are finished" in table(results)
+    assert "2 of 12 trainings are finished" in table(results)
     again = tiny(tmp_path / "s").run()
     assert again["stopped"] is None
-    assert batches.drawn == 4 * (2 + 8 + 3 + 4)  # no step was done twice
+    assert batches.drawn == 4 * (2 + 8 + 2 * (2 + 2))  # no step was done twice
     assert again["times"] == results["times"]
     assert timeless(rows(again)) == timeless(rows(whole[1]))
 

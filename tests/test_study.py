@@ -26,7 +26,9 @@ ROOT = Path(__file__).parent.parent
 VARIANTS = (
     Variant("dense"), Variant("narrow"), Variant("unstructured"), Variant("hrbp++", "rigl"), Variant("hrbp", "gmp"),
 )  # fmt: skip
-TIMES = {"seconds", "step_seconds", "step"}
+TIMES = {
+    "seconds", "step_seconds", "step", "step_low", "step_high", "rival", "gain", "gain_low", "gain_high",
+}  # fmt: skip
 
 
 def tiny(out, variants=VARIANTS, **more):

@@ -84,7 +84,7 @@ def _run(out: Path, made: Sequence[Study], args: argparse.Namespace) -> str | No
     )
     results: list[Mapping[str, Any]] = []
     for i, study in enumerate(made):
-        study.later = sum(left[i + 1 :])
+        study.later, study.tells = sum(left[i + 1 :]), False
         results.append(study.run())
         if (stopped := results[-1]["stopped"]) is not None:
             break

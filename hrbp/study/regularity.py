@@ -8,6 +8,7 @@ each step of pruning, from one sparsity to the next.
 from __future__ import annotations
 
 import os
+import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -34,9 +35,10 @@ from ..surgery.conversion import densify, sparsify
 from ..training.result import Diverged
 from ..training.settings import Settings
 from ..training.trainer import Trainer
-from .folder import read_result
-from .regularity_table import FINEST, GRAINS, line_name, rows
+from .folder import RESULTS, read, read_result, read_seconds
+from .regularity_table import BOUNDS, FINEST, GRAINS, line_name, narrow_names, narrow_size, rows
 from .runner import Line, Runner
+from .spread import mean
 from .timing import interleaved, timed
 from .variants import BASELINES
 
@@ -54,9 +56,11 @@ class Regularity(Runner):
         results = Regularity("runs/regularity", epochs=6).run()
         print(table(results, max_time=0.5, max_storage=0.25))
 
-    Each grain and seed is a chain: the trained network is pruned to the lowest sparsity and retrained, the result is
-    pruned to the next sparsity, and so on. Two baselines are trained for as long: the dense network, to which losses
-    are relative, and a narrow network with as many parameters as the sparse ones, from scratch.
+    Each grain and seed is a chain: the network trained with that seed is pruned to the lowest sparsity and retrained,
+    the result is pruned to the next sparsity, and so on. Two baselines go through the same chain, of the same epochs
+    at the same learning rates, without being pruned: the dense network, to which losses are relative, and narrow
+    networks with as many parameters as the sparse ones of each sparsity. At each link the narrow ones and the dense one
+    are a curve of accuracy over time, on which the rival of equal time is interpolated: see rival.py.
 
     Times are of forward + backward of the same network, `timed_width` times as wide as published, with masks of the
     same kinds and sparsities, interleaved with the dense network: networks that train in minutes have layers too small
@@ -75,7 +79,8 @@ class Regularity(Runner):
         weights: a file with the trained weights of that network; None: it is trained first.
         images: sets to train and to test with, or a name for `data.load`.
         sparsities: of the layers made sparse; pruned to from low to high.
-        seeds: of the order and augmentation of the images when training again, and of searches for groups.
+        seeds: of the weights, of the order and augmentation of the images, and of searches for groups. With `weights`
+            of training again alone.
         batch_size: images of a step.
         retrain: epochs after each pruning.
         retrain_lr: learning rate there; default: half of that before.
@@ -124,6 +129,7 @@ class Regularity(Runner):
                 " that is not known: leave it out"
             )
         self.structures, self.sparsities = list(structures), sorted(sparsities)
+        self.chains = [name for s in structures for name in (narrow_names(self.sparsities) if s == "narrow" else [s])]
         if weights is not None:
             training.setdefault("epochs", 1)  # not used: the network is trained already
         self.training = Settings(**training)
@@ -135,28 +141,37 @@ class Regularity(Runner):
         with torch.device("meta"):
             build(model, width=self.timed_width, **self.shape)  # refuses a width
         self._batches(self.seeds[0])  # refuses a size
-        asked = [(structure, sparsity) for structure in self.structures for sparsity in self.sparsities]
+        asked = [(structure, sparsity) for structure in self.chains for sparsity in self.sparsities]
         settings = {
             "weights": None if self.weights is None else _checksum(self.weights), "structures": self.structures,
             "sparsities": self.sparsities, "timed_width": self.timed_width,
             "training": None if self.weights else asdict(self.training), "retraining": asdict(self.retraining),
+            "learning_rates": "of every arm the same",
         }  # fmt: skip
         self._set_up(asked, settings)
         self.results["trained"] = None
 
     def _other_folders(self) -> list[Path]:
-        return [self.out / "trained"]
+        return [self._trained(seed, name) for seed in self.seeds for name in ("dense", *narrow_names(self.sparsities))]
+
+    def _take_up(self) -> None:
+        super()._take_up()
+        self.results[BOUNDS] = {}
+        if self.results["times"] and BOUNDS in (before := read(self.out / RESULTS)):
+            self.results[BOUNDS] = read_seconds(before, BOUNDS, self.out)
 
     def _take_times(self, found: dict[str, Any]) -> None:
         self.results["times"] = found
 
     def _impossible(self, structure: str, sparsity: float) -> str | None:
         """Tested by making its masks once, at random."""
-        rule = None if structure in BASELINES else make_structure(structure, **OPTIONS.get(structure, {}))
+        size = narrow_size(structure)
+        unpruned = structure == "dense" or size is not None
+        rule = None if unpruned else make_structure(structure, **OPTIONS.get(structure, {}))
         try:
             with torch.random.fork_rng():
-                if structure == "narrow":
-                    self._narrow(sparsity, 0)
+                if size is not None:
+                    self._narrow(size, 0)
                 elif rule is not None:
                     if isinstance(rule, NM):
                         rule.kept(sparsity)
@@ -166,11 +181,15 @@ class Regularity(Runner):
         return None
 
     def _prepare(self, ended: list[dict[str, Any]]) -> str | None:
-        self.results["trained"] = self._trained_before()
+        self.results["trained"] = self._trained_before(self.seeds[0], "dense")
         self.results["runs"] = ended if self.results["trained"] else []  # their values are relative to it
         self._write()
-        if stopped := self._train_dense():
-            return stopped
+        for seed in self.seeds if self.weights is None else self.seeds[:1]:
+            if stopped := self._train_first(seed, "dense"):
+                return stopped
+        begun = [result for seed in self.seeds if (result := self._trained_before(seed, "dense"))]
+        right = mean([result["accuracy"] for result in begun if "accuracy" in result])
+        self.results["trained"] = begun[0] if right is None else {**begun[0], "accuracy": right}
         self.results["runs"] = ended
         self._measure()
         return None
@@ -179,7 +198,7 @@ class Regularity(Runner):
         return line_name(structure, sparsity)
 
     def _structure_of(self, line: Line) -> str:
-        return line[0]
+        return line[0] if narrow_size(line[0]) is None else "narrow"
 
     def _rows(self) -> list[dict[str, Any]]:
         return rows(self.results)
@@ -192,33 +211,39 @@ class Regularity(Runner):
     def _identity(self, structure: str, sparsity: float, seed: int) -> dict[str, Any]:
         return {"line": line_name(structure, sparsity), "structure": structure, "asked": sparsity, "seed": seed}
 
-    def _trained_before(self) -> dict[str, Any] | None:
-        return read_result(self.out / "trained", {"line": "trained"}, ("file", *COSTS))
+    def _trained(self, seed: int, name: str) -> Path:
+        """Folder of a network before its chain: "dense", or a narrow one; from a file it is that of every seed."""
+        if self.weights is not None:
+            return self.out / "trained"
+        return self.out / re.sub(r"[^\w.+=-]+", "-", f"{'' if name == 'dense' else name + ' '}trained seed {seed}")
 
-    def _train_dense(self) -> str | None:
-        """The network before it is pruned, in trained/model.pt; or the signal that stopped its training."""
-        folder, identity = self.out / "trained", {"line": "trained"}
-        result = self._trained_before()
-        if result is None:
-            torch.manual_seed(0)
-            model = build(self.model, width=self.width, **self.shape)
-            folder.mkdir(exist_ok=True)
-            if self.weights is not None:
-                model.load_state_dict(self.weights)
-                save(model, folder / MODEL)
-                ended: Any = model, {}
-            else:
-                ended = self._finished(model, self.training, 0, folder, identity, "the network to prune")
-            if isinstance(ended, str):
-                return ended
-            model, last = ended
-            if last.get("diverged"):
-                raise Diverged(f"Regularity.run(): the network to prune: {last['diverged']}")
-            result = {**identity, **last, **costs_of(model, self.train.shape), "file": _size(folder)}
-            self._keep(folder, result)
-            if "accuracy" in result:
-                self.say.say(f"the network to prune: {result['accuracy']:.2%} in {duration(result['seconds'])}")
-        self.results["trained"] = result
+    def _trained_before(self, seed: int, name: str) -> dict[str, Any] | None:
+        return read_result(self._trained(seed, name), {"line": "trained"}, ("file", *COSTS))
+
+    def _train_first(self, seed: int, name: str) -> str | None:
+        """A network before its chain, in model.pt of its folder; or the signal that stopped its training."""
+        folder, identity = self._trained(seed, name), {"line": "trained"}
+        if self._trained_before(seed, name) is not None:
+            return None
+        what, size = "the network to prune" if name == "dense" else name, narrow_size(name)
+        torch.manual_seed(seed)
+        model = build(self.model, width=self.width, **self.shape) if size is None else self._narrow(size, seed)
+        folder.mkdir(exist_ok=True)
+        if self.weights is not None:
+            model.load_state_dict(self.weights)
+            save(model, folder / MODEL)
+            ended: Any = model, {}
+        else:
+            ended = self._finished(model, self.training, seed, folder, identity, f"{what} seed {seed}")
+        if isinstance(ended, str):
+            return ended
+        model, last = ended
+        if last.get("diverged"):
+            raise Diverged(f"Regularity.run(): {what}: {last['diverged']}")
+        result = {**identity, **last, **costs_of(model, self.train.shape), "file": _size(folder)}
+        self._keep(folder, result)
+        if "accuracy" in result:
+            self.say.say(f"{what}, seed {seed}: {result['accuracy']:.2%} in {duration(result['seconds'])}")
         return None
 
     def _train_one(self, structure: str, sparsity: float, seed: int, head: str) -> dict[str, Any] | str:
@@ -228,19 +253,18 @@ class Regularity(Runner):
         earlier = [i for i in range(at) if (structure, self.sparsities[i]) in self.lines]
         since = at - earlier[-1] if earlier else at + 1  # links: the epochs of those left out are trained as well
         settings = replace(settings, epochs=since * settings.epochs)
-        if structure == "narrow":
-            epochs = self.training.epochs + (at + 1) * self.retraining.epochs
-            model, settings = self._narrow(sparsity, seed), Settings(**{**asdict(self.training), "epochs": epochs})
-        else:
-            before = self.out / "trained"
-            if earlier:
-                last = structure, self.sparsities[earlier[-1]], seed
-                before = self._folder(*last)
-                if (result := self._result_of(*last)) and result["accuracy"] is None:
-                    return self._result(folder, identity, None, {**result, **identity})  # diverged
-            model = load_model(before / MODEL)
-            if structure != "dense":
-                model = self._pruned(densify(model), structure, sparsity, "magnitude", seed)
+        first = "dense" if narrow_size(structure) is None else structure
+        before = self._trained(seed, first)
+        if earlier:
+            last = structure, self.sparsities[earlier[-1]], seed
+            before = self._folder(*last)
+            if (result := self._result_of(*last)) and result["accuracy"] is None:
+                return self._result(folder, identity, None, {**result, **identity})  # diverged
+        elif stopped := self._train_first(seed, first):
+            return stopped
+        model = load_model(before / MODEL)
+        if structure != "dense" and first == "dense":
+            model = self._pruned(densify(model), structure, sparsity, "magnitude", seed)
         ended = self._finished(model, settings, seed, folder, identity, head)
         return ended if isinstance(ended, str) else self._result(folder, identity, *ended)
 
@@ -280,8 +304,8 @@ class Regularity(Runner):
     def _measure(self) -> None:
         """Seconds of forward + backward: structure by structure, its sparsities interleaved with dense."""
         images = torch.randn(TIMED_BATCH, *self.train.shape, device=self.device)
-        times, begun = self.results["times"], False
-        for structure in self.structures:
+        times, bounds, begun = self.results["times"], self.results[BOUNDS], False
+        for structure in self.chains:
             needed = {str(sparsity) for made, sparsity in self.lines if made == structure}
             if structure == "dense" or not needed or needed <= times.get(structure, {}).keys():
                 continue
@@ -289,16 +313,21 @@ class Regularity(Runner):
                 self.say.say(f"measuring {self.model} x {self.timed_width:g} on {self.results['machine']}")
                 begun = True
             steps = {"dense": self._step(self._timed_network("dense", 0.0), images)}
-            for sparsity in (s for made, s in self.lines if made == structure):
-                steps[str(sparsity)] = self._step(self._timed_network(structure, sparsity), images)
-            measured = interleaved(steps, ROUNDS, progress=self.say, what=structure)
-            times[structure] = {name: timing.seconds for name, timing in measured.items()}
+            alike = narrow_size(structure) is not None  # at every sparsity the same network
+            for sparsity in sorted(needed)[:1] if alike else sorted(needed):
+                steps[sparsity] = self._step(self._timed_network(structure, float(sparsity)), images)
+            found = interleaved(steps, ROUNDS, progress=self.say, what=structure)
+            if alike:
+                found |= dict.fromkeys(needed, found[sorted(needed)[0]])
+            times[structure] = {name: timing.seconds for name, timing in found.items()}
+            bounds[structure] = {f"{name} {end}": getattr(timing, end) for name, timing in found.items()
+                                 for end in ("low", "high")}  # fmt: skip
             self._write()
 
     def _timed_network(self, structure: str, sparsity: float) -> nn.Module:
         torch.manual_seed(0)
-        if structure == "narrow":
-            return self._narrow(sparsity, 0, self.timed_width)
+        if (size := narrow_size(structure)) is not None:
+            return self._narrow(size, 0, self.timed_width)
         model = build(self.model, width=self.timed_width, **self.shape)
         return model if structure == "dense" else self._pruned(model, structure, sparsity, "magnitude")
 

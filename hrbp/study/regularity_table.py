@@ -8,7 +8,8 @@ from typing import Any
 
 from ..columns import columns, counted
 from .page import Parts
-from .spread import deviation, doubt, mean
+from .rival import Point, against, curve, rival_at
+from .spread import Interval, deviation, doubt, mean, points
 from .variants import BASELINES
 
 GRAINS = {
@@ -16,10 +17,24 @@ GRAINS = {
     "channel": "channel", "1xn": "1x8", "n:m": "n:8", "block": "block 8x8", "hrbp": "hrbp", "hrbp++": "hrbp++",
 }  # fmt: skip
 FINEST = "unstructured"  # whose references the others are compared with
+BOUNDS = "time_bounds"  # key of results.json: structure -> "SPARSITY low" and "SPARSITY high" -> seconds
+NARROW = "narrow as "
+
+
+def narrow_names(sparsities: Sequence[float]) -> list[str]:
+    """The narrow networks of a study: one as large as the sparse ones of each sparsity."""
+    return [f"{NARROW}{100 * sparsity:g}%" for sparsity in sparsities]
+
+
+def narrow_size(structure: str) -> float | None:
+    """The sparsity whose networks a narrow one is as large as; None of other structures."""
+    return float(structure[len(NARROW) : -1]) / 100 if structure.startswith(NARROW) else None
 
 
 def line_name(structure: str, sparsity: float) -> str:
-    """Such as "2-D kernel 75%"."""
+    """Such as "2-D kernel 75%"; "narrow as 50% 75%": as large as networks of 50%, trained as long as those of 75%."""
+    if narrow_size(structure) == sparsity:
+        structure = "narrow"
     return f"{GRAINS.get(structure, structure)} {100 * sparsity:g}%"
 
 
@@ -37,21 +52,30 @@ def rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     references, of_finest         memory references of one image's forward pass; relative to single weights there
     fprop_balance, dgrad_balance  largest / mean work of 8 filters, of 8 input channels, weighed by work
     time                          of forward + backward, measured, relative to the dense network
+    rival                         accuracy of the narrow network of equal time, trained as long: see rival.py
+    gain, gain_low, gain_high     accuracy above that, paired by seed, and its 95% interval
+
+    Of the narrow networks, which are trained as long as each sparsity, the one as large as that sparsity is a row.
     """
     settings, trained = results["settings"], results["trained"]
     lines: dict[str, list[dict[str, Any]]] = {}
     for run in results["runs"]:
         lines.setdefault(run["line"], []).append(run)
+    scores = {
+        line: {r["seed"]: r["accuracy"] for r in runs if r["accuracy"] is not None} for line, runs in lines.items()
+    }
+    narrow = narrow_names(settings["sparsities"]) if "narrow" in settings["structures"] else []
     found = []
-    for structure in settings["structures"]:
+    for kind in settings["structures"]:
         for asked in settings["sparsities"]:
+            structure = narrow_names([asked])[0] if kind == "narrow" else kind
             runs = lines.get(line_name(structure, asked), [])
             if not runs:
                 continue
             ended = [run for run in runs if run["accuracy"] is not None]
             right = [run["accuracy"] for run in ended]
             row: dict[str, Any] = {
-                "line": line_name(structure, asked), "structure": GRAINS.get(structure, structure), "asked": asked,
+                "line": line_name(structure, asked), "structure": GRAINS.get(kind, kind), "asked": asked,
                 "accuracy": mean(right), "deviation": deviation(right),
                 "seeds": len(ended), "diverged": len(runs) - len(ended), "loss": None, "of_finest": None,
             }  # fmt: skip
@@ -61,8 +85,17 @@ def rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
             stream = row.pop("stream")
             row["storage"] = stream / trained["stream"] if ended else None
             row["file_ratio"] = row["file"] / trained["file"] if ended else None
-            times = results["times"].get(structure)
-            row["time"] = 1.0 if structure == "dense" else times[str(asked)] / times["dense"] if times else None
+            times = _times(results, structure, asked)
+            row |= {"time": times and times[0], "rival": None, "gain": None, "gain_low": None, "gain_high": None}
+            if times and kind not in BASELINES:
+                unpruned = [
+                    Point(at[0], scores[line])
+                    for other in ("dense", *narrow)
+                    if (line := line_name(other, asked)) in scores and (at := _times(results, other, asked))
+                ]
+                row["rival"] = mean(list((rival_at(curve(unpruned), times[0]) or {}).values()))
+                if gain := against(curve(unpruned), scores[row["line"]], times):
+                    row |= {"gain": gain.mean, "gain_low": gain.low, "gain_high": gain.high}
             found.append(row)
     known = {(row["structure"], row["asked"]): row for row in found if row["accuracy"] is not None}
     for (_, asked), row in known.items():
@@ -71,6 +104,18 @@ def rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
         if finest := known.get((GRAINS[FINEST], asked)):
             row["of_finest"] = row["references"] / finest["references"]
     return found
+
+
+def _times(results: Mapping[str, Any], structure: str, asked: float) -> tuple[float, float, float] | None:
+    """(time, low, high) relative to dense; None: not measured."""
+    if structure == "dense":
+        return 1.0, 1.0, 1.0
+    times, bounds = results["times"].get(structure), results.get(BOUNDS, {}).get(structure, {})
+    if not times:
+        return None
+    seconds = times[str(asked)]
+    low, high = (bounds.get(f"{asked} {end}", seconds) for end in ("low", "high"))
+    return seconds / times["dense"], low / times["dense"], high / times["dense"]
 
 
 def table(results: Mapping[str, Any], *, max_time: float = 0.5, max_storage: float = 0.25) -> str:
@@ -86,6 +131,8 @@ def parts(results: Mapping[str, Any], *, max_time: float = 0.5, max_storage: flo
     if not found:
         return None
     head = ["", "sparsity %", "accuracy %", "loss", "storage %", "file %", "references", "filters", "channels", "time"]
+    rivals = any(row["gain"] is not None for row in found)
+    head += ["above narrow of equal time"] * rivals
     lines = []
 
     def cell(value: float | None, form: str, scale: float = 1.0) -> str:
@@ -99,6 +146,7 @@ def parts(results: Mapping[str, Any], *, max_time: float = 0.5, max_storage: flo
             cell(row["loss"], ".2f", 100), cell(row["storage"], ".1f", 100), cell(row["file_ratio"], ".1f", 100),
             cell(row["of_finest"], ".2f"), cell(row["fprop_balance"], ".2f"), cell(row["dgrad_balance"], ".2f"),
             "-" if row["time"] is None else f"{row['time']:.2f}x",
+            *[points(_gain(row))] * rivals,
         ])  # fmt: skip
     settings, trained = results["settings"], results["trained"]
     whole = f", {100 * trained['accuracy']:.1f}% right before pruning" if trained.get("accuracy") is not None else ""
@@ -117,11 +165,23 @@ def parts(results: Mapping[str, Any], *, max_time: float = 0.5, max_storage: flo
         f" dense, measured side by side on {results['machine']}",
     ]
     if any(row["structure"] == "narrow" for row in found):
-        notes.append("narrow: a dense network of as many parameters as the sparse ones, from scratch, trained as long")
+        notes.append(
+            "narrow: a dense network of as many parameters as the sparse ones, trained for the same epochs at the same"
+            " learning rates"
+        )
+    if rivals:
+        notes.append(
+            "above narrow of equal time: points above the dense network whose width makes it take as long, trained as"
+            " long, interpolated for each seed; in brackets the 95% interval of paired seeds"
+        )
     for name, layers in {row["structure"]: row["refused"] for row in found if row["refused"]}.items():
         notes.append(f"{name}: dense where it does not fit: {layers}")
     notes += [f"left out: {line}, as {reason}" for line, reason in results.get("left_out", {}).items()]
     return Parts(title, head, lines, notes, answers(found, max_time=max_time, max_storage=max_storage))
+
+
+def _gain(row: Mapping[str, Any]) -> Interval | None:
+    return None if row["gain"] is None else Interval(row["gain"], row["gain_low"], row["gain_high"], row["seeds"])
 
 
 def _shown_sparsity(row: Mapping[str, Any]) -> str:

@@ -62,10 +62,14 @@ def against(points: list[Point], right: Mapping[int, float], times: Iterable[flo
     Args:
         points: as `curve` made them.
         right: seed -> accuracy of the arm.
-        times: of its step: the median, then both ends of its interval.
+        times: of its step: the median, then both ends of its interval; an end that is less than the narrowest network
+            takes is compared with that.
     """
-    rivals = [rival_at(points, seconds) for seconds in times]
-    return widest([None if rival is None else paired(right, rival) for rival in rivals])
+    middle, *ends = times
+    if (rival := rival_at(points, middle)) is None:
+        return None
+    rivals = [rival, *(rival_at(points, max(seconds, points[0].seconds)) or {} for seconds in ends)]
+    return widest([paired(right, each) for each in rivals])
 
 
 def _mean(point: Point) -> float:

@@ -82,6 +82,7 @@ class Study(Runner):
     may_grow = "variants", "sparsities", "seeds", "trainings"
     numbers, ended = ("sparsity", "parameters", "storage"), ("accuracy", "seconds", "step_seconds", "memory")
     pace = 1.0  # work is in seconds
+    tells = True  # the table after every seed
 
     def __init__(
         self,
@@ -209,7 +210,8 @@ class Study(Runner):
         return f"best so far {best['line']} {best['accuracy']:.1%}"
 
     def _seed_ended(self) -> None:
-        self.say.say(f"\n{table(self.results)}\n")
+        if self.tells:
+            self.say.say(f"\n{table(self.results)}\n")
         self._draw()
 
     def _line_name(self, variant: Variant, sparsity: float) -> str:

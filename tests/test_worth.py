@@ -207,7 +207,7 @@ def test_the_answer_is_computed_from_the_results(whole):
         " step takes as long, 1 below, of 1 no difference is shown; best is unstructured at 80%: +5.1 [+4.4, +5.7]"
         " points."
     )
-    assert at_size.startswith("At equal parameters, resnet8 x 1 on shapes: 2 of 3 sparse arms are above the narrow")
+    assert at_size.startswith("At equal parameters, resnet8 x 1 on shapes: 1 of 3 sparse arms is above the narrow")
     assert against_single.startswith("Against single weights at 80%, resnet8 x 1 on shapes: the best HRBP++, hrbp++ ")
     assert "no difference shown" in against_single
     text = table([results])

@@ -211,6 +211,14 @@ def test_the_answer_is_computed_from_the_results(whole):
     assert against_single.startswith("Against single weights at 80%, resnet8 x 1 on shapes: the best HRBP++, hrbp++ ")
     assert "no difference shown" in against_single
     text = table([results])
+    assert (
+        "Sparse networks are worth their time here in 1 of 3 comparisons with the narrow dense network of equal"
+        " measured step time; in 1 they are below it, in 1 no difference is shown (by chance alone 0.1 would be above and"
+        " as many below)."
+    ) in text
+    worse = table([planted(whole, **{**EVEN, "unstructured_80": (0.5, 0.52)})])
+    assert "not shown to be worth their time here: of 3 comparisons with" in worse
+    assert "they are above it in 0, in 2 they are below it" in worse
     assert "no difference shown" in text
     assert at_time in text
     assert "12 of 12 trainings are finished" in text
@@ -221,7 +229,7 @@ def test_the_table_of_two_studies_names_each(whole):
     other["settings"]["data"] = "digits"
     found = parts([planted(whole, **EVEN), other])
     assert [line[0] for line in found.lines][::6] == ["resnet8 x 1 on shapes: dense", "resnet8 x 1 on digits: dense"]
-    assert len(found.sentences) == 6
+    assert len(found.sentences) == 7
     assert parts([{**other, "runs": []}]) is None
 
 

@@ -11,7 +11,9 @@ from .picture import check_plot, save_figure
 from .study_picture import COLOURS
 
 MARKERS = {"from scratch": "o", "t=8": "v", "RigL": "^", "from dense": "s"}
-SIZE = 6.5
+SIZE = 6.5  # of a marker
+APART = 1.035  # between arms with equally many parameters, a factor
+ROOM = 0.14  # above and below all points, of their range: longer intervals are cut
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ def draw_worth(path: str | os.PathLike[str], studies: Mapping[str, Sequence[Arm]
         _scatter(by_time, mine, colours, sparsities, "seconds")
         _scatter(by_size, mine, colours, sparsities, "parameters")
         by_time.set_xlabel(f"training step, ms ({machine}); left is faster")
-        by_size.set_xlabel("parameters; left is smaller")
+        by_size.set_xlabel("parameters; arms of one sparsity lie beside one another")
         by_time.set_ylabel("test accuracy")
         by_time.set_title(title, loc="left", fontsize=12, fontweight="bold")
         _forest(forest, mine, colours, sparsities)
@@ -77,11 +79,18 @@ def _on_curve(arm: Arm) -> bool:
     return arm.structure in ("dense", "narrow")
 
 
-def _place(arm: Arm, axis: str) -> tuple[float, float, float] | None:
-    """(x, low, high) of an arm."""
-    if axis == "parameters":
-        return (arm.parameters,) * 3
-    return None if arm.seconds is None else (1e3 * arm.seconds[0], 1e3 * arm.seconds[1], 1e3 * arm.seconds[2])
+def _places(arms: Sequence[Arm], axis: str) -> list[tuple[tuple[float, float, float], Arm]]:
+    """((x, low, high), arm) from left to right; sparse arms with as many parameters lie beside one another."""
+    if axis == "seconds":
+        timed = [(arm.seconds, arm) for arm in arms if arm.seconds is not None]
+        return sorted((((1e3 * x, 1e3 * low, 1e3 * high), arm) for (x, low, high), arm in timed), key=lambda p: p[0])
+    found = [((float(arm.parameters),) * 3, arm) for arm in arms if _on_curve(arm)]
+    for sparsity in {arm.sparsity for arm in arms}:
+        alike = sorted((a for a in arms if a.sparsity == sparsity and not _on_curve(a)), key=lambda a: a.name)
+        for i, arm in enumerate(alike):
+            x = arm.parameters * APART ** (i - (len(alike) - 1) / 2)
+            found.append(((x, x, x), arm))
+    return sorted(found, key=lambda pair: pair[0])
 
 
 def _scatter(
@@ -89,7 +98,7 @@ def _scatter(
 ) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    placed = sorted(((at, arm) for arm in arms if (at := _place(arm, what)) is not None), key=lambda pair: pair[0])
+    placed = _places(arms, what)
     curve = [(at[0], arm) for at, arm in placed if _on_curve(arm)]
     xs = [at for at, _ in curve]
     axis.plot(xs, [100 * arm.accuracy[0] for _, arm in curve], color="black", linewidth=1.6, zorder=2)
@@ -110,12 +119,15 @@ def _scatter(
         if arm.structure == "dense":
             axis.annotate("dense", (end, 100 * arm.accuracy[0]), (-8, 6), textcoords="offset points", ha="right")
     axis.set_xscale("log")
-    axis.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7)))
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7) if what == "seconds" else (1, 2, 5)))
     axis.xaxis.set_minor_formatter(NullFormatter())
     axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}" if what == "seconds" else f"{x / 1e3:g}k"))
     axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}%"))
     axis.grid(alpha=0.25)
     axis.margins(0.06)
+    heights = [100 * arm.accuracy[0] for arm in arms]
+    room = max(1.0, ROOM * (max(heights) - min(heights)))
+    axis.set_ylim(max(0, min(heights) - room), min(100 + 0.1 * room, max(heights) + room))
 
 
 def _forest(axis: Any, arms: Sequence[Arm], colours: Mapping[str, str], sparsities: Sequence[float]) -> None:

@@ -49,7 +49,7 @@ def parts(studies: Sequence[Results]) -> Parts | None:
                 f"{where(results)}: {name}" if many else name, _sparsity(row), _accuracy(row), _step(row),
                 f"{row['parameters']:,}", *(points(difference(row, key)) for key in ("gain", "of_equal", "of_single")),
             ])  # fmt: skip
-    said = [sentence for results, mine in found for sentence in answers(results, mine)]
+    said = [*overall(found), *(sentence for results, mine in found for sentence in answers(results, mine))]
     return Parts("sparse networks against narrow dense ones of equal time", head, lines, _notes(studies), said)
 
 
@@ -58,6 +58,24 @@ def table(studies: Sequence[Results]) -> str:
     if (found := parts(studies)) is None:
         return "no training is finished yet"
     return "\n".join([found.title, "", columns([found.head, *found.lines]), "", *found.notes, "", *found.sentences])
+
+
+def overall(found: Sequence[tuple[Results, Sequence[Mapping[str, Any]]]]) -> list[str]:
+    """The answer in one sentence: how often sparse is above, or below, narrow dense at equal time; none if unknown."""
+    known = [one for _, mine in found for row in mine if (one := difference(row, "gain")) and one.low is not None]
+    if not known:
+        return []
+    above, below = (sum(one.side == side for one in known) for side in (1, -1))
+    chance = (1 - LEVEL) / 2 * len(known)
+    many = f"{counted(len(known), 'comparison')} with the narrow dense network of equal measured step time"
+    if above > 2 * chance:
+        start = f"Sparse networks are worth their time here in {above} of {many}; in"
+    else:
+        start = f"Sparse networks are not shown to be worth their time here: of {many} they are above it in {above}, in"
+    return [
+        f"{start} {below} they are below it, in {len(known) - above - below} no difference is shown (by chance alone"
+        f" {chance:.1f} would be above and as many below)."
+    ]
 
 
 def answers(results: Results, found: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -107,7 +125,7 @@ def _notes(studies: Sequence[Results]) -> list[str]:
     notes += [
         f"all arms of a network: the same images in the same order for a seed, the same number of steps and the same"
         f" learning rates; intervals are {share:g}% ones, of Student's t over seeds, of differences paired by seed",
-        f"of {compared} such intervals about {(1 - LEVEL) * compared:.0f} exclude 0 by chance",
+        f"of {compared} such intervals about {(1 - LEVEL) * compared:.1f} exclude 0 by chance",
         f"step: of a training step on {first['machine']}, median of interleaved steps, with its interval relative to"
         " dense; steps that change masks count as often as they come",
         "narrow of equal time: interpolated, for each seed, on the curve of dense networks of several widths; an"

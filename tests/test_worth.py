@@ -213,8 +213,8 @@ def test_the_answer_is_computed_from_the_results(whole):
     text = table([results])
     assert (
         "Sparse networks are worth their time here in 1 of 3 comparisons with the narrow dense network of equal"
-        " measured step time; in 1 they are below it, in 1 no difference is shown (by chance alone 0.1 would be above and"
-        " as many below)."
+        " measured step time; in 1 they are below it, in 1 no difference is shown (by chance alone 0.1 would be above"
+        " and as many below)."
     ) in text
     worse = table([planted(whole, **{**EVEN, "unstructured_80": (0.5, 0.52)})])
     assert "not shown to be worth their time here: of 3 comparisons with" in worse

@@ -169,7 +169,7 @@ def measure(
     tables = unpack(pattern.index, pattern.shape, pattern.blocksize, pattern.nnzb)
     device = values.device
     work = Work(
-        geometry, pattern.blocksize, pattern.nnzb, values.dtype, device, setting_of(x, last), index, gpus.of(device)
+        geometry, pattern.blocksize, pattern.nnzb, values.dtype, device, setting_of(x, layout), index, gpus.of(device)
     )
     if (reason := backend.absent() or backend.refusal(work)) is not None:
         row = TileRow(layer=layer.full_name, kind=kind, backend=name, blocksize=pattern.blocksize, tile={}, chosen=True)
@@ -178,7 +178,7 @@ def measure(
         return
     calls: dict[str, Callable[[Any], Tensor]] = {
         "fprop": lambda tile: backend.fprop(work, tile, x, values, tables, None),
-        "dgrad": lambda tile: backend.dgrad(work, tile, dy, values, tables, last),
+        "dgrad": lambda tile: backend.dgrad(work, tile, dy, values, tables, layout),
         "wgrad": lambda tile: backend.wgrad(work, tile, x, dy, tables),
     }
     chosen = backend.tile(kind, work)

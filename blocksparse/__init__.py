@@ -15,6 +15,7 @@ from .conv1d import BSRConv1d
 from .functional import conv1d, conv2d, conv2d_dgrad, conv2d_wgrad, linear
 from .geometry import ConvGeometry, bank_shape
 from .indexed import IndexedModule
+from .layout import memory_format_of, to_batch_last
 from .modules import BSRConv2d, BSRLinear, image_conv, symmetric_padding
 from .pattern import BSRPattern
 from .plan import ConvPlan, available_backends, explain
@@ -40,7 +41,9 @@ __all__ = [
     "explain",
     "image_conv",
     "linear",
+    "memory_format_of",
     "optimizer_tensors",
     "reference",
     "symmetric_padding",
+    "to_batch_last",
 ]

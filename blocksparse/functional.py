@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from .geometry import conv_pairs, line_pairs
-from .layout import is_channels_last
+from .layout import memory_format_of
 from .ops import DGRAD, WGRAD, convolve
 from .pattern import BSRPattern, check_is_pattern
 from .pattern_checks import check_strided
@@ -36,8 +36,8 @@ def conv2d(
     (cpu, outside autograd): y = max(y + residual, 0).
 
     Args:
-        x: [N, C, H, W], contiguous or channels_last (the fast one on a GPU, unless bc < 8); float16, bfloat16, float32
-            or float64. Or one image [C, H, W]: y is [K, P, Q] then.
+        x: [N, C, H, W], contiguous, channels_last (the fast one on a GPU, unless bc < 8) or batch_last (see
+            to_batch_last); float16, bfloat16, float32 or float64. Or one image [C, H, W]: y is [K, P, Q] then.
         values: [nnzb, bk, bc], the stored blocks; dtype and device of x.
         pattern: which blocks they are. One of `grouped(groups)` makes this a convolution in groups, with groups times
             pattern.shape[1] channels of x.
@@ -91,7 +91,7 @@ def conv2d_dgrad(
     pattern.check_values(values, "conv2d_dgrad()")
     return DGRAD(
         dy, values, pattern.index, tuple(x_shape), pattern.bank,
-        *conv_pairs(stride, padding, dilation, "conv2d_dgrad()"), is_channels_last(dy), backend,
+        *conv_pairs(stride, padding, dilation, "conv2d_dgrad()"), memory_format_of(dy), backend,
     )  # fmt: skip
 
 
@@ -134,7 +134,8 @@ def linear(
         backend: as in conv2d.
 
     Returns:
-        y [..., K], contiguous. Differentiable once in x, values and bias.
+        y [..., K], contiguous; with the vectors innermost where x [N, C] has them so (x.t() is contiguous) and N > 1,
+        C > 1. Differentiable once in x, values and bias.
 
     Equivalent to: F.linear(x, pattern.to_dense(values)[:, :, 0, 0], bias)
     """
@@ -151,7 +152,7 @@ def apply_linear(
     weight_shape: tuple[int, ...],
     backend: str | None,
 ) -> Tensor:
-    """linear on a packed index: every vector is an image of one pixel, channels_last."""
+    """linear on a packed index: every vector is an image of one pixel, channels_last, or batch_last as its matrix."""
     check_strided(x, "x", "linear()")
     k, c, *kernel = weight_shape
     if kernel != [1, 1]:
@@ -159,6 +160,8 @@ def apply_linear(
         raise ValueError(f"linear(): the pattern has shape {tuple(weight_shape[:4])}{in_groups}; it needs (K, C, 1, 1)")
     if x.dim() == 0 or x.shape[-1] != c:
         raise ValueError(f"linear(): x has shape {tuple(x.shape)}; it needs [..., C] with C = {c}")
+    if x.dim() != 2:  # strides of several axes that merge into one matrix are no choice of its memory
+        x = x.contiguous()
     pixels = x.reshape(-1, 1, 1, c).permute(0, 3, 1, 2)
     y = convolve(pixels, values, index, bias, weight_shape, (1, 1), (0, 0), (1, 1), backend)
     return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], k)

@@ -1,30 +1,100 @@
-"""Memory formats: which one a 4-d tensor is in, by PyTorch's rule."""
+"""Memory formats: contiguous, channels_last and batch_last; which one a 4-d tensor is in is told by its strides alone.
+
+    format           order in memory, slowest first    strides of [N, C, H, W]
+    contiguous       N, C, H, W                        (C*H*W, H*W, W, 1)
+    channels_last    N, H, W, C                        (C*H*W, 1, W*C, C)
+    batch_last       C, H, W, N                        (1, H*W*N, W*N, N)
+
+Sizes of one fit several. So, in this order:
+
+1. What PyTorch calls contiguous or channels_last (torch._prims_common.suggest_memory_format) is that, except that
+2. a tensor that is neither dense nor like channels_last, which PyTorch calls contiguous for want of another name, is
+   batch_last where it has more than one image, another axis longer than one, and steps that grow in the order N, W, H,
+   C, each beyond what lies inside it; sizes of one have no say. Slices stay batch_last.
+
+One image, or one number an image, are the same memory in batch_last as contiguous, and called contiguous.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
+CONTIGUOUS, CHANNELS_LAST, BATCH_LAST = FORMATS = "contiguous", "channels_last", "batch_last"
 
-def memory_format(t: Tensor) -> torch.memory_format:
-    """torch._prims_common.suggest_memory_format(t), without its cost where only one format fits."""
+
+def memory_format_of(t: Tensor) -> str:
+    """The memory format of a 4-d tensor: "contiguous", "channels_last" or "batch_last"; see above for sizes of one."""
     if not torch._C._has_storage(t):  # batched by vmap: of its memory it tells the strides alone
-        return suggest_memory_format(t)
-    contiguous, channels_last = t.is_contiguous(), t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last)
-    if contiguous != channels_last:
-        return torch.contiguous_format if contiguous else torch.channels_last
-    return suggest_memory_format(t)
+        dense = _grows(t.shape, t.stride(), (3, 2, 1, 0), dense=True) if t.dim() == 4 else True
+    else:
+        dense, last = t.is_contiguous(), t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last)
+        if dense != last:  # without the cost of asking PyTorch
+            return CONTIGUOUS if dense else CHANNELS_LAST
+    if suggest_memory_format(t) == torch.channels_last:
+        return CHANNELS_LAST
+    if dense or t.dim() != 4 or t.shape[0] == 1 or t.numel() == t.shape[0]:
+        return CONTIGUOUS
+    return BATCH_LAST if _grows(t.shape, t.stride(), (0, 3, 2, 1)) else CONTIGUOUS
 
 
-def is_channels_last(t: Tensor) -> bool:
-    return memory_format(t) == torch.channels_last
+def _grows(shape: Sequence[int], strides: Sequence[int], order: Sequence[int], dense: bool = False) -> bool:
+    """Whether steps grow in this order of axes, fastest first, each beyond (dense: by one) what lies inside it."""
+    inside = 1
+    for axis in order:
+        if shape[axis] == 1:
+            continue
+        if strides[axis] < inside or (dense and strides[axis] != inside):
+            return False
+        inside += strides[axis] * (shape[axis] - 1)
+    return True
+
+
+def laid_out(t: Tensor, memory_format: str) -> Tensor:
+    """t [N, C, H, W] dense in this format: itself where it is so already, else a copy."""
+    if memory_format == BATCH_LAST:
+        inside_out = t.permute(1, 2, 3, 0)
+        return t if inside_out.is_contiguous() else inside_out.contiguous().permute(3, 0, 1, 2)
+    return t.contiguous(memory_format=format_of(memory_format == CHANNELS_LAST))
+
+
+def to_batch_last(x: Tensor) -> Tensor:
+    """The same [N, C, H, W] with the images innermost in memory: strides (1, H*W*N, W*N, N). Differentiable.
+
+    conv2d and the modules return batch_last results for it, and operators that work on each element keep it. It is x
+    itself where x is so already.
+
+    Raises:
+        ValueError: x is not a strided tensor of four dimensions.
+    """
+    if not isinstance(x, Tensor) or x.dim() != 4 or x.layout != torch.strided:
+        what = f"a {x.layout} tensor of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"to_batch_last(): x is {what}; it needs a strided tensor [N, C, H, W]")
+    return laid_out(x, BATCH_LAST)
 
 
 def format_of(channels_last: bool) -> torch.memory_format:
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
-def empty(shape: tuple[int, ...], like: Tensor, channels_last: bool, dtype: torch.dtype | None = None) -> Tensor:
+def new(shape: Sequence[int], like: Tensor, memory_format: str, dtype: torch.dtype | None = None) -> Tensor:
     """An uninitialised tensor on the device of `like`, and of its dtype if none is given."""
-    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=format_of(channels_last))
+    dtype = dtype or like.dtype
+    if memory_format == BATCH_LAST:
+        n, c, h, w = shape
+        return torch.empty((c, h, w, n), dtype=dtype, device=like.device).permute(3, 0, 1, 2)
+    return torch.empty(
+        tuple(shape), dtype=dtype, device=like.device, memory_format=format_of(memory_format == CHANNELS_LAST)
+    )
+
+
+def empty(shape: tuple[int, ...], like: Tensor, channels_last: bool) -> Tensor:
+    """The same for a kernel that knows two formats."""
+    return new(shape, like, CHANNELS_LAST if channels_last else CONTIGUOUS)
+
+
+def is_channels_last(t: Tensor) -> bool:
+    return memory_format_of(t) == CHANNELS_LAST

@@ -18,7 +18,7 @@ from .derivatives import Bilinear, below_autograd, differentiable, has_storage, 
 from .geometry import ConvGeometry
 from .index import IndexTables, layout_of
 from .kernels.cost import Setting
-from .layout import format_of, is_channels_last, memory_format
+from .layout import CONTIGUOUS, FORMATS, laid_out, memory_format_of, new
 from .pattern_checks import check_strided
 from .plan import ConvPlan, plan_conv, setting_of
 from .product_checks import Facts, check_dgrad, check_fprop, check_residual, check_wgrad
@@ -31,7 +31,7 @@ _CONV = "int[] weight_shape, int[] stride, int[] padding, int[] dilation"
 
 _Ints = tuple[int, ...]
 _Key = tuple[torch.Size, torch.dtype, torch.device]  # of a tensor
-_Result = tuple[Sequence[int], torch.memory_format]
+_Result = tuple[Sequence[int], str]  # shape and memory format
 
 
 class Op:
@@ -65,6 +65,10 @@ class Op:
         dilation: _Ints, backend: str | None, setting: Setting,
     ) -> ConvPlan:  # fmt: skip
         """The plan for arguments that are then known to be right: one look-up a call, and checks on the first."""
+        if setting.memory_format not in FORMATS:
+            raise ValueError(
+                f"{self.who}: memory_format is {setting.memory_format!r}; it needs one of {', '.join(FORMATS)}"
+            )
         geometry, values_shape = self.check(
             Facts(*a), Facts(*b), Facts(*index), third, weight_shape, stride, padding, dilation
         )
@@ -73,12 +77,12 @@ class Op:
 
     def opened(
         self, a: Tensor, b: Tensor, index: Tensor, third: Any, weight_shape: _Ints, stride: _Ints, padding: _Ints,
-        dilation: _Ints, backend: str | None, channels_last: bool,
+        dilation: _Ints, backend: str | None, memory_format: str,
     ) -> tuple[ConvPlan, IndexTables]:  # fmt: skip
         """The plan of a call and the tables that it reads."""
         plan = self.plan(
             (a.shape, a.dtype, a.device), (b.shape, b.dtype, b.device), (index.shape, index.dtype, index.device),
-            third, weight_shape, stride, padding, dilation, backend, setting_of(a, channels_last),
+            third, weight_shape, stride, padding, dilation, backend, setting_of(a, memory_format),
         )  # fmt: skip
         return plan, IndexTables(index.contiguous(), plan.layout)
 
@@ -86,9 +90,7 @@ class Op:
         """The product of real tensors."""
         raise NotImplementedError
 
-    def result(
-        self, geometry: ConvGeometry, a: Any, third: Any, rest: Sequence[Any]
-    ) -> tuple[Any, torch.memory_format]:
+    def result(self, geometry: ConvGeometry, a: Any, third: Any, rest: Sequence[Any]) -> _Result:
         """Shape and memory format of what `run` returns; `rest` follows the eight arguments."""
         raise NotImplementedError
 
@@ -96,7 +98,7 @@ class Op:
         """The result without its content."""
         geometry, _ = self.check(a, b, index, third, *args[:4])
         shape, layout = self.result(geometry, a, third, args[4:])
-        return torch.empty(shape, dtype=a.dtype, device=a.device, memory_format=layout)
+        return new(shape, a, layout)
 
     def batched(self, info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[Tensor, int]:
         """Under vmap: one call on a larger batch where the weights are one, else one by one."""
@@ -122,24 +124,22 @@ class _Fprop(Op):
         self, x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, weight_shape: _Ints, stride: _Ints,
         padding: _Ints, dilation: _Ints, backend: str | None = None, residual: Tensor | None = None, relu: bool = False,
     ) -> Tensor:  # fmt: skip
-        layout = memory_format(x)
+        layout = memory_format_of(x)
         plan, tables = self.opened(
             x, values, index, None if bias is None else Facts(bias.shape, bias.dtype, bias.device),
-            weight_shape, stride, padding, dilation, backend, layout == torch.channels_last,
+            weight_shape, stride, padding, dilation, backend, layout,
         )  # fmt: skip
-        x, values = x.contiguous(memory_format=layout), values.contiguous()
+        x, values = laid_out(x, layout), values.contiguous()
         bias = None if bias is None else bias.contiguous()
         if residual is None and not relu:
             return plan.fprop(x, values, tables, bias)
         if residual is not None:
             check_residual(residual, x, plan.geometry.y_shape)
-            residual = residual.contiguous(memory_format=layout)
+            residual = laid_out(residual, layout)
         return plan.fprop_then(x, values, tables, bias, residual, relu)
 
-    def result(
-        self, geometry: ConvGeometry, a: Any, third: Any, rest: Sequence[Any]
-    ) -> tuple[Any, torch.memory_format]:
-        return geometry.y_shape, memory_format(a) if isinstance(a, Tensor) else torch.contiguous_format
+    def result(self, geometry: ConvGeometry, a: Any, third: Any, rest: Sequence[Any]) -> _Result:
+        return geometry.y_shape, memory_format_of(a) if isinstance(a, Tensor) else CONTIGUOUS
 
     def folded(
         self, info: Any, in_dims: Sequence[Any], geometry: ConvGeometry, args: Sequence[Any]
@@ -153,25 +153,23 @@ class _Fprop(Op):
 
 class _Dgrad(Op):
     schema = (
-        f"dgrad(Tensor dy, Tensor values, Tensor index, SymInt[] x_shape, {_CONV}, bool channels_last,"
+        f"dgrad(Tensor dy, Tensor values, Tensor index, SymInt[] x_shape, {_CONV}, str memory_format,"
         " str? backend=None)"
     )
     check = staticmethod(check_dgrad)
 
     def run(  # type: ignore[override]
         self, dy: Tensor, values: Tensor, index: Tensor, x_shape: _Ints, weight_shape: _Ints, stride: _Ints,
-        padding: _Ints, dilation: _Ints, channels_last: bool, backend: str | None = None,
+        padding: _Ints, dilation: _Ints, memory_format: str, backend: str | None = None,
     ) -> Tensor:  # fmt: skip
         plan, tables = self.opened(
-            dy, values, index, x_shape, weight_shape, stride, padding, dilation, backend, channels_last
+            dy, values, index, x_shape, weight_shape, stride, padding, dilation, backend, memory_format
         )
-        dy = dy.contiguous(memory_format=format_of(channels_last))
-        return plan.dgrad(dy, values.contiguous(), tables, channels_last)
+        dy = laid_out(dy, memory_format)
+        return plan.dgrad(dy, values.contiguous(), tables, memory_format)
 
-    def result(
-        self, geometry: ConvGeometry, a: Any, third: Any, rest: Sequence[Any]
-    ) -> tuple[Any, torch.memory_format]:
-        return geometry.x_shape, format_of(rest[0])
+    def result(self, geometry: ConvGeometry, a: Any, third: Any, rest: Sequence[Any]) -> _Result:
+        return geometry.x_shape, rest[0]
 
     def folded(
         self, info: Any, in_dims: Sequence[Any], geometry: ConvGeometry, args: Sequence[Any]
@@ -190,28 +188,24 @@ class _Wgrad(Op):
         self, x: Tensor, dy: Tensor, index: Tensor, values_shape: _Ints, weight_shape: _Ints, stride: _Ints,
         padding: _Ints, dilation: _Ints, backend: str | None = None,
     ) -> Tensor:  # fmt: skip
-        layout = memory_format(x)
-        plan, tables = self.opened(
-            x, dy, index, values_shape, weight_shape, stride, padding, dilation, backend, layout == torch.channels_last
-        )
-        return plan.wgrad(x.contiguous(memory_format=layout), dy.contiguous(memory_format=layout), tables)
+        layout = memory_format_of(x)
+        plan, tables = self.opened(x, dy, index, values_shape, weight_shape, stride, padding, dilation, backend, layout)
+        return plan.wgrad(laid_out(x, layout), laid_out(dy, layout), tables)
 
-    def result(
-        self, geometry: ConvGeometry, a: Any, third: Any, rest: Sequence[Any]
-    ) -> tuple[Any, torch.memory_format]:
-        return tuple(third), torch.contiguous_format
+    def result(self, geometry: ConvGeometry, a: Any, third: Any, rest: Sequence[Any]) -> _Result:
+        return tuple(third), CONTIGUOUS
 
 
 def _gradients(
     x: Tensor, dy: Tensor, values: Tensor, index: Tensor, weight_shape: _Ints, stride: _Ints, padding: _Ints,
-    dilation: _Ints, channels_last: bool, backend: str | None,
+    dilation: _Ints, memory_format: str, backend: str | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """dgrad and wgrad, which have one plan and read the same dy."""
     plan, tables = DGRAD.opened(
-        dy, values, index, x.shape, weight_shape, stride, padding, dilation, backend, channels_last
+        dy, values, index, x.shape, weight_shape, stride, padding, dilation, backend, memory_format
     )
-    x = x.contiguous(memory_format=format_of(channels_last))
-    return plan.gradients(x, dy, values.contiguous(), tables, channels_last)
+    x = laid_out(x, memory_format)
+    return plan.gradients(x, dy, values.contiguous(), tables, memory_format)
 
 
 def _save_for_backward(ctx: Any, inputs: Sequence[Any]) -> None:
@@ -219,7 +213,7 @@ def _save_for_backward(ctx: Any, inputs: Sequence[Any]) -> None:
     wants_x, wants_values = ctx.needs_input_grad[:2]
     # dgrad needs values, wgrad needs x: a frozen side keeps nothing alive.
     ctx.save_for_backward(x if wants_values else None, values if wants_x else None, index)
-    ctx.x_shape, ctx.values_shape, ctx.channels_last = x.shape, values.shape, is_channels_last(x)
+    ctx.x_shape, ctx.values_shape, ctx.memory_format = x.shape, values.shape, memory_format_of(x)
 
 
 def _backward(ctx: Any, dy: Tensor | None) -> tuple[Any, ...]:
@@ -227,9 +221,9 @@ def _backward(ctx: Any, dy: Tensor | None) -> tuple[Any, ...]:
     if dy is not None:
         x, values, index = ctx.saved_tensors
         if has_storage(dy):  # once for both products
-            dy = dy.contiguous(memory_format=format_of(ctx.channels_last))
+            dy = laid_out(dy, ctx.memory_format)
         wants_x, wants_values = ctx.needs_input_grad[:2]
-        into = *ctx.ints, ctx.channels_last, ctx.backend
+        into = *ctx.ints, ctx.memory_format, ctx.backend
         if wants_x and wants_values and not torch.is_grad_enabled() and is_plain(dy, x, index):
             dx, dv = _gradients(x, dy, values, index, *into)
         else:

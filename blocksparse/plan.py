@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from .backends import Backend, Work, all_backends, named
+from .converted import reading
 from .geometry import KINDS, ConvGeometry, conv_pairs
 from .index import IndexTables, Layout, layout_of, packed_size
 from .kernels import gpus
 from .kernels.cost import Setting
 from .kernels.gpu_cost import Estimate
-from .layout import is_channels_last
+from .layout import CHANNELS_LAST, CONTIGUOUS, memory_format_of
 from .pattern import BSRPattern, check_is_pattern
 from .pattern_checks import check_strided
 
@@ -75,7 +76,7 @@ class ConvPlan:
     layout: Layout = field(repr=False, compare=False)
     fprop: Callable[[Tensor, Tensor, IndexTables, Tensor | None], Tensor] = field(repr=False, compare=False)
     fprop_then: Callable[..., Tensor] = field(repr=False, compare=False)
-    dgrad: Callable[[Tensor, Tensor, IndexTables, bool], Tensor] = field(repr=False, compare=False)
+    dgrad: Callable[[Tensor, Tensor, IndexTables, str], Tensor] = field(repr=False, compare=False)
     wgrad: Callable[[Tensor, Tensor, IndexTables], Tensor] = field(repr=False, compare=False)
     gradients: Callable[..., tuple[Tensor, Tensor]] = field(repr=False, compare=False)
 
@@ -177,7 +178,8 @@ def plan_on(
     who, (nnzb, *blocksize) = "plan_on()", values_shape
     size = packed_size(geometry.weight_shape, blocksize, nnzb, row_order)
     index = layout_of((size,), torch.int32, geometry.weight_shape, blocksize, nnzb, who)
-    setting = Setting(0, channels_last, precision if dtype == torch.float32 else "ieee")
+    form = CHANNELS_LAST if channels_last else CONTIGUOUS
+    setting = Setting(0, form, precision if dtype == torch.float32 else "ieee")
     device = torch.device("cuda")
     work = Work(geometry, (blocksize[0], blocksize[1]), nnzb, dtype, device, setting, index, gpus.named(gpu, who))
     return _plan(work, who, backend, here=False)
@@ -187,7 +189,7 @@ def _plan(work: Work, who: str, backend: str | None, here: bool) -> ConvPlan:
     if backend is None:
         chosen = _defaults(work, who, here)
     else:
-        run = _asked_for(named(backend, who), work, who, here)
+        run = _asked_for(reading(named(backend, who), work), work, who, here)
         said = {kind: _said(run.estimate(kind, work)) for kind in KINDS}
         chosen = {kind: (run, f"asked for; {words}" if words else "asked for") for kind, words in said.items()}
     runs = {kind: run for kind, (run, _) in chosen.items()}
@@ -198,7 +200,9 @@ def _plan(work: Work, who: str, backend: str | None, here: bool) -> ConvPlan:
     return ConvPlan(
         *work[:5],
         {
-            kind: Product(run.name, why, tiles[kind], estimates[kind], work.dense(kind))
+            kind: Product(
+                run.name, f"{why}; {run.note}" if run.note else why, tiles[kind], estimates[kind], work.dense(kind)
+            )
             for kind, (run, why) in chosen.items()
         },
         work.precision, work.layout,
@@ -212,10 +216,10 @@ def _plan(work: Work, who: str, backend: str | None, here: bool) -> ConvPlan:
 
 def _one_by_one(
     dgrad: Callable[..., Tensor], wgrad: Callable[..., Tensor],
-    x: Tensor, dy: Tensor, values: Tensor, tables: IndexTables, channels_last: bool,
+    x: Tensor, dy: Tensor, values: Tensor, tables: IndexTables, memory_format: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Both gradients where two backends compute them."""
-    return dgrad(dy, values, tables, channels_last), wgrad(x, dy, tables)
+    return dgrad(dy, values, tables, memory_format), wgrad(x, dy, tables)
 
 
 def _asked_for(backend: Backend, work: Work, who: str, here: bool) -> Backend:
@@ -233,7 +237,8 @@ def _asked_for(backend: Backend, work: Work, who: str, here: bool) -> Backend:
 
 def _defaults(work: Work, who: str, here: bool) -> dict[str, tuple[Backend, str]]:
     """For each kind the backend that runs it and why: of the lowest turn, and there of the least estimated time."""
-    offers = [(backend, *offer) for backend in all_backends().values() if (offer := backend.default(work)) is not None]
+    every = [reading(backend, work) for backend in all_backends().values()]
+    offers = [(backend, *offer) for backend in every if (offer := backend.default(work)) is not None]
     obstacles: dict[str, str | None] = {}  # asked for where a backend's turn comes: its answer may compile, or import
     chosen = {}
     for kind in KINDS:
@@ -288,10 +293,10 @@ def _obstacle(backend: Backend, work: Work, here: bool) -> str | None:
     return None if refusal is None else f"backend {backend.name!r} cannot run this: {refusal}"
 
 
-def setting_of(t: Tensor, channels_last: bool) -> Setting:
+def setting_of(t: Tensor, memory_format: str) -> Setting:
     """What a plan for tensors like t, in this memory format, depends on besides shapes and types."""
     threads = torch.get_num_threads() if t.device.type == "cpu" else 0
-    return Setting(threads, channels_last, _precision(t.dtype, t.is_cuda))
+    return Setting(threads, memory_format, _precision(t.dtype, t.is_cuda))
 
 
 def _precision(dtype: torch.dtype, on_gpu: bool) -> str:
@@ -330,5 +335,5 @@ def explain(
     index = layout_of(
         pattern.index.shape, pattern.index.dtype, geometry.weight_shape, pattern.blocksize, pattern.nnzb, who
     )
-    shape, setting = (pattern.nnzb, *pattern.blocksize), setting_of(x, is_channels_last(x))
+    shape, setting = (pattern.nnzb, *pattern.blocksize), setting_of(x, memory_format_of(x))
     return plan_conv(who, geometry, shape, values.dtype, values.device, index, backend, setting)

@@ -70,7 +70,7 @@ def check_dy(who: str, dy: Tensor | Facts, geometry: ConvGeometry) -> None:
         )
 
 
-# Each of the three takes the arguments of its op before `channels_last` and `backend`, and returns the geometry and the
+# Each of the three takes the arguments of its op before `memory_format` and `backend`, and returns the geometry and the
 # shape of values.
 
 

@@ -73,7 +73,7 @@ def run(case: dict, seed: int) -> None:
     """The three products on both backends of PyTorch operators, the dense gradient, and a layer under a mask."""
     conv = case["stride"], case["padding"], case["dilation"]
     g = bs.ConvGeometry.of(case["x"], case["weight"], *conv)
-    generator, layout, dtype = torch.Generator().manual_seed(seed), FORMATS[case["layout"]], case["dtype"]
+    generator, layout, dtype = torch.Generator().manual_seed(seed), case["layout"], case["dtype"]
     density = 1.0 if case["full"] else 0.6
     pattern = bs.BSRPattern.random(g.weight_shape, case["blocksize"], density, generator)
     x, dy = (guarded(nonzero(s, dtype, generator), "cpu", layout) for s in (g.x_shape, g.y_shape))
@@ -87,7 +87,7 @@ def run(case: dict, seed: int) -> None:
         grad = dense_gradient(a, b, g.weight_shape, conv)
         needed = whole.to_dense(bs.reference.wgrad(a, b, whole, *conv))
         torch.testing.assert_close(grad, needed.to(grad.dtype), rtol=2e-5, atol=2e-5 * g.n * g.p * g.q)
-    layer = plain(pattern, values, bias, conv).to(memory_format=layout)
+    layer = plain(pattern, values, bias, conv).to(memory_format=FORMATS[layout])
     y = bs.reference.fprop(x, values, pattern, bias, *conv)
     loose = {torch.bfloat16: 0.05, torch.float16: 0.01}.get(dtype, 1e-4)
     ours = masked_conv(layer, x, layer.weight).double()

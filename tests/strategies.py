@@ -11,6 +11,7 @@ from torch import Tensor
 
 import blocksparse as bs
 from blocksparse import BSRPattern
+from blocksparse.layout import FORMATS, new
 
 GUARD = 64  # elements of NaN before and after every input
 
@@ -81,7 +82,7 @@ class Case:
     padding: tuple[int, int]
     dilation: tuple[int, int]
     bias: bool
-    channels_last: bool
+    memory_format: str
     dtype: torch.dtype
     seed: int
 
@@ -103,9 +104,8 @@ class Case:
         """x, values, bias, dy, pattern on `device`; each tensor non-zero, in its own NaN guard band."""
         g = self.geometry
         generator = torch.Generator().manual_seed(self.seed)
-        layout = torch.channels_last if self.channels_last else torch.contiguous_format
-        x = guarded(nonzero(g.x_shape, self.dtype, generator), device, layout)
-        dy = guarded(nonzero(g.y_shape, self.dtype, generator), device, layout)
+        x = guarded(nonzero(g.x_shape, self.dtype, generator), device, self.memory_format)
+        dy = guarded(nonzero(g.y_shape, self.dtype, generator), device, self.memory_format)
         shape = (self.pattern.nnzb, *self.pattern.blocksize)
         values = guarded(nonzero(shape, self.dtype, generator), device)
         bias = guarded(nonzero((g.k,), self.dtype, generator), device) if self.bias else None
@@ -127,7 +127,8 @@ def cases(draw: st.DrawFn, backend: str = "torch", dtypes: tuple[torch.dtype, ..
     least = [max(1, d * (k - 1) + 1 - 2 * p) for d, k, p in zip(dilation, (r, s), padding, strict=True)]
     wide = backend == "cpu" and draw(st.booleans())  # rows of several vectors
     h, w = (draw(st.integers(low, low + more)) for low, more in zip(least, (7, 60 if wide else 7), strict=True))
-    n = draw(st.sampled_from([1, 1, 2, 3, 0, 9] if backend == "cupy" else [1, 1, 2, 3, 0]))  # 9: not one slot of 8
+    # 9: not one slot of 8, nor vectors of images; 17: two chunks of these.
+    n = draw(st.sampled_from({"cupy": [1, 1, 2, 3, 0, 9], "cpu": [1, 1, 2, 3, 0, 9, 17]}.get(backend, [1, 1, 2, 3, 0])))
     return Case(
         pattern,
         n,
@@ -137,7 +138,7 @@ def cases(draw: st.DrawFn, backend: str = "torch", dtypes: tuple[torch.dtype, ..
         padding,
         dilation,
         draw(st.booleans()),
-        draw(st.booleans()),
+        draw(st.sampled_from(FORMATS)),
         draw(st.sampled_from(dtypes)),
         draw(st.integers(0, 2**32 - 1)),
     )
@@ -152,12 +153,11 @@ def nonzero(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generat
 def guarded(
     t: Tensor,
     device: str | torch.device,
-    memory_format: torch.memory_format = torch.contiguous_format,
+    memory_format: str = "contiguous",
     around: float = float("nan"),
 ) -> Tensor:
     """`t` in the middle of a buffer of NaN: a read outside it poisons the result. Or of another number: it does not."""
-    t = t.contiguous(memory_format=memory_format)
     buffer = torch.full((t.numel() + 2 * GUARD,), around, dtype=t.dtype, device=device)
-    strides = torch.empty(t.shape, memory_format=memory_format, device="meta").stride()  # also along sizes of one
+    strides = new(t.shape, torch.empty((), device="meta"), memory_format).stride()  # also along sizes of one
     inside = buffer.as_strided(t.shape, strides, GUARD)
     return inside.copy_(t)

@@ -12,6 +12,7 @@ import torch
 import blocksparse as bs
 from blocksparse import backends, plan
 from blocksparse.backends import Backend
+from blocksparse.layout import FORMATS
 from oracle import assert_products
 from strategies import Case
 
@@ -39,12 +40,12 @@ def add(monkeypatch):
     forget()
 
 
-def layer(dtype=torch.float32, channels_last=False, ordered=False):
+def layer(dtype=torch.float32, memory_format="contiguous", ordered=False):
     generator = torch.Generator().manual_seed(0)
     order = torch.randperm(16, generator=generator) if ordered else None
     mask = torch.rand(16, 12, 3, 3, generator=generator) < 0.02
     pattern = bs.BSRPattern.from_mask(mask, (4, 3), order)
-    return Case(pattern, 2, 9, 8, (2, 1), (1, 0), (1, 2), True, channels_last, dtype, 0)
+    return Case(pattern, 2, 9, 8, (2, 1), (1, 0), (1, 2), True, memory_format, dtype, 0)
 
 
 def test_a_file_is_a_backend(add):
@@ -63,11 +64,11 @@ def test_a_file_is_a_backend(add):
 
 
 @pytest.mark.parametrize("ordered", [False, True], ids=["filters", "rows-permuted"])
-@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_it_computes_all_products(add, dtype, channels_last, ordered):
+def test_it_computes_all_products(add, dtype, memory_format, ordered):
     add(EXAMPLE)
-    case = layer(dtype, channels_last, ordered)
+    case = layer(dtype, memory_format, ordered)
     x, values, bias, dy, pattern = case.tensors("cpu")
     assert_products(x, values, pattern, bias, dy, *case.conv, "dense")
     # In a network: autograd, a residual, a ReLU, a module, the compiler.
@@ -115,6 +116,7 @@ def test_files_that_are_no_backend_say_so(add, tmp_path):
 
 DEFAULT = """
 from blocksparse.backends import Backend
+from blocksparse.layout import FORMATS
 from blocksparse.backends.torch import Torch
 
 class {name}(Backend):

@@ -33,7 +33,7 @@ def test_resnet_layers_at_ten_percent_run_on_blocks(channels_size, blocksize):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @given(case=cases("torch"), threads=st.integers(1, 64))
 def test_times_are_finite_and_grow_with_the_blocks(dtype, case: Case, threads):
-    pattern, g, setting = case.pattern, case.geometry, cost.Setting(threads, case.channels_last)
+    pattern, g, setting = case.pattern, case.geometry, cost.Setting(threads, case.memory_format)
     for kind in KINDS:
         blocks = (0, pattern.nnzb, 9 * pattern.nnzb)
         times = [cost.on_cpu(kind, g, pattern.blocksize, nnzb, dtype, setting) for nnzb in blocks]

@@ -65,7 +65,7 @@ def test_any_number_of_threads_gives_the_same_bits(case):
 def test_units_of_rows_and_images(shape, size, conv, blocksize):
     """Images that are cut into rows, rows of several images side by side, planes that are the tensor itself."""
     pattern = bs.BSRPattern.random(shape, blocksize, 0.2, torch.Generator().manual_seed(0))
-    case = Case(pattern, 5, size, size, *conv, True, False, torch.float32, 0)
+    case = Case(pattern, 5, size, size, *conv, True, "contiguous", torch.float32, 0)
     x, values, bias, dy, _ = case.tensors("cpu")
     host = (values.double(), pattern)
     exact = [

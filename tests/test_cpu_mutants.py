@@ -20,6 +20,7 @@ import sys
 import torch
 import blocksparse as bs
 from blocksparse.kernels import cpu_build
+from blocksparse.layout import laid_out
 from pathlib import Path
 
 source, optimise, *more = sys.argv[1:]
@@ -28,7 +29,10 @@ cpu_build.FLAGS = (*(optimise if flag == "-O2" else flag for flag in cpu_build.F
 torch.set_num_threads(3)
 torch.manual_seed(0)
 wrong = []
-LAYERS = ((16, 16, 3, 3), (8, 8)), ((16, 16, 3, 3), (8, 1)), ((16, 16, 3, 3), (1, 1)), ((12, 6, 1, 1), (4, 2))
+LAYERS = (
+    ((16, 16, 3, 3), (8, 8)), ((160, 640, 1, 1), (32, 32)), ((16, 16, 3, 3), (8, 1)), ((16, 16, 3, 3), (1, 1)),
+    ((12, 6, 1, 1), (4, 2)),
+)
 for shape, blocksize in LAYERS:
     pattern = bs.BSRPattern.random(shape, blocksize, 0.4)
     values = torch.randn(pattern.nnzb, *blocksize)
@@ -36,8 +40,8 @@ for shape, blocksize in LAYERS:
         (3, 13, (1, shape[2] // 2, 1)), (5, 21, (2, shape[2] // 2, 1)), (2, 9, (1, shape[2] - 1, 2)), (7, 5, (1, 0, 1)),
         (5, 20, ((3, 1), 0, 1)),
     ):
-        for layout in torch.contiguous_format, torch.channels_last:
-            x = torch.randn(n, shape[1], size, size + 1).contiguous(memory_format=layout)
+        for layout in "contiguous", "channels_last", "batch_last":
+            x = laid_out(torch.randn(n, shape[1], size, size + 1), layout)
             y = bs.conv2d(x, values, pattern, None, *conv, backend="cpu")
             dy = torch.randn_like(y)
             found = [
@@ -52,7 +56,7 @@ for shape, blocksize in LAYERS:
             ]
             for kind, a, b in zip(("fprop", "dgrad", "wgrad"), found, needed):
                 if not torch.allclose(a.double(), b, rtol=1e-4, atol=1e-4 * float(b.abs().max() + 1e-9)):
-                    wrong.append((kind, shape, blocksize, n, size, conv, str(layout)))
+                    wrong.append((kind, shape, blocksize, n, size, conv, layout))
 pattern = bs.BSRPattern.random((32, 32, 3, 3), (8, 8), 0.4)
 values, x = torch.randn(pattern.nnzb, 8, 8), torch.randn(64, 32, 20, 20)
 for i in range(40):  # many tasks for several threads
@@ -74,6 +78,9 @@ MUTANTS = {
         "std::min(lay.rows + reach, g.p) + reach",
     ),
     "missing-last-vector-in-place": ("if (exact && run % L) body(run - L, 1);", ""),
+    "rows-of-batch-last-as-if-contiguous": (" + u.row * g.x_strides[2]", " + u.row * g.w"),
+    "images-of-batch-last-not-padded": ("copy_pixels<true>", "copy_pixels<false>"),
+    "columns-of-batch-last-side-by-side": ("horizontal.shift[s] * pixel_step", "horizontal.shift[s]"),
     "threads-share-planes": ("scratch.at<A>(own_at) + thread * size", "scratch.at<A>(own_at)"),
     "chunks-share-a-sum": ("A* const sum = sums + chunk * weights;", "A* const sum = sums;"),
 }

@@ -15,6 +15,7 @@ import emulator
 from blocksparse import BSRPattern, ConvGeometry, index
 from blocksparse.kernels import cupy_conv, slots
 from blocksparse.kernels.slots import SlotTile
+from blocksparse.layout import laid_out
 from emulator import Emulator, EmulatorError
 from strategies import guarded
 
@@ -71,8 +72,8 @@ class Work:
         values_at: int = 0,
     ) -> Tensor:
         tile = tile or self.tile(kind)
-        layout = torch.channels_last if channels_last else torch.contiguous_format
-        x, dy = (guarded(t, DEVICE, layout) if guard else t.contiguous(memory_format=layout) for t in (self.x, self.dy))
+        layout = "channels_last" if channels_last else "contiguous"
+        x, dy = (guarded(t, DEVICE, layout) if guard else laid_out(t, layout) for t in (self.x, self.dy))
         buffer = torch.full((self.values.numel() + values_at,), float("nan"), dtype=self.values.dtype, device=DEVICE)
         values = buffer[values_at:].view(self.values.shape).copy_(self.values)
         p = self.pattern.to(DEVICE)

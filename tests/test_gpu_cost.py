@@ -361,7 +361,7 @@ def test_a_plan_for_a_device_reads_its_numbers(monkeypatch):
     layer, blocksize = named("layer3.3x3"), (32, 32)
     there = plan_of(layer, blocksize, 0.1)
     shape = (there.nnzb, *blocksize)
-    setting = plan.Setting(0, True)
+    setting = plan.Setting(0, "channels_last")
     args = there.geometry, shape, torch.float16, torch.device("cuda", 0), there.layout
     plan.plan_conv.cache_clear()
     found = plan.plan_conv("a test", *args, None, setting)

@@ -7,6 +7,8 @@ import torch
 from hypothesis import Phase, find, given, settings
 from hypothesis import strategies as st
 
+import blocksparse as bs
+from blocksparse.layout import laid_out
 from strategies import GUARD, Case, cases, guarded, nonzero, patterns
 
 QUICK = settings(max_examples=2000, phases=[Phase.generate])  # the first that is found will do, not the smallest
@@ -41,7 +43,8 @@ def test_patterns_reach_single_channels():
         lambda c: c.stride[0] != c.stride[1] and c.n > 1,
         lambda c: c.padding[0] > c.pattern.shape[2],
         lambda c: c.dilation == (2, 1),
-        lambda c: c.channels_last and c.bias,
+        lambda c: c.memory_format == "channels_last" and c.bias,
+        lambda c: bs.memory_format_of(c.tensors("cpu")[0]) == "batch_last" and c.pattern.shape[2:] == (3, 3),
         lambda c: c.h % 2 == 1 and c.w != c.h,
         lambda c: c.pattern.shape[2:] == (1, 1) and c.stride != (1, 1),
         lambda c: c.geometry.p == 1 and c.h > 1,
@@ -54,9 +57,8 @@ def test_cases_reach(holds):
 @given(cases(dtypes=(torch.float16, torch.bfloat16, torch.float32)))
 def test_inputs_are_fresh_nonzero_and_guarded(case: Case):
     x, values, bias, dy, _ = case.tensors("cpu")
-    layout = torch.channels_last if case.channels_last else torch.contiguous_format
     for t in (x, dy):
-        assert t.is_contiguous(memory_format=layout)
+        assert laid_out(t, case.memory_format) is t
     for t in (x, values, dy, bias):
         if t is None or t.numel() == 0:
             continue

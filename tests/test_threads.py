@@ -19,7 +19,11 @@ def three_threads():
 
 
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
-@pytest.mark.parametrize(("dtype", "channels_last"), [(torch.float32, False), (torch.bfloat16, True)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "memory_format"),
+    [(torch.float32, "contiguous"), (torch.bfloat16, "channels_last"), (torch.float32, "batch_last")],
+    ids=str,
+)
 @pytest.mark.parametrize(
     ("shape", "blocksize", "size", "conv"),
     [
@@ -29,10 +33,10 @@ def three_threads():
         pytest.param((128, 64, 1, 1), (16, 16), 28, ((2, 2), (0, 0), (1, 1)), id="strided-1x1"),
     ],
 )
-def test_products_on_several_threads(backend, dtype, channels_last, shape, blocksize, size, conv):
+def test_products_on_several_threads(backend, dtype, memory_format, shape, blocksize, size, conv):
     """Tensors large enough for PyTorch to share out."""
     pattern = bs.BSRPattern.random(shape, blocksize, 0.3, torch.Generator().manual_seed(0))
-    case = Case(pattern, 4, size, size + 1, *conv, True, channels_last, dtype, 0)
+    case = Case(pattern, 4, size, size + 1, *conv, True, memory_format, dtype, 0)
     x, values, bias, dy, pattern = case.tensors("cpu")
     assert_products(x, values, pattern, bias, dy, *conv, backend)
 

@@ -30,6 +30,7 @@ from torch.func import (
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import blocksparse as bs
+from blocksparse.layout import FORMATS, laid_out
 from runners import RUNNERS
 
 pytestmark = pytest.mark.device
@@ -89,16 +90,16 @@ def assert_same(got, needed, tolerance=1e-10):
 @pytest.mark.parametrize(
     ("shape", "blocksize", "conv", "layout"),
     [
-        ((4, 6, 3, 2), (2, 1), ((2, 1), (1, 2), (1, 2)), torch.channels_last),
-        ((6, 4, 1, 1), (3, 2), ((2, 2), (0, 0), (1, 1)), torch.contiguous_format),
-        ((4, 4, 2, 3), (4, 4), ((1, 1), (2, 0), (1, 1)), torch.contiguous_format),
+        ((4, 6, 3, 2), (2, 1), ((2, 1), (1, 2), (1, 2)), "channels_last"),
+        ((6, 4, 1, 1), (3, 2), ((2, 2), (0, 0), (1, 1)), "contiguous"),
+        ((4, 4, 2, 3), (4, 4), ((1, 1), (2, 0), (1, 1)), "batch_last"),
     ],
 )
 def test_gradcheck_in_both_modes_and_in_batches(wanted, shape, blocksize, conv, layout):
     """Every subset of what may require a gradient; forward over backward, too."""
     for bias in (True, False) if "b" not in wanted else (True,):
         inputs, pattern = case(shape=shape, blocksize=blocksize, bias=bias)
-        inputs = [inputs[0].contiguous(memory_format=layout), *inputs[1:]]
+        inputs = [laid_out(inputs[0], layout), *inputs[1:]]
         for t, name in zip(inputs, "xvb", strict=False):
             t.requires_grad_(name in wanted)
         sparse, _ = both(bs.conv2d, pattern, conv)
@@ -355,12 +356,12 @@ def test_vmap_over_any_argument(entry, dims):
     assert_same(vmap(sparse, dims, 1)(*args), vmap(dense, dims, 1)(*args))
 
 
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("n", [1, 2])
 def test_per_sample_gradients(layout, n):
     args, pattern = case(n=n)
-    xs = torch.stack([args[0].cos(), args[0], args[0].sin()]).flatten(0, 1).contiguous(memory_format=layout)
-    xs = xs.unflatten(0, (3, n))
+    xs = torch.stack([args[0].cos(), args[0], args[0].sin()]).flatten(0, 1)
+    xs = laid_out(xs, layout).unflatten(0, (3, n))
     sparse, dense = both(bs.conv2d, pattern)
 
     def samples(f):

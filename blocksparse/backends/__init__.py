@@ -20,6 +20,7 @@ from ..kernels import cost, gpu_cost, measured
 from ..kernels.cost import Setting
 from ..kernels.gpu_cost import Estimate
 from ..kernels.gpus import Gpu
+from ..layout import BATCH_LAST, CHANNELS_LAST, CONTIGUOUS
 
 
 class Work(NamedTuple):
@@ -52,6 +53,18 @@ class Work(NamedTuple):
     def arch(self) -> str:
         return "" if self.gpu is None else self.gpu.arch
 
+    def laid_out(self, memory_format: str) -> Work:
+        """The same convolution of tensors in another memory format."""
+        return self._replace(setting=self.setting._replace(memory_format=memory_format))
+
+    def copying(self) -> float | None:
+        """Estimated seconds of x and y through copies in another memory format; None where there is no estimate."""
+        if self.gpu is not None:
+            return gpu_cost.passes(2 * sum(gpu_cost.activations(self.geometry)) * self.dtype.itemsize, 2, self.gpu)
+        if self.device.type != "cpu" or not cost.known(self.dtype):
+            return None
+        return cost.copying(self.geometry, self.setting.threads)
+
     def on_a_cpu(self, kind: str) -> tuple[float, float] | None:
         """Estimated seconds of stored blocks and of the dense product; None elsewhere and for other dtypes."""
         if self.device.type != "cpu" or not cost.known(self.dtype):
@@ -60,6 +73,13 @@ class Work(NamedTuple):
 
     def dense(self, kind: str) -> Estimate | None:
         """Of PyTorch's own product on a dense filter bank, without what stored blocks need around it."""
+        if self.setting.memory_format == BATCH_LAST:  # PyTorch's convolution does not read it
+            copied = [self.laid_out(form).dense(kind) for form in (CONTIGUOUS, CHANNELS_LAST)]
+            times = [found for found in copied if found is not None]
+            if not times or (around := self.copying()) is None:
+                return None
+            best = min(times, key=lambda found: found.seconds)
+            return best._replace(seconds=best.seconds + around)
         if self.gpu is not None:
             if self.dtype not in gpu_cost.DTYPES:
                 return None
@@ -72,17 +92,23 @@ class Work(NamedTuple):
 class Backend:
     """One way to compute the three products. A subclass needs fprop, dgrad and wgrad; the rest has a default.
 
-    The products get checked tensors: x, dy and residual dense in one memory format, values and bias contiguous, all of
-    `work.dtype` on `work.device`. They read no tensor on the host, write every element of what they return, and keep
-    nothing that a new mask of equal nnzb would make wrong. `tile` is what `tile()` returned for this kind and work.
+    The products get checked tensors: x, dy and residual dense in the memory format of `work.setting`, one of `formats`;
+    values and bias contiguous; all of `work.dtype` on `work.device`. They read no tensor on the host, write every
+    element of what they return, and keep nothing that a new mask of equal nnzb would make wrong. `tile` is what
+    `tile()` returned for this kind and work.
 
     Attributes:
         name: that of the file; "cpu" for blocksparse/backends/cpu.py.
         order: where it stands in lists, by rising numbers, then names.
+        formats: memory formats that its kernels read and write. Tensors in others are copied to the one of these that
+            is estimated to be fastest, and results back (converted.py): that is counted, and `explain` says it.
+        note: what `explain` adds to why it runs.
     """
 
     name: str = ""
     order: int = 100
+    formats: tuple[str, ...] = (CONTIGUOUS, CHANNELS_LAST)
+    note: str = ""
 
     # ------------------------------------------------------------------ before anything runs
 
@@ -137,9 +163,9 @@ class Backend:
         raise NotImplementedError
 
     def dgrad(
-        self, work: Work, tile: Any, dy: Tensor, values: Tensor, tables: IndexTables, channels_last: bool
+        self, work: Work, tile: Any, dy: Tensor, values: Tensor, tables: IndexTables, memory_format: str
     ) -> Tensor:
-        """dx [N, C, H, W], channels_last or contiguous."""
+        """dx [N, C, H, W] in this memory format, that of `work`."""
         raise NotImplementedError
 
     def wgrad(self, work: Work, tile: Any, x: Tensor, dy: Tensor, tables: IndexTables) -> Tensor:
@@ -157,10 +183,10 @@ class Backend:
 
     def gradients(
         self, work: Work, tiles: tuple[Any, Any], x: Tensor, dy: Tensor, values: Tensor, tables: IndexTables,
-        channels_last: bool,
+        memory_format: str,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """(dgrad, wgrad), for a backend that saves a call; `tiles` of dgrad and wgrad."""
-        dx = self.dgrad(work, tiles[0], dy, values, tables, channels_last)
+        dx = self.dgrad(work, tiles[0], dy, values, tables, memory_format)
         return dx, self.wgrad(work, tiles[1], x, dy, tables)
 
 

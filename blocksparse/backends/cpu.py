@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ..index import IndexTables
 from ..kernels import cost, cpu
+from ..layout import FORMATS
 from . import Backend, Work
 
 
@@ -13,6 +14,7 @@ class Cpu(Backend):
     """CPUs with a C++ compiler; the default there where it is estimated to be faster than the dense product."""
 
     order = 1
+    formats = FORMATS
 
     def absent(self) -> str | None:
         return cpu.absent()
@@ -42,15 +44,15 @@ class Cpu(Backend):
         return cpu.fprop(x, values, tables, bias, work.geometry, residual, relu)
 
     def dgrad(
-        self, work: Work, tile: None, dy: Tensor, values: Tensor, tables: IndexTables, channels_last: bool
+        self, work: Work, tile: None, dy: Tensor, values: Tensor, tables: IndexTables, memory_format: str
     ) -> Tensor:
-        return cpu.dgrad(dy, values, tables, work.geometry, channels_last)
+        return cpu.dgrad(dy, values, tables, work.geometry, memory_format)
 
     def wgrad(self, work: Work, tile: None, x: Tensor, dy: Tensor, tables: IndexTables) -> Tensor:
         return cpu.wgrad(x, dy, tables, work.geometry, work.values_shape)
 
     def gradients(
         self, work: Work, tiles: tuple[None, None], x: Tensor, dy: Tensor, values: Tensor, tables: IndexTables,
-        channels_last: bool,
+        memory_format: str,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        return cpu.gradients(x, dy, values, tables, work.geometry, channels_last)
+        return cpu.gradients(x, dy, values, tables, work.geometry, memory_format)

@@ -12,6 +12,7 @@ from ..kernels import slots
 from ..kernels.gpu_cost import Estimate
 from ..kernels.gpus import NAMED
 from ..kernels.slots import SlotTile
+from ..layout import CHANNELS_LAST
 from . import Backend, Work
 
 
@@ -54,9 +55,10 @@ class Cupy(Backend):
         return _kernels().fprop(x, values, tables, bias, work.geometry, tile, precision=work.precision)
 
     def dgrad(
-        self, work: Work, tile: SlotTile, dy: Tensor, values: Tensor, tables: IndexTables, channels_last: bool
+        self, work: Work, tile: SlotTile, dy: Tensor, values: Tensor, tables: IndexTables, memory_format: str
     ) -> Tensor:
-        return _kernels().dgrad(dy, values, tables, work.geometry, channels_last, tile, precision=work.precision)
+        last = memory_format == CHANNELS_LAST
+        return _kernels().dgrad(dy, values, tables, work.geometry, last, tile, precision=work.precision)
 
     def wgrad(self, work: Work, tile: SlotTile, x: Tensor, dy: Tensor, tables: IndexTables) -> Tensor:
         return _kernels().wgrad(x, dy, tables, work.geometry, work.values_shape, tile, precision=work.precision)

@@ -7,6 +7,7 @@ from torch import Tensor
 from ..index import IndexTables
 from ..kernels import gpu_cost, torch_conv
 from ..kernels.gpu_cost import Estimate
+from ..layout import CHANNELS_LAST
 from . import Backend, Work
 
 
@@ -37,9 +38,9 @@ class Torch(Backend):
         return torch_conv.fprop(x, values, tables, bias, work.geometry)
 
     def dgrad(
-        self, work: Work, tile: None, dy: Tensor, values: Tensor, tables: IndexTables, channels_last: bool
+        self, work: Work, tile: None, dy: Tensor, values: Tensor, tables: IndexTables, memory_format: str
     ) -> Tensor:
-        return torch_conv.dgrad(dy, values, tables, work.geometry, channels_last)
+        return torch_conv.dgrad(dy, values, tables, work.geometry, memory_format == CHANNELS_LAST)
 
     def wgrad(self, work: Work, tile: None, x: Tensor, dy: Tensor, tables: IndexTables) -> Tensor:
         return torch_conv.wgrad(x, dy, tables, work.geometry, work.values_shape)

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 
 from ..geometry import ConvGeometry
+from ..layout import CHANNELS_LAST
 
 
 class Setting(NamedTuple):
@@ -25,13 +26,17 @@ class Setting(NamedTuple):
 
     Attributes:
         threads: of PyTorch on a CPU; 0 elsewhere.
-        channels_last: the memory format of x or dy.
+        memory_format: of x or dy.
         precision: how fp32 products are rounded: "tf32" or "ieee" (torch.backends.cudnn.conv.fp32_precision).
     """
 
     threads: int
-    channels_last: bool
+    memory_format: str
     precision: str = "ieee"
+
+    @property
+    def channels_last(self) -> bool:
+        return self.memory_format == CHANNELS_LAST
 
 
 class Terms(NamedTuple):
@@ -106,11 +111,19 @@ def known(dtype: torch.dtype) -> bool:
     return (dtype, False) in CPU
 
 
+COPIED = 3.0  # nanoseconds of a value into or out of batch_last by PyTorch's copy on one thread: 0.5 to 11
+
+
+def copying(g: ConvGeometry, threads: int) -> float:
+    """Seconds of x and y through a copy in another memory format: what a kernel costs that does not read batch_last."""
+    return 1e-9 * COPIED * g.n * (g.c * g.h * g.w + g.k * g.p * g.q) / threads
+
+
 @lru_cache(maxsize=4096)
 def on_cpu(
     kind: str, g: ConvGeometry, blocksize: tuple[int, int], nnzb: int, dtype: torch.dtype, setting: Setting
 ) -> tuple[float, float]:
-    """Seconds of a product on stored blocks, with the margin, and of the dense one."""
+    """Seconds of a product on stored blocks, with the margin, and of the dense one, in contiguous or channels_last."""
     stored, dense = CPU[dtype, setting.channels_last][kind]
     half = dtype in (torch.float16, torch.bfloat16)
     counts = stored_terms(kind, g, blocksize, nnzb, setting.channels_last, half)

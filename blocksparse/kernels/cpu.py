@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..geometry import ConvGeometry
 from ..index import IndexTables, Layout
-from ..layout import empty, is_channels_last
+from ..layout import BATCH_LAST, memory_format_of, new
 from .cpu_build import library
 
 int64 = ctypes.c_int64
@@ -31,6 +31,7 @@ class _Conv(ctypes.Structure):
         *((name, int64) for name in ("bk", "bc", "nnzb")),
         *((name, int64 * 4) for name in ("x_strides", "y_strides")),
         ("threads", int64),
+        ("batch_last", int64),
         *((name, int64) for name in ("indptr", "indices", "t_indptr", "t_indices", "t_perm", "row_order")),
     ]
 
@@ -59,13 +60,13 @@ def peak_flops(dtype: torch.dtype) -> float | None:
 @lru_cache(maxsize=4096)
 def _conv(
     g: ConvGeometry, blocksize: tuple[int, int], layout: Layout, x_strides: tuple[int, ...],
-    y_strides: tuple[int, ...], threads: int,
+    y_strides: tuple[int, ...], threads: int, batch_last: bool,
 ) -> _Conv:  # fmt: skip
     pair, four = int64 * 2, int64 * 4
     tables = layout.indptr, layout.indices, layout.t_indptr, layout.t_indices, layout.t_perm
     return _Conv(
         g.n, g.c, g.h, g.w, g.k, g.p, g.q, g.r, g.s, pair(*g.stride), pair(*g.padding), pair(*g.dilation),
-        *blocksize, layout.indices[1], four(*x_strides), four(*y_strides), threads,
+        *blocksize, layout.indices[1], four(*x_strides), four(*y_strides), threads, batch_last,
         *(start for start, _ in tables), -1 if layout.row_order is None else layout.row_order[0],
     )  # fmt: skip
 
@@ -78,7 +79,8 @@ def _call(
     lib = library(NUMBERS[x.dtype])
     if isinstance(lib, str):
         raise RuntimeError(f"backend 'cpu' is not available: {lib}")
-    conv = _conv(g, blocksize, tables.layout, x.stride(), y.stride(), torch.get_num_threads())
+    last = BATCH_LAST in (memory_format_of(x), memory_format_of(y))
+    conv = _conv(g, blocksize, tables.layout, x.stride(), y.stride(), torch.get_num_threads(), last)
     failed = getattr(lib, f"bsr_{name}")(
         ctypes.byref(conv), *map(_pointer, inputs), _pointer(tables.packed), *map(_pointer, results)
     )
@@ -102,16 +104,16 @@ def fprop(
 
     With a residual of y's strides it is added, and with relu negative results become zero, before y leaves the cache.
     """
-    y = empty(geometry.y_shape, x, is_channels_last(x))
+    y = new(geometry.y_shape, x, memory_format_of(x))
     if y.numel():
         _, bk, bc = values.shape
         _call("fprop", geometry, (bk, bc), x, y, tables, (x, values, bias, residual, int64(relu)), y)
     return y
 
 
-def dgrad(dy: Tensor, values: Tensor, tables: IndexTables, geometry: ConvGeometry, channels_last: bool) -> Tensor:
-    """dx [N, C, H, W], channels_last or contiguous."""
-    dx = empty(geometry.x_shape, dy, channels_last)
+def dgrad(dy: Tensor, values: Tensor, tables: IndexTables, geometry: ConvGeometry, memory_format: str) -> Tensor:
+    """dx [N, C, H, W] in this format."""
+    dx = new(geometry.x_shape, dy, memory_format)
     if dx.numel():
         _, bk, bc = values.shape
         _call("dgrad", geometry, (bk, bc), dx, dy, tables, (dy, values), dx)
@@ -131,12 +133,12 @@ def wgrad(
 
 
 def gradients(
-    x: Tensor, dy: Tensor, values: Tensor, tables: IndexTables, geometry: ConvGeometry, channels_last: bool
+    x: Tensor, dy: Tensor, values: Tensor, tables: IndexTables, geometry: ConvGeometry, memory_format: str
 ) -> tuple[Tensor, Tensor]:
     """(dx, dvalues) in one call, whose cost a small layer feels."""
-    dx = empty(geometry.x_shape, dy, channels_last)
+    dx = new(geometry.x_shape, dy, memory_format)
     if not (x.numel() and dy.numel()) or dx.stride() != x.stride():
-        dx = dgrad(dy, values, tables, geometry, channels_last)
+        dx = dgrad(dy, values, tables, geometry, memory_format)
         return dx, wgrad(x, dy, tables, geometry, (values.shape[0], values.shape[1], values.shape[2]))
     dvalues = torch.empty_like(values)
     _, bk, bc = values.shape

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..geometry import ConvGeometry
 from ..index import IndexTables, Piece
-from ..layout import format_of, memory_format
+from ..layout import empty, memory_format_of, new
 from . import slots
 from .slots import MATH, SlotTile
 
@@ -168,7 +168,7 @@ def fprop(
         precision: how fp32 products are formed, "tf32" or "ieee".
     """
     g = geometry
-    y = torch.empty(g.y_shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
+    y = new(g.y_shape, x, memory_format_of(x))
     if not values.numel() or not x.numel():
         return y.zero_() if bias is None else y.copy_(bias.view(1, -1, 1, 1))
     blocksize = values.shape[1], values.shape[2]
@@ -197,7 +197,7 @@ def dgrad(
         precision: how fp32 products are formed, "tf32" or "ieee".
     """
     g = geometry
-    dx = torch.empty(g.x_shape, dtype=dy.dtype, device=dy.device, memory_format=format_of(channels_last))
+    dx = empty(g.x_shape, dy, channels_last)
     if not values.numel() or not dx.numel():
         return dx.zero_()
     blocksize = values.shape[1], values.shape[2]

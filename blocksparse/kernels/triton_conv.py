@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..geometry import ConvGeometry
 from ..index import IndexTables, stacked
-from ..layout import format_of, memory_format
+from ..layout import empty, memory_format_of, new
 from .tiles import Tile, granule, group_of, wgrad_tiles
 from .triton_gather import INTERPRETED
 from .triton_kernels import dgrad_kernel, fprop_kernel
@@ -125,7 +125,7 @@ def fprop(
         precision: how fp32 products are formed, "tf32" or "ieee".
     """
     g = geometry
-    y = torch.empty(g.y_shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
+    y = new(g.y_shape, x, memory_format_of(x))
     if not values.numel() or not x.numel():
         return y.zero_() if bias is None else y.copy_(bias.view(1, -1, 1, 1))
     bk, bc = values.shape[1:]
@@ -169,7 +169,7 @@ def dgrad(
         precision: how fp32 products are formed, "tf32" or "ieee".
     """
     g = geometry
-    dx = torch.empty(g.x_shape, dtype=dy.dtype, device=dy.device, memory_format=format_of(channels_last))
+    dx = empty(g.x_shape, dy, channels_last)
     if not values.numel() or not dx.numel():
         return dx.zero_()
     bk, bc = values.shape[1:]

@@ -9,7 +9,7 @@ extern "C" struct Conv {  // sizes and strides in elements; x is [N, C, H, W], y
     int64_t stride[2], padding[2], dilation[2];
     int64_t bk, bc, nnzb;
     int64_t x_strides[4], y_strides[4];
-    int64_t threads;
+    int64_t threads, batch_last;  // whether images are innermost in x and y
     int64_t indptr, indices, t_indptr, t_indices, t_perm, row_order;  // where in the packed index; no row_order: -1
 };
 

@@ -110,6 +110,48 @@ void transpose_in(const T* from, int64_t pixel, int64_t count, int64_t channels,
         }
 }
 
+// `count` pixels of `images` images each, side by side in memory: pixels of both sides that follow each other are one
+// run. Images of a plane beyond those of the tensor become zero, or with `PAD` false stay as they are.
+template <bool PAD, class From, class To, class Copy>
+INLINE void copy_pixels(const From* from, int64_t from_step, To* to, int64_t to_step, int64_t images, int64_t count,
+                        Copy copy) {
+    if (from_step == images && to_step == images) return copy(from, to, images * count);
+    for (int64_t j = 0; j < count; j++) {
+        copy(from + j * from_step, to + j * to_step, images);
+        if constexpr (PAD) zero(to + j * to_step + images, to_step - images);
+    }
+}
+
+// fill() of planes whose images are innermost, from a tensor in batch_last.
+template <class T, class A>
+void fill_batch_last(const T* x, const int64_t* strides, int64_t height, const Axis& vertical, const Axis& horizontal,
+                     int64_t begin, int64_t rows, const Unit& u, const Layout& lay, int64_t plane, int64_t front,
+                     int64_t c0, int64_t c1, const int32_t* place, A* to) {
+    const int64_t channel = plane * vertical.phases() * horizontal.phases(), images = lay.images, all = images * lay.pitch;
+    const auto copy = [](const T* from, A* to, int64_t count) { copy_in(from, 1, to, count); };
+    for (int64_t c = c0; c < c1; c++)
+        for (int64_t a = 0; a < vertical.phases(); a++)
+            for (int64_t b = 0; b < horizontal.phases(); b++) {
+                const int64_t lead = horizontal.lead[b] * images, data = horizontal.data[b];
+                A* row = to + (place ? place[c] : c - c0) * channel + (a * horizontal.phases() + b) * plane;
+                zero(row, front);
+                row += front;
+                for (int64_t i = 0; i < rows; i++, row += all) {
+                    const int64_t h = (begin + i) * vertical.stride + vertical.residue[a] - vertical.padding;
+                    if (h < 0 || h >= height) {
+                        zero(row, all);
+                        continue;
+                    }
+                    zero(row, lead);
+                    const T* const from = x + u.image * strides[0] + c * strides[1] + h * strides[2];
+                    copy_pixels<true>(from + horizontal.first[b] * strides[3], strides[3] * horizontal.stride, row + lead,
+                                      images, u.images, data, copy);
+                    zero(row + lead + data * images, all - lead - data * images);
+                }
+                zero(row, plane - front - rows * all);
+            }
+}
+
 // Rows [begin, begin + rows) of the planes of channels [c0, c1) of a tensor, for the images of a unit. Row i of phase a
 // holds the pixels of input row i * stride + residue - padding. `front` zeros come before the first. Channel c goes to
 // the planes of number place[c], or c - c0.
@@ -117,6 +159,9 @@ template <class T, class A>
 void fill(const T* x, const int64_t* strides, int64_t height, const Axis& vertical, const Axis& horizontal,
           int64_t begin, int64_t rows, const Unit& u, const Layout& lay, int64_t plane, int64_t front, int64_t c0,
           int64_t c1, const int32_t* place, A* to) {
+    if (lay.batch_last)
+        return fill_batch_last<T, A>(x, strides, height, vertical, horizontal, begin, rows, u, lay, plane, front, c0, c1,
+                                     place, to);
     const int64_t channel = plane * vertical.phases() * horizontal.phases(), pitch = lay.pitch, images = lay.images;
     const bool across = transposed(strides, c1 - c0, pitch);
     for (int64_t a = 0; a < vertical.phases(); a++)
@@ -201,7 +246,18 @@ void transpose_out(const A* from, int64_t channel, int64_t channels, const int32
 // Runs of `channels` rows to the outputs of a unit: [N, K, P, Q] or the like, with any strides.
 template <class T, class A>
 void write(const A* runs, int64_t channel, int64_t channels, int64_t first, const int32_t* order, const Unit& u,
-           int64_t images, int64_t pitch, int64_t width, T* y, const int64_t* strides) {
+           const Layout& lay, int64_t width, T* y, const int64_t* strides) {
+    const int64_t images = lay.images, pitch = lay.pitch;
+    if (lay.batch_last) {
+        const auto copy = [](const A* from, T* to, int64_t count) { copy_out(from, to, 1, count); };
+        for (int64_t c = 0; c < channels; c++)
+            for (int64_t i = 0; i < u.rows; i++)
+                copy_pixels<false>(runs + c * channel + i * images * pitch, images,
+                                   y + u.image * strides[0] + (order ? order[first + c] : first + c) * strides[1] +
+                                       (u.row + i) * strides[2],
+                                   strides[3], u.images, width, copy);
+        return;
+    }
     const bool across = transposed(strides, channels, pitch);
     const int32_t* const map = order == nullptr ? nullptr : order + first;
     T* const base = across && map == nullptr ? y + first : y;

@@ -5,6 +5,7 @@
 //
 //     position of padded pixel (i, j) of image m in a plane:  (i * images + m) * pitch + j
 //
+// In batch_last the images are innermost: (i * pitch + j) * images + m, vectors of images where there are enough of them.
 // Rows of several small images interleave. The pixels between two rows of an output are computed and dropped. `pitch`
 // leaves as many zeros as the widest tap needs; the zeros right of a row are those left of the next one.
 //

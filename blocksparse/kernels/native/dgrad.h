@@ -22,8 +22,8 @@ int dgrad(const Conv& g, const T* dy, const T* values, const Index& index, T* dx
     const int64_t top = g.padding[0] / g.stride[0], bottom = (g.h - 1 + g.padding[0]) / g.stride[0] + 1;
     const int64_t left = g.padding[1] / g.stride[1], right = (g.w - 1 + g.padding[1]) / g.stride[1] + 1;
     const bool scatter = g.bc < 4 && g.bk >= 4;
-    const bool alike = pointwise(g) && rows_in_place<T>(g.y_strides, g.p, g.q);
-    const bool direct = alike && rows_in_place<T>(g.x_strides, g.h, g.w) && !(scatter && index.order);
+    const bool alike = pointwise(g) && rows_in_place<T>(g, g.y_strides, g.p, g.q);
+    const bool direct = alike && rows_in_place<T>(g, g.x_strides, g.h, g.w) && !(scatter && index.order);
     const bool in_place = scatter ? direct : alike;
     Layout lay(g, sizeof(A), L, bottom - top, in_place);
     const Axis &vertical = lay.vertical, &horizontal = lay.horizontal;
@@ -59,8 +59,8 @@ int dgrad(const Conv& g, const T* dy, const T* values, const Index& index, T* dx
     for (int64_t tap = 0; tap < taps; tap++) {
         const int64_t r = tap / g.s, s = tap % g.s;
         offsets[tap] = scatter ? lay.tap(g, tap)
-                               : horizontal.reach + left + (reach - vertical.shift[r]) * lay.images * lay.pitch -
-                                     horizontal.shift[s];
+                               : (horizontal.reach + left - horizontal.shift[s]) * lay.pixel_step +
+                                     (reach - vertical.shift[r]) * lay.images * lay.pitch;
         if (in_place) offsets[tap] = 0;
     }
     if (scatter) {  // how many items each part has of each block-row
@@ -123,14 +123,14 @@ int dgrad(const Conv& g, const T* dy, const T* values, const Index& index, T* dx
                 const int64_t first = std::max<int64_t>(0, top + u.row - reach);
                 const int64_t dy_rows = std::min(g.p, top + u.row + u.rows) - first;
                 if (direct) {
-                    A* const out = (A*)dx + u.image * g.x_strides[0] + c0 * g.x_strides[1] + u.row * g.w;
-                    const A* const rows_of_dy = (const A*)dy + u.image * g.y_strides[0] + u.row * g.q;
+                    A* const out = (A*)dx + u.image * g.x_strides[0] + c0 * g.x_strides[1] + u.row * g.x_strides[2];
+                    const A* const rows_of_dy = (const A*)dy + u.image * g.y_strides[0] + u.row * g.y_strides[2];
                     for (int64_t c = 0; c < channels; c++)
-                        std::memset(out + c * lay.channel, 0, sizeof(A) * u.rows * g.w);
+                        std::memset(out + c * lay.channel, 0, sizeof(A) * u.rows * g.x_strides[2]);
                     for (int64_t b = 0; b < rows; b++) {
                         const int64_t at = starts[part * rows + b];
                         scatter_row(out, items + at, weights + at * g.bk, starts[part * rows + b + 1] - at, g.bk,
-                                    rows_of_dy + b * g.bk * dy_plane, dy_plane, u.rows * g.w, true);
+                                    rows_of_dy + b * g.bk * dy_plane, dy_plane, u.rows * g.x_strides[2], true);
                     }
                     continue;
                 }
@@ -152,13 +152,14 @@ int dgrad(const Conv& g, const T* dy, const T* values, const Index& index, T* dx
             }
             const A* from = planes;
             if (in_place)
-                from = (const A*)dy + u.image * g.y_strides[0] + u.row * g.q;
+                from = (const A*)dy + u.image * g.y_strides[0] + u.row * g.y_strides[2];
             else
                 fill<T, A>(dy, g.y_strides, g.p, whole_rows, whole_columns, top + u.row - reach, u.rows + reach, u, lay,
-                           dy_plane, horizontal.reach, 0, g.k, nullptr, planes);
+                           dy_plane, horizontal.reach * lay.pixel_step, 0, g.k, nullptr, planes);
             const int64_t run = lay.run(u.rows, u.images, right - left);
             for (int64_t block = b0; block < b1; block++) {
-                A* const out = direct ? (A*)dx + u.image * g.x_strides[0] + block * g.bc * g.x_strides[1] + u.row * g.w
+                A* const out = direct ? (A*)dx + u.image * g.x_strides[0] + block * g.bc * g.x_strides[1] +
+                                            u.row * g.x_strides[2]
                                       : results + (across ? (block - b0) * g.bc * lay.phases * channel : 0);
                 for (int64_t phase = 0; phase < lay.phases; phase++) {
                     const int64_t at = starts[block * lay.phases + phase];

@@ -50,6 +50,18 @@ void finish(T* y, const Epilogue<T>& last, const int64_t* strides, const Unit& u
             }
         return;
     }
+    if (strides[0] == 1 && (u.images > 1 || strides[3] > 1)) {  // images lie together
+        const bool joined = strides[3] == u.images;
+        for (int64_t j = 0; j < channels; j++)
+            for (int64_t i = 0; i < u.rows * (joined ? 1 : width); i++) {
+                const int64_t at = u.image + (order ? order[first + j] : first + j) * strides[1] +
+                                   (joined ? (u.row + i) * strides[2]
+                                           : (u.row + i / width) * strides[2] + i % width * strides[3]);
+                finish_row(y + at, last.residual ? last.residual + at : nullptr, last.relu, 1,
+                           u.images * (joined ? width : 1));
+            }
+        return;
+    }
     const bool across = strides[1] == 1;
     const bool joined = !across && strides[2] == width * strides[3];  // rows follow each other
     const int64_t rows = joined ? 1 : u.rows;

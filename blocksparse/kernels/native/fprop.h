@@ -16,8 +16,8 @@ template <class T>
 int fprop(const Conv& g, const T* x, const T* values, const T* bias, const Epilogue<T>& last, const Index& index, T* y) {
     using A = wide<T>;
     constexpr int64_t L = LANES<A>;
-    const bool in_place = pointwise(g) && rows_in_place<T>(g.x_strides, g.h, g.w);
-    const bool direct = in_place && index.order == nullptr && rows_in_place<T>(g.y_strides, g.p, g.q);
+    const bool in_place = pointwise(g) && rows_in_place<T>(g, g.x_strides, g.h, g.w);
+    const bool direct = in_place && index.order == nullptr && rows_in_place<T>(g, g.y_strides, g.p, g.q);
     const Layout lay(g, sizeof(A), L, g.p, in_place);
     if (!fits(g.c, lay.channel)) return 2;
     const int64_t rows = g.k / g.bk, parts = parts_of(lay.units, g.threads, rows);
@@ -55,23 +55,24 @@ int fprop(const Conv& g, const T* x, const T* values, const T* bias, const Epilo
             const int64_t b1 = part_begin(part + 1, parts, rows);
             const A* from = planes;
             if (in_place)
-                from = (const A*)x + u.image * g.x_strides[0] + u.row * g.w;
+                from = (const A*)x + u.image * g.x_strides[0] + u.row * g.x_strides[2];
             else
                 fill<T, A>(x, g.x_strides, g.h, lay.vertical, lay.horizontal, u.row, u.rows + lay.vertical.reach, u, lay,
                            lay.plane, 0, 0, g.c, nullptr, planes);
             const int64_t run = lay.run(u.rows, u.images, g.q);
             for (int64_t b = b0; b < b1; b++) {
                 const int64_t first = b * g.bk, item = index.indptr[b] * g.bc, n = index.indptr[b + 1] * g.bc - item;
-                A* const out = direct ? (A*)y + u.image * g.y_strides[0] + first * g.y_strides[1] + u.row * g.q
+                A* const out = direct ? (A*)y + u.image * g.y_strides[0] + first * g.y_strides[1] +
+                                            u.row * g.y_strides[2]
                                       : results + (across ? (b - b0) * g.bk * channel : 0);
                 gather_row(from, items + item, weights + item * g.bk, n, g.bk, start + first, out,
                            direct ? g.y_strides[1] : channel, run, in_place);
                 if (!direct && !across)
-                    write(out, channel, g.bk, first, index.order, u, lay.images, lay.pitch, g.q, y, g.y_strides);
+                    write(out, channel, g.bk, first, index.order, u, lay, g.q, y, g.y_strides);
                 if (!across) finish(y, last, g.y_strides, u, g.q, first, g.bk, index.order);
             }
             if (across) {
-                write(results, channel, (b1 - b0) * g.bk, b0 * g.bk, index.order, u, lay.images, lay.pitch, g.q, y,
+                write(results, channel, (b1 - b0) * g.bk, b0 * g.bk, index.order, u, lay, g.q, y,
                       g.y_strides);
                 finish(y, last, g.y_strides, u, g.q, b0 * g.bk, (b1 - b0) * g.bk, index.order);
             }

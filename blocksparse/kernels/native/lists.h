@@ -60,8 +60,10 @@ int64_t part_begin(int64_t part, int64_t parts, int64_t count) { return (part * 
 
 constexpr int64_t MOST_SUMS = 4 << 20;  // bytes of the partial sums of a weight gradient, if there are more than two
 
-template <class T> bool rows_in_place(const int64_t* strides, int64_t height, int64_t width) {
-    return std::is_same<T, wide<T>>::value && strides[3] == 1 && strides[2] == width && height * width >= 128;
+template <class T> bool rows_in_place(const Conv& g, const int64_t* strides, int64_t height, int64_t width) {
+    const int64_t images = g.batch_last ? g.n : 1;  // that lie together
+    return std::is_same<T, wide<T>>::value && strides[3] == images && strides[2] == width * images &&
+           height * width * images >= 128 && (!g.batch_last || strides[0] == 1);
 }
 bool pointwise(const Conv& g) {
     return g.r == 1 && g.s == 1 && g.stride[0] == 1 && g.stride[1] == 1 && g.padding[0] == 0 && g.padding[1] == 0;

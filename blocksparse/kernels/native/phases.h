@@ -45,11 +45,32 @@ void write_phases(const Conv& g, const Layout& lay, const A* runs, int64_t chann
     const auto source = [&](int64_t i, int64_t a, int64_t b) {
         const int64_t pa = phase(vertical, a), pb = phase(horizontal, b);
         const bool read = pa < vertical.phases() && pb < horizontal.phases();
-        return read ? runs + (pa * horizontal.phases() + pb) * channel + i * lay.images * lay.pitch - left : nullptr;
+        const int64_t at = (pa * horizontal.phases() + pb) * channel + i * lay.images * lay.pitch;
+        return read ? runs + at - left * lay.pixel_step : nullptr;
     };
     const auto lead_of = [&](int64_t b) {
         return b < g.padding[1] ? (g.padding[1] - b + g.stride[1] - 1) / g.stride[1] : 0;
     };
+    if (lay.batch_last) {
+        const auto copy = [](const A* from, T* to, int64_t count) { copy_out(from, to, 1, count); };
+        const auto clear = [](const A*, T* to, int64_t count) { std::memset(to, 0, sizeof(T) * count); };
+        for (int64_t c = 0; c < channels; c++)
+            for (int64_t i = 0; i < u.rows; i++)
+                for (int64_t a = 0; a < g.stride[0]; a++)
+                    for (int64_t b = 0; b < g.stride[1]; b++) {
+                        const int64_t h = row_of(i, a), lead = lead_of(b), first = lead * g.stride[1] + b - g.padding[1];
+                        if (h < 0 || h >= g.h || first >= g.w) continue;
+                        const int64_t data = (g.w - 1 - first) / g.stride[1] + 1, step = strides[3] * g.stride[1];
+                        const A* const from = source(i, a, b);
+                        T* const to = dx + u.image * strides[0] + (c0 + c) * strides[1] + h * strides[2] + first * strides[3];
+                        if (from == nullptr)
+                            copy_pixels<false>(runs, step, to, step, u.images, data, clear);
+                        else
+                            copy_pixels<false>(from + c * all + lead * lay.images, lay.images, to, step, u.images, data,
+                                               copy);
+                    }
+        return;
+    }
     if (!across && strides[3] == 1 && g.stride[1] == 2) {  // columns in turn from one phase and the other
         const int64_t b = g.padding[1] % 2, odd = (g.padding[1] + 1) / 2;
         for (int64_t c = 0; c < channels; c++)

@@ -46,16 +46,18 @@ struct Layout {
     int64_t pitch, images, rows, units_per_image, units;
     int64_t phases, plane, channel;  // x: a plane, the planes of a channel
     int64_t out_rows;                // rows of outputs that are cut into units
+    int64_t image_step, pixel_step;  // within a row of a plane: images side by side, or innermost
 
     static constexpr int64_t BUDGET = 1 << 20;    // bytes of planes and results of a unit: they stay in a core's cache
     static constexpr int64_t RUN = 448;           // pixels of a run that are enough
 
     bool in_place;                   // the tensors are planes as they stand
+    bool batch_last;
 
     Layout(const Conv& g, int64_t item, int64_t lanes, int64_t all_rows, bool in_place, int64_t budget = BUDGET)
         : vertical(g.h, g.p, g.r, g.stride[0], g.padding[0], g.dilation[0]),
           horizontal(g.w, g.q, g.s, g.stride[1], g.padding[1], g.dilation[1]),
-          in_place(in_place) {
+          in_place(in_place), batch_last(g.batch_last != 0) {
         out_rows = all_rows;
         pitch = std::max(horizontal.length, (g.w - 1 + g.padding[1]) / g.stride[1] + 1);
         phases = vertical.phases() * horizontal.phases();
@@ -63,10 +65,19 @@ struct Layout {
         const int64_t image = row * out_rows + item * pitch * g.c * phases * vertical.reach;
         const int64_t enough = in_place ? 1 : (RUN + pitch * out_rows - 1) / (pitch * out_rows);
         images = std::max<int64_t>(1, std::min({g.n, budget / image, enough}));
-        images = (g.n + (g.n + images - 1) / images - 1) / ((g.n + images - 1) / images);  // alike in every unit
+        if (batch_last) {  // in place all of them; else whole vectors: pieces of one are copied at a quarter of the speed
+            const int64_t some = std::max(lanes, budget / image / lanes * lanes);
+            images = in_place ? g.n : std::min(g.n, some);
+        } else {
+            images = (g.n + (g.n + images - 1) / images - 1) / ((g.n + images - 1) / images);  // alike in every unit
+        }
+        image_step = batch_last ? 1 : pitch;
+        pixel_step = batch_last ? images : 1;
         units_per_image = 1;
-        if (image > budget) {
-            const int64_t fit = std::max(budget / row - vertical.reach, (RUN / 2 + pitch - 1) / pitch);
+        const int64_t together = batch_last ? images : 1;
+        if (image * together > budget) {
+            const int64_t least = (RUN / 2 + pitch * together - 1) / (pitch * together);
+            const int64_t fit = std::max(budget / (row * together) - vertical.reach, least);
             units_per_image = (out_rows + fit - 1) / fit;
         }
         rows = (out_rows + units_per_image - 1) / units_per_image;
@@ -77,21 +88,24 @@ struct Layout {
 
     // Elements of a plane of so many rows: reads beyond the last row, and an odd number of cache lines.
     int64_t plane_of(int64_t plane_rows, int64_t lanes) const {
-        const int64_t cells = plane_rows * images * pitch + horizontal.reach + lanes;
+        const int64_t cells = plane_rows * images * pitch + horizontal.reach * pixel_step + lanes;
         return (cells + 15) / 16 * 16 + ((cells + 15) / 16 % 2 ? 0 : 16);
     }
     Unit unit(int64_t i, int64_t n) const {
-        const int64_t image = i / units_per_image * images, j = i % units_per_image;
+        // Units of batch_last that follow each other share lines of memory: their images are neighbours.
+        const int64_t chunks = units / units_per_image;
+        const int64_t image = (batch_last ? i % chunks : i / units_per_image) * images;
+        const int64_t j = batch_last ? i / chunks : i % units_per_image;
         const int64_t row = out_rows * j / units_per_image, end = out_rows * (j + 1) / units_per_image;
         return {image, std::min(images, n - image), row, end - row};
     }
     int64_t run(int64_t of_rows, int64_t of_images, int64_t width) const {
-        return ((of_rows - 1) * images + of_images - 1) * pitch + width;
+        return (of_rows - 1) * images * pitch + (of_images - 1) * image_step + (width - 1) * pixel_step + 1;
     }
     int64_t tap(const Conv& g, int64_t tap) const {  // offset of a tap within the planes of a channel
         const int64_t r = tap / g.s, s = tap % g.s;
         const int64_t phase = vertical.phase_of[r] * horizontal.phases() + horizontal.phase_of[s];
-        return phase * plane + vertical.shift[r] * images * pitch + horizontal.shift[s];
+        return phase * plane + vertical.shift[r] * images * pitch + horizontal.shift[s] * pixel_step;
     }
 };
 

@@ -17,8 +17,8 @@ template <class T>
 int wgrad(const Conv& g, const T* x, const T* dy, const Index& index, T* dvalues) {
     using A = wide<T>;
     constexpr int64_t L = LANES<A>;
-    const bool in_place = pointwise(g) && index.order == nullptr && rows_in_place<T>(g.x_strides, g.h, g.w) &&
-                          rows_in_place<T>(g.y_strides, g.p, g.q);
+    const bool in_place = pointwise(g) && index.order == nullptr && rows_in_place<T>(g, g.x_strides, g.h, g.w) &&
+                          rows_in_place<T>(g, g.y_strides, g.p, g.q);
     const Layout lay(g, sizeof(A), L, g.p, in_place, 5 * Layout::BUDGET / 2);
     if (!fits(g.c, lay.channel)) return 2;
     const Axis whole_rows(g.p, g.p, 1, 1, 0, 1), whole_columns(g.q, g.q, 1, 1, 0, 1);
@@ -62,8 +62,8 @@ int wgrad(const Conv& g, const T* x, const T* dy, const Index& index, T* dvalues
                 const Unit u = lay.unit(i, g.n);
                 const A *from = planes, *other = dy_planes;
                 if (in_place) {
-                    from = (const A*)x + u.image * g.x_strides[0] + u.row * g.w;
-                    other = (const A*)dy + u.image * g.y_strides[0] + u.row * g.q;
+                    from = (const A*)x + u.image * g.x_strides[0] + u.row * g.x_strides[2];
+                    other = (const A*)dy + u.image * g.y_strides[0] + u.row * g.y_strides[2];
                 } else {
                     fill<T, A>(x, g.x_strides, g.h, lay.vertical, lay.horizontal, u.row, u.rows + lay.vertical.reach, u,
                                lay, lay.plane, 0, 0, g.c, nullptr, planes);

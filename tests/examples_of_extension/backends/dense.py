@@ -8,7 +8,7 @@ from torch import Tensor
 
 from blocksparse.backends import Backend, Work
 from blocksparse.index import IndexTables
-from blocksparse.layout import format_of, memory_format
+from blocksparse.layout import laid_out, memory_format_of
 
 
 class Dense(Backend):
@@ -18,11 +18,11 @@ class Dense(Backend):
 
     def fprop(self, work, tile, x: Tensor, values: Tensor, tables: IndexTables, bias: Tensor | None) -> Tensor:
         y = F.conv2d(x, bank(work, values, tables), bias, *conv(work))
-        return y.contiguous(memory_format=memory_format(x))
+        return laid_out(y, memory_format_of(x))
 
-    def dgrad(self, work, tile, dy: Tensor, values: Tensor, tables: IndexTables, channels_last: bool) -> Tensor:
+    def dgrad(self, work, tile, dy: Tensor, values: Tensor, tables: IndexTables, memory_format: str) -> Tensor:
         dx = torch.nn.grad.conv2d_input(work.geometry.x_shape, bank(work, values, tables), dy, *conv(work))
-        return dx.contiguous(memory_format=format_of(channels_last))
+        return laid_out(dx, memory_format)
 
     def wgrad(self, work, tile, x: Tensor, dy: Tensor, tables: IndexTables) -> Tensor:
         weight = torch.nn.grad.conv2d_weight(x, work.geometry.weight_shape, dy, *conv(work))

@@ -1,0 +1,91 @@
+"""A backend on tensors in a memory format that its kernels do not read: copies in one that they do, and back.
+
+Copies are counted in its estimates, so that the choice of a backend weighs them, and `explain` names them.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+from .backends import Backend, Work
+from .geometry import KINDS
+from .index import IndexTables
+from .kernels.gpu_cost import Estimate
+from .layout import laid_out
+
+
+def reading(backend: Backend, work: Work) -> Backend:
+    """The backend itself where its kernels read the memory format of `work`, else through copies."""
+    return backend if work.setting.memory_format in backend.formats else _Converted(backend, work)
+
+
+class _Converted(Backend):
+    def __init__(self, backend: Backend, work: Work) -> None:
+        self.backend, self.name, self.order = backend, backend.name, backend.order
+        self.formats = (work.setting.memory_format,)
+        self.inner = min(backend.formats, key=lambda form: self._seconds_in(work.laid_out(form)))
+        self.note = f"{work.setting.memory_format} is copied to {self.inner} and back"
+
+    def _seconds_in(self, work: Work) -> float:
+        """Of all three products, as far as that is known."""
+        if work.gpu is not None and self.backend.refusal(work) is not None:
+            return math.inf
+        found = [self.backend.estimate(kind, work) for kind in KINDS]
+        return sum(one.seconds for one in found if one is not None)
+
+    def _work(self, work: Work) -> Work:
+        return work.laid_out(self.inner)
+
+    def _in(self, t: Tensor) -> Tensor:
+        return laid_out(t, self.inner)
+
+    def _out(self, t: Tensor) -> Tensor:
+        return laid_out(t, self.formats[0])
+
+    def absent(self) -> str | None:
+        return self.backend.absent()
+
+    def refusal(self, work: Work) -> str | None:
+        return self.backend.refusal(self._work(work))
+
+    def default(self, work: Work) -> tuple[int, str] | None:
+        return self.backend.default(self._work(work))
+
+    def estimate(self, kind: str, work: Work) -> Estimate | None:
+        found, around = self.backend.estimate(kind, self._work(work)), work.copying()
+        return found and found._replace(seconds=found.seconds + (around or 0.0))
+
+    def tile(self, kind: str, work: Work) -> Any:
+        return self.backend.tile(kind, self._work(work))
+
+    def fprop(
+        self, work: Work, tile: Any, x: Tensor, values: Tensor, tables: IndexTables, bias: Tensor | None
+    ) -> Tensor:
+        return self._out(self.backend.fprop(self._work(work), tile, self._in(x), values, tables, bias))
+
+    def fprop_then(
+        self, work: Work, tile: Any, x: Tensor, values: Tensor, tables: IndexTables, bias: Tensor | None,
+        residual: Tensor | None, relu: bool,
+    ) -> Tensor:  # fmt: skip
+        residual = None if residual is None else self._in(residual)
+        args = self._work(work), tile, self._in(x), values, tables, bias, residual, relu
+        return self._out(self.backend.fprop_then(*args))
+
+    def dgrad(
+        self, work: Work, tile: Any, dy: Tensor, values: Tensor, tables: IndexTables, memory_format: str
+    ) -> Tensor:
+        return self._out(self.backend.dgrad(self._work(work), tile, self._in(dy), values, tables, self.inner))
+
+    def wgrad(self, work: Work, tile: Any, x: Tensor, dy: Tensor, tables: IndexTables) -> Tensor:
+        return self.backend.wgrad(self._work(work), tile, self._in(x), self._in(dy), tables)
+
+    def gradients(
+        self, work: Work, tiles: tuple[Any, Any], x: Tensor, dy: Tensor, values: Tensor, tables: IndexTables,
+        memory_format: str,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        inner = self._work(work), tiles, self._in(x), self._in(dy), values, tables, self.inner
+        dx, dvalues = self.backend.gradients(*inner)
+        return self._out(dx), dvalues

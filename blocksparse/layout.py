@@ -53,11 +53,18 @@ def _grows(shape: Sequence[int], strides: Sequence[int], order: Sequence[int], d
     return True
 
 
+def _steps(shape: Sequence[int]) -> tuple[int, ...]:
+    """Strides of batch_last. Made with these a tensor is no view, which a custom Function must not return."""
+    n, _, h, w = (size if size != 0 else 1 for size in shape)
+    return 1, h * w * n, w * n, n
+
+
 def laid_out(t: Tensor, memory_format: str) -> Tensor:
     """t [N, C, H, W] dense in this format: itself where it is so already, else a copy."""
     if memory_format == BATCH_LAST:
-        inside_out = t.permute(1, 2, 3, 0)
-        return t if inside_out.is_contiguous() else inside_out.contiguous().permute(3, 0, 1, 2)
+        if t.permute(1, 2, 3, 0).is_contiguous():
+            return t
+        return t.new_empty_strided(t.shape, _steps(t.shape)).copy_(t)
     return t.contiguous(memory_format=format_of(memory_format == CHANNELS_LAST))
 
 
@@ -84,8 +91,7 @@ def new(shape: Sequence[int], like: Tensor, memory_format: str, dtype: torch.dty
     """An uninitialised tensor on the device of `like`, and of its dtype if none is given."""
     dtype = dtype or like.dtype
     if memory_format == BATCH_LAST:
-        n, c, h, w = shape
-        return torch.empty((c, h, w, n), dtype=dtype, device=like.device).permute(3, 0, 1, 2)
+        return torch.empty_strided(tuple(shape), _steps(shape), dtype=dtype, device=like.device)
     return torch.empty(
         tuple(shape), dtype=dtype, device=like.device, memory_format=format_of(memory_format == CHANNELS_LAST)
     )

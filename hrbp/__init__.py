@@ -22,6 +22,7 @@ from .structures.registry import STRUCTURES, choose, make_mask
 from .structures.regrouping import regroup
 from .surgery.conversion import densify, release, sparsify, to_semi_structured
 from .surgery.fusion import fuse
+from .surgery.innermost import to_batch_last
 from .surgery.prune import from_prune
 from .training.run import train
 from .training.settings import Settings
@@ -51,6 +52,7 @@ __all__ = [
     "save",
     "sparsify",
     "summary",
+    "to_batch_last",
     "to_semi_structured",
     "train",
 ]

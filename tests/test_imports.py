@@ -137,7 +137,8 @@ ROOMS: dict[str, list[str]] = {
         "registry",
     ],
     "layers": [
-        "twin", "dense_conv", "semi_structured", "stored", "record", "gradients", "in_groups", "master", "view",
+        "twin", "batch_last", "dense_conv", "semi_structured", "stored", "record", "gradients", "in_groups", "master",
+        "view",
         "fused",
     ],
     "methods": [
@@ -146,7 +147,7 @@ ROOMS: dict[str, list[str]] = {
     ],
     "surgery": [
         "carry", "dataflow", "fresh", "candidates", "decision", "conversion", "prune", "folding", "symbols",
-        "fusion",
+        "fusion", "innermost",
     ],
     "formats": ["packed", "sealed", "weights", "pretrained", "model", "onnx_file"],
     "data": ["sets", "batches", "cifar", "digits", "folders", "generated", "loading"],

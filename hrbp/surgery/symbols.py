@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Node, Proxy, Tracer
 
+from ..layers.batch_last import FORMS, BatchLastPointwise
 from ..layers.view import KINDS
 from .carry import HOOKS, STATE_HOOKS
 from .dataflow import _stand_in, quiet
@@ -115,7 +116,7 @@ class _Follower(Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return (
             module_qualified_name in self.whole
-            or isinstance(m, (*KINDS, torch.jit.ScriptModule))
+            or isinstance(m, (*KINDS, *FORMS.values(), BatchLastPointwise, torch.jit.ScriptModule))
             or super().is_leaf_module(m, module_qualified_name)
         )
 

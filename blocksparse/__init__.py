@@ -17,6 +17,7 @@ from .geometry import ConvGeometry, bank_shape
 from .indexed import IndexedModule
 from .layout import memory_format_of, to_batch_last
 from .modules import BSRConv2d, BSRLinear, image_conv, symmetric_padding
+from .norm import batch_norm
 from .pattern import BSRPattern
 from .plan import ConvPlan, available_backends, explain
 from .version import __version__
@@ -34,6 +35,7 @@ __all__ = [
     "__version__",
     "available_backends",
     "bank_shape",
+    "batch_norm",
     "conv1d",
     "conv2d",
     "conv2d_dgrad",

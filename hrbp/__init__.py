@@ -24,6 +24,7 @@ from .surgery.conversion import densify, release, sparsify, to_semi_structured
 from .surgery.fusion import fuse
 from .surgery.innermost import to_batch_last
 from .surgery.prune import from_prune
+from .surgery.training_fusion import fuse_training
 from .training.run import train
 from .training.settings import Settings
 from .training.trainer import Trainer
@@ -43,6 +44,7 @@ __all__ = [
     "export_onnx",
     "from_prune",
     "fuse",
+    "fuse_training",
     "load",
     "make_mask",
     "models",

@@ -1,6 +1,8 @@
-"""Where the property suites run: every backend on every device that it takes, by the library's own answer."""
+"""Where the property suites run: every backend on every device that it takes, by the library's own answer; threads."""
 
 from __future__ import annotations
+
+from contextlib import contextmanager
 
 import torch
 
@@ -23,3 +25,13 @@ RUNNERS = [
     (backend, device) for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else []))
     for backend in bs.available_backends() if _runs(backend, device)
 ]  # fmt: skip
+
+
+@contextmanager
+def pytorch_threads(count: int):
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

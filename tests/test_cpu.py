@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,19 +15,10 @@ import blocksparse as bs
 import processes
 from blocksparse import plan
 from blocksparse.kernels import cpu, cpu_build
+from runners import pytorch_threads
 from strategies import Case, cases
 
 ROOT = Path(__file__).parent.parent
-
-
-@contextmanager
-def pytorch_threads(count: int):
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def results(case: Case, threads: int) -> list[torch.Tensor]:

@@ -34,6 +34,7 @@ ALLOWED = {
     "kernels/aten_conv": {"geometry", "layout"},
     "kernels/cpu_build": set(),
     "kernels/cpu": {"geometry", "index", "layout", "kernels/cpu_build"},
+    "kernels/cpu_norm": {"layout", "kernels/cpu", "kernels/cpu_build"},
     "kernels/torch_conv": {"geometry", "groups", "index", "layout", "kernels/aten_conv", "kernels/triton_bank"},
     "kernels/triton_gather": set(),
     "kernels/triton_kernels": {"kernels/triton_gather"},
@@ -111,6 +112,7 @@ ALLOWED = {
     "version": set(),
     "bsr_module": {"carry", "dense_view", "geometry", "indexed", "pattern", "pattern_checks"},
     "bsr_conv": {"bsr_module", "carry", "geometry", "pattern"},
+    "norm": {"derivatives", "kernels/cpu_norm", "layout"},
     "modules": {"bsr_conv", "bsr_module", "carry", "functional", "geometry", "pattern"},
     "conv1d": {"bsr_conv", "functional", "geometry", "pattern"},
     "__init__": {
@@ -123,6 +125,7 @@ ALLOWED = {
         "indexed",
         "layout",
         "modules",
+        "norm",
         "pattern",
         "plan",
         "version",
@@ -139,7 +142,7 @@ ROOMS: dict[str, list[str]] = {
     "layers": [
         "twin", "batch_last", "dense_conv", "semi_structured", "stored", "record", "gradients", "in_groups", "master",
         "view",
-        "fused",
+        "fused", "fused_norm",
     ],
     "methods": [
         "agreement", "averages", "decay", "dense_grad", "drift", "options", "base", "arriving", "exchanging",
@@ -147,7 +150,7 @@ ROOMS: dict[str, list[str]] = {
     ],
     "surgery": [
         "carry", "dataflow", "fresh", "candidates", "decision", "conversion", "prune", "folding", "symbols",
-        "fusion", "innermost",
+        "network_graph", "fusion", "training_fusion", "innermost",
     ],
     "formats": ["packed", "sealed", "weights", "pretrained", "model", "onnx_file"],
     "data": ["sets", "batches", "cifar", "digits", "folders", "generated", "loading"],

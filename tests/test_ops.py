@@ -114,7 +114,12 @@ def test_only_what_a_gradient_needs_is_kept_alive():
 @pytest.mark.parametrize(
     ("runner", "layout"),
     [
-        pytest.param(r, f, marks=pytest.mark.slow if r == ("triton", "cpu") and f != "channels_last" else [], id=f"{f}-{'-'.join(r)}")
+        pytest.param(
+            r,
+            f,
+            marks=pytest.mark.slow if r == ("triton", "cpu") and f != "channels_last" else [],
+            id=f"{f}-{'-'.join(r)}",
+        )
         for r in RUNNERS
         for f in FORMATS
     ],

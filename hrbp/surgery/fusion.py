@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.fx import Graph, Node
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -22,12 +20,10 @@ from ..wrappers import copied, unwrapped
 from .carry import HOOKS, _ours
 from .conversion import release
 from .folding import NORMS, expect_vectors, folded_weights
-from .symbols import CALL_HOOKS, follow
+from .network_graph import SUMS_IN_PLACE, NetworkGraph, name_of
+from .symbols import follow
 
-RELUS: tuple[Any, ...] = (F.relu, torch.relu, torch.relu_, "relu", "relu_")
-SUMS: tuple[Any, ...] = (operator.add, operator.iadd, torch.add, "add", "add_")
 CONVS = (BSRConv2d, BSRConv1d)  # that add a residual and have a ReLU
-SUMS_IN_PLACE: tuple[Any, ...] = (operator.iadd, "add_")
 
 
 @dataclass
@@ -138,13 +134,12 @@ class _Work:
     relu: bool = False
 
 
-class _Fuser:
+class _Fuser(NetworkGraph):
     """Changes the graph, and puts changed layers into the model, which is a copy."""
 
     def __init__(self, model: nn.Module, graph: Graph, whole: dict[str, str]) -> None:
-        self.model, self.graph, self.whole = model, graph, whole
-        self.fusion = Fusion()
-        self.modules: dict[str, Any] = dict(model.named_modules(remove_duplicate=False))
+        super().__init__(model, graph)
+        self.whole, self.fusion = whole, Fusion()
         self.names = Counter(id(module) for module in self.modules.values())
         self.calls: Counter[int] = Counter()
         self.read = set()  # parameters that the graph reads by themselves
@@ -164,7 +159,7 @@ class _Fuser:
         for take, fits in ((self._norm, self._is_norm), (self._sum, self._is_sum), (self._relu, self._is_relu)):
             for node in list(self.graph.nodes):
                 if fits(node, self._module(node)) and (why := take(node)) is not None:
-                    self.fusion.stayed.append((_name(node), why))
+                    self.fusion.stayed.append((name_of(node), why))
         self.fusion.stayed += self._hidden()
         for work in self.work.values():
             if work.norm is not None or work.residual or work.relu:
@@ -280,14 +275,6 @@ class _Fuser:
             return f"{name}.{main} is no ordinary parameter"
         return self._hooked(node)
 
-    def _hooked(self, node: Node) -> str | None:
-        module = self._module(node)
-        if any(vars(module)[kind] for kind in CALL_HOOKS):
-            return f"{node.target} has a hook"
-        if "forward" in vars(module):
-            return f"the forward of {node.target} was replaced"
-        return None
-
     def _busy(self, work: _Work, node: Node) -> str | None:
         """Why the call of a convolution cannot be given what `node` does."""
         if len(work.node.users) > 1:
@@ -295,48 +282,6 @@ class _Fuser:
         if len(work.node.args) != (2 if work.residual else 1) or work.node.kwargs:
             return f"{work.node.target} is called with other arguments than its input"
         return None
-
-    def _may_write(self, node: Node) -> str | None:
-        """The name of a step that may change a tensor that it did not make; None of those that are known not to."""
-        target = node.target
-        if node.op in ("get_attr", "placeholder") or target is getattr:
-            return None
-        if node.op == "call_module":
-            module = self.modules[str(target)]
-            known = type(module) in NORMS or type(module).__module__.startswith("torch.nn.modules")
-            inside = module.modules() if known else ()
-            if known and not any(getattr(m, "inplace", False) or any(vars(m)[k] for k in CALL_HOOKS) for m in inside):
-                return None
-            return str(target)
-        name = target if isinstance(target, str) else getattr(target, "__name__", "")
-        home = "torch" if isinstance(target, str) else (getattr(target, "__module__", "") or "")
-        pure = home.partition(".")[0] in ("torch", "_operator") and not (
-            name.endswith("_") or name in ("setitem", "delitem") or (home == "_operator" and name.startswith("i"))
-        )
-        if pure and not node.kwargs.get("inplace") and "out" not in node.kwargs:
-            return None
-        return _name(node)
-
-    # ------------------------------------------------------------------ the graph
-
-    def _module(self, node: Node) -> Any:
-        return self.modules[str(node.target)] if node.op == "call_module" else None
-
-    def _is_norm(self, node: Node, module: Any) -> bool:
-        return isinstance(module, _BatchNorm)
-
-    def _is_relu(self, node: Node, module: Any) -> bool:
-        return type(module) is nn.ReLU or (node.op in ("call_function", "call_method") and node.target in RELUS)
-
-    def _is_sum(self, node: Node, module: Any) -> bool:
-        """Of two results, as far as can be seen: neither part is a number or belongs to the model."""
-        summed = node.op in ("call_function", "call_method") and node.target in SUMS
-        parts = [part for part in node.args[:2] if isinstance(part, Node) and part.op != "get_attr"]
-        return summed and len(parts) == 2
-
-    def _replace(self, node: Node, by: Node) -> None:
-        node.replace_all_uses_with(by)
-        self.graph.erase_node(node)
 
     def _hidden(self) -> Iterator[tuple[str, str]]:
         """The norms that the graph does not show, and why."""
@@ -349,14 +294,6 @@ class _Fuser:
                 yield name, f"{home} stays as a whole: {self.whole[home]}"
             else:
                 yield name, "the graph does not call it"
-
-
-def _name(node: Node) -> str:
-    """The name of a graph node in messages."""
-    if node.op == "call_module":
-        return str(node.target)
-    inside = list(node.meta.get("nn_module_stack", {}).values())
-    return f"{node.name} in {inside[-1][0]}" if inside else node.name
 
 
 # ---------------------------------------------------------------------- a layer and what it takes over

@@ -20,13 +20,14 @@
 //
 // One unit of compilation: numbers.h (vectors), call.h (what the caller passes), planes.h (how work is cut), scratch.h,
 // copying.h (planes in, results out), finish.h (residual, ReLU), tiles.h (the innermost loops), lists.h (the index as
-// items), phases.h (a strided dx), and a file for each product. Here are the functions that the library exports.
+// items), phases.h (a strided dx), and a file for each product; norm.h (batch normalisation) stands by itself. Here are the functions that the library exports.
 
 #include <chrono>
 #include <new>
 
 #include "dgrad.h"
 #include "fprop.h"
+#include "norm.h"
 #include "wgrad.h"
 
 namespace {
@@ -96,4 +97,18 @@ extern "C" int bsr_gradients(const Conv* g, const NUMBER* x, const NUMBER* dy, c
                              NUMBER* dx, NUMBER* dvalues) {
     const int failed = bsr_dgrad(g, dy, values, packed, dx);
     return failed ? failed : bsr_wgrad(g, x, dy, packed, dvalues);
+}
+
+extern "C" int bsr_norm_forward(const Norm* g, const NUMBER* x, const NUMBER* residual, const wide<NUMBER>* weight,
+                                const wide<NUMBER>* bias, wide<NUMBER>* running_mean, wide<NUMBER>* running_var,
+                                wide<NUMBER>* mean, wide<NUMBER>* invstd, NUMBER* y) {
+    return guarded(
+        [&] { return norm_forward(*g, x, residual, weight, bias, running_mean, running_var, mean, invstd, y); });
+}
+extern "C" int bsr_norm_backward(const Norm* g, const NUMBER* dy, const NUMBER* x, const NUMBER* y,
+                                 const wide<NUMBER>* weight, const wide<NUMBER>* bias, wide<NUMBER>* mean,
+                                 wide<NUMBER>* invstd, NUMBER* dx, NUMBER* dresidual, wide<NUMBER>* dweight,
+                                 wide<NUMBER>* dbias) {
+    return guarded(
+        [&] { return norm_backward(*g, dy, x, y, weight, bias, mean, invstd, dx, dresidual, dweight, dbias); });
 }

@@ -35,9 +35,9 @@ def batch_norm(
     running = (1 - momentum) * running + momentum * new, with the unbiased variance. Otherwise
     the running ones are used.
 
-    On a CPU each direction reads and writes a tensor once where a channel fits into a cache (contiguous,
-    batch_last), and twice for channels_last; the results are the same bits for any number of threads. Elsewhere, under torch.compile and in
-    transforms PyTorch's own operators run one after the other.
+    On a CPU each direction reads and writes a tensor once where a channel fits into a cache (contiguous, batch_last),
+    and twice for channels_last; the results are the same bits for any number of threads. Elsewhere, under torch.compile
+    and in transforms PyTorch's own operators run one after the other.
 
     Args:
         x: [N, C, H, W], contiguous, channels_last or batch_last, or [N, C]; float16, bfloat16, float32 or float64.

@@ -17,7 +17,13 @@ if why := cpu_norm.absent(torch.float32):
     pytest.skip(why, allow_module_level=True)
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
-FORMATS = [torch.contiguous_format, torch.channels_last]
+FORMATS = ["contiguous", "channels_last", "batch_last"]
+
+
+def laid_out(t: Tensor, layout: str) -> Tensor:
+    if layout == "batch_last":
+        return bs.to_batch_last(t)
+    return t.contiguous(memory_format=getattr(torch, layout if layout == "channels_last" else "contiguous_format"))
 
 
 def plain(x: Tensor, mean, var, weight, bias, training, momentum, eps, residual, relu) -> Tensor:
@@ -48,8 +54,8 @@ def compare(shape, dtype, layout, training, residual, relu, affine, seed=0, trac
         for name, t in tensors.items():
             t = t.to(dtype if t.dim() > 1 else cpu_norm.sums_dtype(dtype)).to(torch.float64 if exact else t.dtype)
             t = t.to(to) if t.dim() > 1 else t.to(cpu_norm.sums_dtype(to))
-            t = t.contiguous(memory_format=layout) if t.dim() == 4 else t
-            given_now[name] = t.clone().requires_grad_()
+            t = laid_out(t, layout) if t.dim() == 4 else t
+            given_now[name] = t.clone().detach().requires_grad_()
         kept = {name: t.to(cpu_norm.sums_dtype(to), copy=True) for name, t in running.items()}
         args = [given_now["x"], kept.get("mean"), kept.get("var"), given_now.get("weight"), given_now.get("bias")]
         args += [training, 0.3, 1e-3]
@@ -58,7 +64,7 @@ def compare(shape, dtype, layout, training, residual, relu, affine, seed=0, trac
         else:
             y = bs.batch_norm(*args, residual=given_now.get("residual"), relu=relu)
             assert (y.dtype, y.shape) == (dtype, shape)
-            assert y.dim() != 4 or y.is_contiguous(memory_format=layout)
+            assert y.stride() == given_now["x"].stride()
         seen = dy.to(dtype).to(to)
         # A number that a ReLU cuts in one and passes in the other for rounding says nothing about the gradients.
         gradients = torch.autograd.grad(y, list(given_now.values()), seen)
@@ -102,7 +108,7 @@ def test_other_dtypes_are_as_exact_as_they_can_be(dtype, layout):
 @pytest.mark.parametrize("residual", [False, True])
 def test_the_relu_passes_gradients_where_its_result_is_positive(layout, residual):
     generator = torch.Generator().manual_seed(1)
-    x, r, dy = (torch.randn(3, 24, 9, 7, generator=generator).contiguous(memory_format=layout) for _ in range(3))
+    x, r, dy = (laid_out(torch.randn(3, 24, 9, 7, generator=generator), layout) for _ in range(3))
     x.requires_grad_(), r.requires_grad_()
     weight, bias = torch.rand(24, generator=generator) + 0.5, torch.randn(24, generator=generator)
     y = bs.batch_norm(x, None, None, weight, bias, True, residual=r if residual else None, relu=True)
@@ -137,7 +143,7 @@ def test_two_axes_slices_and_weights_of_16_bits():
 @pytest.mark.parametrize("layout", FORMATS, ids=str)
 def test_a_large_mean_does_not_swallow_the_variance(layout):
     for shape in ((8, 16, 40, 40), (2, 70, 6, 6)):
-        x = (torch.randn(shape, generator=torch.Generator().manual_seed(0)) + 1000).contiguous(memory_format=layout)
+        x = laid_out(torch.randn(shape, generator=torch.Generator().manual_seed(0)) + 1000, layout)
         var = torch.zeros(shape[1])
         bs.batch_norm(x, torch.zeros(shape[1]), var, training=True, momentum=1.0)
         torch.testing.assert_close(var.double(), x.double().var((0, 2, 3)), rtol=1e-4, atol=0)
@@ -146,7 +152,7 @@ def test_a_large_mean_does_not_swallow_the_variance(layout):
 @pytest.mark.parametrize("layout", FORMATS, ids=str)
 def test_any_number_of_threads_gives_the_same_bits(layout):
     for shape in ((8, 48, 30, 30), (2, 7, 5, 5)):
-        x, r, dy = (torch.randn(shape).contiguous(memory_format=layout) for _ in range(3))
+        x, r, dy = (laid_out(torch.randn(shape), layout) for _ in range(3))
         found = []
         for threads in (1, 2, 3, 7):
             with pytorch_threads(threads):
@@ -159,7 +165,7 @@ def test_any_number_of_threads_gives_the_same_bits(layout):
 
 @pytest.mark.parametrize("layout", FORMATS, ids=str)
 def test_what_is_not_a_number_stays_in_its_channel(layout):
-    x = torch.randn(2, 40, 6, 6).contiguous(memory_format=layout).requires_grad_()
+    x = laid_out(torch.randn(2, 40, 6, 6), layout).requires_grad_()
     with torch.no_grad():
         x[1, 17, 2, 3] = float("nan")
     y = bs.batch_norm(x, None, None, training=True, relu=True)
@@ -170,7 +176,7 @@ def test_what_is_not_a_number_stays_in_its_channel(layout):
 
 
 def test_nothing_but_the_tensor_is_written():
-    for layout in FORMATS:
+    for layout in FORMATS[:2]:
         room = torch.full((3 * 4 * 37 * 45,), float("nan"))
         x = room[4 * 37 * 45 : 2 * 4 * 37 * 45].view(4, 37, 9, 5)
         x.copy_(torch.randn(x.shape))

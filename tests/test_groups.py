@@ -21,6 +21,8 @@ from hrbp.layers.view import sparse_layers
 from hrbp.reports.model_report import report_model
 from hrbp.structures.base import Selection
 from hrbp.structures.registry import structure
+from oracle import assert_close
+from runners import RUNNERS
 
 STRUCTURES = {
     "n:m": {"m": 4}, "block": {"blocksize": (4, 4)}, "1xn": {"n": 4}, "elementwise": {"min_rows": 4},
@@ -105,6 +107,35 @@ def test_products_are_those_of_the_reference(backend, case, data):
     torch.testing.assert_close(dv, bs.reference.wgrad(x, dy, pattern, *conv))
     dense = torch.nn.grad.conv2d_weight(x, weight.shape, dy, *conv, groups)
     torch.testing.assert_close(dv, pattern.values_from_dense(dense))
+
+
+@pytest.mark.parametrize(("backend", "device"), RUNNERS)
+def test_every_backend_reads_the_index_of_groups(backend, device):
+    torch.manual_seed(0)
+    pattern = bs.BSRPattern.random((32, 8, 3, 3), (8, 8), 0.5).grouped(2)
+    values, x = torch.randn((pattern.nnzb, 8, 8)), torch.randn(1, 16, 3, 4).to(memory_format=torch.channels_last)
+    conv = (1, 1, 1)
+    there, v, given = pattern.to(device), values.to(device), x.to(device)
+    y = bs.conv2d(given, v, there, None, *conv, backend=backend)
+    dy = torch.randn(y.shape).to(memory_format=torch.channels_last)
+    weight, turned = there.to_dense(v), dy.to(device)
+    found = {
+        "y": (y, bs.reference.fprop, (x, values), F.conv2d(given, weight, None, *conv, 2)),
+        "dx": (
+            bs.conv2d_dgrad(turned, v, there, x.shape, *conv, backend=backend), bs.reference.dgrad, (dy, values),
+            torch.nn.grad.conv2d_input(x.shape, weight, turned, *conv, 2),
+        ),
+        "dv": (
+            bs.conv2d_wgrad(given, turned, there, *conv, backend=backend), bs.reference.wgrad, (x, dy),
+            there.values_from_dense(torch.nn.grad.conv2d_weight(given, weight.shape, turned, *conv, 2)),
+        ),
+    }  # fmt: skip
+    for what, (ours, reference, pair, own) in found.items():
+        extra = {"y": (None,), "dx": (x.shape,), "dv": ()}[what]
+        exact, largest = (
+            reference(*(p.abs() if positive else p for p in pair), pattern, *extra, *conv) for positive in (False, True)
+        )
+        assert_close(ours.cpu(), exact, own.cpu(), largest, f"{what} of {backend}")
 
 
 def test_the_dense_product_is_that_of_groups_in_plan_cost_and_memory(monkeypatch):

@@ -13,6 +13,7 @@ import struct
 import sys
 import tarfile
 import tracemalloc
+import types
 from pathlib import Path
 
 import numpy as np
@@ -751,3 +752,39 @@ def test_load_refuses(arguments, message):
     name, split, *options = arguments
     with pytest.raises(ValueError, match=message):
         load(name, split, **(options[0] if options else {}))
+
+
+# ---------------------------------------------------------------- scikit-learn's digits
+
+
+def test_digits_are_shared_out_class_by_class_and_never_flipped(monkeypatch):
+    rng = np.random.default_rng(0)
+    found = types.SimpleNamespace(
+        images=rng.integers(0, 17, (200, 8, 8)).astype(np.float64), target=rng.integers(0, 10, 200)
+    )
+    package = types.ModuleType("sklearn")
+    package.datasets = types.ModuleType("sklearn.datasets")
+    package.datasets.load_digits = lambda: found
+    monkeypatch.setitem(sys.modules, "sklearn", package)
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", package.datasets)
+    monkeypatch.setattr("hrbp.data.digits.has_digits", lambda: True)
+    digits = {split: load("Digits", split) for split in ("train", "test")}
+    assert len(digits["train"]) + len(digits["test"]) == 200
+    for label in range(10):
+        of_class = int((found.target == label).sum())
+        assert int((digits["test"].labels == label).sum()) == of_class // 5
+    pixels = {image.tobytes() for image in np.rint(found.images * (255 / 16)).astype(np.uint8)}
+    both = [image.numpy().tobytes() for images in digits.values() for image in images.images[:, 0]]
+    assert len(both) == 200
+    assert set(both) == pixels
+    assert digits["train"].shape == (1, 8, 8)
+    draws = rng.random((200, 5), dtype=np.float32)
+    draws[:, :2] = 0.5  # not moved
+    numbers = np.arange(len(digits["train"]))
+    ((same, _),) = digits["train"].read([(numbers, draws[: len(numbers)])])
+    assert torch.equal(same, digits["train"].images)
+    with pytest.raises(ValueError, match="digits has images of 8x8"):
+        load("digits", "test", image_size=16)
+    monkeypatch.setattr("hrbp.data.digits.has_digits", lambda: False)
+    with pytest.raises(ImportError, match="needs scikit-learn, which is not installed: pip install scikit-learn"):
+        load("digits", "train")

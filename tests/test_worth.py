@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
 import math
@@ -11,6 +12,8 @@ import torch
 
 import studies
 from hrbp import data
+from hrbp.cli import study as study_cli
+from hrbp.cli import worth as worth_cli
 from hrbp.formats.model import load
 from hrbp.layers.view import sparse_layers
 from hrbp.reports.worth_picture import draw_worth
@@ -177,6 +180,61 @@ def test_the_preset_has_every_question_and_every_arm_fits():
     assert kinds >= {"dense", "narrow", "unstructured", "hrbp", "hrbp++", "elementwise", "1xn", "n:m", "block"}
     assert {v.method for v in WORTH} == {"static", "rigl"}
     assert {v.start for v in WORTH} == {"scratch", "dense"}
+
+
+# ---------------------------------------------------------------- the command
+
+
+def command(*args):
+    parser = argparse.ArgumentParser()
+    study_cli.add_study(parser.add_subparsers(required=True))
+    parsed = parser.parse_args(["study", *map(str, args)])
+    parsed.words = ["study", *map(str, args)]
+    return parsed.run(parsed)
+
+
+def test_the_command_says_its_time_first_and_ends_with_the_answer(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(study_cli, "load", lambda name, split, **more: data.load("shapes", split, count=128))
+    args = ("--preset", "worth", "--quick", "--width", 1, "--data", "shapes", "--structures", "dense", "narrow",
+            "block", "--seeds", 0, 1, "--epochs", 1, "--device", "cpu", "--out", tmp_path / "w", "--html")  # fmt: skip
+    assert command(*args) == 0
+    out = capsys.readouterr().out
+    expected, first, end = (out.index(words) for words in ("expected: ", "[1/6, ", "above narrow of equal"))
+    assert expected < first < end
+    assert "[6/6, " in out
+    assert "best so far block 90% " in out
+    assert "paired by seed" in out
+    assert {file.name for file in (tmp_path / "w").iterdir()} == {"worth.png", "study.html", "resnet8-x1-shapes"}
+    assert "At equal parameters, resnet8 x 1 on shapes" in (tmp_path / "w" / "study.html").read_text()
+    assert command(*args) == 0
+    assert "expected: 0 s" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (("--quick",), "--quick is of --preset worth"),
+        (("--full", "--preset", "regularity"), "--full is of --preset worth"),
+        (("--width", "1", "2"), "--preset quick takes one --width"),
+        (("--preset", "worth", "--quick", "--full"), "two sizes of the study; take one"),
+        (("--preset", "regularity", "--retime"), "--retime is not of --preset regularity"),
+        (("--preset", "worth", "--retrain", "2"), "--retrain is of --preset regularity"),
+    ],
+)
+def test_options_of_another_preset_are_refused(args, said):
+    with pytest.raises(ValueError, match=said):
+        command(*args)
+
+
+def test_without_scikit_learn_the_digits_are_left_out_and_that_is_said(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("hrbp.cli.worth.has_digits", lambda: False)
+    args = argparse.Namespace(full=True, root=tmp_path)
+    assert worth_cli._sets(args) == ["shapes"]
+    told = capsys.readouterr().out
+    assert "left out: digits, as scikit-learn is not installed" in told
+    assert f"left out: cifar10, as it is not in {tmp_path}" in told
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    assert worth_cli._sets(args) == ["shapes", "cifar10"]
 
 
 # ---------------------------------------------------------------- what is said

@@ -183,7 +183,7 @@ WORTH = (
     Variant("hrbp++", "rigl", options=COVER),
     Variant("block", "rigl"),
     Variant("unstructured", start="dense"),
-    Variant("hrbp++", options={**COVER, "balanced": True}, start="dense"),
+    Variant("hrbp++", options=COVER, start="dense"),
     Variant("block", start="dense"),
 )
 

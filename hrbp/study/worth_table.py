@@ -27,7 +27,7 @@ def where(results: Results) -> str:
 
 def shown_name(structure: str) -> str:
     """An arm as tables and figures name it: t for the number of groups, without what goes along with it."""
-    return re.sub(r" (min_rows|balanced)=\S+", "", structure).replace("groups=", "t=")
+    return re.sub(r" min_rows=\S+", "", structure).replace("groups=", "t=")
 
 
 def is_sparse(row: Mapping[str, Any]) -> bool:

@@ -117,6 +117,8 @@ INLINE void copy_pixels(const From* from, int64_t from_step, To* to, int64_t to_
                         Copy copy) {
     if (from_step == images && to_step == images) return copy(from, to, images * count);
     for (int64_t j = 0; j < count; j++) {
+        __builtin_prefetch(from + (j + 16) * from_step);
+        if constexpr (!PAD) __builtin_prefetch(to + (j + 16) * to_step, 1);
         copy(from + j * from_step, to + j * to_step, images);
         if constexpr (PAD) zero(to + j * to_step + images, to_step - images);
     }

@@ -138,12 +138,15 @@ int dgrad(const Conv& g, const T* dy, const T* values, const Index& index, T* dx
                 if (dy_rows > 0) {
                     fill<T, A>(dy, g.y_strides, g.p, whole_rows, whole_columns, first, dy_rows, u, lay, dy_plane, 0, 0,
                                g.k, index.order ? place : nullptr, planes);
-                    const int64_t run = lay.run(dy_rows, u.images, g.q);
-                    for (int64_t b = 0; b < rows; b++) {
-                        const int64_t at = starts[part * rows + b];
-                        scatter_row(results, items + at, weights + at * g.bk, starts[part * rows + b + 1] - at, g.bk,
-                                    planes + b * g.bk * dy_plane, dy_plane, run, false);
-                    }
+                    lay.windows(Unit{u.image, u.images, first, dy_rows}, [&](const Unit& some, int64_t start) {
+                        const int64_t run = lay.run(some.rows, some.images, g.q);
+                        for (int64_t b = 0; b < rows; b++) {
+                            const int64_t at = starts[part * rows + b];
+                            scatter_row(results + start, items + at, weights + at * g.bk,
+                                        starts[part * rows + b + 1] - at, g.bk, planes + b * g.bk * dy_plane + start,
+                                        dy_plane, run, false);
+                        }
+                    });
                 }
                 // Row i of the planes is row first + i: where the unit's rows begin.
                 write_phases<T, A>(g, lay, results + (top + u.row - first) * lay.images * lay.pitch, lay.plane, channels,
@@ -156,20 +159,22 @@ int dgrad(const Conv& g, const T* dy, const T* values, const Index& index, T* dx
             else
                 fill<T, A>(dy, g.y_strides, g.p, whole_rows, whole_columns, top + u.row - reach, u.rows + reach, u, lay,
                            dy_plane, horizontal.reach * lay.pixel_step, 0, g.k, nullptr, planes);
-            const int64_t run = lay.run(u.rows, u.images, right - left);
-            for (int64_t block = b0; block < b1; block++) {
-                A* const out = direct ? (A*)dx + u.image * g.x_strides[0] + block * g.bc * g.x_strides[1] +
-                                            u.row * g.x_strides[2]
-                                      : results + (across ? (block - b0) * g.bc * lay.phases * channel : 0);
-                for (int64_t phase = 0; phase < lay.phases; phase++) {
-                    const int64_t at = starts[block * lay.phases + phase];
-                    gather_row(from, items + at, weights + at * g.bc, starts[block * lay.phases + phase + 1] - at, g.bc,
-                               zeros, out + phase * channel, direct ? g.x_strides[1] : lay.phases * channel, run,
-                               in_place);
+            lay.windows(u, [&](const Unit& some, int64_t start) {
+                const int64_t run = lay.run(some.rows, some.images, right - left);
+                for (int64_t block = b0; block < b1; block++) {
+                    A* const out = direct ? (A*)dx + some.image * g.x_strides[0] + block * g.bc * g.x_strides[1] +
+                                                some.row * g.x_strides[2]
+                                          : results + (across ? (block - b0) * g.bc * lay.phases * channel : 0);
+                    for (int64_t phase = 0; phase < lay.phases; phase++) {
+                        const int64_t at = starts[block * lay.phases + phase];
+                        gather_row(from + start, items + at, weights + at * g.bc,
+                                   starts[block * lay.phases + phase + 1] - at, g.bc, zeros, out + phase * channel,
+                                   direct ? g.x_strides[1] : lay.phases * channel, run, in_place);
+                    }
+                    if (!direct && !across)
+                        write_phases<T, A>(g, lay, out, channel, g.bc, block * g.bc, top + some.row, some, left, dx);
                 }
-                if (!direct && !across)
-                    write_phases<T, A>(g, lay, out, channel, g.bc, block * g.bc, top + u.row, u, left, dx);
-            }
+            });
             if (!direct && across)
                 write_phases<T, A>(g, lay, results, channel, channels, c0, top + u.row, u, left, dx);
         }

@@ -59,18 +59,19 @@ int fprop(const Conv& g, const T* x, const T* values, const T* bias, const Epilo
             else
                 fill<T, A>(x, g.x_strides, g.h, lay.vertical, lay.horizontal, u.row, u.rows + lay.vertical.reach, u, lay,
                            lay.plane, 0, 0, g.c, nullptr, planes);
-            const int64_t run = lay.run(u.rows, u.images, g.q);
-            for (int64_t b = b0; b < b1; b++) {
-                const int64_t first = b * g.bk, item = index.indptr[b] * g.bc, n = index.indptr[b + 1] * g.bc - item;
-                A* const out = direct ? (A*)y + u.image * g.y_strides[0] + first * g.y_strides[1] +
-                                            u.row * g.y_strides[2]
-                                      : results + (across ? (b - b0) * g.bk * channel : 0);
-                gather_row(from, items + item, weights + item * g.bk, n, g.bk, start + first, out,
-                           direct ? g.y_strides[1] : channel, run, in_place);
-                if (!direct && !across)
-                    write(out, channel, g.bk, first, index.order, u, lay, g.q, y, g.y_strides);
-                if (!across) finish(y, last, g.y_strides, u, g.q, first, g.bk, index.order);
-            }
+            lay.windows(u, [&](const Unit& some, int64_t at) {
+                const int64_t run = lay.run(some.rows, some.images, g.q);
+                for (int64_t b = b0; b < b1; b++) {
+                    const int64_t first = b * g.bk, item = index.indptr[b] * g.bc, n = index.indptr[b + 1] * g.bc - item;
+                    A* const out = direct ? (A*)y + some.image * g.y_strides[0] + first * g.y_strides[1] +
+                                                some.row * g.y_strides[2]
+                                          : results + (across ? (b - b0) * g.bk * channel : 0);
+                    gather_row(from + at, items + item, weights + item * g.bk, n, g.bk, start + first, out,
+                               direct ? g.y_strides[1] : channel, run, in_place);
+                    if (!direct && !across) write(out, channel, g.bk, first, index.order, some, lay, g.q, y, g.y_strides);
+                    if (!across) finish(y, last, g.y_strides, some, g.q, first, g.bk, index.order);
+                }
+            });
             if (across) {
                 write(results, channel, (b1 - b0) * g.bk, b0 * g.bk, index.order, u, lay, g.q, y,
                       g.y_strides);

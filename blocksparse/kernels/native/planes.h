@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 #include <vector>
 
 #include "call.h"
@@ -47,8 +48,10 @@ struct Layout {
     int64_t phases, plane, channel;  // x: a plane, the planes of a channel
     int64_t out_rows;                // rows of outputs that are cut into units
     int64_t image_step, pixel_step;  // within a row of a plane: images side by side, or innermost
+    int64_t together;                // rows of a unit that all block-rows take before the next ones
 
     static constexpr int64_t BUDGET = 1 << 20;    // bytes of planes and results of a unit: they stay in a core's cache
+    static constexpr int64_t FAR = 4;             // that the next cache holds of these
     static constexpr int64_t RUN = 448;           // pixels of a run that are enough
 
     bool in_place;                   // the tensors are planes as they stand
@@ -65,7 +68,7 @@ struct Layout {
         const int64_t image = row * out_rows + item * pitch * g.c * phases * vertical.reach;
         const int64_t enough = in_place ? 1 : (RUN + pitch * out_rows - 1) / (pitch * out_rows);
         images = std::max<int64_t>(1, std::min({g.n, budget / image, enough}));
-        if (batch_last) {  // in place all of them; else whole vectors: pieces of one are copied at a quarter of the speed
+        if (batch_last) {  // in place all of them; else whole vectors: to copy pieces of one takes four times as long
             const int64_t some = std::max(lanes, budget / image / lanes * lanes);
             images = in_place ? g.n : std::min(g.n, some);
         } else {
@@ -74,12 +77,15 @@ struct Layout {
         image_step = batch_last ? 1 : pitch;
         pixel_step = batch_last ? images : 1;
         units_per_image = 1;
-        const int64_t together = batch_last ? images : 1;
-        if (image * together > budget) {
-            const int64_t least = (RUN / 2 + pitch * together - 1) / (pitch * together);
-            const int64_t fit = std::max(budget / (row * together) - vertical.reach, least);
+        // Rows of batch_last are long. A unit holds more than the cache of a core, of which a window of rows at a time.
+        const int64_t side = batch_last ? images : 1, room = batch_last && !in_place ? FAR * budget : budget;
+        const int64_t least = (RUN / 2 + pitch * side - 1) / (pitch * side);
+        if (image * side > room) {
+            const int64_t fit = std::max(room / (row * side) - vertical.reach, least);
             units_per_image = (out_rows + fit - 1) / fit;
         }
+        const bool windowed = batch_last && !in_place;
+        together = windowed ? std::max(budget / (row * side) - vertical.reach, least) : std::numeric_limits<int64_t>::max();
         rows = (out_rows + units_per_image - 1) / units_per_image;
         units = (g.n + images - 1) / images * units_per_image;
         plane = plane_of(rows + vertical.reach, lanes);
@@ -98,6 +104,11 @@ struct Layout {
         const int64_t j = batch_last ? i / chunks : i % units_per_image;
         const int64_t row = out_rows * j / units_per_image, end = out_rows * (j + 1) / units_per_image;
         return {image, std::min(images, n - image), row, end - row};
+    }
+    // Calls body(rows of the unit, how far into its planes they begin) for rows that stay in a core's cache together.
+    template <class Body> void windows(const Unit& u, Body body) const {
+        for (int64_t row = 0; row < u.rows; row += together)
+            body(Unit{u.image, u.images, u.row + row, std::min(together, u.rows - row)}, row * images * pitch);
     }
     int64_t run(int64_t of_rows, int64_t of_images, int64_t width) const {
         return (of_rows - 1) * images * pitch + (of_images - 1) * image_step + (width - 1) * pixel_step + 1;

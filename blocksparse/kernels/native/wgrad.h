@@ -74,12 +74,14 @@ int wgrad(const Conv& g, const T* x, const T* dy, const Index& index, T* dvalues
                         fill<T, A>(dy, g.y_strides, g.p, whole_rows, whole_columns, u.row, u.rows, u, lay, dy_plane, 0,
                                    b0 * g.bk, b1 * g.bk, nullptr, dy_planes + b0 * g.bk * dy_plane);
                 }
-                const int64_t run = lay.run(u.rows, u.images, g.q);
-                for (int64_t b = b0; b < b1; b++) {
-                    const int64_t at = index.indptr[b] * g.bc;
-                    dot_row(from, items + at, index.indptr[b + 1] * g.bc - at, other + b * g.bk * dy_plane, dy_plane,
-                            g.bk, sum + at * g.bk, run, in_place);
-                }
+                lay.windows(u, [&](const Unit& some, int64_t start) {
+                    const int64_t run = lay.run(some.rows, some.images, g.q);
+                    for (int64_t b = b0; b < b1; b++) {
+                        const int64_t at = index.indptr[b] * g.bc;
+                        dot_row(from + start, items + at, index.indptr[b + 1] * g.bc - at,
+                                other + start + b * g.bk * dy_plane, dy_plane, g.bk, sum + at * g.bk, run, in_place);
+                    }
+                });
             }
         }
 #pragma omp for schedule(static)

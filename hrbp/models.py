@@ -27,13 +27,13 @@ def build(name: str, *, classes: int, width: float = 1.0, image_size: int = 32, 
     | name                         | first layer                                     | source                     |
     |------------------------------|-------------------------------------------------|----------------------------|
     | resnet8, 14, 20, 32, 44, 56  | 3x3; stages of 16, 32, 64 filters, basic blocks | He et al. 2016, sec. 4.2   |
-    | resnet18, resnet50           | 7x7 stride 2 and pooling; 3x3 on small images   | He et al. 2016, sec. 4.1   |
+    | resnet18, resnet34, resnet50 | 7x7 stride 2 and pooling; 3x3 on small images   | He et al. 2016, sec. 4.1   |
     | vgg19                        | 3x3; batch norm, one classifier layer           | Wang et al. 2020 (GraSP)   |
     | mobilenetv1                  | 3x3 stride 2; stride 1 on small images          | Howard et al. 2017         |
     | mobilenetv2                  | 3x3 stride 2; stride 1 on small images          | Sandler et al. 2018        |
 
     'ResNet-32' and 'WRN-32-2' of the HRBP paper are resnet32 with width 2. Where a residual block changes shape a 1x1
-    convolution projects. Small images are those of up to 64 pixels. resnet18, resnet50 and mobilenetv2 at width 1 have
+    convolution projects. Small images are those of up to 64 pixels. resnet18, 34, 50 and mobilenetv2 at width 1 have
     the state_dict names and shapes of torchvision. Only nn.Conv2d, nn.BatchNorm2d and nn.Linear hold parameters.
 
     Args:
@@ -387,6 +387,7 @@ def _separable_blocks() -> Iterator[tuple[int, int]]:
 NETWORKS: dict[str, tuple[type[nn.Module], tuple]] = {
     **{f"resnet{6 * n + 2}": (ResNet, (BasicBlock, 16, (n, n, n))) for n in (1, 2, 3, 5, 7, 9)},
     "resnet18": (ResNet, (BasicBlock, 64, (2, 2, 2, 2))),
+    "resnet34": (ResNet, (BasicBlock, 64, (3, 4, 6, 3))),
     "resnet50": (ResNet, (Bottleneck, 64, (3, 4, 6, 3))),
     "vgg19": (VGG, (((64, 2), (128, 2), (256, 4), (512, 4), (512, 4)),)),
     "mobilenetv1": (MobileNetV1, (tuple(_separable_blocks()),)),

@@ -52,6 +52,7 @@ def output_sizes(model: nn.Module, size: int, channels: int = 3) -> list[tuple]:
         ("resnet32", 2, 10, 32, 1_860_522),  # GraSP, HRBP: 1.86 M
         ("vgg19", 1, 10, 32, 20_035_018),  # GraSP: 20.04 M
         ("resnet18", 1, 1000, 224, 11_689_512),  # torchvision
+        ("resnet34", 1, 1000, 224, 21_797_672),  # torchvision
         ("resnet50", 1, 1000, 224, 25_557_032),  # torchvision
         ("mobilenetv1", 1, 1000, 224, 4_231_976),  # Howard et al.: 4.2 M
         ("mobilenetv2", 1, 1000, 224, 3_504_872),  # torchvision; Sandler et al.: 3.4 M

@@ -100,7 +100,7 @@ MISTAKES = [
     ((*TRAIN, "--option", "groups=0"), "groups is 0; it needs a positive integer"),
     ((*TRAIN, "--option", "groups"), "'groups' is no NAME=VALUE"),
     ((*TRAIN, "--option", "=1"), "'=1' is no NAME=VALUE"),
-    ((*TRAIN, "--option", "method=paper"), "--option method: groups are always chosen by 'assign' here"),
+    ((*TRAIN, "--option", "method=paper"), "--option method: it is rule here"),
     ((*TRAIN, "--option", "seed=5"), "no option seed"),
     ((*TRAIN, "--option", "batch=1"), "no option batch"),
     ((*TRAIN, "--option", "include=conv"), "no option include"),

@@ -10,17 +10,23 @@ import statistics
 from pathlib import Path
 
 import pytest
+import torch
 
+import hrbp
 import studies
 from hrbp import data
 from hrbp.cli import study as study_cli
 from hrbp.formats.model import load
+from hrbp.layers.record import record_of
+from hrbp.layers.view import sparse_layers
+from hrbp.methods.registry import METHODS
 from hrbp.reports.study_picture import draw_study
 from hrbp.study import study
 from hrbp.study.folder import read
 from hrbp.study.study import Study
 from hrbp.study.study_table import rows, sentences, table
-from hrbp.study.variants import PRESETS, PUBLISHED, TABLE_1, Variant
+from hrbp.study.variants import PRESETS, PUBLISHED, Variant
+from hrbp.surgery.decision import structure_for
 
 ROOT = Path(__file__).parent.parent
 VARIANTS = (
@@ -290,13 +296,17 @@ def test_published_numbers_stand_beside_the_same_training_alone(whole):
 
 
 def test_the_paper_has_a_number_for_every_line_of_its_table():
-    for published in PUBLISHED.values():
-        for variant in TABLE_1:
+    for (model, _), published in PUBLISHED.items():
+        for variant in PRESETS["paper"].variants if model != "resnet50" else ():
             if variant.structure != "narrow":
                 assert set(published[variant.name]) == ({0.0} if variant.structure == "dense" else {0.9, 0.95})
     assert PUBLISHED["resnet32", "cifar10"]["hrbp++"] == {0.9: (92.30, 1.4), 0.95: (90.84, 1.6)}
     assert PUBLISHED["resnet32", "cifar10"]["hrbp++ tap_density=1/9"] == {0.9: (92.65, None), 0.95: (91.3, None)}
     assert PUBLISHED["vgg19", "cifar100"]["hrbp++ hrbp"][0.95] == (68.04, None)
+    assert PUBLISHED["vgg19", "cifar100"]["hrbp++ paper hrbp"][0.95] == (68.04, None)
+    names = {variant.name for variant in PRESETS["imagenet"].variants}
+    assert set(PUBLISHED["resnet50", "imagenet"]) <= names
+    assert PUBLISHED["resnet50", "imagenet"]["hrbp++ paper"][0.8] == (70.90, 1.26)
     assert PUBLISHED["vgg19", "cifar10"]["unstructured grasp"][0.9] == (93.30, None)
 
 
@@ -373,9 +383,30 @@ def test_the_papers_study_says_where_cifar_goes(tmp_path):
     assert not (tmp_path / "s").exists()
 
 
-@pytest.mark.parametrize(("model", "data_set", "lines"), [("resnet32", "cifar10", 16), ("vgg19", "cifar100", 11)])
+@pytest.mark.parametrize(("model", "data_set", "lines"), [("resnet32", "cifar10", 18), ("vgg19", "cifar100", 13)])
 def test_the_papers_study_is_its_table(model, data_set, lines):
     args = argparse.Namespace(preset="paper", structures=None, methods=None)
     chosen = study_cli._variants(args, PRESETS["paper"], model, data_set)
     assert len({variant.name for variant in chosen}) == lines
     assert {variant.refuses() for variant in chosen} == {None}
+
+
+def test_the_papers_groups_are_as_printed():
+    """8 groups of 8 filters or more by Algorithm 1, wherever filters have to go for that, and unread channels."""
+    torch.manual_seed(0)
+    (variant,) = (v for v in PRESETS["paper"].variants if v.name == "hrbp++ paper")
+    model = hrbp.models.build("resnet8", classes=4, width=4)
+    hrbp.sparsify(model, 0.9, structure=variant.structure, **variant.options)
+    layer = sparse_layers(model)["layer1.0.conv1"]
+    rule = record_of(model).structure
+    made = rule.grouping(layer.mask(), layer.row_order())
+    assert (rule.method, made.groups, layer.row_order() is None, rule.balanced) == ("paper", 8, False, False)
+    with pytest.raises(ValueError, match="method of structure 'hrbp' is given as rule="):
+        structure_for(None, "hrbp", {"method": "paper"})
+
+
+def test_the_study_of_subp_is_that_of_its_released_code():
+    preset = PRESETS["subp"]
+    assert [v.name for v in preset.variants] == ["dense", "1xn n=16 subp", "1xn n=32 subp"]
+    made = METHODS["subp"](**preset.training["evolve_options"])
+    assert (made.begin * 250, made.until * 250, made.ranks) == (10, 180, "live")

@@ -10,8 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chi2
-from torch import Tensor
+from torch import Tensor, nn
 
+import hrbp
+from hrbp.layers.view import sparse_layers
 from hrbp.methods.subp import PACES, block_scores, counts, kept_blocks, pruned_share, regrown
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -40,8 +42,8 @@ def slow_scores(weight: Tensor, n: int, score: str, alpha: float) -> list[list[f
     for first in range(0, len(weight), n):
         blocks = [[float(x) for x in weight[first : first + n, i].flatten()] for i in range(weight.shape[1])]
         l1 = [math.fsum(map(abs, b)) for b in blocks]
-        if score == "l1":
-            result.append(l1)
+        if score in ("l1", "l2"):
+            result.append(l1 if score == "l1" else [math.sqrt(math.fsum(x * x for x in b)) for b in blocks])
             continue
 
         def cosine(a: list[float], b: list[float]) -> float:
@@ -61,7 +63,7 @@ def slow_scores(weight: Tensor, n: int, score: str, alpha: float) -> list[list[f
 
 
 @settings(max_examples=60)
-@given(weights(), st.sampled_from(["l1", "bpar"]), st.sampled_from([0.0, 0.5, 1.0, 3.0]), SEEDS)
+@given(weights(), st.sampled_from(["l1", "l2", "bpar"]), st.sampled_from([0.0, 0.5, 1.0, 3.0]), SEEDS)
 def test_scores_are_those_of_the_definition(drawn, score, alpha, seed):
     weight, n = drawn
     order = torch.randperm(len(weight), generator=torch.Generator().manual_seed(seed))
@@ -209,7 +211,7 @@ def test_refusals():
     for call, message in [
         (lambda: block_scores(weight, 3), r"block_scores\(\): n is 3; it needs a divisor of K = 8"),
         (lambda: block_scores(weight, 0), "n is 0"),
-        (lambda: block_scores(weight, 4, "best"), "score is 'best'; it needs one of bpar, l1"),
+        (lambda: block_scores(weight, 4, "best"), "score is 'best'; it needs one of bpar, l1, l2"),
         (lambda: block_scores(weight.int(), 4), r"weight is \(8, 4, 3, 3\) torch.int32; it needs floats"),
         (lambda: block_scores(weight[0], 4), r"weight is \(4, 3, 3\)"),
         (lambda: block_scores(weight * math.nan, 4), "weight holds NaN or infinity"),
@@ -221,3 +223,20 @@ def test_refusals():
     ]:
         with pytest.raises(ValueError, match=message):
             call()
+
+
+@pytest.mark.parametrize("ranks", ["all", "live"])
+def test_what_is_out_returns_by_the_draw_alone_where_live_weights_are_ranked(ranks):
+    """The largest weights come to lie in blocks that are out: ranked by all weights these return, by live ones not."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 2, 1))
+    hrbp.sparsify(net, 0.5, structure="1xn", n=8, method="subp")
+    optimizer, layer = torch.optim.SGD(net.parameters(), 0.0), sparse_layers(net)["1"]
+    first, last = [False] * 4 + [True] * 4, [True] * 4 + [False] * 4
+    for sizes, kept in ((range(1, 9), first), (range(8, 0, -1), last if ranks == "all" else first)):
+        with torch.no_grad():
+            layer.parameter.copy_(torch.tensor(sizes).view(1, 8, 1, 1).expand(8, 8, 1, 1))
+        # Its one update is the last: nothing is drawn.
+        options = {"every": 1, "until": 0.5, "score": "l1", "ranks": ranks}
+        assert hrbp.Evolver(net, optimizer, "subp", total_steps=2, **options).step() is not None
+        assert layer.mask()[0, :, 0, 0].tolist() == kept

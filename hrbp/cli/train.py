@@ -30,8 +30,8 @@ from ..reports.model_summary import summary
 from ..saliencies import SALIENCIES
 from ..structures.registry import STRUCTURES
 from ..structures.registry import listed as listed_structures
-from ..structures.registry import structure as make_structure
 from ..surgery.conversion import sparsify
+from ..surgery.decision import structure_for
 from ..training.result import Diverged
 from ..training.run import train
 from ..training.settings import RATES, SCHEDULES, Settings
@@ -75,7 +75,7 @@ Ctrl-C or SIGTERM saves and stops; a killed process loses what came after its la
 --resume with a larger --epochs lengthens a training, finished or not: from there on the learning rate is that of the
 longer training; masks change when they would have changed in the shorter one.
 
-Structures, with their options (--option groups=16 --option granule=8; groups are always chosen by method=assign):
+Structures, with their options (--option groups=16 --option granule=8; their method is rule here: --option rule=paper):
 
 {structures}
 
@@ -308,9 +308,9 @@ def _structure_options(args: argparse.Namespace) -> dict[str, Any]:
         return {}
     name = "hrbp++" if args.structure == NARROW else args.structure
     if "method" in options:  # sparsify() has one of its own, which --evolve decides
-        raise ValueError("train: --option method: groups are always chosen by 'assign' here; leave it out")
+        raise ValueError("train: --option method: it is rule here (rule=paper); --evolve is the method of the training")
     try:
-        make_structure(name, **options)
+        structure_for(None, name, options)
     except TypeError as error:
         raise ValueError(f"train: --option: {error}") from error
     return options

@@ -7,16 +7,20 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..structures.base import Selection, Structure
+from .options import one_of, option
 from .rigl import RigL
+
+UNITS = ("weight", "kernel")
 
 
 @dataclass(frozen=True)
 class HRBP(RigL):
-    """single weights go and come as in "rigl", then each group chooses its channels and taps anew by counts
+    """weights or kernels of filters go and come as in "rigl", then each group chooses channels and taps by counts
 
-    In every filter the weights of least |weight| go and those of largest |gradient| come, one by one; then each group
-    chooses its channels and taps by counts. Groups only. New weights have to agree on a channel to outnumber an old one
-    there, which is rare: "rigl" moves far more.
+    In every filter the units of least |weight| go and those of largest |gradient| come; then each group chooses its
+    channels and taps by counts. Groups only. The paper does not say what the units are. unit="weight": one by one. New
+    ones have to agree on a channel to outnumber an old one there, which is rare. unit="kernel": of one filter and one
+    input channel, the units of the mask that its groups are made of. "rigl" exchanges whole channels of a group.
 
     Source: Ma et al., HRBP: Hardware-friendly Regrouping towards Block-based Pruning for Sparse CNN Training, CPAL
     2024, section 4.2.
@@ -24,6 +28,8 @@ class HRBP(RigL):
 
     name = "hrbp"
     place = 30
+
+    unit: str = option("weight", f"what a filter exchanges ({', '.join(UNITS)})", one_of(UNITS))
 
     @classmethod
     def refuses(cls, rule: Structure) -> str | None:
@@ -36,4 +42,4 @@ class HRBP(RigL):
     def exchanged(
         self, rule: Structure, mask: Tensor, order: Tensor | None, weight: Tensor, growth: Tensor, share: float
     ) -> Selection:
-        return rule.recount(mask, order, weight, growth, share)
+        return rule.recount(mask, order, weight, growth, share, self.unit)

@@ -24,7 +24,8 @@ from .base import Moment
 from .decay import Decay
 from .options import NOT_NEGATIVE, POSITIVE, SHARE, WHO, Decaying, Seeded, one_of, option
 
-SCORES = ("bpar", "l1")
+SCORES = ("bpar", "l1", "l2")
+RANKS = ("all", "live")  # the paper's text; its released code, which scores weight * mask
 CHUNK_CELLS = 16_000_000  # of the matrices of cosines made at a time
 EXPONENTIAL = 0.05  # rate of the exponential pace, an epoch
 
@@ -60,6 +61,10 @@ class SUBP(Seeded, Decaying, Arriving):
     alpha: float = option(1.0, "of bpar: what angular redundancy counts for", NOT_NEGATIVE)
     tau: float = option(1.0, "temperature of the draw", POSITIVE)  # see `regrown`
     pace: str = option("cubic", f"how the pruned share rises ({', '.join(PACES)})", one_of(PACES))  # see `pruned_share`
+    ranks: str = option(
+        "all", f"which weights the score is of: all, or the live ones, so that what is out returns by the draw alone"
+        f" ({', '.join(RANKS)})", one_of(RANKS),
+    )  # fmt: skip
     begin: float = option(0.0, "share of the training before which every block takes part", SHARE)
 
     def __post_init__(self) -> None:
@@ -90,6 +95,8 @@ class SUBP(Seeded, Decaying, Arriving):
             sparsity, order = now.record.target[name], layer.row_order()
             pruned = sparsity if arrived else pruned_share(epoch, begin, end, sparsity, self.pace)
             weight = layer.parameter.detach().view(layer.shape)
+            if self.ranks == "live":
+                weight = weight * layer.mask()
             scores = block_scores(weight, n, self.score, self.alpha, order)
             kept = kept_blocks(scores, sparsity, pruned, now.generator(self.seed, i), self.tau)
             selections[name] = now.rule(layer).of_rows(kept, layer.shape, order)
@@ -102,6 +109,7 @@ def block_scores(
     """What each 1xN block is worth among those of its row.
 
         l1    |b|_1
+        l2    |b|_2
         bpar  |b|_1 / sum |b|_1 - alpha * a / sum a,   a_i = sum over j of |cos(b_i, b_j)|, j = i included
 
     The sums are over the blocks of a row. A block of zeros has no angle: it counts as wholly redundant, a / sum a = 1,
@@ -110,7 +118,7 @@ def block_scores(
     Args:
         weight: [K, C, R, S], finite, of any floating dtype; computed in float32 at least, on its device.
         n: filters of a block, a divisor of K.
-        score: "bpar" or "l1".
+        score: "bpar", "l1" or "l2".
         alpha: what angular redundancy counts for.
         row_order: int [K], the filters in the order in which n neighbours make a block; default: as they are.
 
@@ -128,6 +136,8 @@ def block_scores(
         raise ValueError("block_scores(): weight holds NaN or infinity, or sums overflow; it needs finite numbers")
     if score == "l1":
         return l1
+    if score == "l2":
+        return torch.linalg.vector_norm(blocks, dim=2)
     return _shares(l1) - alpha * torch.where(l1 > 0, _shares(_redundancy(blocks)), 1.0)
 
 

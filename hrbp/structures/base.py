@@ -131,8 +131,13 @@ class Structure(ABC):
         """
         raise self._unable("exchanges nothing")
 
-    def recount(self, mask: Tensor, order: Tensor | None, weight: Tensor, growth: Tensor, share: float) -> Selection:
-        """As `exchange`, by HRBP's own rule: single weights are exchanged, then each group counts what it keeps."""
+    def recount(
+        self, mask: Tensor, order: Tensor | None, weight: Tensor, growth: Tensor, share: float, unit: str = "weight"
+    ) -> Selection:
+        """As `exchange`, by HRBP's own rule: every filter exchanges units, then each group counts what it keeps.
+
+        unit: "weight", or "kernel": of one filter and one input channel.
+        """
         raise self._unable("has no groups")
 
     def shrink(

@@ -84,14 +84,25 @@ class Groups(GroupOptions, Structure):
         channels = (starts + torch.arange(grouping.granule, device=starts.device)).flatten(1)
         return selection_of(Grouping(grouping.shape, grouping.row_order, channels, grouping.taps, grouping.granule))
 
-    def recount(self, mask: Tensor, order: Tensor | None, weight: Tensor, growth: Tensor, share: float) -> Selection:
-        """Every filter exchanges single weights, then each group counts (Ma et al., 2024, section 4.2)."""
+    def recount(
+        self, mask: Tensor, order: Tensor | None, weight: Tensor, growth: Tensor, share: float, unit: str = "weight"
+    ) -> Selection:
+        """Every filter exchanges weights or kernels, then each group counts (Ma et al., 2024, section 4.2).
+
+        A kernel is worth the sum of |w| in it, grows by that of |gradient|, and comes with its best taps.
+        """
         grouping = self.grouping(mask, order)
-        kept, worth, gain = (
-            _in_groups(grouping, t).flatten(2).flatten(0, 1) for t in (grouping.mask(), weight, growth.float())
-        )
-        cells = swapped(kept, worth, gain, share).view(grouping.groups, grouping.rows, grouping.shape[1], -1)
         k, p = grouping.channels.shape[1], grouping.taps.shape[1]
+        kept, worth, gain = (
+            _in_groups(grouping, t).flatten(0, 1) for t in (grouping.mask(), weight, growth.float())
+        )  # [K, C, R*S]
+        if unit == "kernel":
+            was = kept.any(2)
+            come = swapped(was, worth.sum(2), gain.sum(2), share)
+            cells = torch.where(was[..., None], kept, top(gain, p)) & come[..., None]
+        else:
+            cells = swapped(kept.flatten(1), worth.flatten(1), gain.flatten(1), share)
+        cells = cells.view(grouping.groups, grouping.rows, grouping.shape[1], -1)
         chosen = [keep_by_counts(group, k, p, grouping.granule) for group in cells]
         channels, taps = (torch.stack(lists) for lists in zip(*chosen, strict=True))
         return selection_of(Grouping(grouping.shape, grouping.row_order, channels, taps, grouping.granule))

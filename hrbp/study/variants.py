@@ -10,6 +10,14 @@ from typing import Any
 from ..methods.registry import METHODS, method_named
 from ..surgery.decision import structure_for
 
+# Groups as the HRBP paper prints them, filters that move and unread channels included; named "paper" in tables.
+PAPER_GROUPS: dict[str, float | str] = {
+    "groups": 8,
+    "min_rows": 8,
+    "row_granule": 1,
+    "balanced": False,
+    "rule": "paper",
+}
 BASELINES = ("dense", "narrow")  # networks that are not pruned: the full one, and a thin one
 PRUNES = "gmp"  # the method that prunes a dense network; halfway and in one step, for `start` "dense"
 
@@ -32,7 +40,7 @@ class Variant:
     method: str = "static"
     saliency: str = "random"
     distribution: str = "erk"
-    options: Mapping[str, float] = field(default_factory=dict)
+    options: Mapping[str, float | str] = field(default_factory=dict)
     start: str = "scratch"
 
     @property
@@ -40,14 +48,20 @@ class Variant:
         """Structure and non-default choices, such as "hrbp++ rigl", "narrow 2x", "block from dense"."""
         if self.structure == "narrow" and self.options:
             return f"narrow {self.times:g}x"
-        named = [f"{key}={Fraction(value).limit_denominator(99)}" for key, value in self.options.items()]
+        paper = PAPER_GROUPS.items() <= self.options.items()
+        named = ["paper"] if paper else []
+        named += [
+            f"{key}={value if isinstance(value, str) else Fraction(value).limit_denominator(99)}"
+            for key, value in self.options.items()
+            if not (paper and key in PAPER_GROUPS)
+        ]
         ways = [way for way in (self.saliency, self.method) if way not in (Variant.saliency, Variant.method)]
         return " ".join([self.structure, *named, *ways, *([] if self.start == "scratch" else ["from dense"])])
 
     @property
     def times(self) -> float:
         """A narrow network has so many times the parameters of the sparse ones."""
-        return self.options.get("times", 1)
+        return float(self.options.get("times", 1))
 
     @property
     def record(self) -> dict[str, Any]:
@@ -104,6 +118,13 @@ TABLE_1 = (
     Variant("hrbp++"),
     Variant("hrbp++", "hrbp"),
 )
+FAITHFUL = (*TABLE_1, Variant("hrbp++", options=PAPER_GROUPS), Variant("hrbp++", "hrbp", options=PAPER_GROUPS))
+IMAGENET = (
+    *(Variant(name) for name in ("dense", "narrow", "unstructured", "hrbp++")),
+    Variant("hrbp++", options=PAPER_GROUPS),
+    *(Variant("unstructured", saliency=name, distribution="global") for name in ("snip", "grasp")),
+)
+SUBP = (Variant("dense"), *(Variant("1xn", "subp", distribution="uniform", options={"n": n}) for n in (16, 32)))
 ABLATION = tuple(Variant("hrbp++", options={"tap_density": taps / 9}) for taps in (1, 3, 5, 7, 9))
 
 # Ma et al., HRBP (CPAL 2024), Table 1 and the ablation over s. Its HRBP has 4 of 9 taps: "hrbp++" here.
@@ -145,6 +166,18 @@ for _variant, _accuracies in zip(
     ABLATION, ({0.9: 92.65, 0.95: 91.3}, {0.9: 92.2}, {0.9: 92.3}, {0.9: 92.3}, {0.9: 91.8, 0.95: 89.8}), strict=True
 ):
     PUBLISHED["resnet32", "cifar10"][_variant.name] = {s: (a, None) for s, a in _accuracies.items()}
+
+
+PUBLISHED["resnet50", "imagenet"] = {
+    "dense": {0.0: (75.70, None)},
+    "hrbp++": {0.6: (74.84, 1.17), 0.8: (70.90, 1.26)},
+    "unstructured snip": {0.6: (73.95, None), 0.8: (69.67, None)},
+    "unstructured grasp": {0.6: (74.02, None), 0.8: (72.06, None)},
+}
+for _published in PUBLISHED.values():  # the paper's numbers are those of its own groups first of all
+    for _name in ("hrbp++", "hrbp++ hrbp"):
+        if _name in _published:
+            _published[_name.replace("hrbp++", "hrbp++ paper", 1)] = _published[_name]
 
 
 @dataclass(frozen=True)
@@ -192,11 +225,24 @@ PRESETS = {
         ("resnet8",), {}, ("shapes",), QUICK, (0.9, 0.95), (0, 1), 64, {"epochs": 6, "lr": 0.1, "warmup": 0.5}
     ),
     "paper": Preset(
-        ("resnet32", "vgg19"), {"resnet32": 2.0}, ("cifar10", "cifar100"), TABLE_1, (0.9, 0.95), (0, 1, 2), 128,
+        ("resnet32", "vgg19"), {"resnet32": 2.0, "resnet56": 2.0}, ("cifar10", "cifar100"), FAITHFUL, (0.9, 0.95),
+        (0, 1, 2), 128,
         {"epochs": 160, "lr": 0.1, "schedule": "step", "milestones": (0.5, 0.75), "gamma": 0.1},
     ),
-    "worth": Preset(
-        ("resnet8",), {"resnet8": 2.0, "resnet14": 2.0}, ("shapes", "digits"), WORTH, (0.9, 0.95), (0, 1, 2, 3, 4), 64,
-        {"epochs": 6, "lr": 0.1, "warmup": 0.5}, {"digits": 10, "cifar10": 30, "cifar100": 30},
+    options: Mapping[str, float | str] = field(default_factory=dict)
+    start: str = "scratch"
+
+    @property
+    def name(self) -> str:
+        """Structure and non-default choices, such as "hrbp++ rigl", "narrow 2x", "block from dense"."""
+        if self.structure == "narrow" and self.options:
+            return f"narrow {self.times:g}x"
+        paper = PAPER_GROUPS.items() <= self.options.items()
+        named = ["paper"] if paper else []
+        named += [
+            f"{key}={value if isinstance(value, str) else Fraction(value).limit_denominator(99)}"
+            for key, value in self.options.items()
+            if not (paper and key in PAPER_GROUPS)
+        ]
     ),
 }  # fmt: skip

@@ -88,10 +88,11 @@ def sparsify(
         batch, loss: for saliencies that need gradients, see `hrbp.saliency`; the batch finds first and last layers.
         backend: of the sparse layers, as in blocksparse.conv2d.
         seed: of random scores and searches.
-        **options: of the structure; see `make_mask`. Groups (hrbp, hrbp++) are as many as it takes to read every input
-            channel (groups=None: 8 of 8 filters or more, else more), of at least 2 filters (min_rows; 8 where the
-            model or the machine has a GPU, whose kernels take no less), and balanced: every channel is read by equally
-            many groups, give or take one. The paper's: groups=8, min_rows=8, row_granule=1, balanced=False.
+        **options: of the structure; see `make_mask`, whose `method` ("assign", "paper") is `rule` here. Groups (hrbp,
+            hrbp++) are as many as it takes to read every input channel (groups=None: 8 of 8 filters or more, else
+            more), of at least 2 filters (min_rows; 8 where the model or the machine has a GPU, whose kernels take no
+            less), and balanced: every channel is read by equally many groups, give or take one. The paper's:
+            rule="paper", groups=8, min_rows=8, row_granule=1, balanced=False.
 
     Returns:
         The model.

@@ -42,7 +42,13 @@ def dense_model(model: nn.Module, who: str) -> nn.Module:
 
 
 def structure_for(method: type[Method] | None, name: str, options: Mapping[str, Any]) -> Structure:
-    """The structure of this name, with the options that the method needs besides (SUBP: a uniform 1xn)."""
+    """The structure of this name, with the options that the method needs besides (SUBP: a uniform 1xn).
+
+    Its option `method` is `rule` here: a method is what trains a model.
+    """
+    if "method" in options:
+        raise ValueError(f"sparsify(): method of structure {name!r} is given as rule=; method= is that of the training")
+    options = {"method" if option == "rule" else option: value for option, value in options.items()}
     needed = {} if method is None else method.structure_options(any_case(name, STRUCTURES))
     return make_structure(name, **needed | dict(options))
 

@@ -229,20 +229,19 @@ PRESETS = {
         (0, 1, 2), 128,
         {"epochs": 160, "lr": 0.1, "schedule": "step", "milestones": (0.5, 0.75), "gamma": 0.1},
     ),
-    options: Mapping[str, float | str] = field(default_factory=dict)
-    start: str = "scratch"
-
-    @property
-    def name(self) -> str:
-        """Structure and non-default choices, such as "hrbp++ rigl", "narrow 2x", "block from dense"."""
-        if self.structure == "narrow" and self.options:
-            return f"narrow {self.times:g}x"
-        paper = PAPER_GROUPS.items() <= self.options.items()
-        named = ["paper"] if paper else []
-        named += [
-            f"{key}={value if isinstance(value, str) else Fraction(value).limit_denominator(99)}"
-            for key, value in self.options.items()
-            if not (paper and key in PAPER_GROUPS)
-        ]
+    "imagenet": Preset(  # of the HRBP paper
+        ("resnet50",), {}, ("imagenet",), IMAGENET, (0.6, 0.8), (0,), 256,
+        {"epochs": 100, "lr": 0.1, "schedule": "step", "milestones": (0.3, 0.6, 0.9), "gamma": 0.1},
+    ),
+    "subp": Preset(  # as the released code of SUBP has it
+        ("resnet34",), {}, ("imagenet",), SUBP, (0.5,), (0,), 256,
+        {
+            "epochs": 250, "lr": 0.1, "weight_decay": 1e-4, "label_smoothing": 0.1,
+            "evolve_options": {"begin": 10 / 250, "until": 180 / 250, "ranks": "live"},
+        },
+    ),
+    "worth": Preset(
+        ("resnet8",), {"resnet8": 2.0, "resnet14": 2.0}, ("shapes", "digits"), WORTH, (0.9, 0.95), (0, 1, 2, 3, 4), 64,
+        {"epochs": 6, "lr": 0.1, "warmup": 0.5}, {"digits": 10, "cifar10": 30, "cifar100": 30},
     ),
 }  # fmt: skip

@@ -100,7 +100,7 @@ class EachGroup(Structure):
         return self._each(make, order, mask, weight, growth)
 
     def recount(
-        self, mask: Tensor, order: Tensor | None, weight: Tensor, growth: Tensor, share: float, unit: str = "block"
+        self, mask: Tensor, order: Tensor | None, weight: Tensor, growth: Tensor, share: float, unit: str = "weight"
     ) -> Selection:
         def make(own: Tensor | None, mask: Tensor, weight: Tensor, growth: Tensor) -> Selection:
             return self.rule.recount(mask, own, weight, growth, share, unit)

@@ -426,6 +426,20 @@ def test_files_fusion_summary_and_report_count_groups(tmp_path):
     assert hrbp.to_semi_structured(model)["four"] is not None
 
 
+def test_coverage_is_that_of_each_group():
+    model = net()
+    with pytest.warns(UserWarning, match=r"four.*: too few groups .* in (two|four) 1 groups x \d channels are \d\d%"):
+        hrbp.sparsify(model, 0.8, structure="hrbp", groups=1, distribution="uniform")
+    rows = {row.name: row for row in hrbp.summary(model).rows}
+    reports = report_model(model)
+    for name, groups in SPARSE.items():
+        mask = sparse_layers(model)[name].mask()
+        read = mask.view(groups, -1, mask.shape[1], mask[0, 0].numel()).any(3).any(1)
+        for found in (rows[name], reports[name]):
+            assert (found.unread, found.channels) == (int((~read).sum()), read.numel())
+            assert found.coverage == pytest.approx(float(read.double().mean()))  # one group of filters in each
+
+
 def test_masks_of_prune_in_groups_are_taken_over():
     model, x = net().eval(), images()
     prune.l1_unstructured(model.two, "weight", amount=0.5)

@@ -136,4 +136,4 @@ def _joined(parts: Sequence[Selection]) -> Selection:
         k, c, r, s = mask.shape
         channels, taps = (torch.cat([getattr(g, name) for g in groupings]) for name in ("channels", "taps"))
         grouping = Grouping((k, c, r, s), order, channels, taps, groupings[0].granule)
-    return Selection(mask, parts[0].blocksize, order, grouping)
+    return Selection(mask, parts[0].blocksize, order, grouping, len(parts))

@@ -48,7 +48,7 @@ class MaskReport:
     dgrad_fill      see `dgrad_fill`
     dgrad_ratio     of an n:m mask: what `dgrad_ratio` says; else None
     coverage        of groups: see `Grouping.coverage`; else None
-    unread          input channels that no filter reads
+    unread          input channels that no filter reads, of so many `channels`
     """
 
     shape: tuple[int, int, int, int]
@@ -67,6 +67,7 @@ class MaskReport:
     dgrad_ratio: str | None
     coverage: float | None
     unread: int
+    channels: int
 
     @property
     def density(self) -> float:
@@ -148,6 +149,7 @@ def report_mask(
         else None,
         coverage=None if choice.grouping is None else choice.grouping.coverage / choice.groups,
         unread=int((of_channels == 0).sum()),
+        channels=of_channels.numel(),
     )
 
 

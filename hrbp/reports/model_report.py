@@ -100,7 +100,7 @@ def table(reports: Mapping[str, MaskReport]) -> str:
     head = ["layer", "K x C x R x S", "kept%", "structure"]
     read = {
         "cover": ["" if r.coverage is None else f"{r.coverage:.2f}" for r in reports.values()],
-        "unread%": [f"{100 * r.unread / r.shape[1]:.0f}" if r.unread else "" for r in reports.values()],
+        "unread%": [f"{100 * r.unread / r.channels:.0f}" if r.unread else "" for r in reports.values()],
     }
     read = {name: cells for name, cells in read.items() if any(cells)}
     head += read

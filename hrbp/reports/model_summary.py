@@ -39,7 +39,7 @@ class Row:
     run_flops  that are run: those of the stored blocks; all of them under a mask, or where the dense product is taken
     backend    of the forward product; "masked": a dense product of a master weight under its mask
     coverage   of groups: see `Grouping.coverage`; None for other structures
-    unread     input channels that no filter reads
+    unread     input channels that no filter reads, of so many `channels`
     seconds    of forward + backward of a sparse layer and of its dense twin, where they were measured
     """
 
@@ -59,6 +59,7 @@ class Row:
     dense_seconds: float | None = None
     coverage: float | None = None
     unread: int = 0
+    channels: int = 0
 
 
 @dataclass
@@ -185,10 +186,10 @@ def summary(model: nn.Module, x: Tensor | Sequence[int] | None = None, *, measur
     if any(row.coverage is not None for row in rows):
         notes.append("cover: groups x channels of each / input channels; below 1 some channels are read by no filter")
     if unread := {row.name: row for row in rows if row.unread}:
-        worst = max(unread.values(), key=lambda row: row.unread / row.shape[1])
+        worst = max(unread.values(), key=lambda row: row.unread / row.channels)
         notes.append(
             f"unread: input channels that no filter reads, in {len(unread)} layers; most in {worst.name},"
-            f" {worst.unread} of {worst.shape[1]}"
+            f" {worst.unread} of {worst.channels}"
         )
     if any(layer.blocksize is None for layer in sparse.values()):
         notes.append("masked: computed as a dense weight under a mask, in the time of a dense layer at any density")
@@ -260,13 +261,15 @@ def _sparse_row(layer: SparseLayer, record: SparsityRecord | None) -> Row:
     named += f", {layer.groups} groups" if layer.groups > 1 else ""
     named += ", master" if layer.master else ""
     dense, mask = cells + bias, layer.mask()
-    coverage = None
+    coverage, each = None, len(mask) // layer.groups  # filters of each group of a convolution in groups: all are alike
     if record is not None and layer.name in record.asked and isinstance(record.structure, Groups):
+        order = layer.row_order()
         with contextlib.suppress(ValueError):  # a pattern that was set by hand, not of groups
-            coverage = record.structure.grouping(mask, layer.row_order()).coverage
+            coverage = record.structure.grouping(mask[:each], None if order is None else order[:each]).coverage
+    read = mask.view(layer.groups, each, *layer.shape[1:]).any(4).any(3).any(1)  # [groups, C of each]
     return Row(
         layer.name, layer.shape, named, kept / cells, kept + bias, dense, layer.bytes() + bias * item, dense * item,
-        coverage=coverage, unread=int((~mask.any(3).any(2).any(0)).sum()),
+        coverage=coverage, unread=int((~read).sum()), channels=read.numel(),
     )  # fmt: skip
 
 

@@ -165,18 +165,21 @@ def decide(
 
 def uncovered(decided: Decision) -> str | None:
     """Which layers have groups that cannot read every input channel, and what to do; None: there is no such layer."""
-    made = {n: s.grouping for n, s in decided.selections.items() if s is not None and s.grouping is not None}
-    found = {name: groups for name, groups in made.items() if groups.coverage < 1}
+    # Of a convolution in groups each has groups of filters for channels of its own.
+    made = {
+        n: (s.grouping, s.groups) for n, s in decided.selections.items() if s is not None and s.grouping is not None
+    }
+    found = {name: g.coverage / parts for name, (g, parts) in made.items() if g.coverage < parts}
     if not found:
         return None
     names = list(found)
     more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-    worst = min(found, key=lambda name: found[name].coverage)
-    g = found[worst]
+    worst = min(found, key=lambda name: found[name])
+    g, parts = made[worst]
     return (
-        f"{', '.join(names[:3])}{more}: too few groups to read every input channel; in {worst} {g.groups} groups x"
-        f" {g.channels.shape[1]} channels are {g.coverage:.0%} of {g.shape[1]}, and the others are read by no filter."
-        " Allow more groups (groups=, min_rows=), or keep more of these layers (min_density=, per_layer=)"
+        f"{', '.join(names[:3])}{more}: too few groups to read every input channel; in {worst} {g.groups // parts} "
+        f"groups x {g.channels.shape[1]} channels are {found[worst]:.0%} of {g.shape[1]}, and the others are read by no "
+        "filter. Allow more groups (groups=, min_rows=), or keep more of these layers (min_density=, per_layer=)"
     )
 
 

@@ -136,8 +136,8 @@ ALLOWED = {
 ROOMS: dict[str, list[str]] = {
     "": ["arguments", "columns", "density", "files", "models", "progress", "registry", "wrappers", "saliencies"],
     "structures": [
-        "grouping", "selection", "base", "regrouping", "elementwise", "grains", "groups", "mixed", "n_m", "recognise",
-        "registry",
+        "grouping", "selection", "base", "regrouping", "elementwise", "grains", "groups", "mixed", "n_m",
+        "transposable", "recognise", "registry",
     ],
     "layers": [
         "twin", "batch_last", "dense_conv", "semi_structured", "stored", "record", "gradients", "in_groups", "master",

@@ -370,7 +370,7 @@ def test_scores_that_make_no_mask(name):
 
 
 def test_unknown_names_and_options_list_what_there_is():
-    names = "unstructured, n:m, vector, kernel, filter, channel, block, 1xn, elementwise, hrbp, hrbp++"
+    names = "unstructured, n:m, transposable, vector, kernel, filter, channel, block, 1xn, elementwise, hrbp, hrbp++"
     assert ", ".join(STRUCTURES) == names
     for name in ("hrbp+", "2:4:8", "2:", ""):
         assert refused(lambda name=name: make_mask(ONES, 0.5, name), ValueError) == (
@@ -381,6 +381,7 @@ def test_unknown_names_and_options_list_what_there_is():
         "unstructured": "none",
         "2:4": "none",
         "n:m": "m, n",
+        "transposable": "m, n",
         "vector": "none",
         "kernel": "none",
         "filter": "none",

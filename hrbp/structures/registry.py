@@ -6,6 +6,7 @@ grain is the sum of its cells' scores, and the best grains are kept.
 
     unstructured  single weights
     n:m           single weights, n in every m neighbouring input channels (Zhou et al., ICLR 2021); "2:4" names one
+    transposable  n:m along the input channels and along the filters: n:m in the input gradient, too
     vector        a row of a kernel
     kernel        one filter and one input channel
     filter        one filter

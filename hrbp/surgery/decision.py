@@ -178,8 +178,8 @@ def uncovered(decided: Decision) -> str | None:
     g, parts = made[worst]
     return (
         f"{', '.join(names[:3])}{more}: too few groups to read every input channel; in {worst} {g.groups // parts} "
-        f"groups x {g.channels.shape[1]} channels are {found[worst]:.0%} of {g.shape[1]}, and the others are read by no "
-        "filter. Allow more groups (groups=, min_rows=), or keep more of these layers (min_density=, per_layer=)"
+        f"groups x {g.channels.shape[1]} channels are {found[worst]:.0%} of {g.shape[1]}, and the others are read by"
+        " no filter. Allow more groups (groups=, min_rows=), or keep more of these layers (min_density=, per_layer=)"
     )
 
 

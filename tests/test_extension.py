@@ -259,7 +259,7 @@ def test_a_broken_file_says_so_itself(put, tmp_path, package, text, error, messa
 
 def test_the_registries_are_in_order_again():
     assert list(METHODS) == OWN_METHODS
-    assert {"Grains", "NM", "Groups", "Elementwise", "Mixed"} == set(CLASSES)
+    assert {"Grains", "NM", "Transposable", "Groups", "Elementwise", "Mixed"} == set(CLASSES)
 
 
 # ---------------------------------------------------------------- nobody asks for a method by its name

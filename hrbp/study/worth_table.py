@@ -27,7 +27,7 @@ def where(results: Results) -> str:
 
 def shown_name(structure: str) -> str:
     """An arm as tables and figures name it: t for the number of groups, without what goes along with it."""
-    return re.sub(r" min_rows=\S+", "", structure).replace("groups=", "t=")
+    return re.sub(r" balanced=\S+", "", structure).replace("groups=", "t=")
 
 
 def is_sparse(row: Mapping[str, Any]) -> bool:
@@ -130,8 +130,9 @@ def _notes(studies: Sequence[Results]) -> list[str]:
         " dense; steps that change masks count as often as they come",
         "narrow of equal time: interpolated, for each seed, on the curve of dense networks of several widths; an"
         " interval holds at either end of that of the step time",
-        "narrow 2x: of twice the parameters of the sparse networks; t: most groups of a layer; from dense: half of the"
-        " training dense, then pruned by magnitude, and its step is the mean of both",
+        "narrow 2x: of twice the parameters of the sparse networks; t=8: eight groups, which may read less than all"
+        " channels, otherwise there are as many as read them all; from dense: half of the training dense, then pruned"
+        " by magnitude, and its step is the mean of both",
     ]
     notes += [
         f"left out, {where(results)}: {line}, as {reason}"

@@ -202,3 +202,21 @@ def test_long_sums_round_no_worse_than_pytorch(blocksize):
     ):
         ours, own = (float((call(backend) - exact).square().mean().sqrt()) for backend in ("cpu", "torch"))
         assert ours <= 1.5 * own
+
+
+@pytest.mark.parametrize("blocksize", [(8, 8), (8, 1), (1, 1)], ids=str)
+@pytest.mark.parametrize(("n", "stride"), [(3, 1), (3, 2), (5, 1), (20, 2)])
+def test_windows_of_batch_last(blocksize, n, stride):
+    """Images whose rows pass through the cache a few at a time, and whose rows are no whole vectors."""
+    pattern = bs.BSRPattern.random((64, 64, 3, 3), blocksize, 0.05, torch.Generator().manual_seed(0))
+    values, x = torch.randn(pattern.nnzb, *blocksize, dtype=torch.float64), torch.randn(n, 64, 40, 41).double()
+    dy = torch.randn(n, 64, *(-(-size // stride) for size in (40, 41))).double()
+
+    def products(x, dy):
+        conv = {"stride": stride, "padding": 1, "backend": "cpu"}
+        yield bs.conv2d(x, values, pattern, **conv)
+        yield bs.conv2d_dgrad(dy, values, pattern, x.shape, **conv)
+        yield bs.conv2d_wgrad(x, dy, pattern, **conv)
+
+    for a, b in zip(products(x, dy), products(bs.to_batch_last(x), bs.to_batch_last(dy)), strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-10, atol=1e-10)

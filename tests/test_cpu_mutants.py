@@ -37,8 +37,8 @@ for shape, blocksize in LAYERS:
     pattern = bs.BSRPattern.random(shape, blocksize, 0.4)
     values = torch.randn(pattern.nnzb, *blocksize)
     for n, size, conv in (
-        (3, 13, (1, shape[2] // 2, 1)), (5, 21, (2, shape[2] // 2, 1)), (2, 9, (1, shape[2] - 1, 2)), (7, 5, (1, 0, 1)),
-        (5, 20, ((3, 1), 0, 1)),
+        (3, 13, (1, shape[2] // 2, 1)), (33, 21, (2, shape[2] // 2, 1)), (2, 9, (1, shape[2] - 1, 2)),
+        (7, 5, (1, 0, 1)), (5, 20, ((3, 1), 0, 1)),
     ):
         for layout in "contiguous", "channels_last", "batch_last":
             x = laid_out(torch.randn(n, shape[1], size, size + 1), layout)
@@ -81,6 +81,7 @@ MUTANTS = {
     "rows-of-batch-last-as-if-contiguous": (" + u.row * g.x_strides[2]", " + u.row * g.w"),
     "images-of-batch-last-not-padded": ("copy_pixels<true>", "copy_pixels<false>"),
     "columns-of-batch-last-side-by-side": ("horizontal.shift[s] * pixel_step", "horizontal.shift[s]"),
+    "windows-of-batch-last-overlap": ("some.rows * images * pitch", "some.rows * images * pitch + 1"),
     "threads-share-planes": ("scratch.at<A>(own_at) + thread * size", "scratch.at<A>(own_at)"),
     "chunks-share-a-sum": ("A* const sum = sums + chunk * weights;", "A* const sum = sums;"),
 }

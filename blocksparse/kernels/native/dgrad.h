@@ -138,8 +138,8 @@ int dgrad(const Conv& g, const T* dy, const T* values, const Index& index, T* dx
                 if (dy_rows > 0) {
                     fill<T, A>(dy, g.y_strides, g.p, whole_rows, whole_columns, first, dy_rows, u, lay, dy_plane, 0, 0,
                                g.k, index.order ? place : nullptr, planes);
-                    lay.windows(Unit{u.image, u.images, first, dy_rows}, [&](const Unit& some, int64_t start) {
-                        const int64_t run = lay.run(some.rows, some.images, g.q);
+                    const Unit of_dy{u.image, u.images, first, dy_rows};
+                    lay.windows(of_dy, g.q, [&](const Unit&, int64_t start, int64_t run) {
                         for (int64_t b = 0; b < rows; b++) {
                             const int64_t at = starts[part * rows + b];
                             scatter_row(results + start, items + at, weights + at * g.bk,
@@ -159,8 +159,7 @@ int dgrad(const Conv& g, const T* dy, const T* values, const Index& index, T* dx
             else
                 fill<T, A>(dy, g.y_strides, g.p, whole_rows, whole_columns, top + u.row - reach, u.rows + reach, u, lay,
                            dy_plane, horizontal.reach * lay.pixel_step, 0, g.k, nullptr, planes);
-            lay.windows(u, [&](const Unit& some, int64_t start) {
-                const int64_t run = lay.run(some.rows, some.images, right - left);
+            lay.windows(u, right - left, [&](const Unit& some, int64_t start, int64_t run) {
                 for (int64_t block = b0; block < b1; block++) {
                     A* const out = direct ? (A*)dx + some.image * g.x_strides[0] + block * g.bc * g.x_strides[1] +
                                                 some.row * g.x_strides[2]

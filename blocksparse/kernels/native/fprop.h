@@ -59,8 +59,7 @@ int fprop(const Conv& g, const T* x, const T* values, const T* bias, const Epilo
             else
                 fill<T, A>(x, g.x_strides, g.h, lay.vertical, lay.horizontal, u.row, u.rows + lay.vertical.reach, u, lay,
                            lay.plane, 0, 0, g.c, nullptr, planes);
-            lay.windows(u, [&](const Unit& some, int64_t at) {
-                const int64_t run = lay.run(some.rows, some.images, g.q);
+            lay.windows(u, g.q, [&](const Unit& some, int64_t at, int64_t run) {
                 for (int64_t b = b0; b < b1; b++) {
                     const int64_t first = b * g.bk, item = index.indptr[b] * g.bc, n = index.indptr[b + 1] * g.bc - item;
                     A* const out = direct ? (A*)y + some.image * g.y_strides[0] + first * g.y_strides[1] +

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <limits>
+#include <numeric>
 #include <vector>
 
 #include "call.h"
@@ -85,7 +86,9 @@ struct Layout {
             units_per_image = (out_rows + fit - 1) / fit;
         }
         const bool windowed = batch_last && !in_place;
-        together = windowed ? std::max(budget / (row * side) - vertical.reach, least) : std::numeric_limits<int64_t>::max();
+        const int64_t even = lanes / std::gcd(lanes, images * pitch);  // rows that are whole vectors
+        together = windowed ? (std::max(budget / (row * side) - vertical.reach, least) + even - 1) / even * even
+                            : std::numeric_limits<int64_t>::max();
         rows = (out_rows + units_per_image - 1) / units_per_image;
         units = (g.n + images - 1) / images * units_per_image;
         plane = plane_of(rows + vertical.reach, lanes);
@@ -105,10 +108,15 @@ struct Layout {
         const int64_t row = out_rows * j / units_per_image, end = out_rows * (j + 1) / units_per_image;
         return {image, std::min(images, n - image), row, end - row};
     }
-    // Calls body(rows of the unit, how far into its planes they begin) for rows that stay in a core's cache together.
-    template <class Body> void windows(const Unit& u, Body body) const {
-        for (int64_t row = 0; row < u.rows; row += together)
-            body(Unit{u.image, u.images, u.row + row, std::min(together, u.rows - row)}, row * images * pitch);
+    // Calls body(rows of a unit, how far into its planes they begin, their run) for rows that stay in a core's cache
+    // together. A run that is not the last is whole vectors: what follows it is no zeros but the next one.
+    template <class Body> void windows(const Unit& u, int64_t width, Body body) const {
+        for (int64_t row = 0; row < u.rows; row += together) {
+            const bool all = u.rows - row <= together;
+            const Unit some{u.image, u.images, u.row + row, all ? u.rows - row : together};
+            body(some, row * images * pitch, all ? run(some.rows, some.images, width) : some.rows * images * pitch);
+            if (all) break;
+        }
     }
     int64_t run(int64_t of_rows, int64_t of_images, int64_t width) const {
         return (of_rows - 1) * images * pitch + (of_images - 1) * image_step + (width - 1) * pixel_step + 1;

@@ -74,8 +74,7 @@ int wgrad(const Conv& g, const T* x, const T* dy, const Index& index, T* dvalues
                         fill<T, A>(dy, g.y_strides, g.p, whole_rows, whole_columns, u.row, u.rows, u, lay, dy_plane, 0,
                                    b0 * g.bk, b1 * g.bk, nullptr, dy_planes + b0 * g.bk * dy_plane);
                 }
-                lay.windows(u, [&](const Unit& some, int64_t start) {
-                    const int64_t run = lay.run(some.rows, some.images, g.q);
+                lay.windows(u, g.q, [&](const Unit& some, int64_t start, int64_t run) {
                     for (int64_t b = b0; b < b1; b++) {
                         const int64_t at = index.indptr[b] * g.bc;
                         dot_row(from + start, items + at, index.indptr[b + 1] * g.bc - at,

@@ -10,7 +10,7 @@ from typing import Any
 from .picture import check_plot, save_figure
 from .study_picture import COLOURS
 
-MARKERS = {"from scratch": "o", "t=8": "v", "RigL": "^", "from dense": "s"}
+MARKERS = {"from scratch": "o", "t=8": "v", "masks move": "^", "from dense": "s"}
 SIZE = 6.5  # of a marker
 APART = 1.035  # between arms with equally many parameters, a factor
 ROOM = 0.14  # above and below all points, of their range: longer intervals are cut

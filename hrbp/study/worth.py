@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..columns import counted
+from ..methods.registry import METHODS
 from ..reports.worth_picture import Arm, draw_worth
 from .study_table import rows
 from .worth_table import is_sparse, shown_name, where
@@ -38,8 +39,11 @@ def _title(results: Mapping[str, Any]) -> str:
 
 def _arm(row: Mapping[str, Any]) -> Arm:
     name = row["structure"]
-    way = "RigL" if "rigl" in name.split() else "from dense" if name.endswith("from dense") else "from scratch"
-    if way == "from scratch" and "groups=8" in name.split():
+    _, *words = name.split()
+    way = "from dense" if name.endswith("from dense") else "from scratch"
+    if any(word in METHODS for word in words):
+        way = "masks move"
+    elif way == "from scratch" and "groups=8" in words:
         way = "t=8"
     return Arm(
         shown_name(name), name.split()[0], way, row["asked"] if is_sparse(row) else 0.0,

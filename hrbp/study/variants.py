@@ -97,7 +97,7 @@ class Variant:
                 return f"{self.structure!r} has no option {', '.join(unknown)}"
             return None if self.times > 0 else f"times is {self.times}; it needs a number > 0"
         if self.start == "dense":
-            if self.method != "static":
+            if method.changes or method.dense_weights:
                 return f"it is pruned once, halfway, and method {self.method!r} changes masks; use method='static'"
             return METHODS[PRUNES].refuses(structure_for(METHODS[PRUNES], self.structure, self.options))
         return method.refuses(structure_for(method, self.structure, self.options))

@@ -739,7 +739,7 @@ def test_a_folder_needs_pillow(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("mnist", "train"), r"name is 'mnist'; it needs shapes, cifar10, cifar100, or the path of a folder"),
+        (("mnist", "train"), r"name is 'mnist'; it needs shapes, digits, cifar10, cifar100, or the path of a folder"),
         (("shapes", "val"), "split is 'val'; it needs 'train' or 'test'"),
         (("shapes", "train", {"count": 0}), "count is 0, image_size 16"),
         (("shapes", "train", {"image_size": 7}), "image_size 7"),

@@ -155,7 +155,7 @@ MISTAKES = [
     # images
     (
         (*TRAIN, "--data", "foo"),
-        "name is 'foo'; it needs shapes, cifar10, cifar100, or the path of a folder with train/",
+        "name is 'foo'; it needs shapes, digits, cifar10, cifar100, or the path of a folder with train/",
     ),
     ((*TRAIN, "--data", ""), "'' names no file or folder"),
     ((*TRAIN, "--data", "file"), "name is 'file' (a file); it needs"),

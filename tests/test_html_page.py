@@ -56,7 +56,7 @@ def page(tmp_path: Path) -> Path:
     )
     (tmp_path / "study.png").write_bytes(PNG)
     results = {"settings": {"model": "resnet8", "seeds": [0, 1]}, "machine": "here"}
-    return write_study(tmp_path, parts, results, "study.png", ["hrbp", "study", "--out", "a b"])
+    return write_study(tmp_path, parts, [results], "study.png", ["hrbp", "study", "--out", "a b"])
 
 
 def test_a_page_is_whole_and_loads_nothing(tmp_path):

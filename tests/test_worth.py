@@ -81,6 +81,7 @@ def whole(tmp_path_factory):
     return out, tiny(out).run()
 
 
+@pytest.mark.slow
 def test_every_arm_has_the_same_steps_at_the_same_learning_rates(whole):
     found = set()
     for file in whole[0].glob("*/log.jsonl"):
@@ -91,6 +92,7 @@ def test_every_arm_has_the_same_steps_at_the_same_learning_rates(whole):
     assert (first[0], second[0]) == (4, 8)
 
 
+@pytest.mark.slow
 def test_from_dense_is_dense_for_half_of_the_training_and_then_pruned_by_magnitude(whole):
     told = [
         json.loads(text) for text in (whole[0] / "hrbp++-from-dense-80-seed-0" / "log.jsonl").read_text().splitlines()
@@ -106,6 +108,7 @@ def test_from_dense_is_dense_for_half_of_the_training_and_then_pruned_by_magnitu
     assert row["sparsity"] == pytest.approx(0.8, abs=0.01)
 
 
+@pytest.mark.slow
 def test_narrow_networks_have_so_many_times_the_parameters(whole, tmp_path):
     found = {row["structure"]: row["parameters"] for row in rows(whole[1])}
     assert found["narrow"] == pytest.approx(found["unstructured"], rel=0.02)
@@ -114,6 +117,7 @@ def test_narrow_networks_have_so_many_times_the_parameters(whole, tmp_path):
     assert "and the dense network has 78,042" in results["left_out"]["narrow 9x 80%"]
 
 
+@pytest.mark.slow
 def test_steps_that_change_masks_count_as_often_as_they_come(whole):
     results = copy.deepcopy(whole[1])
     rigl, begun = Variant("hrbp++", "rigl"), Variant("hrbp++", start="dense")
@@ -129,6 +133,7 @@ def test_steps_that_change_masks_count_as_often_as_they_come(whole):
     assert step_times({"steps": {}, "settings": results["settings"]}, begun, 0.8) is None
 
 
+@pytest.mark.slow
 def test_times_are_measured_again_and_trainings_are_not(whole, monkeypatch):
     out, results = whole
     before = {file: file.stat().st_mtime_ns for file in out.glob("*/result.json")}
@@ -142,6 +147,7 @@ def test_times_are_measured_again_and_trainings_are_not(whole, monkeypatch):
     assert before == {file: file.stat().st_mtime_ns for file in before}
 
 
+@pytest.mark.slow
 def test_damaged_bounds_are_refused(whole, tmp_path):
     (tmp_path / "s").mkdir()
     content = copy.deepcopy(whole[1])
@@ -257,6 +263,7 @@ EVEN = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_answer_is_computed_from_the_results(whole):
     results = planted(whole, **EVEN)
     at_time, at_size, against_single = answers(results, rows(results))
@@ -282,6 +289,7 @@ def test_the_answer_is_computed_from_the_results(whole):
     assert "12 of 12 trainings are finished" in text
 
 
+@pytest.mark.slow
 def test_the_table_of_two_studies_names_each(whole):
     other = planted(whole, **EVEN)
     other["settings"]["data"] = "digits"
@@ -291,6 +299,7 @@ def test_the_table_of_two_studies_names_each(whole):
     assert parts([{**other, "runs": []}]) is None
 
 
+@pytest.mark.slow
 def test_the_figure_shows_the_results(whole, tmp_path):
     from matplotlib.image import imread
 

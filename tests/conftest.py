@@ -16,7 +16,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # bench/, behind what
 
 # Of this process and of those that it starts: the tests' tensors are too small for more, and threads that wait for each
 # other take many times as long where something else runs. test_threads.py is about several. Before PyTorch is imported.
-os.environ.update(processes.ONE_THREAD)
+os.environ.update(processes.ONE_THREAD | processes.COMPILED)
 
 import torch
 

@@ -6,6 +6,7 @@ The limit is there for hangs, and many times what any of them takes on a busy ma
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import shlex
 import signal
@@ -167,3 +168,6 @@ def fork() -> int:
 
 # Variables under which PyTorch, MKL and NumPy start no threads, whatever a user has set.
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+# What PyTorch's compiler keeps on disk calls ops by the schema that they had: a folder for each state of ops.py.
+_OPS = hashlib.sha256(Path(__file__).parents[1].joinpath("blocksparse", "ops.py").read_bytes()).hexdigest()[:12]
+COMPILED = {"TORCHINDUCTOR_CACHE_DIR": os.path.join(tempfile.gettempdir(), f"torchinductor-{os.getuid()}-{_OPS}")}

@@ -105,7 +105,7 @@ def mutant(folder: Path, before: str, after: str) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_planted_mistake_is_seen(name, tmp_path):
-    result = products(mutant(tmp_path, *MUTANTS[name]), tmp_path, "-O1")
+    result = products(mutant(tmp_path, *MUTANTS[name]), tmp_path, "-O1", "-DPOISON")
     assert result.returncode != 0 or result.stdout.split()[0] != "0"
 
 

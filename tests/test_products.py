@@ -21,13 +21,11 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 def share(runner: tuple[str, str], part: int) -> settings:
-    """Triton's interpreter takes milliseconds a tile; on a GPU, and under g++, a new case compiles for a second."""
+    """Triton's interpreter takes seconds a case; on a GPU, and under g++, a new case compiles for a second."""
     default = settings.get_profile(settings.get_current_profile_name()).max_examples
-    draws = {"cpu": default // 3, "cuda": default // 5}[runner[1]] if runner in TILED else default * 3
+    draws = {"cpu": default // 12, "cuda": default // 5}[runner[1]] if runner in TILED else default * 3
     if runner[0] == "cpu" and part == 1:  # planes, units, rows in place, transpositions: many ways through its source
-        draws *= 8
-    if part > 1 and runner == ("cupy", "cpu"):
-        part *= 2
+        draws *= 3
     return settings(
         max_examples=max(1, draws // part),
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
@@ -97,14 +95,19 @@ def test_backends_agree(runner, part):
     @share(runner, part)
     @given(cases(runner[0], (torch.float32,)))
     def check(case: Case):
-        x, values, bias, dy, pattern = case.tensors(runner[1])
+        *tensors, pattern = case.tensors(runner[1])
+        sizes = [None if t is None else t.abs() for t in tensors]
+
+        def results(backend: str, x, values, bias, dy):
+            yield bs.conv2d(x, values, pattern, bias, *case.conv, backend=backend)
+            yield bs.conv2d_dgrad(dy, values, pattern, x.shape, *case.conv, backend=backend)
+            yield bs.conv2d_wgrad(x, dy, pattern, *case.conv, backend=backend)
+
         with full_fp32():
-            for call in (
-                lambda b: bs.conv2d(x, values, pattern, bias, *case.conv, backend=b),
-                lambda b: bs.conv2d_dgrad(dy, values, pattern, x.shape, *case.conv, backend=b),
-                lambda b: bs.conv2d_wgrad(x, dy, pattern, *case.conv, backend=b),
-            ):
-                torch.testing.assert_close(call(runner[0]), call("torch"), rtol=2e-5, atol=2e-5)
+            for ours, theirs, terms in zip(
+                results(runner[0], *tensors), results("torch", *tensors), results("torch", *sizes), strict=True
+            ):  # the sums of the sizes of what is added
+                assert ((ours - theirs).abs() <= 1e-6 * terms + 1e-12).all(), (ours - theirs).abs().max()
 
     check()
 

@@ -138,7 +138,8 @@ def test_kernels_of_ours_are_what_a_sanitizer_watches():
 def writes_then_sleeps(folder: Path, name: str) -> jobs.Job:
     """A process that writes a result, says so, and would go on for ever."""
     code = (
-        "import json, sys, time\n"
+        "import json, signal, sys, time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # who started the tests may ignore it
         f"json.dump({{'kind': 'launch', 'complete': False, 'rows': []}}, open({str(folder / name) + '.json'!r}, 'w'))\n"
         f"open({str(folder / name) + '.done'!r}, 'w').close()\n"
         "time.sleep(600)"
@@ -168,7 +169,7 @@ def test_a_process_past_its_limit_is_stopped_and_its_result_kept(parallel, tmp_p
         return real([dataclasses.replace(each, end=0.0) for each in started], *more)
 
     monkeypatch.setattr(running, "finish", finish_late)
-    monkeypatch.setattr(running, "PATIENCE", 600.0)
+    monkeypatch.setattr(running, "PATIENCE", 60.0)
     found = run_one(
         jobs.Stage("launch", 1.0, [writes_then_sleeps(tmp_path, name) for name in names], parallel), tmp_path
     )

@@ -31,9 +31,8 @@ def batch_norm(
 
         y = max((x - mean) / sqrt(var + eps) * weight + bias + residual, 0)
 
-    In training, mean and var are those of x over all axes but the second, and the running ones follow:
-    running = (1 - momentum) * running + momentum * new, with the unbiased variance. Otherwise
-    the running ones are used.
+    In training, mean and var are those of x over all axes but the second, and the running ones follow: running =
+    (1 - momentum) * running + momentum * new, with the unbiased variance. Otherwise the running ones are used.
 
     On a CPU each direction reads and writes a tensor once where a channel fits into a cache (contiguous, batch_last),
     and twice for channels_last; the results are the same bits for any number of threads. Elsewhere, under torch.compile

@@ -198,7 +198,7 @@ class _Fuser(NetworkGraph):
         return None
 
     def _sum(self, node: Node) -> str | None:
-        if len(node.args) != 2 or node.kwargs or node.args[0] is node.args[1]:
+        if not self._of_two(node):
             return "not a sum of two tensors"
         why = "sums no result of a sparse convolution"
         order = {n: i for i, n in enumerate(self.graph.nodes)}
@@ -234,11 +234,8 @@ class _Fuser(NetworkGraph):
             return f"{part.target} has a sum already"
         if work.module.relu:
             return f"{part.target} has a ReLU before it"
-        at = part.next
-        while at is not node:  # the convolution will be computed here, and must read what it read there
-            if writes := self._may_write(at):
-                return f"{part.target} would have to move behind {writes}, which may change what it reads"
-            at = at.next
+        if writes := self._writes_between(part, node):  # the convolution must read at the sum what it read there
+            return f"{part.target} would have to move behind {writes}, which may change what it reads"
         return None
 
     def _relu(self, node: Node) -> str | None:

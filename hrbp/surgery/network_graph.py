@@ -41,6 +41,19 @@ class NetworkGraph:
         parts = [part for part in node.args[:2] if isinstance(part, Node) and part.op != "get_attr"]
         return summed and len(parts) == 2
 
+    def _of_two(self, node: Node) -> bool:
+        """Whether a sum is of two different results, and of nothing else."""
+        return len(node.args) == 2 and not node.kwargs and node.args[0] is not node.args[1]
+
+    def _writes_between(self, node: Node, later: Node) -> str | None:
+        """The name of a step between these two that may change what the first one reads; None: it may run later."""
+        at = node.next
+        while at is not later:
+            if writes := self._may_write(at):
+                return writes
+            at = at.next
+        return None
+
     def _replace(self, node: Node, by: Node) -> None:
         node.replace_all_uses_with(by)
         self.graph.erase_node(node)

@@ -179,16 +179,9 @@ class _Fuser(NetworkGraph):
 
     def _takes_sum(self, node: Node, after: Node) -> bool:
         """Whether a norm can be computed where its result is summed."""
-        if len(after.args) != 2 or after.kwargs or after.args[0] is after.args[1]:
-            return False
         if after.target in SUMS_IN_PLACE and after.args[0] is not node:
             return False  # written into a tensor that others may read
-        at = node.next
-        while at is not after:
-            if self._may_write(at):
-                return False
-            at = at.next
-        return True
+        return self._of_two(after) and self._writes_between(node, after) is None
 
     def _plain_relu(self, node: Node) -> bool:
         return node.op != "call_module" or self._hooked(node) is None

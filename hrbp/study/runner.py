@@ -109,7 +109,8 @@ class Runner(ABC):
             "model": self.model, "width": self.width, "data": self.train.name,
             "images": [len(self.train), len(self.test)],
             "labels": zlib.crc32(self.train.labels.cpu().numpy().tobytes()), "shape": self.train.shape,
-            "seeds": self.seeds, "batch_size": self.batch_size, **settings, "trainings": len(self.runs),
+            "seeds": self.seeds, "batch_size": self.batch_size, "default_groups": "as many as read every channel",
+            **settings, "trainings": len(self.runs),
         }  # fmt: skip
         self.results: dict[str, Any] = json.loads(json.dumps({"settings": settings}))
         self.results |= {"machine": timing.machine(self.device), self.times: {}, "runs": [], "stopped": None}

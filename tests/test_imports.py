@@ -159,8 +159,8 @@ ROOMS: dict[str, list[str]] = {
         "study_picture", "worth_picture", "html_page",
     ],
     "training": [
-        "checkpoint", "devices", "log", "older", "result", "settings", "signals", "optimizer", "continuing", "trainer",
-        "run",
+        "checkpoint", "devices", "log", "older", "result", "settings", "signals", "fused", "optimizer", "continuing",
+        "trainer", "run",
     ],
     "study": [
         "folder", "spread", "rival", "timing", "variants", "page", "regularity_table", "study_table", "worth_table",

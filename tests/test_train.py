@@ -760,13 +760,52 @@ def test_two_ranks_are_one_with_the_same_batch(names, tmp_path):
         assert "settings.optimizer" in (tmp_path / f"refused-{rank}.txt").read_text()
 
 
+# ---------------------------------------------------------------- fused
+
+
+class Branches(nn.Module):
+    """What it computes depends on numbers: torch.fx cannot follow it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = network()
+
+    def forward(self, x):
+        return self.inner(x) if x.mean() < 1e9 else x
+
+
+@pytest.mark.parametrize("evolve", ["static", "rigl", "sr-ste"])
+def test_fused_steps_compute_the_same(evolve):
+    settings = {"evolve": evolve, "evolve_options": {"every": 3} if evolve == "rigl" else {}}
+    structure = "n:m" if evolve == "sr-ste" else "hrbp"
+    plain, made = (
+        trainer(sparse(network(double=True), structure, evolve=evolve), fuse=fuse, **settings) for fuse in (False, True)
+    )
+    assert plain.called is plain.model
+    assert made.called.fusion.norms == made.called.fusion.relus == 3
+    assert plain.run().accuracy == made.run().accuracy
+    for name, t in made.model.state_dict().items():
+        torch.testing.assert_close(t, plain.model.state_dict()[name], msg=lambda text, name=name: f"{name}: {text}")
+    assert made.optimizer.state_dict().keys() == plain.optimizer.state_dict().keys()
+
+
+def test_a_network_that_cannot_be_followed_trains_as_it_is(monkeypatch, capsys):
+    said = []
+    monkeypatch.setattr(hrbp.progress.Progress, "say", lambda self, text: said.append(text))
+    made = trainer(Branches())
+    assert made.called is made.model
+    made.run()
+    assert any("BatchNorm and ReLU run one after the other: fuse_training(): " in text for text in said)
+    assert trainer(network(norm=False)).called._modules.keys() >= {"0"}  # the network itself: there is nothing to fuse
+
+
 # ---------------------------------------------------------------- compiled
 
 
 def test_compiled_steps_survive_mask_updates():
     counters = torch._dynamo.utils.counters
     settings = {"evolve": "rigl", "evolve_options": {"every": 3}, "epochs": 4}
-    eager = trainer(sparse(network()), **settings)
+    eager = trainer(sparse(network()), fuse=False, **settings)  # as compiled
     eager.run()
     made = trainer(sparse(network()), compile="aot_eager", **settings)
     counters.clear()
@@ -791,7 +830,7 @@ def test_compiled_steps_survive_mask_updates():
         result = made.run()
     moved = sum(entry["kind"] == "update" and entry["reallocated"] for entry in result.history)
     assert counters["stats"]["unique_graphs"] == moved > 3  # the last change comes after the last step
-    eager = trainer(sparse(network(), sparsity=0.0), **settings)
+    eager = trainer(sparse(network(), sparsity=0.0), fuse=False, **settings)
     eager.run()
     same(made.model.state_dict(), eager.model.state_dict())
 

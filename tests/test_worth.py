@@ -145,6 +145,8 @@ def test_times_are_measured_again_and_trainings_are_not(whole, monkeypatch):
     assert found["steps"].keys() == results["steps"].keys()
     assert found["steps"] != results["steps"]
     assert before == {file: file.stat().st_mtime_ns for file in before}
+    assert not tiny(out, fuse=False).results["steps"]  # those of fused steps are others
+    assert tiny(out).results["steps"] == found["steps"]
 
 
 @pytest.mark.slow

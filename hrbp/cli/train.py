@@ -43,7 +43,7 @@ DENSE, NARROW = "dense", "narrow"
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(Settings)}
 AS_THEY_ARE = (  # options that are fields of Settings
     "optimizer", "lr", "momentum", "nesterov", "weight_decay", "schedule", "gamma", "warmup", "label_smoothing",
-    "accumulate", "ema", "evolve", "compile", "save_minutes",
+    "accumulate", "ema", "evolve", "compile", "fuse", "save_minutes",
 )  # fmt: skip
 
 DESCRIPTION = """\
@@ -172,6 +172,9 @@ def add_train(commands: parsing.Commands) -> None:
     setting = partial(_add_setting, add)
     setting("accumulate", "parts in which a batch goes through the network", type=int)
     setting("compile", "run steps through torch.compile", action="store_true")
+    setting(
+        "fuse", "BatchNorm, sum and ReLU as one operation, default yes; on a CPU", action=argparse.BooleanOptionalAction
+    )
     setting("save_minutes", "minutes between checkpoints within an epoch", type=float)
     parser.set_defaults(run=run_train)
 

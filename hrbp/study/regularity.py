@@ -32,12 +32,13 @@ from ..reports.study_picture import draw_regularity
 from ..structures.n_m import NM
 from ..structures.registry import structure as make_structure
 from ..surgery.conversion import densify, sparsify
+from ..training.fused import as_called
 from ..training.result import Diverged
 from ..training.settings import Settings
 from ..training.trainer import Trainer
 from .folder import RESULTS, read, read_result, read_seconds
 from .regularity_table import BOUNDS, FINEST, GRAINS, line_name, narrow_names, narrow_size, rows
-from .runner import Line, Runner
+from .runner import Line, Runner, recorded
 from .spread import mean
 from .timing import interleaved, timed
 from .variants import BASELINES
@@ -145,10 +146,10 @@ class Regularity(Runner):
         settings = {
             "weights": None if self.weights is None else _checksum(self.weights), "structures": self.structures,
             "sparsities": self.sparsities, "timed_width": self.timed_width,
-            "training": None if self.weights else asdict(self.training), "retraining": asdict(self.retraining),
+            "training": None if self.weights else recorded(self.training), "retraining": recorded(self.retraining),
             "learning_rates": "of every arm the same",
         }  # fmt: skip
-        self._set_up(asked, settings)
+        self._set_up(asked, settings, self.training.fuse)
         self.results["trained"] = None
 
     def _other_folders(self) -> list[Path]:
@@ -334,10 +335,11 @@ class Regularity(Runner):
     def _step(self, model: nn.Module, images: torch.Tensor) -> Callable[[], float]:
         form = torch.channels_last if self.training.channels_last else torch.contiguous_format
         model, images = model.to(self.device, memory_format=form), images.to(memory_format=form)  # type: ignore[call-overload]
+        run = as_called(model, self.training, self.device, self.say)
 
         def step() -> None:
             with self.training.autocast(self.device):
-                y = model(images)
+                y = run(images)
             y.float().square().mean().backward()
             model.zero_grad(set_to_none=True)
 

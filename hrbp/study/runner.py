@@ -9,6 +9,7 @@ import time
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,6 +23,7 @@ from ..files import only_writer, write_json
 from ..progress import Progress, duration
 from ..training.devices import the_device
 from ..training.result import Diverged
+from ..training.settings import Settings
 from ..training.trainer import Trainer
 from . import folder, timing
 from .variants import BASELINES
@@ -29,6 +31,11 @@ from .variants import BASELINES
 TEST_BATCH = 500
 
 Line = tuple[Any, float]  # a line of the table: what is trained, and its sparsity
+
+
+def recorded(training: Settings) -> dict[str, Any]:
+    """A training as settings of a study have it; without `fuse`, which decides on times alone."""
+    return {name: value for name, value in asdict(training).items() if name != "fuse"}
 
 
 class RunningLine(Progress):
@@ -90,8 +97,10 @@ class Runner(ABC):
         shape = self.train.shape
         self.shape: dict[str, Any] = {"classes": len(self.train.classes), "image_size": shape[1], "channels": shape[0]}
 
-    def _set_up(self, asked: Sequence[Line], settings: Mapping[str, Any]) -> None:
+    def _set_up(self, asked: Sequence[Line], settings: Mapping[str, Any], fused: bool) -> None:
         """Find which lines can be trained, and read what the folder holds; the last step of __init__.
+
+        fused: whether steps are fused (`Settings.fuse`): times of others are measured again.
 
         Raises:
             ValueError: no line can be trained, or the folder holds something else.
@@ -114,6 +123,7 @@ class Runner(ABC):
         }  # fmt: skip
         self.results: dict[str, Any] = json.loads(json.dumps({"settings": settings}))
         self.results |= {"machine": timing.machine(self.device), self.times: {}, "runs": [], "stopped": None}
+        self.results["fused"] = fused
         self.results["left_out"] = self.left_out
         self._take_up()
 
@@ -121,7 +131,7 @@ class Runner(ABC):
         """Read the times measured before; a folder with anything but this study is refused."""
         folders = [*self._other_folders(), *(self._folder(*run) for run in self.runs)]
         before = folder.take_up(self.out, self.results["settings"], self.who, folders, self.may_grow)
-        if before.get("machine") == self.results["machine"]:
+        if all(before.get(key) == self.results[key] for key in ("machine", "fused")):
             self._take_times(folder.read_seconds(before, self.times, self.out))
 
     def run(self) -> dict[str, Any]:

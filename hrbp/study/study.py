@@ -30,10 +30,11 @@ from ..reports.model_report import report_model
 from ..reports.model_summary import summary
 from ..reports.study_picture import draw_study
 from ..surgery.conversion import sparsify
+from ..training.fused import as_called
 from ..training.settings import Settings
 from ..training.trainer import Trainer
 from .folder import RESULT, RESULTS, is_number, read
-from .runner import Line, Runner
+from .runner import Line, Runner, recorded
 from .study_table import BOUNDS, line_name, rows, step_times, table, update_name
 from .timing import interleaved, timed
 from .variants import PRUNES, QUICK, Variant
@@ -131,9 +132,9 @@ class Study(Runner):
             dense = build(model, width=width, **self.shape)
         settings = {
             "dense_parameters": parameter_count(dense), "variants": [v.record for v in variants],
-            "sparsities": sparsities, "every": self.every, "training": asdict(self.training),
+            "sparsities": sparsities, "every": self.every, "training": recorded(self.training),
         }  # fmt: skip
-        self._set_up(asked, settings)
+        self._set_up(asked, settings, self.training.fuse)
 
     def measure(self) -> float:
         """Measure step times, unless they are known; returns the seconds that the trainings left will take by them."""
@@ -316,6 +317,7 @@ class Study(Runner):
         form = torch.channels_last if settings.channels_last else torch.contiguous_format
         model = self._network(variant, sparsity, 0).to(self.device, memory_format=form)  # type: ignore[call-overload]
         optimizer = torch.optim.SGD(model.parameters(), 1e-3, settings.momentum)
+        run = as_called(model, settings, self.device, self.say)
         evolver, method = None, METHODS[variant.method]
         if method.begins_dense:  # at its final sparsity
             evolver = Evolver(model, optimizer, variant.method, total_steps=1, every=1)
@@ -327,7 +329,7 @@ class Study(Runner):
 
         def step() -> None:
             with settings.autocast(self.device):
-                logits = model(x.to(memory_format=form))
+                logits = run(x.to(memory_format=form))
             F.cross_entropy(logits.float(), y).backward()
             optimizer.step()
             if evolver is not None:

@@ -29,7 +29,7 @@ from .older import config_as_now, groups_as_begun, optimizer_as_now
 from .optimizer import check_optimizer
 from .settings import Settings
 
-NOT_COMPARED = ("save_minutes", "compile")  # settings that may differ when a training is continued
+NOT_COMPARED = ("save_minutes", "compile", "fuse")  # settings that may differ when a training is continued
 
 
 class Continued:

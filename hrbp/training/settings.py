@@ -42,6 +42,7 @@ class Settings:
                      that leaves fewer than 20 updates. A test after an epoch whose last step updated the masks uses
                      the new masks; while "subp" draws blocks back, such a test scores low
     compile          run steps through torch.compile; a name chooses its backend
+    fuse             BatchNorm, residual sum and ReLU as one operation, see `fuse_training`: on a CPU, without compile
     save_minutes     time between checkpoints within an epoch; each epoch ends with one anyway
 
     Raises:
@@ -66,6 +67,7 @@ class Settings:
     evolve: str = "static"
     evolve_options: Mapping[str, Any] = field(default_factory=dict)
     compile: bool | str = False
+    fuse: bool = True
     save_minutes: float = 10.0
 
     def __post_init__(self) -> None:

@@ -31,6 +31,7 @@ from ..surgery.conversion import release
 from ..wrappers import copied
 from . import checkpoint, log
 from .continuing import Continued
+from .fused import as_called
 from .optimizer import learning_rate, make_optimizer, training_bytes
 from .result import Diverged, Result
 from .settings import Settings, with_every
@@ -142,6 +143,7 @@ class Trainer(Continued):
         if self.out is not None:
             with self._writing():
                 self._open(self.out, resume, who)
+        self.called = as_called(self.model, settings, self.device, self.progress)
         self._wrap()
 
     def run(self) -> Result:
@@ -290,13 +292,13 @@ class Trainer(Continued):
 
     def _wrap(self) -> None:
         """The model as a step runs it: data-parallel, and compiled but for steps that need dense gradients."""
-        self.wrapped = self.compiled = self.model
+        self.wrapped = self.compiled = self.called
         if self.world > 1:
             # Buffers are not synchronized: running statistics are read in tests alone, index tables are equal.
             wrap: Any = nn.parallel.DistributedDataParallel
             renamed = "forward_sync_buffers" in inspect.signature(wrap).parameters  # torch 2.13
             self.wrapped = self.compiled = wrap(
-                self.model, device_ids=[self.device] if self.device.type == "cuda" else None,
+                self.called, device_ids=[self.device] if self.device.type == "cuda" else None,
                 gradient_as_bucket_view=True, **{"forward_sync_buffers" if renamed else "broadcast_buffers": False},
             )  # fmt: skip
         if backend := self.settings.compile:
@@ -315,6 +317,7 @@ class Trainer(Continued):
                 if buffer.is_floating_point():
                     dist.broadcast(buffer, 0)
         model.eval()
+        run = self.called if self.ema is None else model
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         for at, (x, y) in enumerate(self.test.epoch()):
             if at and self.progress.due():
@@ -324,7 +327,7 @@ class Trainer(Continued):
                     f"  test accuracy so far {right:.2%}"
                 )
             with self.settings.autocast(self.device):
-                logits = model(x.to(memory_format=self.format))
+                logits = run(x.to(memory_format=self.format))
             loss = F.cross_entropy(_wide(logits), y, reduction="sum")
             right = (logits.argmax(1) == y).sum()
             sums += torch.stack((loss.double(), right.double(), right.new_tensor(len(y)).double()))
@@ -383,16 +386,10 @@ class Trainer(Continued):
         return Result(
             accuracy=epochs[-1]["test_accuracy"] if epochs else math.nan,
             loss=epochs[-1]["test_loss"] if epochs else math.nan,
-            steps=self.step,
-            seconds=seconds,
-            step_seconds=statistics.median(pace),
-            sparsity=self.sparsity,
-            parameters=summary(self.model).parameters,
-            memory=training_bytes(self.model, self.optimizer),
-            history=self.history,
-            stopped=stopped,
-            model=self._trained(),
-        )
+            steps=self.step, seconds=seconds, step_seconds=statistics.median(pace), sparsity=self.sparsity,
+            parameters=summary(self.model).parameters, memory=training_bytes(self.model, self.optimizer),
+            history=self.history, stopped=stopped, model=self._trained(),
+        )  # fmt: skip
 
 
 def _wide(logits: Tensor) -> Tensor:

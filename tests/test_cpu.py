@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 
 import blocksparse as bs
@@ -113,6 +115,30 @@ def test_a_compiler_without_openmp_is_told_and_counted_as_one_thread(monkeypatch
     plan.plan_conv.cache_clear()
     assert many.backend == "torch"  # 64 threads of PyTorch's against one
     torch.testing.assert_close(y, dense, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rows_of_every_width_in_memory_that_held_nan(dtype):
+    random = torch.Generator().manual_seed(0)
+    small = {"generator": random, "dtype": dtype}
+    pattern = bs.BSRPattern.random((4, 3, 3, 3), (2, 1), 0.6, generator=random)
+    for width, (batch, stride, padding) in itertools.product(
+        range(1, 41), ((5, 1, 1), (1, 1, 2), (3, 2, 1), (2, 1, 0))
+    ):
+        if width + 2 * padding < 3:
+            continue
+        x = torch.randint(-4, 5, (batch, 3, 4, width), **small).requires_grad_()
+        values = torch.randint(-4, 5, (pattern.nnzb, 2, 1), **small).requires_grad_()
+        y = F.conv2d(x, pattern.to_dense(values), None, stride, padding)
+        dy = torch.randint(-4, 5, y.shape, **small)
+        expected = y, *torch.autograd.grad(y, (x, values), dy)
+        for of_nan in (True, False):  # scratch memory of a call is that of the next one
+            used = [torch.full_like(t, torch.nan) if of_nan else t.detach() for t in (x, values, dy)]
+            here = [t.requires_grad_() for t in used[:2]]
+            y = bs.conv2d(*here, pattern, None, stride, padding, backend="cpu")
+            found = y, *torch.autograd.grad(y, here, used[2])
+        for name, a, b in zip(("y", "dx", "dvalues"), found, expected, strict=True):
+            assert torch.equal(a, b), (name, width, batch, stride, padding)
 
 
 def test_a_change_of_any_source_compiles_anew(monkeypatch, tmp_path):

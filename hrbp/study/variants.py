@@ -243,6 +243,6 @@ PRESETS = {
     ),
     "worth": Preset(
         ("resnet8",), {"resnet8": 2.0, "resnet14": 2.0}, ("shapes", "digits"), WORTH, (0.9, 0.95), (0, 1, 2, 3, 4), 64,
-        {"epochs": 6, "lr": 0.1, "warmup": 0.5}, {"digits": 10, "cifar10": 30, "cifar100": 30},
+        {"epochs": 6, "lr": 0.2, "warmup": 0.5}, {"digits": 5, "cifar10": 30, "cifar100": 30},
     ),
 }  # fmt: skip

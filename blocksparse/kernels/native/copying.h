@@ -44,11 +44,65 @@ template <> INLINE void copy_in<float, float>(const float* from, int64_t step, f
         if (count) to[0] = from[0];
     }
 }
+template <class T, class A> INLINE void copy_out(const A* from, T* to, int64_t step, int64_t count) {
+    if (step == 1)
+        for (int64_t j = 0; j < count; j++) to[j] = narrow<T>(from[j]);
+    else
+        for (int64_t j = 0; j < count; j++) to[j * step] = narrow<T>(from[j]);
+}
+template <> INLINE void copy_out<float, float>(const float* from, float* to, int64_t step, int64_t count) {
+    if (step == 1)
+        copy_in<float, float>(from, 1, to, count);
+    else
+        for (int64_t j = 0; j < count; j++) to[j * step] = from[j];
+}
+
+// Rows of `count` elements, less than a vector and at least half of BYTES.
+template <int BYTES>
+__attribute__((noinline)) void copy_short(const float* from, int64_t from_step, float* to, int64_t to_step, int64_t rows,
+                                          int64_t count) {
+    for (; rows > 0; rows--, from += from_step, to += to_step) copy_ends<BYTES / 2>(from, to, count);
+}
+// Rows of `count` results to pixels that are `step` apart.
+template <class T, class A>
+INLINE void copy_rows(const A* from, int64_t from_step, T* to, int64_t to_step, int64_t rows, int64_t step, int64_t count) {
+    if constexpr (std::is_same<T, float>::value)
+        if (step == 1 && count >= 4 && count < LANES<float>)
+            return count >= 8 ? copy_short<64>(from, from_step, to, to_step, rows, count)
+                              : copy_short<32>(from, from_step, to, to_step, rows, count);
+    for (; rows > 0; rows--, from += from_step, to += to_step) copy_out<T, A>(from, to, step, count);
+}
+// Rows of `pitch` elements, at most two vectors: `lead` zeros, `data` elements, zeros.
+template <class A> struct Masked {
+    static constexpr int64_t L = LANES<A>;
+    typedef typename Vector<A>::indices mask;
+    mask first, second;
+    bool two;
+
+    Masked(int64_t lead, int64_t data, int64_t pitch) : two(pitch > L) {
+        A lanes[2 * L];
+        for (int64_t j = 0; j < 2 * L; j++) lanes[j] = 0;
+        std::memset(lanes + lead, 0xff, sizeof(A) * data);
+        first = (mask)load(lanes), second = (mask)load(lanes + L);
+    }
+    int64_t reach() const { return two ? 2 * L : L; }
+    __attribute__((noinline)) void copy(const A* from, int64_t from_step, A* to, int64_t to_step, int64_t rows) const {
+        const mask a = first, b = second;
+        if (two)
+            for (; rows > 0; rows--, from += from_step, to += to_step) {
+                store(to, (vec<A>)((mask)load(from) & a));
+                store(to + L, (vec<A>)((mask)load(from + L) & b));
+            }
+        else
+            for (; rows > 0; rows--, from += from_step, to += to_step) store(to, (vec<A>)((mask)load(from) & a));
+    }
+};
 template <class A> INLINE void add(const A* from, A* to, int64_t count) {
     int64_t j = 0;
     for (; j + LANES<A> <= count; j += LANES<A>) store(to + j, load(to + j) + load(from + j));
     for (; j < count; j++) to[j] += from[j];
 }
+INLINE int64_t clamped(int64_t v, int64_t least, int64_t most) { return std::max(least, std::min(v, most)); }
 template <class A> INLINE void zero(A* to, int64_t count) {
     if (count > 8)
         std::memset(to, 0, sizeof(A) * count);
@@ -174,10 +228,11 @@ void fill(const T* x, const int64_t* strides, int64_t height, const Axis& vertic
                 return (begin + i) * vertical.stride + vertical.residue[a] - vertical.padding;
             };
             const T* const image = x + u.image * strides[0] + horizontal.first[b] * strides[3];
-            for (int64_t i = 0; across && i < rows; i++) {
-                const int64_t h = row_of(i);
-                if (h < 0 || h >= height) continue;
-                const T* const from = image + h * strides[2] + c0;
+            const int64_t all = images * pitch;
+            const int64_t top = clamped(vertical.lead[a] - begin, 0, rows);
+            const int64_t bottom = clamped(vertical.lead[a] + vertical.data[a] - begin, top, rows);
+            for (int64_t i = top; across && i < bottom; i++) {
+                const T* const from = image + row_of(i) * strides[2] + c0;
                 if (pitch == 1)  // an image has one pixel: images take the place of pixels
                     transpose_in(from, strides[0], data * u.images, c1 - c0, planes + i * images, channel, place);
                 else
@@ -185,45 +240,47 @@ void fill(const T* x, const int64_t* strides, int64_t height, const Axis& vertic
                         transpose_in(from + m * strides[0], step, data, c1 - c0,
                                      planes + (i * images + m) * pitch + lead, channel, place);
             }
-            for (int64_t c = c0; c < c1; c++) {
-                A* row = planes + (place ? place[c] : c - c0) * channel;
-                zero(row - front, front);
-                for (int64_t i = 0; i < rows; i++) {
-                    const int64_t h = row_of(i);
-                    if (h < 0 || h >= height) {
-                        zero(row, images * pitch);
-                        row += images * pitch;
-                        continue;
-                    }
-                    const T* const from = image + h * strides[2] + c * strides[1];
-                    for (int64_t m = 0; m < u.images; m++, row += pitch) {
-                        zero(row, lead);
-                        if (!across) {
-                            const T* const next = from + m * strides[0] + strides[1];
-                            for (int64_t j = 0; j < data * step; j += 64 / int64_t(sizeof(T))) __builtin_prefetch(next + j);
-                            copy_in(from + m * strides[0], step, row + lead, data);
-                        }
-                        zero(row + lead + data, pitch - lead - data);
-                    }
-                    zero(row, (images - u.images) * pitch);
-                    row += (images - u.images) * pitch;
+            const bool narrow = std::is_same<T, A>::value && !across && step == 1 && pitch <= 2 * LANES<A>;
+            const Masked<A> vectors(narrow ? lead : 0, narrow ? data : 0, pitch);
+            // What lies before an image's last pixel can be read.
+            const T* const last = image + (c1 - 1) * strides[1] + (height - 1) * strides[2] + data;
+            // An image's channels lie side by side in memory: one image after the other, of as many channels as have
+            // their planes in the first cache.
+            const int64_t some = std::max<int64_t>(1, 128 / rows), row_step = vertical.stride * strides[2];
+            const auto plane_of = [&](int64_t c) { return planes + (place ? place[c] : c - c0) * channel; };
+            for (int64_t c = c0; c < c1; c += some) {
+                const int64_t end = std::min(c + some, c1);
+                for (int64_t d = c; d < end; d++) {
+                    A* const to = plane_of(d);
+                    zero(to - front, front);
+                    zero(to, top * all);
+                    zero(to + bottom * all, plane - front - bottom * all);
+                    for (int64_t i = top; i < bottom && u.images < images; i++)
+                        zero(to + (i * images + u.images) * pitch, (images - u.images) * pitch);
                 }
-                zero(row, plane - front - rows * images * pitch);
+                for (int64_t m = 0; m < u.images; m++)
+                    for (int64_t d = c; d < end && top < bottom; d++) {
+                        const T* from = image + m * strides[0] + d * strides[1] + row_of(top) * strides[2];
+                        A* row = plane_of(d) + (top * images + m) * pitch;
+                        // Vectors reach into the rows of later images, which are still to come.
+                        if (narrow && m * pitch + vectors.reach() <= u.images * pitch && from - x >= lead &&
+                            from + (bottom - 1 - top) * row_step - lead + vectors.reach() <= last + m * strides[0]) {
+                            vectors.copy((const A*)from - lead, row_step, row, all, bottom - top);
+                            continue;
+                        }
+                        for (int64_t i = top; i < bottom; i++, from += row_step, row += all) {
+                            zero(row, lead);
+                            if (!across) {
+                                const T* const next = from + strides[1];
+                                for (int64_t j = 0; j < data * step; j += 64 / int64_t(sizeof(T)))
+                                    __builtin_prefetch(next + j);
+                                copy_in(from, step, row + lead, data);
+                            }
+                            zero(row + lead + data, pitch - lead - data);
+                        }
+                    }
             }
         }
-}
-
-template <class T, class A> INLINE void copy_out(const A* from, T* to, int64_t step, int64_t count) {
-    if (step == 1)
-        for (int64_t j = 0; j < count; j++) to[j] = narrow<T>(from[j]);
-    else
-        for (int64_t j = 0; j < count; j++) to[j * step] = narrow<T>(from[j]);
-}
-template <> INLINE void copy_out<float, float>(const float* from, float* to, int64_t step, int64_t count) {
-    if (step == 1)
-        copy_in<float, float>(from, 1, to, count);
-    else
-        for (int64_t j = 0; j < count; j++) to[j * step] = from[j];
 }
 
 // `count` pixels of `channels` rows to a pixel-major matrix; row c goes to channel order[c], or c. Up to a vector behind
@@ -269,16 +326,15 @@ void write(const A* runs, int64_t channel, int64_t channels, int64_t first, cons
                           base + u.image * strides[0] + (u.row + i) * strides[2], strides[0]);
         return;
     }
-    for (int64_t c = 0; c < (across ? 1 : channels); c++)
-        for (int64_t i = 0; i < u.rows; i++)
-            for (int64_t m = 0; m < u.images; m++) {
-                T* const to = base + (u.image + m) * strides[0] + (u.row + i) * strides[2];
-                const A* const from = runs + (i * images + m) * pitch;
-                if (across)
-                    transpose_out(from, channel, channels, map, width, to, strides[3]);
-                else
-                    copy_out(from + c * channel, to + (map ? map[c] : first + c) * strides[1], strides[3], width);
-            }
+    for (int64_t m = 0; m < u.images; m++) {
+        const A* const from = runs + m * pitch;
+        T* const to = base + (u.image + m) * strides[0] + u.row * strides[2];
+        for (int64_t i = 0; across && i < u.rows; i++)
+            transpose_out(from + i * images * pitch, channel, channels, map, width, to + i * strides[2], strides[3]);
+        for (int64_t c = 0; !across && c < channels; c++)
+            copy_rows(from + c * channel, images * pitch, to + (map ? map[c] : first + c) * strides[1], strides[2], u.rows,
+                      strides[3], width);
+    }
 }
 
 }  // namespace

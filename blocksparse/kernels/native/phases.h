@@ -73,47 +73,52 @@ void write_phases(const Conv& g, const Layout& lay, const A* runs, int64_t chann
     }
     if (!across && strides[3] == 1 && g.stride[1] == 2) {  // columns in turn from one phase and the other
         const int64_t b = g.padding[1] % 2, odd = (g.padding[1] + 1) / 2;
-        for (int64_t c = 0; c < channels; c++)
-            for (int64_t i = 0; i < u.rows; i++)
-                for (int64_t a = 0; a < g.stride[0]; a++) {
-                    const int64_t h = row_of(i, a);
-                    if (h < 0 || h >= g.h) continue;
-                    const A *const from = source(i, a, b), *const other = source(i, a, 1 - b);
-                    for (int64_t m = 0; m < u.images; m++) {
-                        const int64_t at = c * all + m * lay.pitch;
+        for (int64_t m = 0; m < u.images; m++)
+            for (int64_t c = 0; c < channels; c++)
+                for (int64_t i = 0; i < u.rows; i++)
+                    for (int64_t a = 0; a < g.stride[0]; a++) {
+                        const int64_t h = row_of(i, a), at = c * all + m * lay.pitch;
+                        if (h < 0 || h >= g.h) continue;
+                        const A *const from = source(i, a, b), *const other = source(i, a, 1 - b);
                         weave<T, A>(from ? from + at + g.padding[1] / 2 : nullptr, other ? other + at + odd : nullptr,
                                     dx + (u.image + m) * strides[0] + (c0 + c) * strides[1] + h * strides[2], g.w);
                     }
-                }
         return;
     }
-    for (int64_t c = 0; c < (across ? 1 : channels); c++)
-        for (int64_t i = 0; i < u.rows; i++)
-            for (int64_t a = 0; a < g.stride[0]; a++) {
-                const int64_t h = row_of(i, a);
-                if (h < 0 || h >= g.h) continue;
-                for (int64_t b = 0; b < g.stride[1]; b++) {
-                    const int64_t lead = lead_of(b), first = lead * g.stride[1] + b - g.padding[1];
-                    const int64_t data = first < g.w ? (g.w - 1 - first) / g.stride[1] + 1 : 0;
-                    const int64_t step = strides[3] * g.stride[1];
-                    const A* const from = source(i, a, b);
-                    T* const to = dx + u.image * strides[0] + (c0 + c) * strides[1] + h * strides[2] + first * strides[3];
-                    if (from != nullptr && across && lay.pitch == 1) {
-                        transpose_out<T, A>(from + lead, all, channels, nullptr, data * u.images, to, strides[0]);
-                        continue;
-                    }
-                    for (int64_t m = 0; m < u.images; m++) {
-                        T* const pixels = to + m * strides[0];
-                        if (from != nullptr && across)
-                            transpose_out<T, A>(from + lead + m * lay.pitch, all, channels, nullptr, data, pixels, step);
-                        else if (from != nullptr)
-                            copy_out<T, A>(from + lead + c * all + m * lay.pitch, pixels, step, data);
-                        else
-                            for (int64_t j = 0; j < data; j++)
-                                std::memset(pixels + j * step, 0, sizeof(T) * (across ? channels : 1));
-                    }
-                }
+    const int64_t row_step = lay.images * lay.pitch, step = strides[3] * g.stride[1];
+    for (int64_t a = 0; a < g.stride[0]; a++)
+        for (int64_t b = 0; b < g.stride[1]; b++) {
+            const int64_t lead = lead_of(b), first = lead * g.stride[1] + b - g.padding[1];
+            const int64_t data = first < g.w ? (g.w - 1 - first) / g.stride[1] + 1 : 0;
+            int64_t i0 = 0, i1 = u.rows;
+            while (i0 < i1 && row_of(i0, a) < 0) i0++;
+            while (i0 < i1 && row_of(i1 - 1, a) >= g.h) i1--;
+            const A* const from = source(i0, a, b);
+            T* const to = dx + u.image * strides[0] + c0 * strides[1] + row_of(i0, a) * strides[2] + first * strides[3];
+            const int64_t to_step = g.stride[0] * strides[2];
+            if (from != nullptr && !across) {
+                for (int64_t m = 0; m < u.images; m++)
+                    for (int64_t c = 0; c < channels; c++)
+                        copy_rows(from + lead + c * all + m * lay.pitch, row_step, to + m * strides[0] + c * strides[1],
+                                  to_step, i1 - i0, step, data);
+                continue;
             }
+            for (int64_t i = 0; i < i1 - i0; i++)
+                if (from != nullptr && lay.pitch == 1)  // an image has one pixel: images take the place of pixels
+                    transpose_out<T, A>(from + lead + i * row_step, all, channels, nullptr, data * u.images, to + i * to_step,
+                                        strides[0]);
+                else
+                    for (int64_t m = 0; m < u.images; m++) {
+                        T* const pixels = to + i * to_step + m * strides[0];
+                        if (from != nullptr)
+                            transpose_out<T, A>(from + lead + m * lay.pitch + i * row_step, all, channels, nullptr, data,
+                                                pixels, step);
+                        else
+                            for (int64_t c = 0; c < (across ? 1 : channels); c++)
+                                for (int64_t j = 0; j < data; j++)
+                                    std::memset(pixels + c * strides[1] + j * step, 0, sizeof(T) * (across ? channels : 1));
+                    }
+        }
 }
 
 }  // namespace

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import importlib.util
 import os
 import random
 import resource
@@ -28,6 +30,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, register_random, settings
 
+import interpreter
 from blocksparse.kernels import cupy_conv
 from emulator import Emulator
 
@@ -35,6 +38,8 @@ torch.set_num_threads(1)
 sys.setrecursionlimit(max(sys.getrecursionlimit(), 2000))  # as PyTorch's compiler does when it first runs
 if not torch.cuda.is_available():
     cupy_conv.runtime = Emulator()
+    if importlib.util.find_spec("triton"):
+        interpreter.lighten()
 
 # The default keeps the whole run short on two cores. HYPOTHESIS_PROFILE=deep draws twenty times as many cases; device
 # shows a failure as it was drawn, for a GPU that is lent by the minute.

@@ -67,12 +67,11 @@ def narrow(name: str, parameters: int, *, classes: int, image_size: int = 32, ch
     who = "narrow()"
     budget = _positive(who, "parameters", parameters)
 
-    def sized(multiple: int, step: int) -> nn.Module:
-        with torch.device("meta"):  # shapes alone: no memory, no random numbers
-            return _network(who, name, classes, step / STEPS, image_size, channels, multiple)
+    def sized(multiple: int, step: int) -> tuple[int, int]:
+        return _sizes(*_checked(who, name, classes, step / STEPS, image_size, channels), multiple)
 
     def count(multiple: int, step: int) -> int:
-        return parameter_count(sized(multiple, step))
+        return sized(multiple, step)[0]
 
     smallest = count(1, 1)
     if smallest > budget:
@@ -87,9 +86,8 @@ def narrow(name: str, parameters: int, *, classes: int, image_size: int = 32, ch
             limit *= 2
         above = bisect.bisect(range(limit), budget, lo=1, key=functools.partial(count, multiple))
         for step in {max(above - 1, 1), above}:
-            model = sized(multiple, step)
-            fewest = min(m.out_channels for m in model.modules() if isinstance(m, nn.Conv2d))
-            error = abs(parameter_count(model) / budget - 1)
+            parameters, fewest = sized(multiple, step)
+            error = abs(parameters / budget - 1)
             if error < best and (multiple == 1 or fewest >= 2 * multiple):
                 best, width, rounding = error, step / STEPS, multiple
         if best <= 0.01:
@@ -107,9 +105,10 @@ def parameter_count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def _network(
-    who: str, name: str, classes: int, width: float, image_size: int, channels: int, multiple: int
-) -> nn.Module:
+def _checked(
+    who: str, name: str, classes: int, width: float, image_size: int, channels: int
+) -> tuple[str, int, float, bool, int]:
+    """(name, classes, width, whether images are small, channels): what decides the shapes of a network."""
     name = any_case(name, NETWORKS)
     if name not in NETWORKS:
         raise ValueError(f"{who}: name is {name!r}; it needs one of {', '.join(NETWORKS)}")
@@ -124,20 +123,34 @@ def _network(
             f"{who}: width is {width:g}, classes {classes} and channels {channels}; they need at most {MOST_WIDTH},"
             f" {MOST_CHANNELS} and {MOST_CHANNELS}"
         )
+    return name, classes, float(width), size <= SMALL_IMAGE, channels
+
+
+def _made(name: str, classes: int, width: float, small: bool, channels: int, multiple: int) -> nn.Module:
     make, shape = NETWORKS[name]
+    return make(*shape, classes, _Widths(width, multiple), small, channels)
 
-    def made() -> nn.Module:
-        return make(*shape, classes, _Widths(width, multiple), size <= SMALL_IMAGE, channels)
 
+@functools.lru_cache(maxsize=4096)
+def _sizes(name: str, classes: int, width: float, small: bool, channels: int, multiple: int) -> tuple[int, int]:
+    """Parameters of a network, and the filters of its narrowest convolution."""
+    with torch.device("meta"):  # shapes alone: no memory, no random numbers
+        model = _made(name, classes, width, small, channels, multiple)
+    return parameter_count(model), min(m.out_channels for m in model.modules() if isinstance(m, nn.Conv2d))
+
+
+def _network(
+    who: str, name: str, classes: int, width: float, image_size: int, channels: int, multiple: int
+) -> nn.Module:
+    shape = _checked(who, name, classes, width, image_size, channels)
     if torch.get_default_device().type != "meta":
-        with torch.device("meta"):
-            count = parameter_count(made())
+        count, _ = _sizes(*shape, multiple)
         if 4 * count > memory_bytes():
             raise ValueError(
-                f"{who}: {name} with width {width:g} and {classes} classes has {count:,} parameters,"
+                f"{who}: {shape[0]} with width {width:g} and {classes} classes has {count:,} parameters,"
                 f" {4e-9 * count:,.0f} GB; this machine has {1e-9 * memory_bytes():,.0f} GB: lower width or classes"
             )
-    return made()
+    return _made(*shape, multiple)
 
 
 def _build(who: str, name: str, classes: int, width: float, image_size: int, channels: int, multiple: int) -> nn.Module:

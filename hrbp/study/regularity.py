@@ -36,7 +36,7 @@ from ..training.fused import as_called
 from ..training.result import Diverged
 from ..training.settings import Settings
 from ..training.trainer import Trainer
-from .folder import RESULTS, read, read_result, read_seconds
+from .folder import RESULT, RESULTS, read, read_result, read_seconds
 from .regularity_table import BOUNDS, FINEST, GRAINS, line_name, narrow_names, narrow_size, rows
 from .runner import Line, Runner, recorded
 from .spread import mean
@@ -165,7 +165,9 @@ class Regularity(Runner):
         self.results["times"] = found
 
     def _impossible(self, structure: str, sparsity: float) -> str | None:
-        """Tested by making its masks once, at random."""
+        """Tested by making its masks once, at random, unless it has been trained."""
+        if any((self._folder(structure, sparsity, seed) / RESULT).exists() for seed in self.seeds):
+            return None
         size = narrow_size(structure)
         unpruned = structure == "dense" or size is not None
         rule = None if unpruned else make_structure(structure, **OPTIONS.get(structure, {}))

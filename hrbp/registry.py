@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import os
 import pkgutil
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import ModuleType
 from typing import Generic, NamedTuple, TypeVar
 
 T = TypeVar("T")
+SETTLED = 10**9  # nanoseconds after which the time of a folder tells of every later change
 
 
 class Entry(NamedTuple, Generic[T]):
@@ -38,12 +41,17 @@ class Registry(Mapping[str, T]):
         self._package, self._entries = package, entries
         self._files: list[tuple[str, str]] | None = None
         self._found: dict[str, T] = {}
+        self._times: list[tuple[str, int]] | None = None  # of the folders, when they were last looked through
 
     def _all(self) -> dict[str, T]:
         folders = sys.modules[self._package].__path__
+        times = _times(folders)
+        if times is not None and times == self._times:
+            return self._found
         files = sorted((name, str(getattr(at, "path", ""))) for at, name, _ in pkgutil.iter_modules(folders))
         if files != self._files:
             self._found, self._files = self._collected(name for name, _ in files), files
+        self._times = times
         return self._found
 
     def _collected(self, files: Iterable[str]) -> dict[str, T]:
@@ -72,3 +80,12 @@ class Registry(Mapping[str, T]):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._package!r}: {', '.join(self)})"
+
+
+def _times(folders: Iterable[str]) -> list[tuple[str, int]] | None:
+    """When each folder was last changed; None where that is so new that it may stay the same at the next change."""
+    try:
+        times = [(folder, os.stat(folder).st_mtime_ns) for folder in folders]
+    except OSError:  # no folder: an archive
+        return None
+    return times if all(time.time_ns() - at > SETTLED for _, at in times) else None

@@ -154,6 +154,18 @@ def limited():
 
 
 @pytest.fixture
+def no_figures(monkeypatch):
+    """A figure of a training takes longer than a training of the tests: an empty file stands for it."""
+    from hrbp.training import log
+
+    def draw(path: Path, history: Any, name: str = "") -> None:
+        log.check_plot(path)
+        path.touch()
+
+    monkeypatch.setattr(log, "draw_training", draw)
+
+
+@pytest.fixture
 def poisoned_memory():
     """torch.empty returns NaN: an element that a kernel does not write shows."""
     before = torch.are_deterministic_algorithms_enabled()

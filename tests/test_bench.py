@@ -581,18 +581,18 @@ def test_totals_of_a_round_are_the_sum_of_its_kinds(fast, tmp_path):
     assert rows["8x8", TOTAL]["useful_flops"] == 3 * rows["8x8", "fprop"]["useful_flops"]
 
 
-def test_the_command_writes_a_table_and_a_complete_file(tmp_path):
+def test_the_command_writes_a_table_and_a_complete_file(tmp_path, capsys):
     file, figure = tmp_path / "deep" / "rows.json", tmp_path / "bars.svg"
     layers_asked = ["--layer", "16,16,3,1,6", "32,16,1,1,5x4"]
-    command = [sys.executable, str(ROOT / "bench" / "run.py"), *layers_asked, "--blocksize", "group", "8x8", *SMALL]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     pytest.importorskip("matplotlib")
-    done = processes.run([*command, "--json", str(file), "--plot", str(figure)], env=environment, cwd=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert max(map(len, done.stdout.splitlines())) <= 150
-    assert "x dense" in done.stdout
-    assert "the speed of the best dense convolution" in done.stdout
-    assert "[2/2] 32,16,1,1,5x4" in done.stderr
+    words = [*layers_asked, "--blocksize", "group", "8x8", *SMALL, "--json", str(file), "--plot", str(figure)]
+    status = run.main(words)
+    out, err = capsys.readouterr()
+    assert status == 0, out + err
+    assert max(map(len, out.splitlines())) <= 150
+    assert "x dense" in out
+    assert "the speed of the best dense convolution" in out
+    assert "[2/2] 32,16,1,1,5x4" in err
     content = json.loads(file.read_text())
     assert content["complete"] is True
     assert {"python", "torch", "triton", "cupy", "cudnn", "threads", "cpu", "device", "commit", "dirty"} <= set(
@@ -617,7 +617,7 @@ def test_the_command_writes_a_table_and_a_complete_file(tmp_path):
 SCRIPTS = sorted(path.stem for path in (ROOT / "bench").glob("*.py") if path.stem != "__init__")
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n != "page" else []) for n in SCRIPTS])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n != "run" else []) for n in SCRIPTS])
 def test_every_script_explains_itself_from_a_bare_checkout(name, tmp_path):
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     done = processes.run([sys.executable, ROOT / "bench" / f"{name}.py", "--help"], env=environment, cwd=tmp_path)

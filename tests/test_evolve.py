@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -108,16 +109,17 @@ def units(net: Net, layer: SparseLayer) -> list[list[list[tuple[int, ...]]]]:
 
 def exchanged(rows, mask: Tensor, worth: Tensor, wish: Tensor, share: float) -> Tensor:
     """The slow reference: in every row of units, the cheapest go and the most wished come; the first among equals."""
-    new = torch.zeros_like(mask)
+    new = np.zeros(mask.shape, dtype=bool)
+    mask, worth, wish = (dict(np.ndenumerate(t.detach().numpy())) for t in (mask, worth, wish))
     for row in rows:
-        total = [(-sum(float(worth[cell]) for cell in u), i) for i, u in enumerate(row) if mask[u[0]]]
+        total = [(-sum(worth[cell] for cell in u), i) for i, u in enumerate(row) if mask[u[0]]]
         count = min(round(share * len(total)), len(row) - len(total))
         stay = {i for _, i in sorted(total)[: len(total) - count]}
-        wished = sorted((-sum(float(wish[cell]) for cell in u), i) for i, u in enumerate(row) if i not in stay)
+        wished = sorted((-sum(wish[cell] for cell in u), i) for i, u in enumerate(row) if i not in stay)
         for i in stay | {i for _, i in wished[:count]}:
             for cell in row[i]:
                 new[cell] = True
-    return new
+    return torch.from_numpy(new)
 
 
 @pytest.mark.parametrize(("structure", "options"), CASES[:8], ids=IDS[:8])

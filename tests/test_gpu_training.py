@@ -24,7 +24,7 @@ STRUCTURES = {
 
 def network(structure: str, method: str | None = None) -> nn.Module:
     torch.manual_seed(0)
-    model = hrbp.models.build("resnet8", classes=4, width=1, image_size=16)
+    model = hrbp.models.build("resnet8", classes=4, width=1 if DEVICE == "cuda" else 0.5, image_size=16)
     options = {"structure": "2:4"} if method == "sr-ste" else STRUCTURES[structure]
     return hrbp.sparsify(model, 0.5, method=method, distribution="uniform", **options).to(DEVICE)
 

@@ -9,6 +9,8 @@ from hrbp.training.log import configuration
 from hrbp.training.optimizer import learning_rate
 from test_train import network, signalled, sparse, trainer
 
+pytestmark = pytest.mark.usefixtures("no_figures")
+
 EVOLVE = {"evolve": "rigl", "evolve_options": {"every": 2}}
 
 

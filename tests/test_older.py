@@ -18,6 +18,8 @@ from hrbp.training.checkpoint import LAST, write_training
 from hrbp.training.trainer import Trainer
 from test_train import network, signalled, sparse, trainer
 
+pytestmark = pytest.mark.usefixtures("no_figures")
+
 CASES = [("unstructured", "rigl", "sgd"), ("vector", "gmp", "adamw"), ("kernel", "static", "adamw")]
 
 

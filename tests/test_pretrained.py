@@ -13,6 +13,8 @@ from hrbp.models import build
 from hrbp.training.log import configuration
 from test_train import SMALL, command, images
 
+pytestmark = pytest.mark.usefixtures("no_figures")
+
 
 @pytest.fixture
 def small_shapes(monkeypatch):

@@ -41,7 +41,7 @@ def tiny(out, variants=VARIANTS, **more):
     """Two epochs of four steps: a second a training."""
     images = data.load("shapes", "train", count=128), data.load("shapes", "test", count=100)
     options = {"sparsities": (0.8,), "seeds": (0, 1), "batch_size": 32, "every": 2, "epochs": 2, "device": "cpu"}
-    return Study(out, variants, images=images, quiet=True, **{**options, **more})
+    return Study(out, variants, images=images, quiet=True, **{"width": 0.75, **options, **more})
 
 
 quick = studies.quick("hrbp.study.study.ROUNDS")

@@ -7,6 +7,7 @@ import copy
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -35,7 +36,9 @@ from hrbp.training.settings import Settings
 from hrbp.training.trainer import Trainer
 from processes import ONE_THREAD
 
+pytestmark = pytest.mark.usefixtures("no_figures")
 ROOT = Path(__file__).parent.parent
+draw_training = log.draw_training
 
 
 # ---------------------------------------------------------------- small things to train
@@ -535,6 +538,16 @@ def trained(out: Path, **settings) -> Trainer:
     return made
 
 
+@pytest.fixture(scope="module")
+def complete(tmp_path_factory) -> Path:
+    """The folder of a training that has ended."""
+    out = tmp_path_factory.mktemp("complete") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(log, "draw_training", lambda path, *_: path.touch())
+        trained(out)
+    return out
+
+
 def damaged(kind: str, out: Path, tmp_path: Path) -> tuple[bytes, str]:
     """What is put in place of last.pt, and what is said of it."""
     good = (out / "last.pt").read_bytes()
@@ -571,9 +584,9 @@ KINDS = (
     "kind",
     [pytest.param(k, marks=[] if k in ("cut short", "one bit", "other settings") else pytest.mark.slow) for k in KINDS],
 )
-def test_unusable_checkpoints_are_refused(kind, tmp_path, capsys):
+def test_unusable_checkpoints_are_refused(kind, complete, tmp_path, capsys):
     out = tmp_path / "out"
-    trained(out)
+    shutil.copytree(complete, out)
     expected = final_state(out)
     bad, reason = damaged(kind, out, tmp_path)
     (out / "last.pt").write_bytes(bad)
@@ -599,12 +612,11 @@ def test_unusable_checkpoints_are_refused(kind, tmp_path, capsys):
     assert all((out / name).read_bytes() == bad for name in ("last.pt", "previous.pt"))
 
 
-def test_a_folder_in_use_is_refused(tmp_path):
-    trained(tmp_path)
-    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+def test_a_folder_in_use_is_refused(complete):
+    before = {p.name: p.read_bytes() for p in complete.iterdir()}
     with pytest.raises(ValueError, match="holds a training; continue it with resume"):
-        trained(tmp_path)
-    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+        trained(complete)
+    assert {p.name: p.read_bytes() for p in complete.iterdir()} == before
 
 
 def test_what_is_executed_when_loading_a_checkpoint(tmp_path):
@@ -936,13 +948,17 @@ SMALL = ("--model", "resnet8", "--width", "0.5", "--epochs", "2", "--batch-size"
         ),
     ],
 )
-def test_the_command(words, tmp_path, small_shapes, capsys):
+def test_the_command(words, tmp_path, small_shapes, capsys, monkeypatch):
+    drawn = not {"dense", "rigl"}.isdisjoint(words)
+    if drawn:
+        monkeypatch.setattr(log, "draw_training", draw_training)
     words = (*SMALL, *words, "--out", str(tmp_path / "run"))
     assert command(*words) == 0
     out = capsys.readouterr().out
     assert "test accuracy" in out
     names = {p.name for p in (tmp_path / "run").iterdir()}
     assert names == {"log.jsonl", "last.pt", "previous.pt", "model.pt", "training.png"}
+    assert ((tmp_path / "run" / "training.png").stat().st_size > 0) == drawn
     expected = 0.5 if {"narrow", "2:4", "subp"} & set(words) else 0.9 if "dense" not in words else 0.0
     model = saved.load(tmp_path / "run" / "model.pt")
     if "narrow" not in words:

@@ -15,6 +15,8 @@ from hrbp.study.variants import Variant
 from hrbp.training.settings import Settings
 from test_train import command, images, network, sparse, trainer
 
+pytestmark = pytest.mark.usefixtures("no_figures")
+
 SMALL = ("--model", "resnet8", "--width", "0.5", "--epochs", "1", "--batch-size", "20", "--device", "cpu")
 
 

@@ -558,7 +558,7 @@ def test_the_gradients_are_bilinear(kind):
     ("transform", "backend"),
     [
         pytest.param(
-            t, b, marks=[pytest.mark.slow] if t in ("hessian", "jacfwd", "jacrev") and b == "aot_eager" else []
+            t, b, marks=[pytest.mark.slow] if (t in ("hessian", "jacfwd", "jacrev")) == (b == "aot_eager") else []
         )
         for t in ("jvp", "grad", "jacfwd", "jacrev", "hessian", "jvp in batches")
         for b in ("eager", "aot_eager")

@@ -126,7 +126,8 @@ def test_it_is_what_an_average_that_the_evolver_knows_becomes(name):
             average.update_parameters(net)
         found.append(average)
         assert ("update_parameters" in vars(average)) != known
-    assert all(torch.equal(t, found[1].state_dict()[key]) for key, t in found[0].state_dict().items())
+    states = [average.state_dict() for average in found]
+    assert all(torch.equal(t, states[1][key]) for key, t in states[0].items())
 
 
 def test_averages_made_late_inside_of_a_larger_model_or_copied():

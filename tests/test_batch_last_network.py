@@ -83,8 +83,9 @@ def test_networks_compute_the_same_and_stay_in_it(name):
         torch.testing.assert_close(b.grad, a.grad, rtol=1e-7, atol=1e-7)
     for (key, p), q in zip(model.named_parameters(), last.parameters(), strict=True):
         torch.testing.assert_close(q.grad, p.grad, rtol=1e-7, atol=1e-7, msg=key)
+    found = last.state_dict()
     for key, t in model.state_dict().items():  # running statistics
-        torch.testing.assert_close(last.state_dict()[key], t, **TOLERANCE)
+        torch.testing.assert_close(found[key], t, **TOLERANCE)
     assert not others
     assert not last.batch_last.stayed
     assert last.batch_last.sparse == sum(isinstance(m, bs.BSRConv2d) for m in model.modules())

@@ -119,7 +119,7 @@ def test_the_repair_alone_is_exact(kind, groups, items, data, seed):
     value = values(kind, (1, groups, items), seed)
     lo, extra = divmod(groups * quota, items)
     chosen = _take(value, lo, extra)
-    _repair(value[0], chosen[0], quota, lo)
+    _repair(value[0], chosen[0], (chosen[0].sum(1) - quota).tolist(), lo)
     assert_best(value, chosen, quota)
 
 
@@ -142,7 +142,9 @@ def test_prices_leave_little_to_repair(quota):
     lo, extra = divmod(8 * quota, 256)
     free = (_take(value, lo, extra).sum(2) - quota).abs().sum()
     prices = torch.zeros(4, 8, 1, dtype=torch.float64)
-    left = (_by_prices(value, quota, lo, extra, prices).sum(2) - quota).abs().sum()
+    chosen, surplus = _by_prices(value, quota, lo, extra, prices)
+    assert surplus == (chosen.sum(2) - quota).tolist()
+    left = sum(abs(count) for counts in surplus for count in counts)
     assert left <= 16 < 400 < free
     # They are handed back: with them the next search starts where this one ended.
     assert (_take(value - prices, lo, extra).sum(2) - quota).abs().sum() == left

@@ -328,7 +328,7 @@ def few(monkeypatch):
 
 def test_the_command_trains_what_goes_together_and_ends_with_the_table(few, tmp_path, capsys):
     args = ("--structures", "dense", "elementwise", "hrbp", "--methods", "static", "set", "--sparsities", "0.8",
-            "--seeds", "3", "--epochs", "1", "--device", "cpu", "--out", tmp_path / "s")  # fmt: skip
+            "--seeds", "3", "--epochs", "1", "--width", "0.5", "--device", "cpu", "--out", tmp_path / "s")  # fmt: skip
     assert command(*args) == 0
     out = capsys.readouterr().out
     assert "left out: elementwise set, as masks of structure 'elementwise' do not change; use method='static'" in out

@@ -18,6 +18,7 @@ from ..arguments import check_sparsity
 FEW_RANKS = 1  # one maximum after the other up to here: three times as fast as topk along groups
 SWEEPS = 8  # most rounds over the prices; what they leave is repaired exactly
 JITTER = 1e-11  # breaks ties, relative to the largest value
+MOVES = 1 << 20  # items of pairs of groups that are looked at together
 
 
 def check_score(score: Tensor, sparsity: float, who: str) -> Tensor:
@@ -112,16 +113,25 @@ def balanced(value: Tensor, quota: int, prices: Tensor | None = None) -> Tensor:
     scale = value.abs().amax((1, 2), keepdim=True)
     value = value + noise * torch.where(scale > 0, scale, 1.0) * JITTER
     prices = value.new_zeros(problems, groups, 1) if prices is None else prices
-    chosen = _by_prices(value, quota, lo, extra, prices)
-    wrong = (chosen.sum(2) != quota).any(1)
-    for b in wrong.nonzero()[:, 0].tolist():
-        _repair(value[b], chosen[b], quota, lo)
+    chosen, surplus = _by_prices(value, quota, lo, extra, prices)
+    for b, counts in enumerate(surplus):
+        if any(counts):
+            _repair(value[b], chosen[b], counts, lo)
     return chosen
 
 
-def _by_prices(value: Tensor, quota: int, lo: int, extra: int, prices: Tensor) -> Tensor:
-    """A choice that is optimal for the number of items that each group gets, which is `quota` or nearly so."""
-    for _ in range(SWEEPS):
+def _by_prices(value: Tensor, quota: int, lo: int, extra: int, prices: Tensor) -> tuple[Tensor, list[list[int]]]:
+    """A choice that is optimal for the number of items that each group gets; by how many that is above `quota`.
+
+    Any prices give such a choice. They are moved until few items are wrong: not at all where those of a similar problem
+    do already.
+    """
+    for sweep in range(SWEEPS + 1):
+        chosen = _take(value - prices, lo, extra)
+        surplus = (chosen.sum(2) - quota).tolist()
+        wrong = sum(abs(count) for counts in surplus for count in counts)
+        if wrong <= (2 * len(value) if sweep else 0) or sweep == SWEEPS:  # the repair is cheaper for so few
+            break
         for g in range(value.shape[1]):
             # Item i takes g when its surplus there passes what it would otherwise take as its lo-th group, or, as one
             # of the `extra`, its (lo + 1)-th at the price of being one.
@@ -135,10 +145,7 @@ def _by_prices(value: Tensor, quota: int, lo: int, extra: int, prices: Tensor) -
                 if lo:
                     bar = torch.minimum(_largest(others, lo - 1), bar)
             prices[:, g] = _between(value[:, g] - bar, quota)
-        chosen = _take(value - prices, lo, extra)
-        if int((chosen.sum(2) - quota).abs().sum()) <= 2 * len(value):  # the repair is cheaper for so few
-            break
-    return chosen
+    return chosen, surplus
 
 
 def _largest(surplus: Tensor, rank: int) -> Tensor:
@@ -167,13 +174,13 @@ def _take(surplus: Tensor, lo: int, extra: int) -> Tensor:
     return chosen
 
 
-def _repair(value: Tensor, chosen: Tensor, quota: int, lo: int) -> None:
+def _repair(value: Tensor, chosen: Tensor, counts: list[int], lo: int) -> None:
     """Moves items from groups that have too many to groups that have too few, always by the cheapest chain of moves.
 
-    `chosen` [groups, items] is optimal for its own number of items in each group, and stays so.
+    `chosen` [groups, items] is optimal for its own number of items in each group, and stays so. `counts`: by how many
+    items each group has too many; all 0 at the end.
     """
     groups = len(value)
-    counts = (chosen.sum(1) - quota).tolist()
     while any(counts):
         costs, movers = _moves(value, chosen, lo)
         path = _cheapest_path(costs, [c > 0 for c in counts], [c < 0 for c in counts])
@@ -197,8 +204,9 @@ def _moves(value: Tensor, chosen: Tensor, lo: int) -> tuple[list[list[float]], l
     pool = torch.zeros_like(value[:1])
     leave = torch.cat([value.masked_fill(~chosen, math.inf), pool.masked_fill(more, math.inf)])
     enter = torch.cat([-value.masked_fill(chosen, -math.inf), pool.masked_fill(~more, math.inf)])
-    best = [(leave[a] + enter).min(1) for a in range(len(leave))]
-    costs, movers = torch.stack([b.values for b in best]), torch.stack([b.indices for b in best])
+    at_once = max(1, MOVES // enter.numel())
+    best = [(some[:, None] + enter).min(2) for some in leave.split(at_once)]
+    costs, movers = torch.cat([b.values for b in best]), torch.cat([b.indices for b in best])
     return costs.tolist(), movers.tolist()
 
 

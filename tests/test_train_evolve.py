@@ -8,6 +8,7 @@ import math
 import pytest
 
 import hrbp
+import studies
 from hrbp.cli import train as train_cli
 from hrbp.formats import model as saved
 from hrbp.study.study import Study
@@ -16,6 +17,7 @@ from hrbp.training.settings import Settings
 from test_train import command, images, network, sparse, trainer
 
 pytestmark = pytest.mark.usefixtures("no_figures")
+quick = studies.quick("hrbp.study.study.ROUNDS")
 
 SMALL = ("--model", "resnet8", "--width", "0.5", "--epochs", "1", "--batch-size", "20", "--device", "cpu")
 

@@ -68,6 +68,15 @@ def laid_out(t: Tensor, memory_format: str) -> Tensor:
     return t.contiguous(memory_format=format_of(memory_format == CHANNELS_LAST))
 
 
+def channels_of(t: Tensor, memory_format: str) -> tuple[int, int, int]:
+    """[rows, channels, inner] in memory, of a dense [N, C, H, W] in this format, or of [N, C]."""
+    n, c = t.shape[:2]
+    inner = t[0, 0].numel()
+    if memory_format == BATCH_LAST:
+        return 1, c, inner * n
+    return (n * inner, c, 1) if memory_format == CHANNELS_LAST or inner == 1 else (n, c, inner)
+
+
 def to_batch_last(x: Tensor) -> Tensor:
     """The same [N, C, H, W] with the images innermost in memory: strides (1, H*W*N, W*N, N). Differentiable.
 

@@ -1,9 +1,16 @@
-"""Batch normalisation with the residual and the ReLU that follow it, in as few passes through memory as can be."""
+"""Batch normalisation with the residual and the ReLU that follow it, in as few passes through memory as can be.
+
+Kernels of a kind of device are a module of these functions:
+
+    refusal(x)          why x, not empty, is left to PyTorch's operators, or None
+    sums_dtype(dtype)   what they compute statistics, weight and bias in
+    forward, backward   of tensors that are dense in one memory format, and vectors of that dtype
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -35,8 +42,10 @@ def batch_norm(
     (1 - momentum) * running + momentum * new, with the unbiased variance. Otherwise the running ones are used.
 
     On a CPU each direction reads and writes a tensor once where a channel fits into a cache (contiguous, batch_last),
-    and twice for channels_last; the results are the same bits for any number of threads. Elsewhere, under torch.compile
-    and in transforms PyTorch's own operators run one after the other.
+    and twice for channels_last; the results are the same bits for any number of threads. On a GPU (Triton; NVIDIA from
+    sm_80 on, AMD) forward reads x twice and the residual once, backward x and dy twice; of float16, bfloat16 and
+    float32, the same bits on every run. Elsewhere, under torch.compile and in transforms PyTorch's own operators run
+    one after the other.
 
     Args:
         x: [N, C, H, W], contiguous, channels_last or batch_last, or [N, C]; float16, bfloat16, float32 or float64.
@@ -61,7 +70,7 @@ def batch_norm(
         )
     norm = training, relu, eps, momentum
     if not _native(x, residual, running_mean, running_var, weight, bias, training):
-        y = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+        y = _as_images(x, lambda x: F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps))
         y = y if residual is None else y + residual
         return F.relu(y) if relu else y
     if training and x.numel() == x.shape[1]:
@@ -72,24 +81,43 @@ def batch_norm(
 
 
 @functools.cache
-def _kernels() -> Any:
-    """The CPU's, loaded on first use."""
-    from .kernels import cpu_norm
+def _kernels(device: str) -> Any:
+    """Those of a kind of device, loaded on first use; None where there are none."""
+    if device == "cpu":
+        from .kernels import cpu_norm
 
-    return cpu_norm
+        return cpu_norm
+    if device == "cuda":
+        try:
+            from .kernels import triton_norm
+        except ImportError:
+            return None
+        return triton_norm
+    return None
 
 
 def _native(x: Tensor, residual: Tensor | None, *others: Any) -> bool:
-    """Whether the CPU's kernels compute it."""
+    """Whether the device's kernels compute it."""
     *vectors, training = others
-    if not is_plain(x, residual, *vectors) or x.device.type != "cpu" or x.dim() not in (2, 4) or not x.numel():
+    if not is_plain(x, residual, *vectors) or x.dim() not in (2, 4) or not x.numel():
         return False
-    dtypes, shape = (x.dtype, _kernels().sums_dtype(x.dtype)), x.shape[1:2]
+    kernels, shape = _kernels(x.device.type), x.shape[1:2]
+    if kernels is None:
+        return False
+    dtypes = x.dtype, kernels.sums_dtype(x.dtype)
     if any(t is not None and (t.dtype not in dtypes or t.shape != shape or t.device != x.device) for t in vectors):
         return False
     known = vectors[0] is not None and vectors[1] is not None
     either = vectors[0] is not None or vectors[1] is not None
-    return (known or (training and not either)) and _kernels().absent(x.dtype) is None
+    return (known or (training and not either)) and kernels.refusal(x) is None
+
+
+def _as_images(x: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
+    """compute(x) for PyTorch, which does not know batch_last: on its view [1, C, H, W*N], the same channels."""
+    if x.dim() != 4 or x.is_contiguous() or not x.permute(1, 2, 3, 0).is_contiguous():
+        return compute(x)
+    n, c, h, w = x.shape
+    return compute(x.permute(1, 2, 3, 0).reshape(1, c, h, w * n)).reshape(c, h, w, n).permute(3, 0, 1, 2)
 
 
 def _forward(
@@ -99,7 +127,7 @@ def _forward(
     """(y, mean, invstd)"""
     form = _format(x)
     running = _vectors(x, running_mean, running_var)
-    found = _kernels().forward(
+    found = _kernels(x.device.type).forward(
         _dense(x, form), _dense(residual, form), *_vectors(x, weight, bias), *running, norm, form
     )  # fmt: skip
     if norm[0]:
@@ -119,7 +147,7 @@ def _dense(t: Tensor | None, memory_format: str) -> Tensor | None:
 
 def _vectors(x: Tensor, *vectors: Tensor | None) -> list[Tensor | None]:
     """As the kernels read them."""
-    dtype = _kernels().sums_dtype(x.dtype)
+    dtype = _kernels(x.device.type).sums_dtype(x.dtype)
     return [None if t is None else t.to(dtype).contiguous() for t in vectors]
 
 
@@ -142,7 +170,7 @@ class _BatchNorm(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph: the gradients are to be differentiated
             return *_gradients(dy, y, x, weight, bias, mean, invstd, ctx.norm, ctx.needs_input_grad), None, None, None
         form = _format(x)
-        dx, dresidual, *vectors = _kernels().backward(
+        dx, dresidual, *vectors = _kernels(x.device.type).backward(
             _dense(dy, form), _dense(x, form), y, *_vectors(x, weight, bias), mean, invstd, ctx.norm, form,
             wants_x, wants_residual,
         )  # fmt: skip

@@ -7,73 +7,14 @@ import torch
 import torch.nn.functional as F
 from hypothesis import example, given
 from hypothesis import strategies as st
-from torch import Tensor
 
 import blocksparse as bs
 from blocksparse.kernels import cpu_norm
+from norms import FORMATS, compare, laid_out
 from runners import pytorch_threads
 
 if why := cpu_norm.absent(torch.float32):
     pytest.skip(why, allow_module_level=True)
-
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
-FORMATS = ["contiguous", "channels_last", "batch_last"]
-
-
-def laid_out(t: Tensor, layout: str) -> Tensor:
-    if layout == "batch_last":
-        return bs.to_batch_last(t)
-    return t.contiguous(memory_format=getattr(torch, layout if layout == "channels_last" else "contiguous_format"))
-
-
-def plain(x: Tensor, mean, var, weight, bias, training, momentum, eps, residual, relu) -> Tensor:
-    y = F.batch_norm(x, mean, var, weight, bias, training, momentum, eps)
-    y = y if residual is None else y + residual
-    return F.relu(y) if relu else y
-
-
-def compare(shape, dtype, layout, training, residual, relu, affine, seed=0, tracked=True, offset=0.0):
-    """Results, statistics and gradients against float64."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*size: int) -> Tensor:
-        return torch.randn(size, generator=generator, dtype=torch.float64)
-
-    c = shape[1]
-    tensors = {"x": draw(*shape) + offset}
-    if residual:
-        tensors["residual"] = draw(*shape)
-    if affine:
-        tensors |= {"weight": draw(c) + 1, "bias": draw(c)}
-    dy = draw(*shape)
-    running = {"mean": draw(c), "var": draw(c).square() + 0.5} if tracked else {}
-    found = []
-    for exact in (True, False):
-        to = torch.float64 if exact else dtype
-        given_now = {}
-        for name, t in tensors.items():
-            t = t.to(dtype if t.dim() > 1 else cpu_norm.sums_dtype(dtype)).to(torch.float64 if exact else t.dtype)
-            t = t.to(to) if t.dim() > 1 else t.to(cpu_norm.sums_dtype(to))
-            t = laid_out(t, layout) if t.dim() == 4 else t
-            given_now[name] = t.clone().detach().requires_grad_()
-        kept = {name: t.to(cpu_norm.sums_dtype(to), copy=True) for name, t in running.items()}
-        args = [given_now["x"], kept.get("mean"), kept.get("var"), given_now.get("weight"), given_now.get("bias")]
-        args += [training, 0.3, 1e-3]
-        if exact:
-            y = plain(*args, given_now.get("residual"), relu)
-        else:
-            y = bs.batch_norm(*args, residual=given_now.get("residual"), relu=relu)
-            assert (y.dtype, y.shape) == (dtype, shape)
-            assert y.stride() == given_now["x"].stride()
-        seen = dy.to(dtype).to(to)
-        # A number that a ReLU cuts in one and passes in the other for rounding says nothing about the gradients.
-        gradients = torch.autograd.grad(y, list(given_now.values()), seen)
-        found.append([y.detach(), *kept.values(), *gradients])
-    for wanted, got in zip(*found, strict=True):
-        size = wanted.norm() / max(wanted.numel(), 1) ** 0.5
-        error = (got.double() - wanted).norm() / max(wanted.numel(), 1) ** 0.5
-        assert error <= TOLERANCE[dtype] * (size + 1), (got, wanted)
-
 
 shapes = st.tuples(st.integers(1, 5), st.integers(1, 70), st.integers(1, 9), st.integers(1, 9))
 

@@ -7,7 +7,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from ..layout import BATCH_LAST, CHANNELS_LAST
+from ..layout import channels_of
 from .cpu import NUMBERS, _pointer
 from .cpu_build import library
 
@@ -31,25 +31,21 @@ def absent(dtype: torch.dtype) -> str | None:
     return found if isinstance(found, str) else None
 
 
+def refusal(x: Tensor) -> str | None:
+    """Why it cannot run on this tensor, or None."""
+    return absent(x.dtype)
+
+
 def sums_dtype(dtype: torch.dtype) -> torch.dtype:
     """What statistics, weight and bias are computed in."""
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _sizes(x: Tensor, memory_format: str) -> tuple[int, int, int]:
-    """[rows, channels, inner] in memory."""
-    n, c = x.shape[:2]
-    inner = x[0, 0].numel()
-    if memory_format == BATCH_LAST:
-        return 1, c, inner * n
-    return (n * inner, c, 1) if memory_format == CHANNELS_LAST or inner == 1 else (n, c, inner)
 
 
 def _call(name: str, x: Tensor, norm: tuple[int | float, ...], memory_format: str, *args: Tensor | None) -> None:
     lib = library(NUMBERS[x.dtype])
     assert not isinstance(lib, str)
     training, relu, eps, momentum = norm
-    sizes = _Norm(*_sizes(x, memory_format), torch.get_num_threads(), int(training), int(relu), eps, momentum)
+    sizes = _Norm(*channels_of(x, memory_format), torch.get_num_threads(), int(training), int(relu), eps, momentum)
     if getattr(lib, f"bsr_norm_{name}")(ctypes.byref(sizes), *map(_pointer, args)):
         raise MemoryError(f"batch_norm() of {tuple(x.shape)} on the CPU: no memory for its sums")
 

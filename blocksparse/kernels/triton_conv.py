@@ -41,17 +41,17 @@ _launchers: dict[tuple[object, ...], tuple[Callable[..., None], list[object]]] =
 def _launch(
     kernel: Any,
     tensors: tuple[Tensor | None, ...],
-    offsets: tuple[int, ...],
+    numbers: tuple[float, ...],
     facts: tuple[object, ...],
     describe: Callable[[], tuple[int, dict[str, object]]],
 ) -> None:
-    """kernel[(programs,)](*tensors, *offsets, **constants) on the device of the first tensor.
+    """kernel[(programs,)](*tensors, *numbers, **constants) on the device of the first tensor.
 
     Triton spends some 40 us of a launch on finding its compiled kernel. So that is kept by all that it depends on: the
     facts, the device, which tensors are None, and that every pointer is a multiple of 16; others take Triton's way.
 
     Args:
-        offsets: of the tables, which no compiled kernel depends on but by being 32 or 64 bits wide.
+        numbers: offsets of the tables, factors: what no compiled kernel depends on but by being 32 or 64 bits wide.
         facts: what the constants and the dtypes of the tensors follow from.
         describe: (programs, constants), asked on the first launch.
     """
@@ -61,16 +61,17 @@ def _launch(
     for t in tensors:
         if t is not None:
             pointers |= t.data_ptr()
-    key = (id(kernel), lead.get_device(), *[t is None for t in tensors], *[at >> 31 for at in offsets], *facts)
+    wide = [type(number) is int and number >> 31 for number in numbers]
+    key = (id(kernel), lead.get_device(), *[t is None for t in tensors], *wide, *facts)
     found = _launchers.get(key) if pointers % 16 == 0 else None
     with _on(lead):
         if found is not None:
-            found[0](*tensors, *offsets, *found[1])
+            found[0](*tensors, *numbers, *found[1])
             return
         programs, constants = describe()
-        compiled = kernel[(programs,)](*tensors, *offsets, **constants)
+        compiled = kernel[(programs,)](*tensors, *numbers, **constants)
         if compiled is not None and pointers % 16 == 0:  # the interpreter compiles nothing
-            names = list(inspect.signature(kernel.fn).parameters)[len(tensors) + len(offsets) :]
+            names = list(inspect.signature(kernel.fn).parameters)[len(tensors) + len(numbers) :]
             _launchers[key] = compiled[(programs, 1, 1)], [constants[name] for name in names]
 
 

@@ -117,3 +117,16 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
     if _INTERPRETED:  # the interpreter multiplies the bit patterns of bf16
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def is_last(counter, members):
+    """Whether `members` programs have come here, this one last; all that they have stored can then be read.
+
+    The last one puts the counter back to 0.
+    """
+    tl.debug_barrier()  # all threads of the program have stored
+    last = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == members - 1
+    if last:
+        tl.store(counter, 0)
+    return last

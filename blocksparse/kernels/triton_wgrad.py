@@ -21,6 +21,7 @@ from .triton_gather import (
     dot,
     each,
     exchange,
+    is_last,
     kernel,
     offset_of,
     outside,
@@ -30,19 +31,6 @@ from .triton_gather import (
     step_of,
     sums_of,
 )
-
-
-@triton.jit
-def _is_last(counter, members):
-    """Whether `members` programs have come here, this one last; all that they have stored can then be read.
-
-    The last one puts the counter back to 0.
-    """
-    tl.debug_barrier()  # all threads of the program have stored
-    last = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == members - 1
-    if last:
-        tl.store(counter, 0)
-    return last
 
 
 @triton.jit
@@ -179,12 +167,12 @@ def wgrad_kernel(
         head, members = group * width_of_group, tl.minimum(width_of_group, splits - group * width_of_group)
         tl.store(sums + split * size + to, total, mask=mask)
         counter = counters + tile * (groups + 1)
-        if _is_last(counter + group, members):
+        if is_last(counter + group, members):
             total = _add_up(sums + head * size, size, members, to, mask, BLOCK_M, BLOCK_N)
             if groups == 1:
                 tl.store(out + to, total.to(out.dtype.element_ty), mask=mask)
             else:
                 tl.store(sums + head * size + to, total, mask=mask)
-                if _is_last(counter + groups, groups):
+                if is_last(counter + groups, groups):
                     total = _add_up(sums, size * width_of_group, groups, to, mask, BLOCK_M, BLOCK_N)
                     tl.store(out + to, total.to(out.dtype.element_ty), mask=mask)

@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import blocksparse as bs
 import hrbp
+from hrbp.layers.fused_norm import FusedNorm
 from hrbp.models import build
 
 NETWORKS = {"resnet8": 8, "resnet50": 32, "vgg19": 32, "mobilenetv2": 32}
@@ -60,6 +62,49 @@ def test_networks_train_as_before(name):
     same(net, twin)
     torch.testing.assert_close(fused.eval()(x), net.eval()(x))
     assert not twin.training
+
+
+class Shortcut(nn.Module):
+    """A block as torchvision has it: the projection runs last, and is added in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.norm1 = nn.Conv2d(8, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16)
+        self.conv2, self.norm2 = nn.Conv2d(16, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
+        self.project, self.relu = nn.Sequential(nn.Conv2d(8, 16, 1, 2), nn.BatchNorm2d(16)), nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm2(self.conv2(self.relu(self.norm1(self.conv1(x)))))
+        y += self.project(x)
+        return self.relu(y)
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "batch_last"])
+@pytest.mark.parametrize("exclude", [None, "project"])
+def test_a_projection_that_runs_between_and_batch_last(last, exclude):
+    torch.manual_seed(0)
+    stem = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.MaxPool2d(2)
+    net = nn.Sequential(*stem, Shortcut(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4))
+    net = hrbp.sparsify(net, 0.5, structure="hrbp", exclude=None if exclude is None else ["4.project.0"]).double()
+    twin = copy.deepcopy(net)
+    fused = hrbp.fuse_training(hrbp.to_batch_last(twin) if last else twin)
+    assert (fused.fusion.norms, fused.fusion.sums, fused.fusion.relus, fused.fusion.stayed) == (4, 1, 3, [])
+    formats = []
+    for module in fused._graph().modules():
+        if isinstance(module, FusedNorm):
+            module.register_forward_hook(lambda m, args, y: formats.append(bs.memory_format_of(y)))
+    optimizers = [torch.optim.SGD(m.parameters(), 0.05, momentum=0.9) for m in (net, twin)]
+    for mode in (True, True, False):
+        x = torch.randn(4, 3, 8, 8, dtype=torch.float64)
+        pair = [x.clone().requires_grad_() for _ in range(2)]
+        losses = [
+            step(m.train(mode), t, o) for m, t, o in zip((net, fused), pair, optimizers, strict=True)
+        ]  # fmt: skip
+        torch.testing.assert_close(*losses)
+        torch.testing.assert_close(pair[0].grad, pair[1].grad)
+        same(net, twin)
+    assert len(formats) >= 4
+    assert set(formats) == {"batch_last" if last else "contiguous"}
 
 
 def test_masks_change_as_before():

@@ -11,12 +11,17 @@ from torch import nn
 from torch.fx import Graph, Node
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..layers.batch_last import FORMS, BatchLastPointwise, inputs_in_batch_last, results_in_batch_last
+from ..layers.fused_norm import FusedNorm
 from .folding import NORMS
 from .symbols import CALL_HOOKS
 
 RELUS: tuple[Any, ...] = (F.relu, torch.relu, torch.relu_, "relu", "relu_")
 SUMS: tuple[Any, ...] = (operator.add, operator.iadd, torch.add, "add", "add_")
 SUMS_IN_PLACE: tuple[Any, ...] = (operator.iadd, "add_")
+# Modules besides PyTorch's own that write nothing but their own statistics, and hooks that write nothing.
+KNOWN = (*NORMS, *FORMS.values(), BatchLastPointwise, FusedNorm)
+HARMLESS = (inputs_in_batch_last, results_in_batch_last)
 
 
 class NetworkGraph:
@@ -73,9 +78,8 @@ class NetworkGraph:
             return None
         if node.op == "call_module":
             module = self.modules[str(target)]
-            known = type(module) in NORMS or type(module).__module__.startswith("torch.nn.modules")
-            inside = module.modules() if known else ()
-            if known and not any(getattr(m, "inplace", False) or any(vars(m)[k] for k in CALL_HOOKS) for m in inside):
+            known = type(module) in KNOWN or type(module).__module__.startswith("torch.nn.modules")
+            if known and not any(getattr(m, "inplace", False) or _has_foreign_hooks(m) for m in module.modules()):
                 return None
             return str(target)
         name = target if isinstance(target, str) else getattr(target, "__name__", "")
@@ -86,6 +90,10 @@ class NetworkGraph:
         if pure and not node.kwargs.get("inplace") and "out" not in node.kwargs:
             return None
         return name_of(node)
+
+
+def _has_foreign_hooks(module: nn.Module) -> bool:
+    return any(hook not in HARMLESS for kind in CALL_HOOKS for hook in vars(module)[kind].values())
 
 
 def name_of(node: Node) -> str:

@@ -10,6 +10,7 @@ from torch import nn
 from torch.fx import Graph, GraphModule, Node
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..layers.batch_last import BatchLastNorm2d
 from ..layers.fused_norm import FusedNorm
 from ..wrappers import unwrapped
 from .fusion import Fusion
@@ -26,8 +27,9 @@ def fuse_training(model: nn.Module) -> FusedTraining:
 
     y = max((conv - mean) / sqrt(var + eps) * weight + bias + residual, 0) is one operation, `blocksparse.batch_norm`,
     forward and backward, in training and in eval mode. Once convolutions are sparse, BatchNorm and ReLU take as long
-    as they do: on a CPU, where there are kernels for it, contiguous tensors are read and written once instead of up to
-    six times. On a GPU and under torch.compile PyTorch's own operators run, as without it.
+    as they do: on a CPU, where there are kernels for it, contiguous and batch_last tensors are read and written once
+    instead of up to six times; on a GPU, with Triton, forward and backward move a third fewer bytes. Under
+    torch.compile PyTorch's own operators run, as without it. The norms of a network in batch_last are fused, too.
 
     What is followed is the model's graph (torch.fx). BatchNorms whose result others read, that have hooks or whose
     module symbols cannot follow run as they are.
@@ -144,7 +146,7 @@ class _Fuser(NetworkGraph):
     def _fuse(self, node: Node) -> str | None:
         """Put a fused call in the place of a norm; or why it stays."""
         norm = self._module(node)
-        if type(norm) is not nn.BatchNorm2d:
+        if type(norm) not in (nn.BatchNorm2d, BatchLastNorm2d):
             return f"a {type(norm).__name__}"
         if len(node.args) != 1 or node.kwargs:
             return "it is called with other arguments than its input"

@@ -12,7 +12,7 @@ from typing import Any
 if not __package__:  # started as a file: the checkout that it stands in is counted
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from bench.counts import slots
+from bench.counts import norms, slots
 from bench.counts.cases import SHIPPED, TARGETS, Case
 from bench.counts.compiling import counted
 from blocksparse.geometry import KINDS
@@ -21,7 +21,7 @@ from hrbp.columns import columns
 from hrbp.files import whole_file
 
 TABLE = Path(__file__).resolve().parents[1] / "blocksparse" / "kernels" / "counts" / "triton.json"
-CUPY = TABLE.with_name("cupy.json")
+CUPY, NORM = TABLE.with_name("cupy.json"), TABLE.with_name("norm.json")
 FACTS = ("loop", "mma", "outside", "registers", "spills", "shared", "swizzled", "copy_bytes")
 
 DESCRIPTION = """\
@@ -36,6 +36,8 @@ Another Triton is a folder: python -m pip install --no-deps --target /tmp/triton
 gets the rows of both, the other one's for sm_90; this takes some minutes.
   python bench/count.py --cupy                                            the CUDA C++ kernels: a minute
   python bench/count.py --cupy --write                                    their table, anew
+  python bench/count.py --norm                                            BatchNorm's kernels: half a minute
+  python bench/count.py --norm --write --triton /tmp/triton36             their table of both versions, anew
 
 What it prints, a kernel a line:
   loop        instructions in the main loop, a warp: one K-tile
@@ -69,6 +71,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--cupy", action="store_true", help="the CUDA C++ kernels: counted.py says what their columns are"
     )
+    parser.add_argument("--norm", action="store_true", help="BatchNorm's kernels: counted.py says what the columns are")
     parser.add_argument("--write", action="store_true", help=f"write {TABLE.name}: all other choices are left out")
     args = parser.parse_args(argv)
     if args.triton and not (args.triton / "triton" / "__init__.py").exists():
@@ -93,11 +96,22 @@ def tabled(triton: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in row.items() if key != "hash"} for row in rows]
 
 
+def norm_rows(triton: Path | None) -> list[dict[str, Any]]:
+    """The rows of BatchNorm's kernels under this Python's Triton, and under another one."""
+    rows = counted(norms.SHIPPED, None) + (counted(norms.SHIPPED, triton) if triton else [])
+    return [{key: value for key, value in row.items() if key != "hash"} for row in rows]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Counts and prints; returns the exit status."""
     args = parse_arguments(argv)
-    if args.cupy or args.write:
-        rows, table = (list(slots.rows()), CUPY) if args.cupy else (tabled(args.triton), TABLE)
+    if args.cupy or args.norm or args.write:
+        if args.cupy:
+            rows, table = list(slots.rows()), CUPY
+        elif args.norm:
+            rows, table = norm_rows(args.triton), NORM
+        else:
+            rows, table = tabled(args.triton), TABLE
         if not args.write:
             print(columns([list(rows[0]), *([str(value) for value in row.values()] for row in rows)]))
             return 0

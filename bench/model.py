@@ -14,7 +14,7 @@ if not __package__:  # started as a file: the checkout that it stands in is aske
 import torch
 
 import blocksparse as bs
-from bench.layers import prediction
+from bench.layers import norms, prediction
 from bench.layers.networks import parse_layer
 from bench.layers.patterns import Structure, parse_blocksize
 from bench.layers.prediction import PredictedRow, Question, predict, totals
@@ -33,6 +33,7 @@ are predictions, not measurements: no GPU has timed these kernels.
   python bench/model.py --layer resnet50 --gpu h200
   python bench/model.py --layer resnet50 --gpu h100 --blocksize 64x8 --density 0.05 0.1 0.2
   python bench/model.py --layer resnet50.layer3.3x3 --gpu h200 --structure hrbp --backend auto triton cupy torch
+  python bench/model.py --layer resnet50 --gpu h100 --norms
 
 It takes a few seconds.
 """
@@ -50,6 +51,10 @@ columns
   roofline us   what the device needs at least: x, y, values and index once through HBM, or useful FLOPs
   x dense       dense / predicted; allowed: dense / roofline
   least product the smallest of these for a single product
+
+--norms: one BatchNorm in training behind each layer, with the sum and the ReLU that follow it in the network
+  MB            that forward and backward read and write: of bs.batch_norm, and of PyTorch's operators one by one
+  predicted us  of bs.batch_norm, from counted instructions and bytes; PyTorch us: from bytes alone
 
 Exit status: 0; 1 if no pattern fits any layer; 2 for wrong options.
 """
@@ -84,7 +89,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if sums:
         print("\npredicted, the three products together, each layer as often as it occurs:")
         print("\n".join(prediction.total_lines(sums)))
-    writer.write(rows, True, totals=[asdict(total) for total in sums])
+    behind = norms.predict(args.layers, args.batch, DTYPES[args.dtype], args.gpu) if args.norms else []
+    if behind:
+        print("\npredicted, BatchNorm in training behind each layer, forward and backward:")
+        print("\n".join(norms.lines(behind)))
+    writer.write(rows, True, totals=[asdict(total) for total in sums], norms=[asdict(row) for row in behind])
     return 0 if any(row.status == OK for row in rows) else 1
 
 
@@ -105,6 +114,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     options.add_pattern(parser, "default: 32x32 64x8; of hrbp: group")
     add("--dtype", choices=tuple(DTYPES), default="fp16")
     add("--batch", type=options.positive, default=64, help="images, default 64")
+    add("--norms", action="store_true", help="also BatchNorm, sum and ReLU behind the layers")
     options.add_json(parser)
     args = parser.parse_args(argv)
     try:

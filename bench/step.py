@@ -45,7 +45,8 @@ With its defaults it takes a few minutes: --seconds for the steps, and the check
 
 EPILOG = """\
 columns
-  way       memory format, and how a step runs: eager; graph (a CUDA graph of the whole step); compiled (torch.compile)
+  way       memory format, and how a step runs: eager; graph (a CUDA graph of the whole step); compiled (torch.compile);
+            fused: BatchNorm, sum and ReLU together (hrbp.fuse_training)
   ms        20th, 50th and 80th percentile of the steps, the host's part included
   x dense   p50 of the fastest dense way / p50 of this one; x same: of dense in the same way
   step MB   peak memory during a step beyond what was there before it
@@ -95,9 +96,10 @@ class Way:
 
     layout: str
     mode: str = "eager"  # "graph": a CUDA graph of the whole step; "compiled": torch.compile
+    fused: bool = False  # hrbp.fuse_training
 
     def __str__(self) -> str:
-        return f"{self.layout}, {self.mode}"
+        return f"{self.layout}, {self.mode}" + ", fused" * self.fused
 
 
 @dataclass(kw_only=True)
@@ -165,9 +167,10 @@ def measure_network(network: Network, args: argparse.Namespace, deadline: float,
     dense = network.build().to(device)
     x = torch.randn(batch, 3, network.image_size, network.image_size, device=device)
     target = torch.randint(network.classes, (batch,), device=device)
-    ways = [Way("channels_last"), Way("contiguous")]
+    ways = [Way("channels_last"), Way("contiguous"), Way("contiguous", fused=True)]
     if on_gpu:
-        ways = [Way("channels_last"), Way("channels_last", "graph"), Way("contiguous", "graph")]
+        graphs = Way("channels_last", "graph"), Way("channels_last", "graph", True), Way("contiguous", "graph")
+        ways = [Way("channels_last"), *graphs]
     if args.compile:
         ways.append(Way("channels_last", "compiled"))
     memory, pool = make_memory(device), torch.cuda.graph_pool_handle() if on_gpu else None
@@ -223,6 +226,7 @@ class Step:
         on_gpu = x.device.type == "cuda"
         self.optimizer = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9, fused=on_gpu)
         run = torch.compile(self.model) if way.mode == "compiled" else self.model
+        run = hrbp.fuse_training(self.model) if way.fused else run
         self.call: Callable[[], Tensor] = lambda: self._step(run)
         if way.mode == "graph":
             self.call = self._captured(run, pool)

@@ -26,7 +26,7 @@ from bench.stages import jobs, running
 from blocksparse import ops
 from blocksparse.backends import named
 from blocksparse.geometry import KINDS
-from blocksparse.kernels import triton_bank, triton_kernels, triton_wgrad
+from blocksparse.kernels import triton_bank, triton_kernels, triton_norm_kernels, triton_wgrad
 from processes import run as run_process
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -129,9 +129,9 @@ def _without_backends(words: Sequence[str]) -> list[str]:
 
 
 def test_kernels_of_ours_are_what_a_sanitizer_watches():
-    files = triton_bank, triton_kernels, triton_wgrad
+    files = triton_bank, triton_kernels, triton_norm_kernels, triton_wgrad
     triton = {name for file in files for name in vars(file) if name.endswith("_kernel") and not name.startswith("_")}
-    assert len(triton) == 5
+    assert len(triton) == 9
     assert all(re.match(jobs.OURS, name) for name in {*triton, *KINDS, "add_splits"})
 
 
@@ -311,7 +311,7 @@ def test_rounding_alone_is_far_from_a_failure(monkeypatch):
 
 
 def test_an_interrupt_keeps_the_steps_that_were_timed(monkeypatch, tmp_path):
-    calls = iter(range(7))
+    calls = iter(range(11))
 
     class Clock:
         def lap(self, call, cold=True):
@@ -324,7 +324,7 @@ def test_an_interrupt_keeps_the_steps_that_were_timed(monkeypatch, tmp_path):
     options = ["--network", "resnet8", "--structure", "block", "--device", "cpu", "--json", str(file)]
     assert step.main(options) == 130
     rows = json.loads(file.read_text())["rows"]
-    assert len(rows) == 4
+    assert len(rows) == 6
     assert all(row["status"] == OK and row["times"]["p50"] == pytest.approx(1.0) for row in rows)
 
 

@@ -96,6 +96,22 @@ def test_what_does_not_fit_is_refused_in_its_line():
     assert model.main(["--layer", "64,64,3,1,8", "--gpu", "h200", "--blocksize", "48x8"]) == 1
 
 
+def test_batch_norms_behind_layers(tmp_path, capsys):
+    """What each pass moves: 8 tensors instead of 13, 11 instead of 16 with a sum; 8 alike where nothing follows."""
+    file = tmp_path / "model.json"
+    layers = ["resnet50.layer1.3x3", "resnet50.layer1.1x1out", "resnet50.layer2.0.skip"]
+    assert model.main(["--layer", *layers, "--gpu", "h100", "--norms", "--json", str(file)]) == 0
+    assert "predicted, BatchNorm in training behind each layer, forward and backward:" in capsys.readouterr().out
+    rows = json.loads(file.read_text())["norms"]
+    assert [row["what"] for row in rows] == ["BatchNorm+ReLU", "BatchNorm+sum+ReLU", "BatchNorm"]
+    tensors = [[n / (2 * torch.Size(r["shape"]).numel()) for n in (r["nbytes"], r["pytorch_nbytes"])] for r in rows]
+    assert tensors == [[8, 13], [11, 16], [8, 8]]
+    for row in rows:
+        assert row["predicted"]
+        assert row["seconds"] >= row["nbytes"] / 3.35e12
+        assert row["seconds"] < 1.2 * row["pytorch_seconds"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

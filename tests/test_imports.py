@@ -37,6 +37,7 @@ ALLOWED = {
     "kernels/cpu_norm": {"layout", "kernels/cpu", "kernels/cpu_build"},
     "kernels/torch_conv": {"geometry", "groups", "index", "layout", "kernels/aten_conv", "kernels/triton_bank"},
     "kernels/norm_cut": set(),
+    "kernels/norm_cost": {"kernels/counted", "kernels/gpu_cost", "kernels/gpus", "kernels/norm_cut"},
     "kernels/triton_norm": {
         "layout",
         "kernels/gpus",

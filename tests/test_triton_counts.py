@@ -1,4 +1,4 @@
-"""What the Triton kernels cost stays what kernels/counts/triton.json says: instructions, registers, shared memory.
+"""What the Triton kernels cost stays what kernels/counts/triton.json (BatchNorm's: norm.json) says.
 
 The table is held to its goals and to the tiles in every run. A slow run compiles each row anew, for every target, with
 this Python's Triton and with the oldest one that is supported, and fails where one got worse. The oldest one is a
@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from bench.count import FACTS, TABLE
+from bench.count import FACTS, NORM, TABLE
+from bench.counts import norms
 from bench.counts.cases import SHIPPED, TARGETS, Case, entries, entry_of
 from bench.counts.compiling import COMMAND, environment
 from processes import LIMIT, Process
@@ -84,7 +85,7 @@ def test_a_row_of_the_table_is_good(row):
 # ---------------------------------------------------------------------- compiled anew
 
 
-def start(cases: list[Case], triton: Path | None) -> Process:
+def start(cases: list[Case] | list[norms.NormCase], triton: Path | None) -> Process:
     return Process(COMMAND, given=json.dumps(cases), env=environment(triton), limit=3 * LIMIT)
 
 
@@ -135,6 +136,45 @@ def test_every_kernel_costs_what_the_table_says_under_the_oldest_triton():
             " python -m pip install --no-deps --target FOLDER triton==3.6.0, then OLDEST_TRITON=FOLDER pytest -m slow"
         )
     held([row for row in ROWS if row["triton"] == OLDEST], Path(folder))
+
+
+# ---------------------------------------------------------------------- BatchNorm
+
+NORMS: list[dict[str, Any]] = json.loads(NORM.read_text())
+NORMS_ANEW = "if that is meant: python bench/count.py --norm --write --triton FOLDER writes the table anew"
+
+
+def about(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if name not in (*norms.FACTS, "hash")}
+
+
+def test_every_kernel_of_batch_norm_is_counted_and_good():
+    """No spills, 16-byte loads and stores, and two programs of 8 warps in a multiprocessor."""
+    newest = NORMS[0]["triton"]
+    assert [about(row) for row in NORMS] == [c.row(t) for t in (newest, OLDEST) for c in norms.SHIPPED], NORMS_ANEW
+    for row in NORMS:
+        assert (row["spills"], row["access_bytes"]) == (0, 16), row
+        assert row["registers"] <= 128, row
+        assert row["shared"] <= 16 << 10, row
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("triton", [NEWEST, OLDEST])
+def test_every_kernel_of_batch_norm_costs_what_the_table_says(triton):
+    folder = os.environ.get("OLDEST_TRITON") if triton == OLDEST else None
+    if triton == OLDEST and not folder:
+        pytest.fail("OLDEST_TRITON is not set: see test_every_kernel_costs_what_the_table_says_under_the_oldest_triton")
+    with start(norms.SHIPPED, Path(folder) if folder else None) as process:
+        done = process.finish()
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [row for row in NORMS if row["triton"] == triton]
+    assert len(found) == len(norms.SHIPPED), f"{NORM.name} has no rows of Triton {triton}; {NORMS_ANEW}"
+    bad = []
+    for row, now in zip(found, json.loads(done.stdout), strict=True):
+        assert about(row) == about(now)
+        worse = [name for name in norms.FACTS if (now[name] - row[name]) * (-1 if name == "access_bytes" else 1) > 0]
+        bad += [f"{about(row)}: {name} {now[name]}, was {row[name]}" for name in worse]
+    assert not bad, "\n".join([*bad, NORMS_ANEW])
 
 
 def test_what_got_worse_is_said():

@@ -16,7 +16,9 @@ from typing import Any
 
 import torch
 
+from bench.counts import norms
 from bench.counts.cases import TARGETS, Case
+from bench.counts.norms import NormCase
 from blocksparse import index
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,7 +66,7 @@ def call(case: Case, device: str, misaligned: bool = False) -> None:
         triton_conv.wgrad(x, dy, tables, g, shape, case.tile, precision=case.precision)
 
 
-def kernels(cases: Sequence[Case]) -> list[Any]:
+def kernels(cases: Sequence[Case | NormCase]) -> list[Any]:
     """The compiled kernel of each case."""
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
@@ -82,8 +84,12 @@ def kernels(cases: Sequence[Case]) -> list[Any]:
     for case in cases:
         target.arch = case.arch
         compiled.clear()
-        call(case, "meta")
-        found.append(compiled[0])
+        if isinstance(case, NormCase):
+            norms.call(case, "meta")
+            found.append(compiled[norms.launch_of(case)])
+        else:
+            call(case, "meta")
+            found.append(compiled[0])
     return found
 
 
@@ -97,7 +103,7 @@ def environment(triton: Path | None) -> dict[str, str]:
 COMMAND = [sys.executable, "-W", "ignore", "-m", "bench.counts.compiling"]
 
 
-def counted(cases: Sequence[Case], triton: Path | None, source: Path | None = None) -> list[dict[str, Any]]:
+def counted(cases: Sequence[Case | NormCase], triton: Path | None, source: Path | None = None) -> list[dict[str, Any]]:
     """The counts of each case under one Triton, by a process of their own; `source`: a folder for their assembly."""
     command = [*COMMAND, *([str(source)] if source else [])]
     done = subprocess.run(
@@ -115,19 +121,20 @@ def main() -> None:
     from bench.counts import machine
 
     version = triton.__version__
-    cases = [Case.of(fields) for fields in json.load(sys.stdin)]
-    rows = []
+    cases = [NormCase.of(f) if f[0] in norms.KINDS else Case.of(f) for f in json.load(sys.stdin)]
+    rows: list[dict[str, Any]] = []
     for case, kernel in zip(cases, kernels(cases), strict=True):
         if len(sys.argv) > 1:
-            bk, bc = case.blocksize
-            stem = Path(sys.argv[1]) / f"{case.kind}_{bk}x{bc}_{case.math}_{case.arch}_{version}_{kernel.hash[:6]}"
+            what = case.format if isinstance(case, NormCase) else "{}x{}".format(*case.blocksize)
+            stem = Path(sys.argv[1]) / f"{case.kind}_{what}_{case.math}_{case.arch}_{version}_{kernel.hash[:6]}"
             stem.parent.mkdir(parents=True, exist_ok=True)
             program = machine.sass(kernel.asm["cubin"]) if "cubin" in kernel.asm else machine.gcn(kernel.asm["amdgcn"])
             at = {i: label for label, i in program[0].labels.items()}
             lines = [(f"{at[i]}:\n" if i in at else "") + text for i, text in enumerate(program[0].instructions)]
             stem.with_suffix(".asm").write_text("\n".join(lines))
             stem.with_suffix(".ttgir").write_text(kernel.asm["ttgir"])
-        rows.append({**case.row(version), **machine.counts(kernel), "hash": kernel.hash})
+        count = norms.counts if isinstance(case, NormCase) else machine.counts
+        rows.append({**case.row(version), **count(kernel), "hash": kernel.hash})
     json.dump(rows, sys.stdout)
 
 

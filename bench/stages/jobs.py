@@ -15,10 +15,10 @@ from bench.layers.rows import KINDS
 BENCH = Path(__file__).resolve().parents[1]
 PYTHON = (sys.executable, "-u")
 PARTS = 8  # processes side by side, on a GPU
-TILES = "tests/test_gpu_tiles.py"
+TILES, NORMS = "tests/test_gpu_tiles.py", "tests/test_triton_norm.py"
 SWEPT = "resnet50.layer3.3x3"  # the layer whose tiles are all timed
 # The kernels that a sanitizer watches; PyTorch's own would take hours.
-OURS = "^(fprop|dgrad|wgrad|add_splits|scatter_kernel|gather_kernel)"
+OURS = "^(fprop|dgrad|wgrad|add_splits|scatter_kernel|gather_kernel|norm_)"
 
 
 class Job(NamedTuple):
@@ -186,13 +186,15 @@ def step_jobs(folder: Path, quick: bool, seconds: float) -> list[Job]:
 
 
 def sanitizer_jobs(folder: Path, sanitizer: str) -> list[Job]:
-    """compute-sanitizer's tools over a strided 3x3 of a few pixels, every kind, on our kernels alone."""
-    small = "small_layer and 128_128_3_2_5 and half"
-    tools = {"memcheck": small, "racecheck": f"{small} and cupy", "synccheck": f"{small} and cupy"}
+    """compute-sanitizer's tools over a strided 3x3 of a few pixels, every kind, and BatchNorm, on our kernels alone."""
+    small, norms = "small_layer and 128_128_3_2_5 and half", (NORMS, "-k", "whole_and_partial")
+    cupy = TILES, "-k", f"{small} and cupy"
+    tools = [("memcheck", "", (TILES, "-k", small)), ("racecheck", "", cupy), ("synccheck", "", cupy)]
+    tools += [("memcheck", "-norm", norms), ("racecheck", "-norm", norms)]
     return [
-        Job(tool, (sanitizer, "--tool", tool, "--error-exitcode", "9", "--kernel-name", f"regex={OURS}",
-                   *pytest(folder, tool, TILES, "-k", which)))
-        for tool, which in tools.items()
+        Job(tool + name, (sanitizer, "--tool", tool, "--error-exitcode", "9", "--kernel-name", f"regex={OURS}",
+                          *pytest(folder, tool + name, *which)))
+        for tool, name, which in tools
     ]  # fmt: skip
 
 

@@ -155,3 +155,39 @@ def cupy(kind: str, math_: str, unit: int, nt: int, mt: int, warps: int, bands: 
 
     row = min(found, key=distance)
     return Phases(row["load"], row["mma"], row["result"], tuple(row["nest"]), row["outside"], row["registers"])
+
+
+class Turn(NamedTuple):
+    """A Triton kernel of BatchNorm: instructions of one warp.
+
+    Attributes:
+        loop: of one chunk.
+        outside: before and behind the loop; what only the last program of a tile runs is counted, too.
+        registers: of a thread.
+        shared: bytes of a program.
+    """
+
+    loop: float
+    outside: float
+    registers: int
+    shared: int
+
+
+@functools.lru_cache(maxsize=256)
+def norm(kind: str, math_: str, column: str, version: tuple[int, int], memory_format: str, residual: bool) -> Turn:
+    """The counts of a kernel of BatchNorm: of the counted ones of this kind, the nearest.
+
+    Args:
+        kind: "norm_statistics", "norm_apply", "norm_sums" or "norm_dx".
+        math_: "half" or "ieee".
+    """
+
+    def distance(row: Row) -> tuple[float, ...]:
+        targets = column, *STAND_INS[column]
+        far = targets.index(row["target"]) if row["target"] in targets else len(targets)
+        major, minor = (int(part) for part in row["triton"].split(".")[:2])
+        odd = (row["math"] != math_, row["format"] != memory_format, row["residual"] != residual)
+        return far, abs(100 * (version[0] - major) + version[1] - minor), *odd
+
+    row = min((row for row in rows("norm") if row["kind"] == kind), key=distance)
+    return Turn(row["loop"], row["outside"], row["registers"], row["shared"])

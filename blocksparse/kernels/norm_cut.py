@@ -20,6 +20,7 @@ WARPS = 8
 COLUMNS = 32  # channels side by side: 64 bytes in 16 bits
 PER_UNIT = 2  # programs that a multiprocessor holds
 FULL, WAVES = 8, 4  # programs of a tile that fill one wave well enough; else so many waves, the last of them not full
+LEAST = 4  # chunks of a program, where there are enough programs
 LIMIT = 2**31 - 1  # of each size; offsets of elements are 64 bits wide
 
 
@@ -72,7 +73,9 @@ def cut(rows: int, channels: int, inner: int, units: int, tile: int) -> Cut:
     chunks = -(-rows // block_rows) * wide
     slots = PER_UNIT * units
     # One wave of programs where it can be filled; the last program of a tile adds up what all its splits found.
-    splits = slots // tiles if FULL * tiles <= slots else round(WAVES * slots / tiles)
+    splits = slots // tiles
+    if splits < FULL:  # more waves, of programs that are worth their beginning and end
+        splits = max(splits, min(round(WAVES * slots / tiles), chunks // LEAST))
     splits = min(chunks, max(1, splits))
     return Cut(
         channels, rows, length, channels * inner, wide, chunks, splits, tiles, block_rows, block_cols, across,

@@ -33,9 +33,14 @@ def sums_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32
 
 
+def units(device: torch.device) -> int:
+    """Multiprocessors; 1 of what is no GPU (Triton's interpreter)."""
+    gpu = gpus.of(device)
+    return gpu.units if gpu else 1
+
+
 def _cut(x: Tensor, memory_format: str, tile: int) -> Cut:
-    gpu = gpus.of(x.device)
-    return norm_cut.cut(*channels_of(x, memory_format), gpu.units if gpu else 1, tile)
+    return norm_cut.cut(*channels_of(x, memory_format), units(x.device), tile)
 
 
 def _constants(c: Cut, **more: object) -> dict[str, object]:

@@ -3,7 +3,7 @@
     statistics   reads x                                       the mean of each channel and 1 / sqrt(var + eps)
     apply        reads x, residual; writes y                   y = max((x - mean)*scale + bias + residual, 0)
     sums         reads dy, x, [y]; writes [dresidual]          sums of g and of g*(x - mean), g = dy where y > 0
-    dx           reads g or dy, x, [y]; writes dx              dx = (g - offset - (x - mean)*slope) * scale
+    dx           reads g or dy, x, [y]; writes dx              dx = g*scale - ((x - mean)*slope + offset)*scale
 
 scale = weight*invstd. g is dresidual: where that is asked for, dx reads it in the place of dy and y. Where no residual
 was added the sign of y follows from x, computed as it was. With running statistics mean and invstd do not depend on x:
@@ -48,7 +48,7 @@ def _chunk(
     ROWS: tl.constexpr, COLS: tl.constexpr, ACROSS: tl.constexpr, EVEN: tl.constexpr, VECTORS: tl.constexpr,
 ):  # fmt: skip
     """Of chunk k of a tile: elements before it, which of its own there are, and how many of each channel."""
-    line = k // wide * ROWS
+    line = k * ROWS if ACROSS else k // wide * ROWS
     column = tile * COLS if ACROSS else k % wide * COLS
     at = line.to(tl.int64) * apart + column
     if not ACROSS:
@@ -279,7 +279,7 @@ def norm_dx_kernel(
     c, there = _channels(tile, channels, COLS, ACROSS)
     average, inverse = _vector(mean, c, there, 0.0), _vector(invstd, c, there, 1.0)
     scale, shift = _vector(weight, c, there, 1.0) * inverse, _vector(bias, c, there, 0.0)
-    off, steep = _vector(offset, c, there, 0.0), _vector(slope, c, there, 0.0)
+    off, steep = _vector(offset, c, there, 0.0) * scale, _vector(slope, c, there, 0.0) * scale
     to = _inside_of_chunk(apart, ROWS, COLS, VECTORS)
     mine = (chunks - 1 - split) // splits
     for back in range(mine + 1):
@@ -287,4 +287,4 @@ def norm_dx_kernel(
         at, inside, _ = _chunk(k, tile, lines, length, apart, wide, ROWS, COLS, ACROSS, EVEN, VECTORS)
         d = tl.load(x + at + to, mask=inside, other=0.0).to(tl.float32) - average
         g = _gradient(dy, y, at + to, inside, d, scale, shift, RELU).to(tl.float32)
-        tl.store(dx + at + to, ((g - off - d * steep) * scale).to(dx.dtype.element_ty), mask=inside)
+        tl.store(dx + at + to, (g * scale - (d * steep + off)).to(dx.dtype.element_ty), mask=inside)

@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 import torch
 
+from bench.counts import norms
 from bench.counts.cases import Case
 from bench.counts.compiling import COMMAND, NamesATarget, call, environment
 from processes import Process
 
 
-def launch_cases(cases: list[Case]) -> list[list[dict[str, Any]]]:
+def launch_cases(cases: list[Case | norms.NormCase]) -> list[list[dict[str, Any]]]:
     """What reaches the driver, and by which way, when each case is launched twice, then with unaligned pointers."""
     import contextlib
 
@@ -52,7 +53,10 @@ def launch_cases(cases: list[Case]) -> list[list[dict[str, Any]]]:
     for case in cases:
         for misaligned in (False, False, True):
             launches.clear()
-            call(case, "cpu", misaligned)
+            if isinstance(case, norms.NormCase):
+                norms.call(case, "cpu")
+            else:
+                call(case, "cpu", misaligned)
             found.append(list(launches))
     return found
 
@@ -60,7 +64,7 @@ def launch_cases(cases: list[Case]) -> list[list[dict[str, Any]]]:
 # ---------------------------------------------------------------------- the tests
 
 
-def start(cases: list[Case], what: str = "launch") -> Process:
+def start(cases: list[Case] | list[norms.NormCase], what: str = "launch") -> Process:
     """Launches them, or compiles them, in a process of its own."""
     command = COMMAND if what == "compile" else [sys.executable, "-W", "ignore", __file__]
     return Process(command, given=json.dumps(cases), env=environment(None))
@@ -105,6 +109,21 @@ def test_a_kept_kernel_is_launched_as_triton_would():
 
 
 @pytest.mark.slow
+def test_kept_kernels_of_batch_norm_are_launched_as_triton_would():
+    small = {"shape": (2, 16, 5, 5), "residual": True}
+    cases = [norms.NormCase("norm_apply", "sm_90", **small), norms.NormCase("norm_dx", "sm_90", "batch_last", **small)]
+    found = result_of(start(cases))
+    for at in range(len(cases)):
+        first, second, _ = found[3 * at : 3 * at + 3]
+        assert [launch.pop("by") for launch in first] == ["triton"] * 2
+        assert [launch.pop("by") for launch in second] == ["us"] * 2
+        assert first == second
+    for launch in found[0]:  # numbers that no kernel was compiled for
+        assert "1e-05" in launch["args"]
+    assert "0.1" in found[0][0]["args"]
+
+
+@pytest.mark.slow
 def test_a_kept_kernel_gets_the_offsets_of_its_own_index():
     """Two layers that differ in their number of blocks share a kernel; their tables lie elsewhere."""
     few = [Case(kind, "sm_90", (32, 32), height=5, batch=1) for kind in ("fprop", "dgrad")]
@@ -120,4 +139,5 @@ def test_a_kept_kernel_gets_the_offsets_of_its_own_index():
 
 
 if __name__ == "__main__":
-    json.dump(launch_cases([Case.of(fields) for fields in json.load(sys.stdin)]), sys.stdout)
+    given = json.load(sys.stdin)
+    json.dump(launch_cases([norms.NormCase.of(f) if f[0] in norms.KINDS else Case.of(f) for f in given]), sys.stdout)

@@ -85,6 +85,14 @@ def test_an_exchange_keeps_what_stays_and_the_ratio(ratio, share, seed):
     assert share or torch.equal(new, mask)
 
 
+def test_mixed_precision_makes_masks_no_coarser():
+    """Those of the forward are those that anything else sees of the weight."""
+    made, score = structure("transposable"), torch.rand(32, 64, 1, 1, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        within = made.mask(score, 0.5)
+    assert torch.equal(within, made.mask(score, 0.5))
+
+
 def test_a_model_trains_with_it():
     torch.manual_seed(0)
     model = hrbp.sparsify(

@@ -90,7 +90,8 @@ def best_tiles(value: Tensor, n: int) -> Tensor:
     masks = _masks(n, m).to(value.device)
     weights = masks.flatten(1).to(value.dtype).t()
     parts = value.flatten(1).split(max(1, CHUNK_CELLS // len(masks)))
-    return masks[torch.cat([(part @ weights).argmax(1) for part in parts])]
+    with torch.autocast(value.device.type, enabled=False):  # which would make the sums, and so the masks, coarser
+        return masks[torch.cat([(part @ weights).argmax(1) for part in parts])]
 
 
 @functools.cache

@@ -150,8 +150,8 @@ ROOMS: dict[str, list[str]] = {
         "transposable", "recognise", "registry",
     ],
     "layers": [
-        "twin", "batch_last", "dense_conv", "semi_structured", "stored", "record", "gradients", "in_groups", "master",
-        "view",
+        "twin", "batch_last", "dense_conv", "semi_structured", "stored", "record", "gradients",
+        "in_groups", "master", "view",
         "fused", "fused_norm",
     ],
     "methods": [
@@ -159,14 +159,13 @@ ROOMS: dict[str, list[str]] = {
         "following", "static", "set", "rigl", "hrbp", "gmp", "ste", "sr_ste", "subp", "registry", "evolver",
     ],
     "surgery": [
-        "carry", "dataflow", "fresh", "candidates", "decision", "conversion", "prune", "folding", "symbols",
-        "network_graph", "fusion", "training_fusion", "innermost",
+        "carry", "dataflow", "fresh", "candidates", "decision", "conversion", "prune", "folding", "symbols", "network_graph", "fusion", "training_fusion", "innermost",
     ],
     "formats": ["packed", "sealed", "weights", "pretrained", "model", "onnx_file"],
     "data": ["sets", "batches", "cifar", "digits", "folders", "generated", "loading"],
     "reports": [
         "dgrad", "score", "stream", "mask_report", "model_report", "model_summary", "network_costs", "picture",
-        "study_picture", "worth_picture", "html_page",
+        "study_picture", "worth_picture", "sad_picture", "html_page",
     ],
     "training": [
         "checkpoint", "devices", "log", "older", "result", "settings", "signals", "fused", "optimizer", "continuing",
@@ -174,9 +173,9 @@ ROOMS: dict[str, list[str]] = {
     ],
     "study": [
         "folder", "spread", "rival", "timing", "variants", "page", "regularity_table", "study_table", "worth_table",
-        "runner", "regularity", "study", "worth",
+        "sr_ste_table", "runner", "regularity", "study", "sr_ste", "worth",
     ],
-    "cli": ["parsing", "info", "regroup", "worth", "study", "train", "main"],
+    "cli": ["parsing", "info", "regroup", "worth", "sr_ste", "study", "train", "main"],
 }  # fmt: skip
 ORDER = [f"{room}/{file}" if room else file for room, files in ROOMS.items() for file in files]
 LONGEST = 400  # lines of a file; a longer one says in its head why

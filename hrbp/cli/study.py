@@ -23,8 +23,8 @@ from ..study.regularity_table import table as regularity_table
 from ..study.study import Study
 from ..study.study_table import parts as study_parts
 from ..study.study_table import table
-from ..study.variants import ABLATION, BASELINES, PRESETS, Preset, Variant
-from . import parsing, worth
+from ..study.variants import ABLATION, BASELINES, LAMBDAS, PRESETS, Preset, Variant
+from . import parsing, sr_ste, worth
 
 REGULARITY = "regularity"
 MAX_TIME, MAX_STORAGE = 0.5, 0.25
@@ -45,6 +45,12 @@ paired seeds and 95% intervals. It says how long it will take before it begins, 
   python -m hrbp study --preset worth --html
   python -m hrbp study --preset worth --quick                               under five minutes
   python -m hrbp study --preset worth --full --root ~/data                  two networks, two widths, CIFAR-10: for days
+
+--preset sr-ste trains 2:4 and 1:4 from scratch with several lambda of SR-STE (Zhou et al., 2021), 0 (STE) and one below
+0 among them, and shows how far the masks wander (SAD) beside the accuracy.
+
+  python -m hrbp study --preset sr-ste --quick                              2:4 alone, a few minutes
+  python -m hrbp study --preset sr-ste --lambdas 0 2e-4 2e-3 --sparsities 0.5 --seeds 0 1 2
 
 --preset regularity prunes one trained network instead, grain by grain (single weights, vectors, kernels, filters, ...)
 and from one sparsity to the next, with retraining after each; the table has storage, memory references, balance and
@@ -100,8 +106,10 @@ def add_study(commands: parsing.Commands) -> None:
     add("--retime", action="store_true", help="measure step times anew; trainings that are finished stay")
     add("--html", action="store_true", help=f"also write {PAGE}: one file with the table, figures and settings")
     parsing.add_device(add)
+    add = parser.add_argument_group("--preset sr-ste").add_argument
+    add("--lambdas", nargs="+", type=float, metavar="L", help=f"default {' '.join(f'{value:g}' for value in LAMBDAS)}")
     add = parser.add_argument_group("--preset worth").add_argument
-    add("--quick", action="store_true", help="fewer arms, epochs and seeds, one sparsity")
+    add("--quick", action="store_true", help="fewer arms, epochs and seeds, one sparsity; of sr-ste, too")
     add("--full", action="store_true", help="resnet8 and resnet14, width 2 and 4, and CIFAR-10 where --root has it")
     add = parser.add_argument_group("--preset regularity").add_argument
     add("--weights", type=parsing.path, metavar="FILE", help="of the trained network, default: it is trained first")
@@ -116,8 +124,10 @@ def add_study(commands: parsing.Commands) -> None:
 def run_study(args: argparse.Namespace) -> int:
     """The studies of all networks on all data sets, each with its table."""
     args.data = None if args.data is None else [set_named(name) for name in args.data]
+    if args.lambdas is not None and args.preset != sr_ste.PRESET:
+        raise ValueError(f"study: --lambdas is of --preset {sr_ste.PRESET}; leave it out, or take that preset")
     if args.preset != worth.PRESET:
-        if args.quick or args.full:
+        if args.full or (args.quick and args.preset != sr_ste.PRESET):
             option = "quick" if args.quick else "full"
             raise ValueError(f"study: --{option} is of --preset {worth.PRESET}; leave it out, or take that preset")
         if len(args.width or ()) > 1:
@@ -136,6 +146,9 @@ def run_study(args: argparse.Namespace) -> int:
     training = _training(args, preset.training)
     if args.preset == worth.PRESET:
         stopped = worth.run_worth(args, lambda name, split: load(name, split, root=args.root), training, _variants)
+        return 0 if stopped is None else _stopped(stopped)
+    if args.preset == sr_ste.PRESET:
+        stopped = sr_ste.run_sr_ste(args, lambda name, split: load(name, split, root=args.root), training)
         return 0 if stopped is None else _stopped(stopped)
     models, sets = (list(dict.fromkeys(names)) for names in (args.model or preset.models, args.data or preset.data))
     pairs = [(model, data) for data in sets for model in models]

@@ -31,7 +31,7 @@ class Decay:
         model: that the layers are of; may be wrapped.
         layers: those with a dense master weight.
         optimizer: the one that updates them. `step(closure)` is refused: its gradients come too late.
-        strength: lambda, >= 0.
+        strength: lambda; below 0 what takes no part grows.
 
     Source: Zhou et al., Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch, ICLR 2021.
     """

@@ -91,7 +91,7 @@ class Evolver:
         until: share of `total_steps` after which masks stay, default 0.75; "gmp" and "subp" arrive at their sparsity
             with the first update from there on. These and "set", "rigl", "hrbp".
         sparsity: final sparsity of "gmp", which needs one.
-        decay: of "sr-ste" and "subp", default 2e-4.
+        decay: of "sr-ste" and "subp", default 2e-4; of "sr-ste" it may be below 0: what is left out grows.
         seed: of what "set" and "subp" draw, default 0. "rigl" and "hrbp" draw nothing, and take it as "set" does.
         ema: copies of the model that average its weights: their masks change along.
         **options: of "subp": score ("bpar" or "l1"), alpha, tau, pace ("cubic", "linear", "cosine", "exponential") and

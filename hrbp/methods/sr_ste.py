@@ -10,7 +10,7 @@ from torch import nn
 from .base import Moment
 from .decay import Decay
 from .following import Following
-from .options import Decaying
+from .options import NUMBER, Decaying, option
 
 
 @dataclass(frozen=True)
@@ -19,11 +19,14 @@ class SRSTE(Decaying, Following):
 
         W <- W - lr * (g + decay * (1 - E) * W),   E the mask; see decay.py
 
+    0 is "ste". Below 0 what is left out grows, and comes back the sooner: the control of the paper's ablation.
+
     Source: Zhou et al., Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch, ICLR 2021.
     """
 
     name = "sr-ste"
     place = 60
+    decay: float = option(2e-4, "of weights that take no part; below 0 they grow", NUMBER)
 
     def attach(self, model: nn.Module, now: Moment, optimizer: torch.optim.Optimizer) -> object:
         return Decay(model, now.layers.values(), optimizer, self.decay)

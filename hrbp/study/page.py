@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..columns import columns
 from ..reports.html_page import table_lines, write_page
 
 PAGE = "study.html"
@@ -23,6 +24,12 @@ class Parts:
     lines: list[list[str]]
     notes: list[str]
     sentences: list[str]
+    further: Sequence[Parts] = ()  # more tables, below the first
+
+    def text(self) -> str:
+        """As a terminal shows it."""
+        shown = [self.title, "", columns([self.head, *self.lines]), "", *self.notes, "", *self.sentences]
+        return "\n\n".join(["\n".join(shown).rstrip(), *(each.text() for each in self.further)])
 
 
 def write_study(
@@ -45,6 +52,9 @@ def write_study(
         *(f"- {n}" for n in parts.notes),
         "",
     ]
+    for each in parts.further:
+        text += [f"## {each.title}", "", *table_lines(each.head, each.lines), *(f"- {n}" for n in each.notes), ""]
+        text += [*(f"- {sentence}" for sentence in each.sentences), ""]
     if (out / figure).exists():
         text += ["## Figures", "", f"![accuracy against sparsity, size and time]({figure})", ""]
     for results in studies:

@@ -246,6 +246,7 @@ class Study(Runner):
         options = {name: value for name, value in options.items() if name in method.options()}
         if _prunes(variant):
             options["sparsity"] = sparsity
+        options |= variant.evolve
         settings = Settings(**{**asdict(self.training), "evolve": name, "evolve_options": options})
         return Trainer(
             self._network(variant.layout if variant.start == "dense" else variant,
@@ -255,7 +256,8 @@ class Study(Runner):
 
     def _train_one(self, variant: Variant, sparsity: float, seed: int, head: str) -> dict[str, Any] | str:
         folder, identity = self._folder(variant, sparsity, seed), self._identity(variant, sparsity, seed)
-        ended = self._finish(self._trainer(variant, sparsity, seed, out=folder, resume=True, config=identity), head)
+        trainer = self._trainer(variant, sparsity, seed, out=folder, resume=True, config=identity)
+        ended = self._finish(trainer, head)
         if isinstance(ended, str):
             return ended
         made, last = ended
@@ -264,9 +266,13 @@ class Study(Runner):
         finished = {
             **identity, **last, "sparsity": held.sparsity, "parameters": held.parameters,
             "storage": sum(s.values + s.file_index for s in stored),
-            "masked": any(layer.blocksize is None for layer in sparse_layers(made).values()),
+            "masked": any(layer.blocksize is None for layer in sparse_layers(made).values()), **self._more(trainer),
         }  # fmt: skip
         return self._keep(folder, finished)
+
+    def _more(self, trainer: Trainer) -> dict[str, Any]:
+        """Further values of the result of a training."""
+        return {}
 
     def _network(self, variant: Variant, sparsity: float, seed: int) -> nn.Module:
         torch.manual_seed(seed)
@@ -323,7 +329,8 @@ class Study(Runner):
             evolver = Evolver(model, optimizer, variant.method, total_steps=1, every=1)
             evolver.step()
         elif updates:
-            evolver = Evolver(model, optimizer, variant.method, total_steps=sys.maxsize, every=1)
+            options: dict[str, Any] = {**variant.evolve, "every": 1}
+            evolver = Evolver(model, optimizer, variant.method, total_steps=sys.maxsize, **options)
         elif method.changes:  # its work in every step counts
             evolver = Evolver(model, optimizer, variant.method, total_steps=1, every=sys.maxsize)
 

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..columns import columns, counted
+from ..columns import counted
 from ..methods.registry import METHODS
 from .page import Parts
 from .rival import Point, against, curve, rival_at
@@ -52,7 +52,7 @@ def _updating(results: Mapping[str, Any], variant: Variant) -> float:
     options = METHODS[variant.method].options()
     if not variant.updates:
         return 0.0
-    given = results["settings"]["training"]["evolve_options"]
+    given = {**results["settings"]["training"]["evolve_options"], **variant.evolve}
     until = given.get("until", options["until"].default if "until" in options else 1.0)
     return min(1.0, until / given.get("every", results["settings"]["every"]))
 
@@ -163,7 +163,7 @@ def table(results: Mapping[str, Any]) -> str:
     """The table, notes on its columns, and a sentence for each sparsity."""
     if (found := parts(results)) is None:
         return "no training is finished yet"
-    return "\n".join([found.title, "", columns([found.head, *found.lines]), "", *found.notes, "", *found.sentences])
+    return found.text()
 
 
 def parts(results: Mapping[str, Any]) -> Parts | None:

@@ -32,6 +32,7 @@ class Variant:
     saliency      what chooses the first mask
     distribution  of the layers' densities
     options       of the structure
+    evolve        options of the method, such as the decay of "sr-ste"; they go before those of `Settings`
     start         "scratch"; or "dense": the first half of the training is dense, then the network is pruned by
                   magnitude, once. The second half goes on with the same schedule
     """
@@ -42,6 +43,7 @@ class Variant:
     distribution: str = "erk"
     options: Mapping[str, float | str] = field(default_factory=dict)
     start: str = "scratch"
+    evolve: Mapping[str, float | str] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -56,6 +58,7 @@ class Variant:
             if not (paper and key in PAPER_GROUPS)
         ]
         ways = [way for way in (self.saliency, self.method) if way not in (Variant.saliency, Variant.method)]
+        ways += [f"{key}={value if isinstance(value, str) else f'{value:g}'}" for key, value in self.evolve.items()]
         return " ".join([self.structure, *named, *ways, *([] if self.start == "scratch" else ["from dense"])])
 
     @property
@@ -66,7 +69,8 @@ class Variant:
     @property
     def record(self) -> dict[str, Any]:
         """As plain values; a choice that came later is left out where it is not made, as in files of before."""
-        return {key: value for key, value in asdict(self).items() if (key, value) != ("start", "scratch")}
+        later = {"start": "scratch", "evolve": {}}
+        return {key: value for key, value in asdict(self).items() if key not in later or value != later[key]}
 
     @property
     def layout(self) -> Variant:
@@ -87,6 +91,8 @@ class Variant:
     def refuses(self) -> str | None:
         """Why structure and method do not fit together, or None."""
         method = method_named(self.method, "Study()")
+        if reason := method.refuses_options(self.evolve):
+            return reason
         if self.start not in ("scratch", "dense"):
             return f"start is {self.start!r}; it needs 'scratch' or 'dense'"
         if self.structure in BASELINES:
@@ -125,6 +131,21 @@ IMAGENET = (
     *(Variant("unstructured", saliency=name, distribution="global") for name in ("snip", "grasp")),
 )
 SUBP = (Variant("dense"), *(Variant("1xn", "subp", distribution="uniform", options={"n": n}) for n in (16, 32)))
+LAMBDAS = (-2e-3, 0.0, 2e-4, 2e-3, 2e-2)  # of SR-STE; its paper trains with 2e-4, for 120 epochs of ImageNet
+
+
+def lambda_variants(structures: Sequence[str] = ("n:m",), lambdas: Sequence[float] = LAMBDAS) -> tuple[Variant, ...]:
+    """Dense, and each structure with each lambda; 0 is STE. Every layer has the same density: 2:4 everywhere, say."""
+    return (
+        Variant("dense"),
+        *(
+            Variant(structure, "sr-ste", distribution="uniform", evolve={"decay": decay}) if decay
+            else Variant(structure, "ste", distribution="uniform")
+            for structure in structures for decay in lambdas
+        ),
+    )  # fmt: skip
+
+
 ABLATION = tuple(Variant("hrbp++", options={"tap_density": taps / 9}) for taps in (1, 3, 5, 7, 9))
 
 # Ma et al., HRBP (CPAL 2024), Table 1 and the ablation over s. Its HRBP has 4 of 9 taps: "hrbp++" here.
@@ -240,6 +261,10 @@ PRESETS = {
             "epochs": 250, "lr": 0.1, "weight_decay": 1e-4, "label_smoothing": 0.1,
             "evolve_options": {"begin": 10 / 250, "until": 180 / 250, "ranks": "live"},
         },
+    ),
+    "sr-ste": Preset(
+        ("resnet8",), {}, ("shapes",), lambda_variants(), (0.5, 0.75), (0, 1, 2, 3, 4), 64,
+        {"epochs": 10, "lr": 0.1, "warmup": 0.5}, {"digits": 20, "cifar10": 30, "cifar100": 30},
     ),
     "worth": Preset(
         ("resnet8",), {"resnet8": 2.0, "resnet14": 2.0}, ("shapes", "digits"), WORTH, (0.9, 0.95), (0, 1, 2, 3, 4), 64,

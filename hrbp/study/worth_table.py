@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..columns import columns, counted
+from ..columns import counted
 from .page import Parts
 from .spread import LEVEL, points
 from .study_table import difference, rows
@@ -57,7 +57,7 @@ def table(studies: Sequence[Results]) -> str:
     """The table, notes on its columns, and the answers."""
     if (found := parts(studies)) is None:
         return "no training is finished yet"
-    return "\n".join([found.title, "", columns([found.head, *found.lines]), "", *found.notes, "", *found.sentences])
+    return found.text()
 
 
 def overall(found: Sequence[tuple[Results, Sequence[Mapping[str, Any]]]]) -> list[str]:

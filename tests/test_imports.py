@@ -164,7 +164,7 @@ ROOMS: dict[str, list[str]] = {
     "formats": ["packed", "sealed", "weights", "pretrained", "model", "onnx_file"],
     "data": ["sets", "batches", "cifar", "digits", "folders", "generated", "loading"],
     "reports": [
-        "dgrad", "score", "stream", "mask_report", "model_report", "model_summary", "network_costs", "picture",
+        "dgrad", "score", "stream", "mask_report", "model_report", "model_summary", "scnn", "network_costs", "picture",
         "study_picture", "worth_picture", "sad_picture", "html_page",
     ],
     "training": [
@@ -173,7 +173,7 @@ ROOMS: dict[str, list[str]] = {
     ],
     "study": [
         "folder", "spread", "rival", "timing", "variants", "page", "regularity_table", "study_table", "worth_table",
-        "sr_ste_table", "runner", "regularity", "study", "sr_ste", "worth",
+        "sr_ste_table", "equal_accuracy", "runner", "regularity", "study", "sr_ste", "worth",
     ],
     "cli": ["parsing", "info", "regroup", "worth", "sr_ste", "study", "train", "main"],
 }  # fmt: skip

@@ -6,6 +6,7 @@ import argparse
 import math
 import signal
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,12 @@ from ..data.loading import load, set_named
 from ..methods.registry import METHODS
 from ..models import NETWORKS
 from ..structures.registry import STRUCTURES
+from ..study.equal_accuracy import parts as equal_parts
 from ..study.folder import RESULTS, TABLE
 from ..study.page import PAGE, Parts, write_study
 from ..study.regularity import Regularity
 from ..study.regularity_table import GRAINS
 from ..study.regularity_table import parts as regularity_parts
-from ..study.regularity_table import table as regularity_table
 from ..study.study import Study
 from ..study.study_table import parts as study_parts
 from ..study.study_table import table
@@ -28,6 +29,7 @@ from . import parsing, sr_ste, worth
 
 REGULARITY = "regularity"
 MAX_TIME, MAX_STORAGE = 0.5, 0.25
+TOLERANCE = 1.0  # points of accuracy
 RETRAIN, TIMED_WIDTH = 2, 8.0  # epochs after a pruning; of resnet8: layers of 128 to 512 channels
 
 DESCRIPTION = """\
@@ -54,7 +56,8 @@ paired seeds and 95% intervals. It says how long it will take before it begins, 
 
 --preset regularity prunes one trained network instead, grain by grain (single weights, vectors, kernels, filters, ...)
 and from one sparsity to the next, with retraining after each; the table has storage, memory references, balance and
-time, and ends with the best structure within the budgets. Its default takes about ten minutes on two cores.
+time, and ends with the best structure within the budgets; a second table has density, storage and references of each
+grain at equal accuracy. Its default takes about ten minutes on two cores.
 
   python -m hrbp study --preset regularity --max-time 0.5 --max-storage 0.2
   python -m hrbp study --preset regularity --model resnet32 --width 2 --data cifar10 --weights resnet32.pt --retrain 20
@@ -118,6 +121,11 @@ def add_study(commands: parsing.Commands) -> None:
     budget = parsing.number(math.ulp(0.0), math.inf, "(0, inf)")
     add("--max-time", type=budget, help=f"budget of time, relative to dense, default {MAX_TIME}")
     add("--max-storage", type=budget, help=f"budget of file size, relative to dense, default {MAX_STORAGE}")
+    add(
+        "--tolerance",
+        type=parsing.number(0.0, 100.0, "[0, 100)"),
+        help=f"points below the dense accuracy that still are equal accuracy, default {TOLERANCE:g}",
+    )
     parser.set_defaults(run=run_study, words=())
 
 
@@ -138,7 +146,7 @@ def run_study(args: argparse.Namespace) -> int:
         if args.retime:
             raise ValueError(f"study: --retime is not of --preset {REGULARITY}; leave it out, or use a new folder")
         return run_regularity(args)
-    for name in ("weights", "retrain", "timed_width", "max_time", "max_storage"):
+    for name in ("weights", "retrain", "timed_width", "max_time", "max_storage", "tolerance"):
         if getattr(args, name) is not None:
             option = name.replace("_", "-")
             raise ValueError(f"study: --{option} is of --preset {REGULARITY}; leave it out, or take that preset")
@@ -203,11 +211,14 @@ def run_regularity(args: argparse.Namespace) -> int:
     )  # fmt: skip
     results = made.run()
     budgets = {"max_time": args.max_time or MAX_TIME, "max_storage": args.max_storage or MAX_STORAGE}
-    print(f"\n{regularity_table(results, **budgets)}\n")
+    if (shown := regularity_parts(results, **budgets)) is not None:
+        equal = equal_parts(results, (TOLERANCE if args.tolerance is None else args.tolerance) / 100)
+        shown = replace(shown, further=() if equal is None else (equal,))
+    print(f"\n{'no training is finished yet' if shown is None else shown.text()}\n")
     if results["stopped"]:
         return _stopped(results["stopped"])
     print(f"in {made.out}: {RESULTS}, {TABLE}, {made.figure}, and a folder for each training")
-    _write_page(args, made, regularity_parts(results, **budgets), results)
+    _write_page(args, made, shown, results)
     return 0
 
 

@@ -108,17 +108,13 @@ def report_mask(
     storage and for references that coarse grains merge.
     """
     dense = isinstance(mask, Tensor) and bool(mask.all())
-    choice = recognise(mask) if isinstance(mask, Tensor) else mask
+    choice, box, read = records(mask, index_bits)
     mask, (k, c, r, s) = choice.mask, choice.mask.shape
-    bk, *others = grain(mask if choice.row_order is None else mask[choice.row_order.long()])
-    box = (math.gcd(bk, k // choice.groups), others[0], others[1], others[2])
     kept, cells = int(mask.sum()), mask.numel()
     pattern = None if dense else choice.pattern()
     stored = cells if pattern is None else pattern.nnzb * math.prod(pattern.blocksize)
     index = pattern.index.numel() if pattern else 0
     order = None if pattern is None else pattern.row_order
-    run = _run(choice, box) if order is None else None
-    read = _dense_stream(choice) if dense else stream(choice, box, run, index_bits)
     in_rows = mask if order is None else mask[order.long()]
     of_channels = mask.view(choice.groups, -1, c, r, s).sum((1, 3, 4)).flatten()  # groups have channels of their own
     item, words = dtype.itemsize, describe(choice)
@@ -154,6 +150,19 @@ def report_mask(
 
 
 # ---------------------------------------------------------------------- cost
+
+
+def records(mask: Tensor | Selection, index_bits: int = 4) -> tuple[Selection, tuple[int, int, int, int], Stream]:
+    """A mask as it is stored and read: its structure, the grain (k, c, r, s), and the stream of its records."""
+    dense = isinstance(mask, Tensor) and bool(mask.all())
+    choice = recognise(mask) if isinstance(mask, Tensor) else mask
+    order = choice.row_order
+    bk, c, r, s = grain(choice.mask if order is None else choice.mask[order.long()])
+    box = (math.gcd(bk, len(choice.mask) // choice.groups), c, r, s)
+    if dense:
+        return choice, box, _dense_stream(choice)
+    moved = order is not None and not torch.equal(order.long().cpu(), torch.arange(len(choice.mask)))
+    return choice, box, stream(choice, box, None if moved else _run(choice, box), index_bits)
 
 
 def _dense_stream(choice: Selection) -> Stream:

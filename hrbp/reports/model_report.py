@@ -39,26 +39,26 @@ def report_model(
     Raises:
         ValueError: a score of a layer that does not exist; and as in `report_mask`.
     """
-    layers = _layers_of(model) if isinstance(model, nn.Module) else {name: (t, None) for name, t in model.items()}
+    layers = layers_of(model) if isinstance(model, nn.Module) else {name: (t, None) for name, t in model.items()}
     scores = scores or {}
     if unknown := sorted(set(scores) - set(layers)):
         raise ValueError(f"report_model(): scores has {', '.join(unknown)}; the layers are {', '.join(layers)}")
     reports = {}
     for name, (layer, own) in layers.items():
-        if isinstance(layer, Tensor) and layer.dtype != torch.bool:
+        if isinstance(layer, Tensor) and layer.dtype != torch.bool:  # a weight of the mapping
             layer, own = kept_of(layer), layer.dtype
         reports[name] = report_mask(layer, scores.get(name), dtype=dtype or own or torch.float32, seed=seed)
     return reports
 
 
-def _layers_of(model: nn.Module) -> dict[str, tuple[Tensor | Selection, torch.dtype | None]]:
-    """Mask or weight of each layer, and the dtype of its stored values."""
+def layers_of(model: nn.Module) -> dict[str, tuple[Tensor | Selection, torch.dtype | None]]:
+    """What each layer keeps, and the dtype of its stored values."""
     found: dict[str, tuple[Tensor | Selection, torch.dtype | None]] = {}
     for name, module in model.named_modules():
         if (layer := as_sparse(module)) is not None:
             found[name] = stored_blocks(layer.pattern()), layer.parameter.dtype
         elif isinstance(module, PLAIN):
-            found[name] = module.weight.detach(), module.weight.dtype
+            found[name] = kept_of(module.weight.detach()), module.weight.dtype
     return found
 
 

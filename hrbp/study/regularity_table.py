@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..columns import columns, counted
+from ..columns import counted
 from .page import Parts
 from .rival import Point, against, curve, rival_at
 from .spread import Interval, deviation, doubt, mean, points
@@ -50,6 +50,7 @@ def rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     storage                       8-bit weights and 4-bit relative indices, relative to the dense network: see `Stream`
     file, file_ratio              bytes that `hrbp.save` wrote; relative to the dense network's
     references, of_finest         memory references of one image's forward pass; relative to single weights there
+    scnn, scnn_of_finest          those of a machine like SCNN, see scnn.py; likewise
     fprop_balance, dgrad_balance  largest / mean work of 8 filters, of 8 input channels, weighed by work
     time                          of forward + backward, measured, relative to the dense network
     rival                         accuracy of the narrow network of equal time, trained as long: see rival.py
@@ -78,9 +79,12 @@ def rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "line": line_name(structure, asked), "structure": GRAINS.get(kind, kind), "asked": asked,
                 "accuracy": mean(right), "deviation": deviation(right),
                 "seeds": len(ended), "diverged": len(runs) - len(ended), "loss": None, "of_finest": None,
+                "scnn_of_finest": None,
             }  # fmt: skip
             for key in ("parameters", "sparsity", "stream", "file", "references", "fprop_balance", "dgrad_balance"):
                 row[key] = mean([run[key] for run in ended])
+            counts = [sum(run["scnn"].values()) for run in ended if "scnn" in run]
+            row["scnn"] = mean(counts) if len(counts) == len(ended) else None  # not in files of before
             row["refused"] = " ".join(runs[0].get("refused", ()))
             stream = row.pop("stream")
             row["storage"] = stream / trained["stream"] if ended else None
@@ -103,6 +107,8 @@ def rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
             row["loss"] = dense["accuracy"] - row["accuracy"]
         if finest := known.get((GRAINS[FINEST], asked)):
             row["of_finest"] = row["references"] / finest["references"]
+            if None not in (row["scnn"], finest["scnn"]):
+                row["scnn_of_finest"] = row["scnn"] / finest["scnn"]
     return found
 
 
@@ -122,7 +128,7 @@ def table(results: Mapping[str, Any], *, max_time: float = 0.5, max_storage: flo
     """The table, notes on its columns, and the best structure within a time and a storage budget: see `answers`."""
     if (found := parts(results, max_time=max_time, max_storage=max_storage)) is None:
         return "no training is finished yet"
-    return "\n".join([found.title, "", columns([found.head, *found.lines]), "", *found.notes, "", *found.sentences])
+    return found.text()
 
 
 def parts(results: Mapping[str, Any], *, max_time: float = 0.5, max_storage: float = 0.25) -> Parts | None:
@@ -130,7 +136,8 @@ def parts(results: Mapping[str, Any], *, max_time: float = 0.5, max_storage: flo
     found = rows(results)
     if not found:
         return None
-    head = ["", "sparsity %", "accuracy %", "loss", "storage %", "file %", "references", "filters", "channels", "time"]
+    head = ["", "sparsity %", "accuracy %", "loss", "storage %", "file %", "references", "SCNN", "filters", "channels",
+            "time"]  # fmt: skip
     rivals = any(row["gain"] is not None for row in found)
     head += ["above narrow of equal time"] * rivals
     lines = []
@@ -144,7 +151,8 @@ def parts(results: Mapping[str, Any], *, max_time: float = 0.5, max_storage: flo
             row["structure"], _shown_sparsity(row),
             "diverged" if row["accuracy"] is None else f"{100 * row['accuracy']:.2f}{spread}",
             cell(row["loss"], ".2f", 100), cell(row["storage"], ".1f", 100), cell(row["file_ratio"], ".1f", 100),
-            cell(row["of_finest"], ".2f"), cell(row["fprop_balance"], ".2f"), cell(row["dgrad_balance"], ".2f"),
+            cell(row["of_finest"], ".2f"), cell(row["scnn_of_finest"], ".2f"),
+            cell(row["fprop_balance"], ".2f"), cell(row["dgrad_balance"], ".2f"),
             "-" if row["time"] is None else f"{row['time']:.2f}x",
             *[points(_gain(row))] * rivals,
         ])  # fmt: skip
@@ -159,7 +167,8 @@ def parts(results: Mapping[str, Any], *, max_time: float = 0.5, max_storage: flo
     notes = [
         "loss: points below the dense network trained for as long",
         "storage: 8-bit weights, 4-bit relative indices with fillers; file: what hrbp.save wrote; relative to dense",
-        "references: to memory in a forward pass, relative to single weights at that sparsity",
+        "references: to memory in a forward pass, relative to single weights at that sparsity; SCNN: likewise, of a"
+        " machine that multiplies a few inputs with all weights of their channel and scatters the products: scnn.py",
         "filters, channels: largest / mean work of 8 filters in the output, of 8 input channels in the input gradient",
         f"time: forward + backward of {settings['model']} x {settings['timed_width']:g} with such masks, relative to"
         f" dense, measured side by side on {results['machine']}",

@@ -24,6 +24,7 @@ from .surgery.conversion import densify, release, sparsify, to_semi_structured
 from .surgery.fusion import fuse
 from .surgery.innermost import to_batch_last
 from .surgery.prune import from_prune
+from .surgery.semi_training import train_semi_structured
 from .surgery.training_fusion import fuse_training
 from .training.run import train
 from .training.settings import Settings
@@ -57,4 +58,5 @@ __all__ = [
     "to_batch_last",
     "to_semi_structured",
     "train",
+    "train_semi_structured",
 ]

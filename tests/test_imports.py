@@ -150,7 +150,7 @@ ROOMS: dict[str, list[str]] = {
         "transposable", "recognise", "registry",
     ],
     "layers": [
-        "twin", "batch_last", "dense_conv", "semi_structured", "stored", "record", "gradients",
+        "twin", "batch_last", "dense_conv", "semi_structured", "semi_training", "stored", "record", "gradients",
         "in_groups", "master", "view",
         "fused", "fused_norm",
     ],
@@ -159,7 +159,8 @@ ROOMS: dict[str, list[str]] = {
         "following", "static", "set", "rigl", "hrbp", "gmp", "ste", "sr_ste", "subp", "registry", "evolver",
     ],
     "surgery": [
-        "carry", "dataflow", "fresh", "candidates", "decision", "conversion", "prune", "folding", "symbols", "network_graph", "fusion", "training_fusion", "innermost",
+        "carry", "dataflow", "fresh", "candidates", "decision", "conversion", "prune", "semi_training",
+        "folding", "symbols", "network_graph", "fusion", "training_fusion", "innermost",
     ],
     "formats": ["packed", "sealed", "weights", "pretrained", "model", "onnx_file"],
     "data": ["sets", "batches", "cifar", "digits", "folders", "generated", "loading"],

@@ -72,7 +72,7 @@ def device(monkeypatch) -> str:
         return out.t() if should_transpose_dense else out
 
     monkeypatch.setattr(semi, "to_sparse_semi_structured", compressed)
-    monkeypatch.setattr(semi, "_device_refuses", lambda device: None)
+    monkeypatch.setattr(semi, "device_refuses", lambda device: None)
     monkeypatch.setattr(SparseSemiStructuredTensorCUTLASS, "_mm", product)
     return "cpu"
 
@@ -186,16 +186,16 @@ def test_why_layers_stay(device, monkeypatch):
     assert hrbp.to_semi_structured(attention) == {"out_proj": why}
 
 
-def test_what_a_device_refuses(monkeypatch):
+def test_what_adevice_refuses(monkeypatch):
     gpu = torch.device("cuda", 0)
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert semi._device_refuses(gpu) == "compute capability 7.5, below 8.0"
+    assert semi.device_refuses(gpu) == "compute capability 7.5, below 8.0"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: False)
-    assert semi._device_refuses(gpu) == "this PyTorch has no cuSPARSELt"
+    assert semi.device_refuses(gpu) == "this PyTorch has no cuSPARSELt"
     monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: True)
-    assert semi._device_refuses(gpu) is None
+    assert semi.device_refuses(gpu) is None
     monkeypatch.setattr(torch.version, "hip", "6.0")
-    assert semi._device_refuses(gpu) == "on an AMD GPU: NVIDIA GPUs alone"
+    assert semi.device_refuses(gpu) == "on an AMD GPU: NVIDIA GPUs alone"
     assert SparseSemiStructuredTensorCUSPARSELT._DTYPE_SHAPE_CONSTRAINTS.keys() >= set(semi.DTYPES)

@@ -20,9 +20,17 @@ from ..structures.base import Selection, Structure
 from .dense_conv import masked_conv
 from .gradients import _StraightThrough, _StraightThroughForward, with_dense_gradient
 from .in_groups import in_groups
+from .semi_training import semi_product
 from .twin import twin
 
-CONFIGURATION = ("rule", "sparsity", "backend", "blocksize", "nnzb")  # attributes of a layer with a master weight
+CONFIGURATION = (
+    "rule",
+    "sparsity",
+    "backend",
+    "blocksize",
+    "nnzb",
+    "semi",
+)  # attributes of a layer with a master weight
 
 
 class Master(IndexedModule):
@@ -33,6 +41,7 @@ class Master(IndexedModule):
                changes it
     blocksize  (bk, bc) of a layer without a rule: forward and input gradient run on stored blocks, gathered from the
                weight at each forward
+    semi       forward and input gradient of a layer with a rule run on 2:4 kernels: see semi_training.py
     """
 
     weight: nn.Parameter
@@ -44,6 +53,7 @@ class Master(IndexedModule):
     blocksize: tuple[int, int] | None
     nnzb: int
     backend: str | None
+    semi: bool = False
 
     @property
     def weight_shape(self) -> tuple[int, int, int, int]:
@@ -116,7 +126,7 @@ class Master(IndexedModule):
         for name in ("mask", "row_order", "index"):
             del plain._buffers[name]
         for name in CONFIGURATION:
-            delattr(plain, name)
+            plain.__dict__.pop(name, None)
         plain._non_persistent_buffers_set.discard("index")
         with self._ordinary_tensors():
             weight = self.weight.detach() * self.live().view(self.weight.shape)
@@ -126,7 +136,8 @@ class Master(IndexedModule):
     def extra_repr(self) -> str:
         text = super().extra_repr()  # type: ignore[safe-super]
         if self.rule is not None:
-            return f"{text}, mask={self.rule.name!r} of |weight|, sparsity={self.sparsity:.4g}"
+            semi = ", on 2:4 kernels" if self.semi else ""
+            return f"{text}, mask={self.rule.name!r} of |weight|, sparsity={self.sparsity:.4g}{semi}"
         return f"{text}, blocksize={self.blocksize}, nnzb={self.nnzb}"
 
     # ------------------------------------------------------------------ computing
@@ -257,7 +268,8 @@ class MasterConv2d(Master, nn.Conv2d):  # type: ignore[misc]
 
     def forward(self, input: Tensor) -> Tensor:
         if self.rule is not None:
-            return masked_conv(self, input, self._masked())
+            weight = self._masked()
+            return semi_product(self, input, weight) if self.semi else masked_conv(self, input, weight)
         pattern, values = self._stored()
         conv = self.stride, symmetric_padding(self), self.dilation
         y = conv2d(input, values, pattern, self.bias, *conv, backend=self.backend)
@@ -281,7 +293,8 @@ class MasterLinear(Master, nn.Linear):  # type: ignore[misc]
 
     def forward(self, input: Tensor) -> Tensor:
         if self.rule is not None:
-            return nn.functional.linear(input, self._masked(), self.bias)
+            weight = self._masked()
+            return semi_product(self, input, weight) if self.semi else nn.functional.linear(input, weight, self.bias)
         pattern, values = self._stored()
         return with_dense_gradient(
             linear(input, values, pattern, self.bias, backend=self.backend), input, self.weight, None

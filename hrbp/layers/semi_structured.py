@@ -30,27 +30,34 @@ def refuses(layer: nn.Module, weight: Tensor) -> str | None:
     The device is checked last: on a CPU this says what a GPU would refuse.
     """
     k, c, r, s = weight.shape
-    if isinstance(layer, nn.Conv1d | BSRConv1d):
-        return "a Conv1d: linear layers and 1x1 convolutions alone"
-    if (r, s) != (1, 1):
-        return f"a {r}x{s} kernel: matrix products alone, linear layers and 1x1 convolutions"
-    if getattr(layer, "groups", 1) != 1:
-        return "grouped"
-    if isinstance(layer, nn.Conv2d | BSRConv2d) and (layer.padding not in ((0, 0), "valid", "same")):
-        return f"padding {layer.padding}"
+    if reason := refuses_product(layer, (r, s)):
+        return reason
     if isinstance(layer, BSRConv2d) and layer.relu:
         return "its negative results become zero, which no plain layer does"
     if c % 4 or bool(((weight != 0).view(k, c // 4, 4).sum(2) > 2).any()):
         return "not 2:4"
     if weight.dtype not in DTYPES:
         return f"{str(weight.dtype).removeprefix('torch.')}: model.half() or model.bfloat16() first"
-    rows, columns = _multiples(weight.dtype)
+    rows, columns = multiples(weight.dtype)
     if k % rows or c % columns:
         return f"{k}x{c} is no multiple of {rows}x{columns}"
-    return _device_refuses(weight.device)
+    return device_refuses(weight.device)
 
 
-def _multiples(dtype: torch.dtype) -> tuple[int, int]:
+def refuses_product(layer: nn.Module, taps: tuple[int, int]) -> str | None:
+    """Why a layer with so many taps is no matrix product [pixels, C] x [C, K], or None."""
+    if isinstance(layer, nn.Conv1d | BSRConv1d):
+        return "a Conv1d: linear layers and 1x1 convolutions alone"
+    if taps != (1, 1):
+        return f"a {taps[0]}x{taps[1]} kernel: matrix products alone, linear layers and 1x1 convolutions"
+    if getattr(layer, "groups", 1) != 1:
+        return "grouped"
+    if isinstance(layer, nn.Conv2d | BSRConv2d) and (layer.padding not in ((0, 0), "valid", "same")):
+        return f"padding {layer.padding}"
+    return None
+
+
+def multiples(dtype: torch.dtype) -> tuple[int, int]:
     """Least multiples of rows and columns for the library that PyTorch compresses with."""
     cutlass = SparseSemiStructuredTensor._FORCE_CUTLASS
     kinds = torch.sparse.SparseSemiStructuredTensorCUTLASS, torch.sparse.SparseSemiStructuredTensorCUSPARSELT
@@ -58,7 +65,8 @@ def _multiples(dtype: torch.dtype) -> tuple[int, int]:
     return sizes.sparse_min_rows, sizes.sparse_min_cols
 
 
-def _device_refuses(device: torch.device) -> str | None:
+def device_refuses(device: torch.device) -> str | None:
+    """Why a device has no sparse tensor cores that PyTorch uses, or None."""
     if device.type != "cuda" or torch.version.hip:
         return f"on {'an AMD GPU' if device.type == 'cuda' else device.type}: NVIDIA GPUs alone"
     major, minor = torch.cuda.get_device_capability(device)

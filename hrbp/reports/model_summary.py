@@ -37,7 +37,8 @@ class Row:
 
     flops      of the weights that are kept, in the forward pass
     run_flops  that are run: those of the stored blocks; all of them under a mask, or where the dense product is taken
-    backend    of the forward product; "masked": a dense product of a master weight under its mask
+    backend    of the forward product; "masked": a dense product of a master weight under its mask; "2:4": on the
+               compressed forms of it, see `train_semi_structured`
     coverage   of groups: see `Grouping.coverage`; None for other structures
     unread     input channels that no filter reads, of so many `channels`
     seconds    of forward + backward of a sparse layer and of its dense twin, where they were measured
@@ -165,7 +166,7 @@ def summary(model: nn.Module, x: Tensor | Sequence[int] | None = None, *, measur
             if semi_structured.is_converted(module):
                 row.run_flops = row.flops
             if layer is not None:
-                row.backend = "masked"
+                row.backend = "2:4" if getattr(layer.module, "semi", False) else "masked"
                 if layer.blocksize is not None:
                     row.backend = _backend_of(layer.module, at)
                     row.run_flops = row.dense_flops if row.backend == "torch" else row.flops

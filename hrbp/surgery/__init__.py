@@ -7,6 +7,10 @@ in or out of a sparse model is a file here with one function on a model, as prun
 from .conversion import densify, release, sparsify, to_semi_structured
 from .fusion import fuse
 from .prune import from_prune
+from .semi_training import train_semi_structured
 from .training_fusion import fuse_training
 
-__all__ = ["densify", "from_prune", "fuse", "fuse_training", "release", "sparsify", "to_semi_structured"]
+__all__ = [
+    "densify", "from_prune", "fuse", "fuse_training", "release", "sparsify", "to_semi_structured",
+    "train_semi_structured",
+]  # fmt: skip

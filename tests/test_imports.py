@@ -166,7 +166,7 @@ ROOMS: dict[str, list[str]] = {
     "data": ["sets", "batches", "cifar", "digits", "folders", "generated", "loading"],
     "reports": [
         "dgrad", "score", "stream", "mask_report", "model_report", "model_summary", "scnn", "network_costs", "picture",
-        "study_picture", "worth_picture", "sad_picture", "html_page",
+        "study_picture", "worth_picture", "sad_picture", "sensitivity_picture", "html_page",
     ],
     "training": [
         "checkpoint", "devices", "log", "older", "result", "settings", "signals", "fused", "optimizer", "continuing",
@@ -174,7 +174,8 @@ ROOMS: dict[str, list[str]] = {
     ],
     "study": [
         "folder", "spread", "rival", "timing", "variants", "page", "regularity_table", "study_table", "worth_table",
-        "sr_ste_table", "equal_accuracy", "runner", "regularity", "study", "sr_ste", "worth",
+        "sr_ste_table", "equal_accuracy", "sensitivity_table", "sensitivity", "runner", "regularity", "study", "sr_ste",
+        "worth",
     ],
     "cli": ["parsing", "info", "regroup", "worth", "sr_ste", "study", "train", "main"],
 }  # fmt: skip

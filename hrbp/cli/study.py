@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..data.batches import Batches
 from ..data.folders import LAYOUT
 from ..data.loading import load, set_named
 from ..methods.registry import METHODS
@@ -18,9 +19,12 @@ from ..structures.registry import STRUCTURES
 from ..study.equal_accuracy import parts as equal_parts
 from ..study.folder import RESULTS, TABLE
 from ..study.page import PAGE, Parts, write_study
-from ..study.regularity import Regularity
+from ..study.regularity import OPTIONS, Regularity
 from ..study.regularity_table import GRAINS
 from ..study.regularity_table import parts as regularity_parts
+from ..study.runner import TEST_BATCH
+from ..study.sensitivity import Sensitivity
+from ..study.sensitivity_table import parts as sensitivity_parts
 from ..study.study import Study
 from ..study.study_table import parts as study_parts
 from ..study.study_table import table
@@ -57,7 +61,8 @@ paired seeds and 95% intervals. It says how long it will take before it begins, 
 --preset regularity prunes one trained network instead, grain by grain (single weights, vectors, kernels, filters, ...)
 and from one sparsity to the next, with retraining after each; the table has storage, memory references, balance and
 time, and ends with the best structure within the budgets; a second table has density, storage and references of each
-grain at equal accuracy. Its default takes about ten minutes on two cores.
+grain at equal accuracy. Its default takes about ten minutes on two cores. With --sensitivity it prunes one layer at a
+time, too, without training again.
 
   python -m hrbp study --preset regularity --max-time 0.5 --max-storage 0.2
   python -m hrbp study --preset regularity --model resnet32 --width 2 --data cifar10 --weights resnet32.pt --retrain 20
@@ -126,6 +131,7 @@ def add_study(commands: parsing.Commands) -> None:
         type=parsing.number(0.0, 100.0, "[0, 100)"),
         help=f"points below the dense accuracy that still are equal accuracy, default {TOLERANCE:g}",
     )
+    add("--sensitivity", action="store_true", help="also prune one layer at a time, to each sparsity, with each grain")
     parser.set_defaults(run=run_study, words=())
 
 
@@ -146,8 +152,8 @@ def run_study(args: argparse.Namespace) -> int:
         if args.retime:
             raise ValueError(f"study: --retime is not of --preset {REGULARITY}; leave it out, or use a new folder")
         return run_regularity(args)
-    for name in ("weights", "retrain", "timed_width", "max_time", "max_storage", "tolerance"):
-        if getattr(args, name) is not None:
+    for name in ("weights", "retrain", "timed_width", "max_time", "max_storage", "tolerance", "sensitivity"):
+        if getattr(args, name) not in (None, False):
             option = name.replace("_", "-")
             raise ValueError(f"study: --{option} is of --preset {REGULARITY}; leave it out, or take that preset")
     preset = PRESETS[args.preset]
@@ -217,6 +223,17 @@ def run_regularity(args: argparse.Namespace) -> int:
     print(f"\n{'no training is finished yet' if shown is None else shown.text()}\n")
     if results["stopped"]:
         return _stopped(results["stopped"])
+    if args.sensitivity and shown is not None:
+        grains = [name for name in made.structures if name not in BASELINES]
+        test = Batches(made.test, TEST_BATCH, train=False, device=made.device)
+        told = Sensitivity(
+            made.out, made.trained_networks(), grains, made.sparsities, test, options=OPTIONS
+        ).run()  # fmt: skip
+        if (more := sensitivity_parts(told)) is not None:
+            print(f"{more.text()}\n")
+            shown = replace(shown, further=(*shown.further, more))
+        if told["stopped"]:
+            return _stopped(signal.Signals(told["stopped"]).name)
     print(f"in {made.out}: {RESULTS}, {TABLE}, {made.figure}, and a folder for each training")
     _write_page(args, made, shown, results)
     return 0

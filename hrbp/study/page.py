@@ -25,6 +25,7 @@ class Parts:
     notes: list[str]
     sentences: list[str]
     further: Sequence[Parts] = ()  # more tables, below the first
+    figure: str = ""  # file name of that of such a further table
 
     def text(self) -> str:
         """As a terminal shows it."""
@@ -55,6 +56,8 @@ def write_study(
     for each in parts.further:
         text += [f"## {each.title}", "", *table_lines(each.head, each.lines), *(f"- {n}" for n in each.notes), ""]
         text += [*(f"- {sentence}" for sentence in each.sentences), ""]
+        if each.figure and (out / each.figure).exists():
+            text += [f"![{each.title}]({each.figure})", ""]
     if (out / figure).exists():
         text += ["## Figures", "", f"![accuracy against sparsity, size and time]({figure})", ""]
     for results in studies:

@@ -197,6 +197,11 @@ class Regularity(Runner):
         self._measure()
         return None
 
+    def trained_networks(self) -> dict[int, Path]:
+        """seed -> file of the network that its chains begin with; of weights from a file the first seed alone."""
+        seeds = self.seeds if self.weights is None else self.seeds[:1]
+        return {seed: self._trained(seed, "dense") / MODEL for seed in seeds}
+
     def _line_name(self, structure: str, sparsity: float) -> str:
         return line_name(structure, sparsity)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import math
 import os
@@ -12,6 +13,7 @@ import torch
 
 import hrbp
 from hrbp import data
+from hrbp.cli import study as study_cli
 from hrbp.data.batches import Batches
 from hrbp.models import build
 from hrbp.study.folder import read
@@ -159,3 +161,39 @@ def test_what_is_said():
     assert shown.sentences == ["0-D weight at 50% density: most is lost by a (8.0 points), least by b (0.0)."]
     assert shown.figure == "sensitivity.png"
     assert parts({**found, "right": {}}) is None
+
+
+def command(monkeypatch, *args):
+    few = {"train": 128, "test": 60}
+    monkeypatch.setattr(study_cli, "load", lambda name, split, **more: data.load(name, split, count=few[split]))
+    parser = argparse.ArgumentParser()
+    study_cli.add_study(parser.add_subparsers(required=True))
+    parsed = parser.parse_args(["study", "--preset", *map(str, args)])
+    return parsed.run(parsed)
+
+
+def test_it_is_of_the_regularity_study(monkeypatch):
+    with pytest.raises(ValueError, match="--sensitivity is of --preset regularity"):
+        command(monkeypatch, "quick", "--sensitivity")
+    with pytest.raises(ValueError, match="--tolerance is of --preset regularity"):
+        command(monkeypatch, "worth", "--tolerance", "1")
+
+
+@pytest.mark.slow
+def test_the_command_shows_all_three_tables(monkeypatch, tmp_path, capsys):
+    """Another tolerance needs no training, and the page has what the terminal shows."""
+    monkeypatch.setattr("hrbp.study.regularity.ROUNDS", 1)
+    args = ("regularity", "--structures", "dense", "kernel", "--sparsities", "0.5", "0.75", "--seeds", 0, "--epochs", 1,
+            "--retrain", 1, "--timed-width", 1, "--device", "cpu", "--out", tmp_path / "s", "--sensitivity", "--html",
+            "--batch-size", 32)  # fmt: skip
+    assert command(monkeypatch, *args) == 0
+    first = capsys.readouterr().out
+    for said in ("SCNN", "At equal accuracy", "minus 1 point\n", "One layer pruned at a time", "2-D kernel at 25%"):
+        assert said in first
+    page = (tmp_path / "s" / "study.html").read_text()
+    assert page.count("<img") == 2
+    assert "One layer pruned at a time" in page
+    assert command(monkeypatch, *args, "--tolerance", 0.5) == 0
+    assert "minus 0.5 points\n" in capsys.readouterr().out
+    made = rows(read(tmp_path / "s" / "sensitivity.json"))
+    assert {row["structure"] for row in made} == {"2-D kernel"}

@@ -20,7 +20,7 @@ from hrbp.methods.registry import METHODS
 from hrbp.reports.sad_picture import draw_sad
 from hrbp.study.folder import read
 from hrbp.study.sr_ste import Lambdas
-from hrbp.study.sr_ste_table import answers, curves, parts, rows, table
+from hrbp.study.sr_ste_table import answers, curves, kind_of, parts, rows, table
 from hrbp.study.variants import PRESETS, Variant, lambda_variants
 from hrbp.training.settings import Settings
 
@@ -116,6 +116,8 @@ def test_rows_are_shares_of_all_weights_and_pairs_of_seeds():
     low, high = np.array([0, 0.01, 0.02]).mean() + np.array([-1, 1]) * 4.3026527 * 0.01 / math.sqrt(3)
     assert (below["of_ste"], below["of_ste_low"], below["of_ste_high"]) == pytest.approx((0.01, low, high))
     assert curves(results)["2:4", 0.5][-0.5] == [([5, 10, 15, 20], [0.3, 0.2, 0.1, 0.04])] * 3
+    assert kind_of({"structure": "n:m", "options": {"m": 8}, "asked": 0.75}) == "2:8"
+    assert kind_of({"structure": "kernel", "options": {}, "asked": 0.75}) == "kernel"
     results["settings"]["training"] |= {"optimizer": "adamw"}
     assert {row["left"] for row in rows(results)} == {None}
 

@@ -119,6 +119,11 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 def is_plain(*tensors: Tensor | None) -> bool:
     """Whether nothing but these ordinary tensors is there: no compiler, mode, transform, trace or profiler."""
+    return not torch.autograd._profiler_enabled() and is_eager(*tensors)
+
+
+def is_eager(*tensors: Tensor | None) -> bool:
+    """Whether these are ordinary tensors that are computed now: no compiler, mode, transform or trace."""
     if (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
@@ -126,7 +131,6 @@ def is_plain(*tensors: Tensor | None) -> bool:
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
         or torch._C._get_tracing_state() is not None
-        or torch.autograd._profiler_enabled()
     ):
         return False
     return all(t is None or (type(t) in _PLAIN and not t.is_meta and has_storage(t)) for t in tensors)

@@ -9,6 +9,7 @@ Kernels of a kind of device are a module of these functions:
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .derivatives import is_plain
+from .derivatives import is_eager
 from .layout import CONTIGUOUS, laid_out, memory_format_of
 
 
@@ -99,7 +100,7 @@ def _kernels(device: str) -> Any:
 def _native(x: Tensor, residual: Tensor | None, *others: Any) -> bool:
     """Whether the device's kernels compute it."""
     *vectors, training = others
-    if not is_plain(x, residual, *vectors) or x.dim() not in (2, 4) or not x.numel():
+    if not is_eager(x, residual, *vectors) or x.dim() not in (2, 4) or not x.numel():
         return False
     kernels, shape = _kernels(x.device.type), x.shape[1:2]
     if kernels is None:
@@ -127,9 +128,14 @@ def _forward(
     """(y, mean, invstd)"""
     form = _format(x)
     running = _vectors(x, running_mean, running_var)
-    found = _kernels(x.device.type).forward(
-        _dense(x, form), _dense(residual, form), *_vectors(x, weight, bias), *running, norm, form
-    )  # fmt: skip
+    with (
+        torch.profiler.record_function("blocksparse::batch_norm")
+        if torch.autograd._profiler_enabled()
+        else contextlib.nullcontext()
+    ):
+        found = _kernels(x.device.type).forward(
+            _dense(x, form), _dense(residual, form), *_vectors(x, weight, bias), *running, norm, form
+        )
     if norm[0]:
         for kept, new in zip((running_mean, running_var), running, strict=True):
             if kept is not None and new is not None and new is not kept:

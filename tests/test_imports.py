@@ -144,7 +144,10 @@ ALLOWED = {
 
 # The rooms of hrbp and the files in each, in order: a file imports files before it, never a room as a whole.
 ROOMS: dict[str, list[str]] = {
-    "": ["arguments", "columns", "density", "files", "models", "progress", "registry", "wrappers", "saliencies"],
+    "": [
+        "arguments", "columns", "density", "files", "networks", "models", "progress", "registry", "wrappers",
+        "saliencies",
+    ],
     "structures": [
         "grouping", "selection", "base", "regrouping", "elementwise", "grains", "groups", "mixed", "n_m",
         "transposable", "recognise", "registry",

@@ -140,6 +140,15 @@ def test_transforms_compilers_and_second_derivatives():
     torch.testing.assert_close(compiled(x), bs.batch_norm(x, None, None, w.detach(), training=True, relu=True))
 
 
+def test_a_profiler_sees_what_runs_without_it():
+    x = torch.randn(4, 6, 5, 5, requires_grad=True)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:
+        bs.batch_norm(x, None, None, training=True, relu=True).sum().backward()
+    seen = {event.key for event in profiled.key_averages()}
+    assert "blocksparse::batch_norm" in seen
+    assert not {name for name in seen if "native_batch_norm" in name or "threshold" in name}
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("residual", [True, False])
 def test_gradients_can_be_differentiated(training, residual):

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import ast
 import importlib
+import os
+import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -148,6 +151,21 @@ def test_a_file_is_gone_when_its_folder_is(put):
         patch.setattr(hrbp.methods, "__path__", [*hrbp.methods.__path__, str(EXAMPLES / "methods")])
         assert "mest" in METHODS
     assert list(METHODS) == OWN_METHODS
+
+
+@pytest.mark.parametrize("age", [0, 3600], ids=["new", "settled"])
+def test_a_file_put_into_a_folder_later_is_found(put, tmp_path, age):
+    """Folders are listed again only where their times have changed, or are too new to tell."""
+    put("methods", tmp_path)
+    for step, present in enumerate((False, True, False)):
+        if present:
+            shutil.copy(EXAMPLES / "methods" / "mest.py", tmp_path)
+        else:
+            (tmp_path / "mest.py").unlink(missing_ok=True)
+        if age:
+            os.utime(tmp_path, (time.time() - age + step,) * 2)
+        assert ("mest" in METHODS) is present
+        assert ("mest" in METHODS) is present
 
 
 def test_a_training_from_the_command_line(extended, monkeypatch, tmp_path, capsys):

@@ -138,28 +138,20 @@ def _sizes(name: str, classes: int, width: float, small: bool, channels: int, mu
     return parameter_count(model), min(m.out_channels for m in model.modules() if isinstance(m, nn.Conv2d))
 
 
-def _network(
-    who: str, name: str, classes: int, width: float, image_size: int, channels: int, multiple: int
-) -> nn.Module:
-    shape = _checked(who, name, classes, width, image_size, channels)
-    if torch.get_default_device().type != "meta":
-        count, _ = _sizes(*shape, multiple)
-        if 4 * count > memory_bytes():
-            raise ValueError(
-                f"{who}: {shape[0]} with width {width:g} and {classes} classes has {count:,} parameters,"
-                f" {4e-9 * count:,.0f} GB; this machine has {1e-9 * memory_bytes():,.0f} GB: lower width or classes"
-            )
-    return _made(*shape, multiple)
-
-
 def _build(who: str, name: str, classes: int, width: float, image_size: int, channels: int, multiple: int) -> nn.Module:
-    name = any_case(name, NETWORKS)  # as it will be written down
-    model = _network(who, name, classes, width, image_size, channels, multiple)
+    shape = _checked(who, name, classes, width, image_size, channels)
+    meta = torch.get_default_device().type == "meta"
+    if not meta and 4 * (count := _sizes(*shape, multiple)[0]) > memory_bytes():
+        raise ValueError(
+            f"{who}: {shape[0]} with width {width:g} and {classes} classes has {count:,} parameters,"
+            f" {4e-9 * count:,.0f} GB; this machine has {1e-9 * memory_bytes():,.0f} GB: lower width or classes"
+        )
+    model = _made(*shape, multiple)
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
     model._hrbp_network = {  # type: ignore[assignment]
-        "name": name, "classes": int(classes), "width": float(width), "image_size": int(image_size),
+        "name": shape[0], "classes": int(classes), "width": float(width), "image_size": int(image_size),
         "channels": int(channels), "multiple": multiple,
     }  # fmt: skip
     return model

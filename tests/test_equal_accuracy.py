@@ -77,7 +77,8 @@ def test_a_grain_has_a_value_where_every_seed_is_bracketed():
     half = 12.7062047 * 0.125 / math.sqrt(2) / math.sqrt(2)
     assert single["density"].low == pytest.approx(single["density"].mean - half)
     assert single["storage"].mean == pytest.approx(1.5 * single["density"].mean)
-    assert single["scnn"].mean == pytest.approx(0.5 * single["density"].mean)
+    assert single["scnn"] is None  # it is the measure
+    assert kernel["scnn"].mean == pytest.approx((0.45 / 0.375 + 0.45 / 0.25) / 2)
     assert kernel["density"].mean == pytest.approx(0.45)
     assert kernel["against"].mean == pytest.approx(0.45 - 1.5 * 0.3125)
     assert (kernel["against"].low, single["against"]) != (None, None)
@@ -105,7 +106,7 @@ def test_chains_that_are_not_whole_do_not_count():
     assert kernel["density"].mean == pytest.approx(0.5 - 0.375 / 2)
     for run in made["runs"]:
         run.pop("scnn")  # of a folder that was made before these were counted
-    assert equal_accuracy(made, 0.01)[0]["scnn"] is None
+    assert equal_accuracy(made, 0.01)[1]["scnn"] is None
 
 
 def test_the_table_says_what_was_not_reached(tmp_path):
@@ -114,6 +115,7 @@ def test_the_table_says_what_was_not_reached(tmp_path):
     assert cells["narrow"] == ["-", "-", "-", "-", "not reached: 1 denser of 2"]
     assert cells["3-D filter"][-1] == "not reached: 1 sparser of 2"
     assert cells["2-D kernel"][:2] == ["45.0 [45.0, 45.0]", "45.0 [45.0, 45.0]"]
+    assert cells["2-D kernel"][3].startswith("1.50 [")
     assert cells["0-D weight"][-1] == "2"
     assert shown.title.endswith("minus 1 point")
     first = Parts("first", ["a"], [["b"]], ["c"], ["d"])

@@ -23,12 +23,11 @@ from .page import Parts
 from .regularity_table import FINEST, GRAINS, line_name, narrow_names
 from .spread import LEVEL, Interval, interval, paired, points
 
-KEYS = "density", "storage", "scnn"
 ROUNDING = 1e-9  # of differences of accuracies: one that is the tolerance exactly is within it
 
 
 class Point(NamedTuple):
-    """A network of a chain: accuracy below dense, share of weights kept, storage and references relative to dense."""
+    """A network of a chain: accuracy below dense, share of weights kept, storage relative to dense, references."""
 
     loss: float
     density: float
@@ -60,9 +59,10 @@ def equal_accuracy(results: Mapping[str, Any], tolerance: float) -> list[dict[st
     seeds                   chains, each with the dense networks of its seed
     denser, sparser         chains that have lost more than the tolerance at the lowest sparsity already; that have not
                             at the highest
-    density, storage, scnn  an Interval over seeds, None where not every seed brackets it: share of the weights kept in
-                            the layers made sparse; storage and references relative to the dense network
+    density, storage        an Interval over seeds, None where not every seed brackets it: share of the weights kept in
+                            the layers made sparse; storage relative to the dense network
     against                 storage minus that of single weights, paired by seed: an Interval, None where one has none
+    scnn                    references of a machine like SCNN (see scnn.py) / those of single weights, likewise
 
     Args:
         results: content of results.json.
@@ -75,24 +75,27 @@ def equal_accuracy(results: Mapping[str, Any], tolerance: float) -> list[dict[st
         raise ValueError(f"equal_accuracy(): tolerance is {tolerance}; it needs a share in [0, 1)")
     settings = results["settings"]
     kinds = [kind for kind in settings["structures"] if kind != "dense"]
-    found, stored = [], {}
+    found: list[dict[str, Any]] = []
+    reached: dict[str, dict[int, Point]] = {}
     for kind in kinds:
         ends = {seed: bracketed(chain, tolerance) for seed, chain in _chains(results, kind).items()}
         at = {seed: end for seed, end in ends.items() if isinstance(end, Point)}
         row: dict[str, Any] = {
             "structure": GRAINS.get(kind, kind), "seeds": len(ends), "against": None,
             **{side: sum(end == side for end in ends.values()) for side in ("denser", "sparser")},
-            **dict.fromkeys(KEYS),
+            **dict.fromkeys(("density", "storage", "scnn")),
         }  # fmt: skip
         if ends and len(at) == len(ends):
-            for key in KEYS:
-                values = [getattr(point, key) for point in at.values()]
-                row[key] = None if None in values else interval(values)
-            stored[kind] = {seed: point.storage for seed, point in at.items()}
+            row["density"] = interval([point.density for point in at.values()])
+            row["storage"] = interval([point.storage for point in at.values()])
+            reached[kind] = at
         found.append(row)
     for kind, row in zip(kinds, found, strict=True):
-        if kind != FINEST and kind in stored and FINEST in stored:
-            row["against"] = paired(stored[kind], stored[FINEST])
+        if kind != FINEST and kind in reached and FINEST in reached:
+            ours, single = reached[kind], reached[FINEST]
+            row["against"] = paired(*({seed: p.storage for seed, p in each.items()} for each in (ours, single)))
+            ratios = [p.scnn / q.scnn for seed, p in ours.items() if (q := single.get(seed)) and p.scnn and q.scnn]
+            row["scnn"] = interval(ratios) if len(ratios) == len(ours) else None
     return found
 
 
@@ -116,8 +119,7 @@ def _chains(results: Mapping[str, Any], kind: str) -> dict[int, list[Point]]:
 def _point(run: Mapping[str, Any], dense: Mapping[str, Any], trained: Mapping[str, Any], kind: str) -> Point:
     storage = run["stream"] / trained["stream"]
     density = storage if kind == "narrow" else 1 - run["sparsity"]
-    counts = [None if each.get("scnn") is None else math.fsum(each["scnn"].values()) for each in (run, trained)]
-    scnn = None if counts[0] is None or counts[1] is None else counts[0] / counts[1]
+    scnn = None if run.get("scnn") is None else math.fsum(run["scnn"].values())
     return Point(dense["accuracy"] - run["accuracy"], density, storage, scnn)
 
 
@@ -126,9 +128,17 @@ def parts(results: Mapping[str, Any], tolerance: float) -> Parts | None:
     found = [row for row in equal_accuracy(results, tolerance) if row["seeds"]]
     if not found:
         return None
-    head = ["", "density %", "storage %", "SCNN references %", "storage against 0-D", "seeds"]
+    head = ["", "density %", "storage %", "storage against 0-D", "SCNN references", "seeds"]
     lines = [
-        [row["structure"], *(_cell(row[key]) for key in KEYS), points(row["against"]), _seeds(row)] for row in found
+        [
+            row["structure"],
+            _cell(row["density"]),
+            _cell(row["storage"]),
+            points(row["against"]),
+            _cell(row["scnn"], 1, ".2f"),
+            _seeds(row),
+        ]
+        for row in found
     ]
     settings = results["settings"]
     points_lost = f"{100 * tolerance:g} point{'s' * (tolerance != 0.01)}"
@@ -138,17 +148,18 @@ def parts(results: Mapping[str, Any], tolerance: float) -> Parts | None:
         f" {', '.join(f'{100 * s:g}%' for s in settings['sparsities'])}, that bracket this loss; in brackets the"
         f" {100 * LEVEL:g}% interval over seeds; nothing is extrapolated",
         "not reached: denser: a loss above that at the lowest sparsity already; sparser: less than that at the highest",
-        "storage and references (of weights, indices, inputs and partial sums, see scnn.py) relative to dense; against"
-        " 0-D: points of storage, paired by seed",
+        "storage relative to dense; against 0-D: points of storage, paired by seed; SCNN references: those of 0-D are"
+        " 1, see scnn.py",
     ]
     return Parts(title, head, lines, notes, [])
 
 
-def _cell(value: Interval | None) -> str:
+def _cell(value: Interval | None, scale: float = 100, form: str = ".1f") -> str:
     if value is None:
         return "-"
-    spread = "" if value.low is None or value.high is None else f" [{100 * value.low:.1f}, {100 * value.high:.1f}]"
-    return f"{100 * value.mean:.1f}{spread}"
+    ends = [] if value.low is None or value.high is None else [value.low, value.high]
+    spread = f" [{', '.join(f'{scale * end:{form}}' for end in ends)}]" if ends else ""
+    return f"{scale * value.mean:{form}}{spread}"
 
 
 def _seeds(row: Mapping[str, Any]) -> str:

@@ -119,7 +119,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 def is_plain(*tensors: Tensor | None) -> bool:
     """Whether nothing but these ordinary tensors is there: no compiler, mode, transform, trace or profiler."""
-    return not torch.autograd._profiler_enabled() and is_eager(*tensors)
+    return is_eager(*tensors) and not torch.autograd._profiler_enabled()  # which torch.compile cannot follow
 
 
 def is_eager(*tensors: Tensor | None) -> bool:

@@ -20,7 +20,7 @@ from hrbp.methods.registry import METHODS
 from hrbp.reports.sad_picture import draw_sad
 from hrbp.study.folder import read
 from hrbp.study.sr_ste import Lambdas
-from hrbp.study.sr_ste_table import answers, curves, kind_of, parts, rows, table
+from hrbp.study.sr_ste_table import answers, curves, kind_of, parts, rows, strength, table
 from hrbp.study.variants import PRESETS, Variant, lambda_variants
 from hrbp.training.settings import Settings
 
@@ -118,6 +118,7 @@ def test_rows_are_shares_of_all_weights_and_pairs_of_seeds():
     assert curves(results)["2:4", 0.5][-0.5] == [([5, 10, 15, 20], [0.3, 0.2, 0.1, 0.04])] * 3
     assert kind_of({"structure": "n:m", "options": {"m": 8}, "asked": 0.75}) == "2:8"
     assert kind_of({"structure": "kernel", "options": {}, "asked": 0.75}) == "kernel"
+    assert [strength({"method": name}) for name in ("static", "ste", "sr-ste", "subp")] == [None, 0.0, 2e-4, None]
     results["settings"]["training"] |= {"optimizer": "adamw"}
     assert {row["left"] for row in rows(results)} == {None}
 

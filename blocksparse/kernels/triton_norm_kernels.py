@@ -28,7 +28,8 @@ from .triton_gather import is_last
 
 # One variant for all sizes but `apart`: that it is a multiple of 16, AMD's compiler needs to be told by Triton itself.
 _kernel = functools.partial(
-    triton.jit, do_not_specialize=["eps", "momentum", "lines", "length", "wide", "chunks", "splits", "tiles", "channels"]
+    triton.jit,
+    do_not_specialize=["eps", "momentum", "lines", "length", "wide", "chunks", "splits", "tiles", "channels"],
 )
 # How backward knows where the ReLU cut: there is none; y is read; it follows from x.
 PLAIN, FROM_Y, FROM_X = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)

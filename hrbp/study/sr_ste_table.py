@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..columns import counted
+from ..methods.registry import METHODS
 from ..training.optimizer import learning_rate
 from ..training.settings import Settings
 from .page import Parts
@@ -28,10 +29,11 @@ def where(results: Results) -> str:
 
 
 def strength(run: Mapping[str, Any]) -> float | None:
-    """lambda of a training: 0 of STE; None where no mask follows its weights."""
-    if run["method"] not in ("ste", "sr-ste"):
+    """lambda of a training: 0 of a method without one, as STE; None where no mask follows its weights."""
+    method = METHODS[run["method"]]
+    if not method.follows_weight:
         return None
-    return float(run.get("evolve", {}).get("decay", 2e-4 if run["method"] == "sr-ste" else 0.0))
+    return float(run.get("evolve", {}).get("decay", method.defaults().get("decay", 0.0)))
 
 
 def kind_of(run: Mapping[str, Any]) -> str:

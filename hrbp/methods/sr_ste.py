@@ -19,7 +19,7 @@ class SRSTE(Decaying, Following):
 
         W <- W - lr * (g + decay * (1 - E) * W),   E the mask; see decay.py
 
-    0 is "ste". Below 0 what is left out grows, and comes back the sooner: the control of the paper's ablation.
+    0 is "ste". Below 0 what is left out grows, and comes back the sooner: a control.
 
     Source: Zhou et al., Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch, ICLR 2021.
     """

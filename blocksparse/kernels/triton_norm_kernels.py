@@ -248,7 +248,7 @@ def norm_sums_kernel(
         if dx is not None:
             tl.store(dx + at + to, (g * scale).to(dx.dtype.element_ty), mask=inside)
         total += g
-        product += tl.where(inside, g * d, 0.0)  # beyond the end g is 0, but a mean may be infinite
+        product += g * d  # g is 0 beyond the end
     totals, products = _sum(total, ACROSS), _sum(product, ACROSS)
 
     done = parts is None

@@ -22,6 +22,7 @@ from bench.shared import machine, options
 from bench.shared.results import Writer
 from bench.shared.rows import OK
 from blocksparse.kernels import counted, gpus
+from blocksparse.layout import CHANNELS_LAST, FORMATS
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32, "fp32": torch.float32}
 
@@ -46,8 +47,8 @@ columns
   backend       what would run: the one of least predicted time, or the one asked for
   predicted us  microseconds of the product, with every kernel that it launches
   bound by      the largest term: issue (of instructions), shared memory, tensor cores, L2, HBM, latency or launch
-  dense us      PyTorch's own product of a dense weight, predicted alike. The torch backend computes the same, and first
-                makes that weight from the stored blocks: it is a few launches slower
+  dense us      PyTorch's own product of a dense weight in channels_last, predicted alike. The torch backend computes
+                the same, and first makes that weight from the stored blocks: it is a few launches slower
   roofline us   what the device needs at least: x, y, values and index once through HBM, or useful FLOPs
   x dense       dense / predicted; allowed: dense / roofline
   least product the smallest of these for a single product
@@ -65,11 +66,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
     about = Question(
         args.gpu, args.batch, DTYPES[args.dtype], "tf32" if args.dtype == "tf32" else "ieee",
-        Structure(args.structure, args.groups, args.tap_density),
+        Structure(args.structure, args.groups, args.tap_density), args.format,
     )  # fmt: skip
     version = ".".join(map(str, counted.triton_version()))
     print(
-        f"PREDICTED for {args.gpu}, not measured: {args.dtype}, batch {args.batch}, channels_last; Triton {version}\n"
+        f"PREDICTED for {args.gpu}, not measured: {args.dtype}, batch {args.batch}, {args.format}; Triton {version}\n"
     )
     print(prediction.head())
     facts = machine.describe(torch.device("cpu")) | {"predicted_for": args.gpu}
@@ -115,6 +116,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--dtype", choices=tuple(DTYPES), default="fp16")
     add("--batch", type=options.positive, default=64, help="images, default 64")
     add("--norms", action="store_true", help="also BatchNorm, sum and ReLU behind the layers")
+    add("--format", choices=FORMATS, default=CHANNELS_LAST, help="memory format of x and dy (default channels_last)")
     options.add_json(parser)
     args = parser.parse_args(argv)
     try:

@@ -31,7 +31,7 @@ from bench.shared.rows import ERROR, FAIL, REFUSED, Row, Times
 from bench.shared.tables import number, table
 from blocksparse.backends import Work, named
 from blocksparse.index import layout_of, unpack
-from blocksparse.kernels import gpus, slots, tiles
+from blocksparse.kernels import gpus, slot_cost, slots, tiles
 from blocksparse.plan import setting_of
 
 DESCRIPTION = """\
@@ -135,7 +135,7 @@ def slot_tiles(kind: str, work: Work, chosen: slots.SlotTile) -> Iterator[slots.
     best: dict[Any, list[tuple[float, slots.SlotTile]]] = {}
     for tile in slots.candidates(kind, work.geometry, work.blocksize, work.nnzb, work.dtype):
         seconds = predicted("cupy", kind, work, tile) or 0.0
-        best.setdefault((tile.nt, tile.mt, tile.warps, tile.bands, tile.taps), []).append((seconds, tile))
+        best.setdefault((tile.mt, tile.nt, tile.warps, tile.filters), []).append((seconds, tile))
     for found in best.values():
         yield from (tile for _, tile in sorted(found, key=lambda pair: pair[0])[:2])
 
@@ -145,7 +145,7 @@ def predicted(backend: str, kind: str, work: Work, tile: Any) -> float | None:
     if work.gpu is None:
         return None
     facts = kind, work.geometry, work.blocksize, work.nnzb, work.dtype, work.precision, tile, work.gpu
-    found = (tiles if backend == "triton" else slots).estimate(*facts)
+    found = (tiles if backend == "triton" else slot_cost).estimate(*facts)
     return None if found is None else found.seconds
 
 
@@ -161,8 +161,9 @@ def measure(
     pattern = build(layer.shape, block, Structure(), args.sparsity, generator).to(args.device)
     name = "triton" if min(pattern.blocksize) >= 8 else "cupy"
     backend, last = named(name, "sweep"), name == "triton"
-    layout = "channels_last" if last else "contiguous"
-    x, dy = problem.x[layout], problem.dy[layout]
+    x, dy, layout = problem.x["channels_last"], problem.dy["channels_last"], "channels_last"
+    if not last:
+        x, dy, layout = bs.to_batch_last(x), bs.to_batch_last(dy), "batch_last"
     values = problem.draw((pattern.nnzb, *pattern.blocksize), 0.1)
     geometry = bs.ConvGeometry.of(x.shape, pattern.shape, layer.stride, layer.padding)
     index = layout_of(pattern.index.shape, pattern.index.dtype, pattern.shape, pattern.blocksize, pattern.nnzb, "sweep")

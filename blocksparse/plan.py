@@ -23,7 +23,7 @@ from .index import IndexTables, Layout, layout_of, packed_size
 from .kernels import gpus
 from .kernels.cost import Setting
 from .kernels.gpu_cost import Estimate
-from .layout import CHANNELS_LAST, CONTIGUOUS, memory_format_of
+from .layout import CHANNELS_LAST, memory_format_of
 from .pattern import BSRPattern, check_is_pattern
 from .pattern_checks import check_strided
 
@@ -162,7 +162,7 @@ def plan_on(
     dtype: torch.dtype,
     *,
     precision: str = "ieee",
-    channels_last: bool = True,
+    memory_format: str = CHANNELS_LAST,
     row_order: bool = False,
     backend: str | None = None,
 ) -> ConvPlan:
@@ -173,13 +173,13 @@ def plan_on(
     Args:
         gpu: "h100", "h200", "a100", "b200" or "mi300x".
         values_shape: (nnzb, bk, bc).
+        memory_format: of x and dy: "contiguous", "channels_last" or "batch_last".
         row_order: whether the pattern has one.
     """
     who, (nnzb, *blocksize) = "plan_on()", values_shape
     size = packed_size(geometry.weight_shape, blocksize, nnzb, row_order)
     index = layout_of((size,), torch.int32, geometry.weight_shape, blocksize, nnzb, who)
-    form = CHANNELS_LAST if channels_last else CONTIGUOUS
-    setting = Setting(0, form, precision if dtype == torch.float32 else "ieee")
+    setting = Setting(0, memory_format, precision if dtype == torch.float32 else "ieee")
     device = torch.device("cuda")
     work = Work(geometry, (blocksize[0], blocksize[1]), nnzb, dtype, device, setting, index, gpus.named(gpu, who))
     return _plan(work, who, backend, here=False)

@@ -111,7 +111,7 @@ struct Index {
 
 struct Copy {  // a cp.async on its way
     void* to;
-    const void* from;
+    const void* from;  // null: zeros
     int bytes;
 };
 
@@ -405,6 +405,19 @@ static inline unsigned atomicOr(unsigned* to, unsigned v) {
     return old;
 }
 
+struct uint2 {
+    unsigned x, y;
+};
+struct alignas(16) uint4 {
+    unsigned x, y, z, w;
+};
+struct float2 {
+    float x, y;
+};
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
+
 namespace emulator {
 template <class V>
 struct Shuffle {
@@ -424,6 +437,8 @@ static V shuffle(V value, int from) {
     });
     return mine.result;
 }
+
+struct Meeting {};
 
 struct Vote {
     bool value;
@@ -455,6 +470,11 @@ static inline unsigned __ballot_sync(unsigned, bool v) {
         for (int i = 0; i < 32; ++i) lanes[i]->result = votes;
     });
     return mine.result;
+}
+
+static inline void __syncwarp() {
+    emulator::Meeting mine;
+    emulator::together<emulator::Meeting>(mine, [](emulator::Meeting* const*) {});
 }
 
 // ---------------------------------------------------------------------- instructions.cu's wrappers
@@ -563,6 +583,13 @@ static auto from_float(float f) {
 }
 }  // namespace emulator
 
+static inline void cp_async_or_zeros(void* to, const void* from, bool copies) {
+    emulator::in_shared(to, 16, "cp.async");
+    if ((uintptr_t)from % 16) emulator::fail("cp.async: a global address that is no multiple of 16");
+    memset(to, 0xff, 16);
+    emulator::current->copies.push_back({to, copies ? from : nullptr, 16});
+}
+
 template <int BYTES>
 static void cp_async(void* to, const void* from) {
     static_assert(BYTES == 4 || BYTES == 8 || BYTES == 16, "cp.async copies 4, 8 or 16 bytes");
@@ -573,7 +600,10 @@ static void cp_async(void* to, const void* from) {
 }
 
 static inline void cp_async_wait() {
-    for (const emulator::Copy& copy : emulator::current->copies) memcpy(copy.to, copy.from, copy.bytes);
+    for (const emulator::Copy& copy : emulator::current->copies) {
+        if (copy.from) memcpy(copy.to, copy.from, copy.bytes);
+        else memset(copy.to, 0, copy.bytes);
+    }
     emulator::current->copies.clear();
 }
 
@@ -585,3 +615,4 @@ static inline unsigned round_tf32(float v) {  // to nearest, ties away from zero
 #define mma(c, a, b) emulator::mma<MATH>(c, a, b)
 #define to_float(v) emulator::to_float<MATH>(v)
 #define from_float(v) emulator::from_float<MATH>(v)
+#define pack(low, high) ((unsigned)from_float(low) | (unsigned)from_float(high) << 16)

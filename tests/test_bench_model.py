@@ -179,7 +179,7 @@ def test_kept_times_override_predictions(tmp_path, monkeypatch):
         g = plan.ConvGeometry.of((64, 256, 14, 14), (256, 256, 3, 3), 1, 1)
         found = plan.plan_on("h200", g, (58, 32, 32), torch.float16).products
         assert {kind: product.backend for kind, product in found.items()} == {
-            "fprop": "torch", "dgrad": "triton", "wgrad": "torch"
+            "fprop": "cupy", "dgrad": "triton", "wgrad": "torch"
         }  # fmt: skip
         assert "measured 1 us" in found["wgrad"].why
         assert "measured 2e+03 us by triton" in found["fprop"].why

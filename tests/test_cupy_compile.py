@@ -1,8 +1,8 @@
 """What NVRTC makes of the CUDA C++ kernels, without a driver: registers, spills and shared memory of each target.
 
 The sources are the very text that the emulator compiles (cupy_conv.source), the options those that CuPy adds to ours.
-`specialisations` are all there are: a test holds them against what tiles ask for. A slow run compiles a set of them
-that shows every pair of values on every target; CUPY_COMPILE=all compiles them all, some two thousand kernels.
+`specialisations` are all there are of single channels: a test holds them against what tiles ask for. A slow run
+compiles a set of them that shows every pair of values on every target; CUPY_COMPILE=all compiles them all.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ import torch
 from cupy_backends.cuda.libs import nvrtc
 from hypothesis import given
 
-from blocksparse import ConvGeometry
-from blocksparse.kernels import cupy_conv, slots
+from blocksparse.kernels import cupy_conv, slot_cost, slots
 from test_slots import work
 
 ALL = os.environ.get("CUPY_COMPILE") == "all"
@@ -38,37 +37,29 @@ class Special(NamedTuple):
     kind: str
     dtype: torch.dtype
     precision: str
-    unit: int
-    nt: int
-    cut: tuple[int, int]
-    bands: int
+    cut: tuple[int, int, int, int]
+    aligned: bool
 
     @property
     def flags(self) -> tuple[str, ...]:
-        warps, mt = self.cut
-        tile = slots.SlotTile(self.nt, mt, warps, slots.ITEMS[self.kind], self.bands, *[0] * 6)
-        return cupy_conv.options(self.dtype, self.unit, tile, self.precision)
+        tile = slots.SlotTile(*self.cut, *[0] * 7)
+        return cupy_conv.options(self.kind, self.dtype, 1, tile, self.precision, self.aligned)
 
     def __str__(self) -> str:
-        names = (flag.removeprefix("-D").split("=") for flag in self.flags[1:])
-        return f"{self.kind:5}  " + "  ".join(f"{name} {value:>4}" for name, value in names if name != "ITEMS")
+        names = (flag.removeprefix("-D").split("=") for flag in self.flags[2:])
+        return f"{self.kind:5}  " + "  ".join(f"{name} {value:>4}" for name, value in names)
 
 
 def specialisations() -> Iterator[Special]:
-    for kind, (dtype, precision) in itertools.product(KINDS, MATHS):
-        slot = slots.slot_of(dtype)
-        for unit, bands, cut in itertools.product((1, 2, 4, 8), (1, slot), slots.CUTS[kind]):
-            if unit > slot:
-                continue
-            for nt in (1, 2, 4) if kind != "dgrad" else (2, 4) if unit == slot else (2,):
-                if nt * cut[1] <= 8:
-                    yield Special(kind, dtype, precision, unit, nt, cut, bands)
+    for kind, (dtype, precision), aligned in itertools.product(KINDS, MATHS, (True, False)):
+        for cut in dict.fromkeys(cut for bk in (8, 16, 32, 64) for cut in slots.cuts(kind, bk, dtype)):
+            yield Special(kind, dtype, precision, cut, aligned)
 
 
 def shown(special: Special) -> set[tuple]:
     """(kind, a value, another one)."""
     math = special.dtype, special.precision
-    named = enumerate((math, special.unit, special.nt, special.cut, special.bands > 1))
+    named = enumerate((math, *special.cut, special.aligned))
     return {(special.kind, *values) for values in itertools.combinations(named, 2)}
 
 
@@ -136,10 +127,10 @@ def test_every_tile_is_one_of_the_specialisations(case):
     geometry, blocksize, nnzb, dtype = case
     if slots.refusal(geometry, blocksize, dtype, "cuda") is not None:
         return
-    asked = {
-        cupy_conv.options(dtype, blocksize[1], slots.pick(kind, geometry, blocksize, nnzb, dtype), "ieee")
-        for kind in KINDS
-    }
+    asked = set()
+    for kind in KINDS:
+        tile = slot_cost.pick(kind, geometry, blocksize, nnzb, dtype)
+        asked.add(cupy_conv.options(kind, dtype, 1, tile, "ieee", True))
     assert asked <= {special.flags for special in specialisations()}
 
 
@@ -147,29 +138,7 @@ def test_the_covering_ones_show_every_pair_of_values():
     specials = list(specialisations())
     few = covering(specials)
     assert {v for s in few for v in shown(s)} == {v for s in specials for v in shown(s)}
-    assert len(few) < len(specials) / 8
-
-
-LAYERS = {64: 56, 128: 28, 256: 14, 512: 7}  # the 3x3 layers of ResNet-50: channels and pixels
-
-
-def test_two_ctas_overlap_on_hopper(capsys):
-    """While one loads, another multiplies: the kernels have no pipeline of their own. ResNet-50 at batch 64, 90%."""
-    lines = [
-        f"{'kernel':6} {'layer':6} {'blocks':>8} {'bytes':5} {'nt x mt x warps':>15} {'pixels':>6} {'shared':>6}  CTAs"
-    ]
-    for (c, size), dtype, kind in itertools.product(LAYERS.items(), (torch.float16, torch.float32), KINDS):
-        g = ConvGeometry(64, c, size, size, c, 3, 3, (1, 1), (1, 1))
-        for blocksize in ((c // 8, 1), (16, 1), (32, 32)):
-            tile = slots.pick(kind, g, blocksize, g.k * g.c * 9 // (10 * blocksize[0] * blocksize[1]), dtype)
-            shape, pixels = f"{tile.nt} x {tile.mt} x {tile.warps}", f"{tile.tile_h}x{tile.tile_w}"
-            ctas = slots.grid(kind, g, blocksize, dtype, tile)
-            work = f"{kind:6} {f'{c}@{size}':6} {blocksize!s:>8} {dtype.itemsize:5}"
-            lines.append(f"{work} {shape:>15} {pixels:>6} {tile.shared:6} {ctas:5}")
-            assert tile.shared <= slots.SHARED_BYTES, lines[-1]
-            assert 2 * (tile.shared + 1024) <= slots.SM_BYTES, lines[-1]
-    with capsys.disabled():
-        print("", *lines, sep="\n")
+    assert len(few) < len(specials) / 4
 
 
 def test_the_argument_struct_is_as_large_as_the_host_makes_it():
@@ -182,7 +151,7 @@ def test_the_argument_struct_is_as_large_as_the_host_makes_it():
 
 
 def test_errors_name_the_file_and_line():
-    broken = cupy_conv.source("fprop").replace("float acc[MT][NT][4] = {};", "float acc[MT][NT][4] = nonsense;")
+    broken = cupy_conv.source("fprop").replace("float acc[MT][NT][4];", "float acc[MT][NT][4] = nonsense;")
     program = nvrtc.createProgram(broken, "fprop.cu", (), ())
     with pytest.raises(nvrtc.NVRTCError):
         nvrtc.compileProgram(program, (*next(specialisations()).flags, "-arch=sm_80"))

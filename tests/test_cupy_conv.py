@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import re
 
 import numpy as np
@@ -13,9 +12,8 @@ from torch import Tensor
 import blocksparse as bs
 import emulator
 from blocksparse import BSRPattern, ConvGeometry, index
-from blocksparse.kernels import cupy_conv, slots
+from blocksparse.kernels import cupy_conv, slot_cost, slots
 from blocksparse.kernels.slots import SlotTile
-from blocksparse.layout import laid_out
 from emulator import Emulator, EmulatorError
 from strategies import guarded
 
@@ -46,6 +44,7 @@ class Work:
         if not last_tap:
             mask = self.pattern.to_mask()
             mask[..., -1, -1] = False
+            mask[-blocksize[0] :, 10:] = False  # fewer chunks than other block-rows have
             self.pattern = BSRPattern.from_mask(mask, blocksize)
         if order:
             row_order = torch.randperm(shape[0], generator=generator)
@@ -56,7 +55,7 @@ class Work:
         self.x, self.dy, self.values = tensors or [torch.randn(s, generator=generator).to(dtype) for s in shapes]
 
     def tile(self, kind: str) -> SlotTile:
-        return slots.pick(kind, self.g, self.pattern.blocksize, self.pattern.nnzb, self.x.dtype)
+        return slot_cost.pick(kind, self.g, self.pattern.blocksize, self.pattern.nnzb, self.x.dtype)
 
     def candidates(self, kind: str) -> list[SlotTile]:
         return [*slots.candidates(kind, self.g, self.pattern.blocksize, self.pattern.nnzb, self.x.dtype)]
@@ -67,13 +66,10 @@ class Work:
         tile: SlotTile | None = None,
         *,
         precision: str = "ieee",
-        channels_last: bool = False,
-        guard: bool = True,
         values_at: int = 0,
     ) -> Tensor:
         tile = tile or self.tile(kind)
-        layout = "channels_last" if channels_last else "contiguous"
-        x, dy = (guarded(t, DEVICE, layout) if guard else laid_out(t, layout) for t in (self.x, self.dy))
+        x, dy = (guarded(t, DEVICE, "batch_last") for t in (self.x, self.dy))
         buffer = torch.full((self.values.numel() + values_at,), float("nan"), dtype=self.values.dtype, device=DEVICE)
         values = buffer[values_at:].view(self.values.shape).copy_(self.values)
         p = self.pattern.to(DEVICE)
@@ -81,7 +77,7 @@ class Work:
         if kind == "fprop":
             return cupy_conv.fprop(x, values, tables, None, self.g, tile, precision=precision).cpu()
         if kind == "dgrad":
-            return cupy_conv.dgrad(dy, values, tables, self.g, channels_last, tile, precision=precision).cpu()
+            return cupy_conv.dgrad(dy, values, tables, self.g, tile, precision=precision).cpu()
         return cupy_conv.wgrad(x, dy, tables, self.g, tuple(values.shape), tile, precision=precision).cpu()
 
     def exact(self, kind: str, rounded=lambda t: t) -> Tensor:
@@ -102,17 +98,35 @@ def error(got: Tensor, exact: Tensor) -> float:
 
 PLAIN, PADDED = ((1, 1), (1, 1), (1, 1)), ((2, 1), (1, 1), (1, 5))
 WORKS = [
-    # A last tap without a block; a stride that leaves pixels of x no tap; several chunks; wide blocks; ranges.
-    Work((24, 40, 2, 2), (24, 1), (1, 40, 4, 9), PLAIN, last_tap=False),
+    # Taps without a block, a second group of images; several chunks; a stride that leaves pixels of x no tap; wide
+    # blocks, whose values come in parts; many entries of few filters.
+    Work((48, 40, 2, 2), (24, 1), (17, 40, 4, 9), PLAIN, last_tap=False),
     Work((16, 40, 3, 3), (8, 1), (3, 40, 6, 14), ((3, 3), (1, 1), (3, 3)), density=0.1),
-    Work((16, 40, 3, 3), (8, 1), (3, 40, 6, 14), PLAIN),
+    Work((16, 40, 3, 3), (8, 1), (16, 40, 6, 14), PLAIN),
     Work((80, 64, 3, 3), (80, 16), (3, 64, 6, 14), PADDED),
-    Work((8, 300, 2, 2), (8, 1), (1, 300, 4, 4), PLAIN, density=0.3),
+    Work((16, 300, 2, 2), (8, 1), (1, 300, 4, 4), PLAIN, density=0.3),
 ]
-BARRIERS = [
+
+
+def in_parts(kind: str, tile: SlotTile, work: Work) -> SlotTile:
+    """The tile with lists of few entries, which several turns make, and wgrad's chunks and pixels shared out."""
+    taps, step = work.g.taps, 16
+    if kind == "dgrad":
+        most = -(-min(tile.units, work.g.c) // 16)
+        tile = tile._replace(capacity=most, part=1, lists=1)
+    else:
+        chunk = -(-tile.units * taps // step) * step
+        tile = tile._replace(capacity=chunk, part=tile.units)
+        if kind == "wgrad":
+            tile = tile._replace(lists=2)
+    return tile._replace(splits=2, shared=slots.layout(kind, work.g, work.x.dtype, tile).shared)
+
+
+BARRIERS = [  # of what the kernels share, those in fprop
     (kind, match.start())
     for kind in KINDS
     for match in re.finditer(r"(?<=\n)[ ]+(__syncthreads|cp_async_wait)\(\);", cupy_conv.source(kind))
+    if kind == "fprop" or match.start() > cupy_conv.source(kind).index(f'#line 1 "{kind}.cu"')
 ]
 
 
@@ -135,11 +149,8 @@ def test_every_barrier_is_needed(kind, at, monkeypatch):
             return True
 
     def tiles(work: Work) -> list[SlotTile]:
-        """The one that would run and the one of most warps and tap groups."""
-        found = [work.tile(kind), work.candidates(kind)[-1]]
-        if kind == "wgrad":  # several tiles to a split, several chunks to a list
-            return [tile._replace(splits=max(1, tile.splits // 3), lists=2) for tile in found]
-        return found
+        """The one that would run, and the same with lists that come in parts: one compilation."""
+        return [in_parts(kind, work.tile(kind), work), work.tile(kind)]
 
     shown = any(wrong(work, tile) for work in WORKS * 3 for tile in tiles(work))
     assert shown, f"{kind} is right without line {text[:at].count(chr(10))}"
@@ -155,17 +166,16 @@ from blocksparse.kernels import cupy_conv
 from emulator import CHECKED, Emulator
 from test_cupy_conv import WORKS, Work, error
 cupy_conv.runtime = Emulator(CHECKED)
-def run(kind, number, dtype, precision, bands):
+def run(kind, number, dtype, precision):
     work = WORKS[number]
     work = Work(work.pattern.shape, work.pattern.blocksize, work.g.x_shape, work.conv, density=0.5, dtype=dtype)
-    tile = [tile for tile in work.candidates(kind) if (tile.bands > 1) == bands][0]
-    assert error(work.run(kind, tile, precision=precision), work.exact(kind)) < 2e-3
+    assert error(work.run(kind, precision=precision), work.exact(kind)) < 2e-3
 """
     cases = [
-        f"run({kind!r}, {number}, torch.{dtype}, {precision!r}, {bands})"
-        for kind, number, dtype, precision, bands in (
-            ("fprop", 0, "float16", "ieee", True), ("dgrad", 3, "bfloat16", "ieee", False),
-            ("wgrad", 1, "float32", "ieee", True), ("dgrad", 1, "float32", "tf32", True),
+        f"run({kind!r}, {number}, torch.{dtype}, {precision!r})"
+        for kind, number, dtype, precision in (
+            ("fprop", 0, "float16", "ieee"), ("dgrad", 3, "bfloat16", "ieee"),
+            ("wgrad", 1, "float32", "ieee"), ("dgrad", 1, "float32", "tf32"),
         )
     ]  # fmt: skip
     for case, found in zip(cases, emulator.sanitized(cases, prelude), strict=True):
@@ -176,63 +186,55 @@ def run(kind, number, dtype, precision, bands):
 
 
 def variants(kind: str, dtype: torch.dtype) -> list[tuple[tuple[int, int], SlotTile]]:
-    """Every cut of the warps, every group of taps that some layer may get, and bands: the last tile of each."""
+    """Every cut of the warps that some layer may get: the last tile of each."""
     found = {}
-    for blocksize in ((16, 1), (24, 32)):
-        g = ConvGeometry(9, 64, 7, 10, 2 * blocksize[0], 3, 3, (1, 1), (1, 1))
+    for blocksize in ((8, 1), (24, 1), (64, 2)):
+        g = ConvGeometry(8, 24, 5, 7, 2 * blocksize[0], 3, 3, (1, 1), (1, 1))
         for tile in slots.candidates(kind, g, blocksize, 40, dtype):
-            taps = tile.taps if tile.warps * tile.mt == 4 else 0
-            cut = (tile.mt, tile.warps, taps) if tile.bands == 1 else ()
-            found[tile.nt, tile.bands, cut] = blocksize, tile
+            found[tile[:4]] = blocksize, tile
     return list(found.values())
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("dtype", "every"),
-    [(torch.float16, 4), *(pytest.param(t, 1, marks=pytest.mark.slow) for t in (torch.float16, torch.float32))],
+    [(torch.float16, 9), *(pytest.param(t, 1, marks=pytest.mark.slow) for t in (torch.float16, torch.float32))],
     ids=str,
 )
 def test_every_tile_is_right(kind, dtype, every, poisoned_memory):
     for blocksize, tile in variants(kind, dtype)[::every]:
-        work = Work((2 * blocksize[0], 64, 3, 3), blocksize, (9, 64, 7, 10), PLAIN, density=0.1, dtype=dtype)
-        splits = {"splits": 3, "lists": 2} if kind == "wgrad" else {}
+        work = Work((2 * blocksize[0], 24, 3, 3), blocksize, (8, 24, 5, 7), PLAIN, density=0.1, dtype=dtype)
         limit = 1e-3 if dtype == torch.float16 else 2e-6
-        assert error(work.run(kind, tile._replace(**splits)), work.exact(kind)) <= limit, tile
+        for cut in (tile, in_parts(kind, tile, work)):
+            assert error(work.run(kind, cut), work.exact(kind)) <= limit, cut
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize(
     ("shape", "blocksize", "x_shape", "conv"),
     [
-        pytest.param((16, 24, 6, 6), (8, 1), (2, 24, 9, 9), PLAIN, id="36-taps-by-row"),
-        pytest.param((16, 8, 1, 37), (8, 8), (2, 8, 3, 40), ((1, 2), (0, 3), (1, 1)), id="37-taps-one-by-one"),
-        pytest.param((16, 8, 3, 3), (8, 4), (2, 8, 150, 9), ((2, 1), (70, 1), (70, 1)), id="vast-dilation"),
+        pytest.param((16, 24, 6, 6), (8, 1), (2, 24, 9, 9), PLAIN, id="36-taps"),
+        pytest.param((16, 8, 1, 37), (8, 8), (2, 8, 3, 40), ((1, 2), (0, 3), (1, 1)), id="37-taps-in-a-row"),
         pytest.param((8, 1500, 1, 1), (8, 1), (2, 1500, 3, 2), ((1, 1), (0, 0), (1, 1)), id="1500-channels"),
         pytest.param((8, 150, 3, 3), (8, 1), (2, 150, 4, 4), ((2, 2), (1, 1), (1, 1)), id="150-channels-strided"),
         pytest.param((160, 6, 3, 2), (160, 2), (17, 6, 5, 3), ((1, 1), (1, 1), (2, 1)), id="a-whole-group-of-160"),
-        pytest.param((16, 128, 2, 1), (16, 128), (1, 128, 3, 3), ((3, 1), (0, 0), (1, 1)), id="128-wide"),
+        pytest.param((16, 12, 2, 1), (16, 3), (1, 12, 3, 3), ((3, 1), (0, 0), (1, 1)), id="3-wide"),
     ],
 )
-def test_taps_and_channels_in_parts(kind, channels_last, shape, blocksize, x_shape, conv, poisoned_memory):
+def test_taps_and_channels_in_parts(kind, shape, blocksize, x_shape, conv, poisoned_memory):
     work = Work(shape, blocksize, x_shape, conv, density=0.4, order=True)
-    assert error(work.run(kind, channels_last=channels_last), work.exact(kind)) < 1e-3
+    assert error(work.run(kind), work.exact(kind)) < 1e-3
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("n", [pytest.param(n, marks=[] if n in (1, 4, 6) else pytest.mark.slow) for n in range(1, 8)])
-def test_small_batches(kind, dtype, n, poisoned_memory):
-    """A slot holds bands of rows of one image: more bands than rows too, borders and strides between them."""
-    conv = [PLAIN, ((2, 1), (1, 0), (2, 1)), ((3, 2), (4, 1), (1, 1))][n % 3]
-    work = Work((16, 12, 3, 3), (8, 1), (n, 12, 2 + 5 * n, 6), conv, dtype=dtype, order=True)
-    banded = [tile for tile in work.candidates(kind) if tile.bands > 1]
-    assert bool(banded) == (n % slots.slot_of(dtype) > 0)
-    for tile in [work.tile(kind), *banded[-1:]]:
-        for channels_last in (False, True):
-            got = work.run(kind, tile, channels_last=channels_last)
-            assert error(got, work.exact(kind)) <= (1e-3 if dtype == torch.float16 else 2e-6), tile
+@pytest.mark.parametrize(
+    "n", [5, 24, pytest.param(20, marks=pytest.mark.slow), pytest.param(33, marks=pytest.mark.slow)]
+)
+def test_batches_that_fill_no_tile(kind, dtype, n, poisoned_memory):
+    """Slots of 16 bytes and such that are not, tiles of 16 images of which the last is not whole."""
+    work = Work((16, 12, 3, 3), (8, 1), (n, 12, 5, 6), ((2, 1), (1, 0), (1, 1)), dtype=dtype, order=True)
+    assert error(work.run(kind), work.exact(kind)) <= (1e-3 if dtype == torch.float16 else 2e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -255,41 +257,3 @@ def test_values_that_begin_anywhere(kind):
     """cp.async needs 16-byte addresses; a view of values need not begin at one."""
     work = Work((16, 16, 3, 3), (8, 1), (2, 16, 5, 5), PLAIN)
     assert error(work.run(kind, values_at=1), work.exact(kind)) < 1e-3
-
-
-VAST = 2**27  # 3 * VAST * 8 elements: past 2**31, and never touched but for a few pages
-
-
-def vast(shape: tuple[int, int, int, int], channels_last: bool) -> Tensor:
-    """Zeros whose pages exist once they are touched."""
-    n, c, h, w = shape
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
-    zeros = torch.frombuffer(mmap.mmap(-1, 2 * n * c * h * w, flags=flags), dtype=torch.float16)
-    return zeros.view(n, h, w, c).permute(0, 3, 1, 2) if channels_last else zeros.view(shape)
-
-
-@emulated
-@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
-@pytest.mark.parametrize("far", ["taps", "pixels"])
-def test_inputs_past_2_to_31_elements(channels_last, far):
-    """The pixels at both ends of three lines, read by six taps or by six output pixels."""
-    kernel, near_conv = (3, 2) if far == "taps" else (1, 1), ((1, 1), (0, 0), (1, 1))
-    far_conv = ((1, 1), (0, 0), (1, VAST - 1)) if far == "taps" else ((1, VAST - 1), (0, 0), (1, 1))
-    near = Work((8, 8, *kernel), (8, 1), (1, 8, 3, 2), near_conv, density=1)
-    x = vast((1, 8, 3, VAST), channels_last)
-    x[..., :: VAST - 1] = near.x
-    work = Work((8, 8, *kernel), (8, 1), x.shape, far_conv, density=1, tensors=(x, near.dy, near.values))
-    for kind in ("fprop", "wgrad"):
-        assert error(work.run(kind, guard=False, channels_last=channels_last), near.exact(kind)) < 1e-3
-
-
-@emulated
-@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
-def test_gradients_past_2_to_31_elements(channels_last):
-    """dgrad of three pixels inside a padding of VAST / 2 on both sides."""
-    near = Work((8, 8, 1, 1), (8, 1), (1, 8, 3, 1), ((1, 1), (0, 0), (1, 1)), density=1)
-    conv = ((1, 1), (0, VAST // 2), (1, 1))
-    dy = vast((1, 8, 3, VAST + 1), channels_last)
-    dy[..., VAST // 2 : VAST // 2 + 1] = near.dy
-    work = Work((8, 8, 1, 1), (8, 1), (1, 8, 3, 1), conv, density=1, tensors=(near.x, dy, near.values))
-    assert error(work.run("dgrad", guard=False, channels_last=channels_last), near.exact("dgrad")) < 1e-3

@@ -44,7 +44,7 @@ def test_cupy_takes_every_argument(monkeypatch):
     monkeypatch.setattr(cupy_conv, "runtime", Recorder())
     for order in (None, torch.arange(16).flip(0)):
         pattern = BSRPattern.from_mask(torch.ones(16, 8, 3, 3, dtype=torch.bool), (8, 1), order)
-        x, bias = torch.randn(9, 8, 12, 12), None if order is None else torch.randn(16)
+        x, bias = bs.to_batch_last(torch.randn(33, 8, 12, 12)), None if order is None else torch.randn(16)
         values = torch.randn(pattern.nnzb, 8, 1).requires_grad_()
         bs.conv2d(x.requires_grad_(), values, pattern, bias, padding=1, backend="cupy").sum().backward()
     assert {name for name, _ in calls} == {"fprop", "dgrad", "wgrad", "add_splits"}

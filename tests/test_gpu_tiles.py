@@ -22,7 +22,7 @@ from bench.layers.rows import KINDS
 from bench.shared import machine
 from bench.shared.equal import Verdict, judge
 from blocksparse import index
-from blocksparse.kernels import gpus, slots, tiles
+from blocksparse.kernels import gpus, slot_cost, tiles
 
 GPU = torch.cuda.is_available()
 # A strided 3x3, a plain one, a 1x1; channels that 128 divides.
@@ -42,7 +42,7 @@ class Work(NamedTuple):
     math: str  # a key of DTYPES
     backend: str
     kind: str
-    tile: tiles.Tile | None  # None: what slots.pick says
+    tile: tiles.Tile | None  # None: what slot_cost.pick says
 
     def __str__(self) -> str:
         tile = "picked" if self.tile is None else "x".join(map(str, self.tile))
@@ -103,18 +103,20 @@ class Layer:
     def run(self, work: Work) -> Tensor:
         """One kernel, in the memory format that it is made for."""
         last = work.backend == "triton"
-        layout = "channels_last" if last else "contiguous"
-        x, dy, g = self.problem.x[layout], self.problem.dy[layout], self.geometry
+        x, dy, g = self.problem.x["channels_last"], self.problem.dy["channels_last"], self.geometry
         backend: Any
         if last:
             from blocksparse.kernels import triton_conv as backend
         else:
             from blocksparse.kernels import cupy_conv as backend
-        tile = work.tile or slots.pick(work.kind, g, work.blocksize, self.pattern.nnzb, self.dtype)
+
+            x, dy = bs.to_batch_last(x), bs.to_batch_last(dy)
+        tile = work.tile or slot_cost.pick(work.kind, g, work.blocksize, self.pattern.nnzb, self.dtype)
         if work.kind == "fprop":
             return backend.fprop(x, self.values, self.tables, None, g, tile, precision=self.precision)
         if work.kind == "dgrad":
-            return backend.dgrad(dy, self.values, self.tables, g, last, tile, precision=self.precision)
+            memory_format = (last,) if last else ()
+            return backend.dgrad(dy, self.values, self.tables, g, *memory_format, tile, precision=self.precision)
         return backend.wgrad(x, dy, self.tables, g, tuple(self.values.shape), tile, precision=self.precision)
 
     def check(self, work: Work) -> Verdict:

@@ -16,6 +16,7 @@ from bench.layers.rows import KINDS, TOTAL, PatternRow
 from bench.shared.rows import OK, REFUSED, ratio
 from bench.shared.tables import NONE, number
 from blocksparse.kernels import gpu_cost, gpus
+from blocksparse.layout import CHANNELS_LAST
 from blocksparse.plan import plan_on
 from hrbp.columns import columns
 
@@ -49,6 +50,7 @@ class Question:
     dtype: torch.dtype
     precision: str
     structure: Structure
+    memory_format: str = CHANNELS_LAST
     seed: int = 0
 
 
@@ -67,12 +69,14 @@ def predict(
         pattern = build(layer.shape, block, about.structure, sparsity, generator)
         g = bs.ConvGeometry.of(layer.x_shape(about.batch), layer.shape, layer.stride, layer.padding)
         plan = plan_on(
-            about.gpu, g, (pattern.nnzb, *pattern.blocksize), about.dtype, precision=about.precision, backend=backend
-        )
+            about.gpu, g, (pattern.nnzb, *pattern.blocksize), about.dtype, precision=about.precision, backend=backend,
+            memory_format=about.memory_format,
+        )  # fmt: skip
     except ValueError as error:
         first.fail(REFUSED, str(error))
         return [first]
     gpu, weights = gpus.named(about.gpu, "predict()"), pattern.nnzb * math.prod(pattern.blocksize)
+    dense = gpu_cost.dense(g, about.dtype, about.precision, True, gpu)  # channels_last, whatever the blocks run in
     roofline = gpu_cost.roofline(g, weights, 8 * pattern.nnzb, about.dtype, about.precision, gpu)
     rows = []
     for kind in KINDS:
@@ -83,7 +87,7 @@ def predict(
         row.roofline_seconds = roofline
         if product.estimate is not None and product.dense is not None:
             row.seconds, row.bound, row.dense_seconds = (
-                product.estimate.seconds, product.estimate.bound, product.dense.seconds
+                product.estimate.seconds, product.estimate.bound, dense.seconds
             )  # fmt: skip
         rows.append(row)
     return [*rows, _summed(rows)]

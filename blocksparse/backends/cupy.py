@@ -1,4 +1,4 @@
-"""Backend "cupy": CUDA C++ for single channels and other narrow blocks (kernels/cupy_conv.py, slots.py, *.cu)."""
+"""Backend "cupy": CUDA C++ for single channels and other narrow blocks, batch_last (kernels/cupy_conv.py, *.cu)."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from ..index import IndexTables
-from ..kernels import slots
+from ..kernels import slot_cost, slots
 from ..kernels.gpu_cost import Estimate
 from ..kernels.gpus import NAMED
 from ..kernels.slots import SlotTile
-from ..layout import CHANNELS_LAST
+from ..layout import BATCH_LAST
 from . import Backend, Work
 
 
@@ -28,6 +28,7 @@ class Cupy(Backend):
     """NVIDIA sm_80 and later; the default on a GPU where it is predicted to be fastest."""
 
     order = 3
+    formats = (BATCH_LAST,)
 
     def absent(self) -> str | None:
         return _kernels().runtime.absent()
@@ -42,12 +43,10 @@ class Cupy(Backend):
     def predicted(self, kind: str, work: Work) -> Estimate | None:
         if work.gpu is None or self.refusal(work) is not None:
             return None
-        tile, last = self.tile(kind, work), work.setting.channels_last
-        return slots.estimate(kind, *work[:4], work.precision, tile, work.gpu, last)
+        return slot_cost.estimate(kind, *work[:4], work.precision, self.tile(kind, work), work.gpu)
 
     def tile(self, kind: str, work: Work) -> SlotTile:
-        gpu, last = work.gpu or NAMED["h100"], work.setting.channels_last
-        return slots.pick(kind, *work[:4], work.precision, gpu, last)
+        return slot_cost.pick(kind, *work[:4], work.precision, work.gpu or NAMED["h100"])
 
     def fprop(
         self, work: Work, tile: SlotTile, x: Tensor, values: Tensor, tables: IndexTables, bias: Tensor | None
@@ -57,8 +56,7 @@ class Cupy(Backend):
     def dgrad(
         self, work: Work, tile: SlotTile, dy: Tensor, values: Tensor, tables: IndexTables, memory_format: str
     ) -> Tensor:
-        last = memory_format == CHANNELS_LAST
-        return _kernels().dgrad(dy, values, tables, work.geometry, last, tile, precision=work.precision)
+        return _kernels().dgrad(dy, values, tables, work.geometry, tile, precision=work.precision)
 
     def wgrad(self, work: Work, tile: SlotTile, x: Tensor, dy: Tensor, tables: IndexTables) -> Tensor:
         return _kernels().wgrad(x, dy, tables, work.geometry, work.values_shape, tile, precision=work.precision)

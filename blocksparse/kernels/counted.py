@@ -118,30 +118,40 @@ def triton(
 
 
 class Phases(NamedTuple):
-    """A CUDA C++ kernel of slots: instructions of one warp.
+    """A CUDA C++ kernel: instructions of one warp.
 
     Attributes:
-        load: of 32 slots that are filled.
-        mma: of a multiplication of 16 x 8 x STEP, with what it reads from shared memory.
-        result: of 32 slots of results; 0 in wgrad, where they are part of the nest.
-        nest: of one turn of each loop around the multiplication, from the inside out, loads and multiplications left
-            out: chunk, scan, group of taps in fprop; chunk, step, block-row, group in dgrad; pixel tile, chunk, scan,
-            group in wgrad.
+        load: of 32 slots that are copied, four channels at a time.
+        rest: the same, one channel at a time.
+        members: the same where slots are no 16 bytes that lie together, or not all inside: image by image.
+        task: of 32 slots of a patch, before their first channel.
+        value: of 32 pieces of 16 bytes of values.
+        mma: of a multiplication of 16 x 8 x STEP (fp32: x 1), with what it reads from shared memory.
+        result: of 32 slots of results; 0 in wgrad.
+        step: of the rest of a step, one chunk of a tile.
+        tile: of the rest of a tile.
+        entry: of 32 stored entries, listed.
         outside: of the rest, once.
         registers: of a thread.
     """
 
     load: float
+    rest: float
+    members: float
+    task: float
+    value: float
     mma: float
     result: float
-    nest: tuple[float, ...]
+    step: float
+    tile: float
+    entry: float
     outside: float
     registers: int
 
 
 @functools.lru_cache(maxsize=4096)
-def cupy(kind: str, math_: str, unit: int, nt: int, mt: int, warps: int, bands: int) -> Phases:
-    """The counts of a kernel of slots: of the counted specialisations of this kind and number type, the nearest.
+def cupy(kind: str, math_: str, mt: int, nt: int, warps: int, filters: int) -> Phases:
+    """The counts of a CUDA C++ kernel: of the counted specialisations of this kind and number type, the nearest.
 
     Args:
         math_: "FP16" (BF16 is alike), "TF32" or "FP32".
@@ -150,11 +160,11 @@ def cupy(kind: str, math_: str, unit: int, nt: int, mt: int, warps: int, bands: 
     found = [row for row in rows("cupy") if (row["kind"], row["math"]) == (kind, numbers)]
 
     def distance(row: Row) -> float:
-        pairs = (row["nt"], nt), (row["mt"], mt), (row["warps"], warps), (row["unit"], unit)
-        return sum(abs(math.log2(a / b)) for a, b in pairs) + ((row["bands"] > 1) != (bands > 1))
+        pairs = (row["mt"], mt), (row["nt"], nt), (row["warps"], warps), (row["filters"], filters)
+        return sum(abs(math.log2(a / b)) for a, b in pairs)
 
     row = min(found, key=distance)
-    return Phases(row["load"], row["mma"], row["result"], tuple(row["nest"]), row["outside"], row["registers"])
+    return Phases(**{name: row[name] for name in Phases._fields})
 
 
 class Turn(NamedTuple):

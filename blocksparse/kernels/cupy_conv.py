@@ -1,12 +1,12 @@
 """CUDA C++ backend: compiles the .cu files beside this one through CuPy and launches them on torch's current stream.
 
-A kernel is instructions.cu, slots.cu and one of fprop.cu, dgrad.cu and wgrad.cu, specialised by -D per dtype, tile and
-width of a block; CuPy compiles it on first use, for the device at hand, and keeps the binary on disk. All memory is
+A kernel is instructions.cu, octets.cu and one of fprop.cu, dgrad.cu and wgrad.cu, specialised by -D per dtype, tile
+and width of a block; CuPy compiles it on first use, for the device at hand, and keeps the binary on disk. All memory is
 torch's, and nothing here synchronises, so that a step that has run once captures into a CUDA graph. CuPy compiles with
 -ftz: fp32 numbers below 1e-38 are zero.
 
-The kernels take strides, so any memory format is right. Contiguous is the native one for narrow blocks: pixels of one
-channel are neighbours there, while channels_last makes single channels 2-byte pieces of 32-byte sectors.
+Tensors are batch_last, the images side by side: what a step copies is 16 bytes as they lie where the batch is a
+multiple of 8 (fp32: of 4), and single images elsewhere. Tensors in other formats come here as copies (converted.py).
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from torch import Tensor
 
 from ..geometry import ConvGeometry
 from ..index import IndexTables, Piece
-from ..layout import empty, memory_format_of, new
+from ..layout import BATCH_LAST, new
 from . import slots
-from .slots import MATH, SlotTile
+from .slots import SlotTile
 
 HERE = Path(__file__).parent
 
-_STRIDES = [(name, np.int64) for name in ("n", "c", "h", "w")]
-CONV = np.dtype(  # struct Conv of slots.cu
+_STRIDES = [(name, np.int64) for name in ("c", "h", "w")]
+CONV = np.dtype(  # struct Conv of octets.cu
     [("x", _STRIDES), ("y", _STRIDES)]
     + [
         (name, np.int32)
         for name in (
-            "images", "height", "width", "p_size", "q_size", "k_blocks", "c_blocks", "bk", "bc", "r_size", "s_size",
-            "log_parts", "stride_h", "stride_w", "pad_h", "pad_w", "dilation_h", "dilation_w", "channels_last",
-            "tile_h", "tile_w", "tiles_h", "tiles_w", "taps", "step_h", "step_w", "rows", "cols", "plane", "units",
-            "splits", "lists", "filters", "range",
+            "images", "height", "width", "p_size", "q_size", "k_blocks", "channels", "bk", "r_size", "s_size",
+            "stride_h", "stride_w", "pad_h", "pad_w", "dilation_h", "dilation_w",
+            "tile_h", "tile_w", "tiles_h", "tiles_w", "tiles_n", "step_h", "step_w", "rows", "cols", "plane",
+            "units", "capacity", "part", "splits", "lists", *slots.Layout._fields[:-1],
         )
     ],
     align=True,
@@ -45,16 +45,17 @@ CONV = np.dtype(  # struct Conv of slots.cu
 
 def source(kind: str) -> str:
     """The CUDA C++ of one kind; #line keeps the names of the files in messages."""
-    names = "instructions.cu", "slots.cu", f"{kind}.cu"
+    names = "instructions.cu", "octets.cu", f"{kind}.cu"
     return "".join(f'#line 1 "{name}"\n{(HERE / name).read_text()}' for name in names)
 
 
-def options(dtype: torch.dtype, bc: int, tile: SlotTile, precision: str) -> tuple[str, ...]:
+def options(kind: str, dtype: torch.dtype, bc: int, tile: SlotTile, precision: str, aligned: bool) -> tuple[str, ...]:
     """What specialises a kernel of one kind."""
-    math = MATH.get(dtype) or {"tf32": "TF32", "ieee": "FP32"}[precision]
-    names = {"MATH": math, "G": slots.unit_of(bc, dtype)}
-    names |= {"NT": tile.nt, "MT": tile.mt, "WARPS": tile.warps, "ITEMS": tile.items, "BANDS": tile.bands}
-    return ("--std=c++17", *(f"-D{name}={value}" for name, value in names.items()))
+    names: dict[str, int | str] = {"MATH": slots.math_of(dtype, precision), "BC": bc, "MT": tile.mt, "NT": tile.nt}
+    names |= {"WARPS": tile.warps, "ALIGNED": int(aligned)}
+    if kind == "dgrad":
+        names["FILTERS"] = tile.filters
+    return ("--std=c++17", f"-D{kind.upper()}", *(f"-D{name}={value}" for name, value in names.items()))
 
 
 class Cuda:
@@ -84,7 +85,7 @@ class Cuda:
         import cupy
 
         kernel = cupy.RawModule(code=source(kind), options=flags).get_function(name)
-        kernel.max_dynamic_shared_size_bytes = slots.SHARED_BYTES
+        kernel.max_dynamic_shared_size_bytes = cupy.cuda.Device(device).attributes["MaxSharedMemoryPerBlockOptin"]
         return kernel
 
     def launch(
@@ -116,6 +117,7 @@ def _prepared(
     kind: str,
     x_strides: tuple[int, ...],
     y_strides: tuple[int, ...],
+    aligned: bool,
     g: ConvGeometry,
     blocksize: tuple[int, int],
     dtype: torch.dtype,
@@ -123,30 +125,35 @@ def _prepared(
     precision: str,
 ) -> tuple[tuple[str, ...], int, np.ndarray[Any, Any]]:
     """(compiler flags, CTAs, struct Conv) of a launch, made once: they take as long as the launch itself."""
-    high, wide = slots.tiled(kind, g, tile.bands)
-    step_h, step_w = slots.steps(kind, g, tile.taps)
-    (bk, bc), last = blocksize, x_strides[1] == 1 and x_strides[3] != 1
-    log_parts = (bc // slots.unit_of(bc, dtype)).bit_length() - 1
+    bk, bc = blocksize
     conv = np.array(
         (
-            x_strides, y_strides,
-            g.n, g.h, g.w, g.p, g.q, g.k // bk, g.c // bc, bk, bc, g.r, g.s,
-            log_parts, *g.stride, *g.padding, *g.dilation, last,
-            tile.tile_h, tile.tile_w, -(-high // tile.tile_h), -(-wide // tile.tile_w), tile.taps, step_h, step_w,
-            tile.rows, tile.cols, tile.plane, tile.units, tile.splits, tile.lists, tile.filters, tile.range,
+            x_strides[1:], y_strides[1:],
+            g.n, g.h, g.w, g.p, g.q, g.k // bk, g.c, bk, g.r, g.s, *g.stride, *g.padding, *g.dilation,
+            tile.tile_h, tile.tile_w, *slots.tiles_of(kind, g, tile), *slots.steps(kind, g), tile.rows, tile.cols,
+            slots.plane_of(tile.rows * tile.cols, dtype), tile.units, tile.capacity, tile.part, tile.splits, tile.lists,
+            *slots.layout(kind, g, dtype, tile)[:-1],
         ),
         CONV,
     )  # fmt: skip
-    return options(dtype, bc, tile, precision), slots.grid(kind, g, blocksize, dtype, tile), conv
+    slot = slots.slot_of(dtype)
+    aligned = aligned and all(stride % slot == 0 for stride in (*x_strides[1:], *y_strides[1:]))
+    return options(kind, dtype, bc, tile, precision, aligned), slots.grid(kind, g, blocksize, tile), conv
 
 
 def _index(tables: IndexTables) -> tuple[Piece | None, Piece | None, Piece | None]:
     return tables.piece("indptr"), tables.piece("indices"), tables.piece("row_order")
 
 
-def _aligned(values: Tensor) -> Tensor:
-    """Values are copied to shared memory 16 bytes at a time."""
+def _by_channel(values: Tensor) -> Tensor:
+    """Values as [block, channel, filter]: an entry's filters are copied to shared memory 16 bytes at a time."""
+    if values.shape[2] > 1:
+        return values.transpose(1, 2).contiguous()
     return values if values.data_ptr() % 16 == 0 else values.clone()
+
+
+def _aligned(*tensors: Tensor) -> bool:
+    return all(t.data_ptr() % 16 == 0 for t in tensors)
 
 
 def fprop(
@@ -159,22 +166,24 @@ def fprop(
     *,
     precision: str = "ieee",
 ) -> Tensor:
-    """y = conv(x) + bias, [N, K, P, Q] in x's memory format.
+    """y = conv(x) + bias, [N, K, P, Q], batch_last.
 
     Args:
-        x: [N, C, H, W].
+        x: [N, C, H, W], batch_last.
         values: [nnzb, bk, bc], contiguous, x's dtype.
         bias: [K] in filter order, or None.
         precision: how fp32 products are formed, "tf32" or "ieee".
     """
     g = geometry
-    y = new(g.y_shape, x, memory_format_of(x))
+    y = new(g.y_shape, x, BATCH_LAST)
     if not values.numel() or not x.numel():
         return y.zero_() if bias is None else y.copy_(bias.view(1, -1, 1, 1))
     blocksize = values.shape[1], values.shape[2]
-    flags, ctas, conv = _prepared("fprop", x.stride(), y.stride(), g, blocksize, x.dtype, tile, precision)
+    flags, ctas, conv = _prepared(
+        "fprop", x.stride(), y.stride(), _aligned(x, y), g, blocksize, x.dtype, tile, precision
+    )
     indptr, indices, order = _index(tables)
-    args = (x, _aligned(values), indptr, indices, bias, order, y, conv)
+    args = (x, _by_channel(values), indptr, indices, bias, order, y, conv)
     runtime.launch("fprop", "fprop", flags, ctas, 32 * tile.warps, tile.shared, args)
     return y
 
@@ -184,25 +193,26 @@ def dgrad(
     values: Tensor,
     tables: IndexTables,
     geometry: ConvGeometry,
-    channels_last: bool,
     tile: SlotTile,
     *,
     precision: str = "ieee",
 ) -> Tensor:
-    """dx, [N, C, H, W], in channels_last or contiguous; every element is written, the same bits on every run.
+    """dx, [N, C, H, W], batch_last; every element is written, the same bits on every run.
 
     Args:
-        dy: [N, K, P, Q].
+        dy: [N, K, P, Q], batch_last.
         values: [nnzb, bk, bc], contiguous, dy's dtype.
         precision: how fp32 products are formed, "tf32" or "ieee".
     """
     g = geometry
-    dx = empty(g.x_shape, dy, channels_last)
+    dx = new(g.x_shape, dy, BATCH_LAST)
     if not values.numel() or not dx.numel():
         return dx.zero_()
     blocksize = values.shape[1], values.shape[2]
-    flags, ctas, conv = _prepared("dgrad", dx.stride(), dy.stride(), g, blocksize, dy.dtype, tile, precision)
-    args = (dy, _aligned(values), *_index(tables), dx, conv)
+    flags, ctas, conv = _prepared(
+        "dgrad", dx.stride(), dy.stride(), _aligned(dx, dy), g, blocksize, dy.dtype, tile, precision
+    )
+    args = (dy, _by_channel(values), *_index(tables), dx, conv)
     runtime.launch("dgrad", "dgrad", flags, ctas, 32 * tile.warps, tile.shared, args)
     return dx
 
@@ -220,23 +230,25 @@ def wgrad(
     """dvalues, [nnzb, bk, bc], the same bits on every run.
 
     Args:
-        x: [N, C, H, W].
-        dy: [N, K, P, Q], x's dtype.
+        x: [N, C, H, W], batch_last.
+        dy: [N, K, P, Q], batch_last, x's dtype.
         precision: how fp32 products are formed, "tf32" or "ieee".
     """
     g = geometry
-    out = torch.empty(values_shape, dtype=x.dtype, device=x.device)
+    nnzb, bk, bc = values_shape
+    out = torch.empty((nnzb, bc, bk), dtype=x.dtype, device=x.device)
     if not out.numel() or not x.numel():
-        return out.zero_()
-    blocksize = values_shape[1], values_shape[2]
-    flags, ctas, conv = _prepared("wgrad", x.stride(), dy.stride(), g, blocksize, x.dtype, tile, precision)
+        return out.zero_().transpose(1, 2).contiguous()
+    flags, ctas, conv = _prepared(
+        "wgrad", x.stride(), dy.stride(), _aligned(x, dy), g, (bk, bc), x.dtype, tile, precision
+    )
     sums = None
     if tile.splits > 1:
-        sums = torch.empty((tile.splits, *values_shape), dtype=torch.float32, device=x.device)
+        sums = torch.empty((tile.splits, *out.shape), dtype=torch.float32, device=x.device)
     threads, size = 32 * tile.warps, np.int64(out.numel())
     args = (x, dy, *_index(tables), out, sums, size, conv)
     runtime.launch("wgrad", "wgrad", flags, ctas, threads, tile.shared, args)
     if sums is not None:
         ctas = -(-out.numel() // threads)
         runtime.launch("add_splits", "wgrad", flags, ctas, threads, 0, (sums, out, size, np.int32(tile.splits)))
-    return out
+    return out.transpose(1, 2).contiguous()

@@ -1,45 +1,109 @@
-// fprop: y = conv(x) + bias. A CTA owns a slot's images of a tile of pixels x N filters of one block-row: M = pixels,
-// N = filters, K = the stored (tap, channel) of the block-row, in chunks of channels that it loads once for all taps.
+// fprop: y = conv(x) + bias. A CTA owns FILTERS filters of a block-row and walks tiles of pixels x IMAGES images:
+// M = filters, N = images of a pixel, K = the stored (tap, channel) of the block-row, in chunks of channels that are
+// loaded once for all taps and all filters.
 //
-// Budget of a CTA and chunk of c channels with t taps each, 2-byte values, P pixels of the tile, H >= P with its halo:
-//   global -> shared  16*c*H bytes of x, 2*c*t*N of values; from L2 in sectors of 32 bytes, so rows of 16 pixels and
-//                     more are read nearly once (contiguous) and single channels 16 times (channels_last)
-//   issue             95 to 100 instructions for each 32 of c*H slots, 8 loads and a store among them (counts/cupy.json)
-//   shared -> mma     per 16 pixels x 16 entries, in wavefronts of 128 bytes: 4 for pixels + 2*NT / MT for values
-//   mma               NT of m16n8k16 for those, 1.6 clocks each on sm_90 (mma.sync): shared memory limits NT <= 2
-// Loading and multiplying overlap between the CTAs of a multiprocessor.
+// Budget, in instructions of a warp (counts/cupy.json, held by a test):
+//   global -> shared  10 for each 32 slots that are copied, 58 for each 32 slots of a patch before the first channel
+//   shared -> mma     2.4 to 3.6 an mma in fp16; in wavefronts of 128 bytes, per 16 items, 4*MT for values, 2*NT for x
+//   results           33 to 45 for each 32 slots
+//   and 145 to 175 a step, 32 to 74 a tile, 900 to 1100 once
 
-constexpr bool BY_ITEM = G == 1;  // values of an entry lie by filter; else those of a filter by channel
-constexpr int ROW = BY_ITEM ? row_bytes(N) : row_bytes(ITEMS);
-constexpr int PATCH_AT = VALUES_AT + (BY_ITEM ? ITEMS : N) * ROW;
-constexpr int OUT_PLANE = POSITIONS | 1;  // slots from one filter to the next in the tile of results
+constexpr int FILTERS = MT * 16;  // of a CTA
+constexpr int PIECES = FILTERS / SLOT;
+constexpr int ROW = row_bytes(FILTERS);
 
-// Values of the listed entries x the CTA's filters, zero for items from `count` up to a multiple of STEP.
-__device__ __forceinline__ void load_values(const T* __restrict__ values, int filter, int count, const Conv& g) {
-    const int* entries = table(ENTRIES_AT);
-    const int end = (count + STEP - 1) / STEP * STEP;
-    if constexpr (BY_ITEM) {
-        constexpr int PIECES = N / SLOT;
-        for (int i = threadIdx.x; i < end * PIECES; i += THREADS) {
-            const int item = i / PIECES, f = i % PIECES * SLOT;
-            unsigned char* to = shared + VALUES_AT + item * ROW + f * SIZE;
-            if (item >= count) {
-                *(Slot*)to = zero_slot();
-            } else if (filter + f < g.bk) {
-                cp_async<16>(to, values + (long long)entries[item] * g.bk + filter + f);
-            }
-        }
-    } else {
-        const int groups = count / G;
+// Values of a chunk's items x the CTA's filters; those of items that are not stored are zero.
+__device__ __forceinline__ void load_values(
+    unsigned at, const T* __restrict__ values, const Chunk& chunk, int filter, const Conv& g) {
+    const int* entries = table(g.entries_at) + chunk.first;
 #pragma unroll 1
-        for (int i = threadIdx.x; i < groups * N; i += THREADS) {
-            const int group = i % groups, f = i / groups;
-            const int entry = entries[group] >> g.log_parts, part = entries[group] - (entry << g.log_parts);
-            const T* from = values + ((long long)entry * g.bk + filter + f) * g.bc + part * G;
-            if (filter + f < g.bk) cp_async<G * SIZE>(shared + VALUES_AT + f * ROW + group * G * SIZE, from);
+    for (int i = threadIdx.x; i < chunk.items * PIECES; i += THREADS) {
+        const int item = i / PIECES, f = i % PIECES * SLOT;
+        const unsigned to = at + item * ROW + f * SIZE;
+        if (item >= chunk.stored) {
+            clear_slot(to);
+        } else if (filter + f < g.bk) {
+            cp_async<16>(shared + to, values + (long long)entries[item] * g.bk + filter + f);
         }
-        for (int i = threadIdx.x; i < (end - count) * N; i += THREADS) {
-            *(T*)(shared + VALUES_AT + i % N * ROW + (count + i / N) * SIZE) = T(0);
+    }
+}
+
+// acc starts as the bias of each filter.
+__device__ __forceinline__ void begin(float (&acc)[MT][NT][4], const Conv& g) {
+#pragma unroll
+    for (int m = 0; m < MT; ++m) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const float b = read(g.filters_at + (FILTERS + m * 16 + half * 8 + threadIdx.x % 32 / 4) * 4);
+#pragma unroll
+            for (int n = 0; n < NT; ++n) acc[m][n][half * 2] = acc[m][n][half * 2 + 1] = b;
+        }
+    }
+}
+
+// Writes a tile: of each filter this lane's images of the warp's pixels. Rows lane / 4 and lane / 4 + 8 of each tile of M
+// are the lane's filters. WHOLE: all images of the tile exist, and lie where they can be written together.
+template <bool WHOLE>
+__device__ __forceinline__ void store(
+    const float (&acc)[MT][NT][4], const Place& place, T* __restrict__ y, const Conv& g) {
+    const int lane = threadIdx.x % 32, quarter = lane % 4, p0 = place.p * g.tile_h, q0 = place.q * g.tile_w;
+#if MATH == FP16 || MATH == BF16
+    const int image = (quarter & 1) * 8 + quarter / 2 * 4;  // the first of four
+#else
+    const int image = quarter * 2;  // the first of two, in each octet
+#endif
+    const int images = g.images - place.n * IMAGES - image;
+    unsigned at[NT / 2], valid = 0;  // elements from the tile's first pixel; which pixels are inside
+#pragma unroll
+    for (int j = 0; j < NT / 2; ++j) {
+        const int i = threadIdx.x / 32 * (NT / 2) + j;
+        if (i >= g.tile_h * g.tile_w) continue;
+        const Pixel pixel = pixels_of(g.pixels_at)[i];
+        at[j] = pixel.offset;
+        if (p0 + (pixel.place >> 16) < g.p_size && q0 + (pixel.place & 0xffff) < g.q_size) valid |= 1u << j;
+    }
+    char* origin = (char*)(y + p0 * g.y.h + q0 * g.y.w + place.n * IMAGES + image);
+    const unsigned channel_bytes = (unsigned)(g.y.c * SIZE);
+#pragma unroll
+    for (int m = 0; m < MT; ++m) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int f = m * 16 + half * 8 + lane / 4, channel = table(g.filters_at)[f];
+            const unsigned inside = channel >= 0 ? valid : 0;
+            char* to = origin + (unsigned long long)(unsigned)channel * channel_bytes;
+#pragma unroll
+            for (int j = 0; j < NT / 2; ++j) {
+                const float(&first)[4] = acc[m][2 * j], (&second)[4] = acc[m][2 * j + 1];
+                T* here = (T*)(to + (unsigned long long)at[j] * SIZE);
+#if MATH == FP16 || MATH == BF16
+                // Lanes swap pairs of images with their neighbours, so that each writes four in a row.
+                const unsigned low = pack(first[half * 2], first[half * 2 + 1]);
+                const unsigned high = pack(second[half * 2], second[half * 2 + 1]);
+                const unsigned other = __shfl_xor_sync(~0u, quarter & 1 ? low : high, 1);
+                const uint2 four = quarter & 1 ? uint2{other, high} : uint2{low, other};
+                if (!(inside >> j & 1)) continue;
+                if (WHOLE) {
+                    *(uint2*)here = four;
+                } else {
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) {
+                        if (i < images) here[i] = (T)((i < 2 ? four.x : four.y) >> i % 2 * 16);
+                    }
+                }
+#else
+                if (!(inside >> j & 1)) continue;
+#pragma unroll
+                for (int octet = 0; octet < 2; ++octet) {
+                    const float(&two)[4] = octet ? second : first;
+                    if (WHOLE) {
+                        *(float2*)(here + octet * 8) = float2{two[half * 2], two[half * 2 + 1]};
+                    } else {
+                        if (octet * 8 < images) here[octet * 8] = two[half * 2];
+                        if (octet * 8 + 1 < images) here[octet * 8 + 1] = two[half * 2 + 1];
+                    }
+                }
+#endif
+            }
         }
     }
 }
@@ -49,76 +113,74 @@ fprop(const T* __restrict__ x, const T* __restrict__ values, const int* __restri
       const int* __restrict__ indices, const T* __restrict__ bias, const int* __restrict__ row_order, T* __restrict__ y,
       const Conv g) {
     // Block-rows run fastest: they share the pixels, which so stay in L2.
-    const int parts_n = (g.bk + N - 1) / N;  // CTAs that share a block-row
-    const int row = blockIdx.x / parts_n % g.k_blocks, filter = blockIdx.x % parts_n * N;
-    int tile = blockIdx.x / parts_n / g.k_blocks;
-    const int q0 = tile % g.tiles_w * g.tile_w;
-    tile /= g.tiles_w;
-    const int p0 = tile % g.tiles_h * g.tile_h, image0 = tile / g.tiles_h * IMAGES, band = g.tiles_h * g.tile_h;
+    const int parts = (g.bk + FILTERS - 1) / FILTERS, rows = g.k_blocks * parts;
+    const int row = blockIdx.x % rows / parts, filter = blockIdx.x % parts * FILTERS;
+    const int first = indptr[row] * BC, last = indptr[row + 1] * BC;
+    const Range range(blockIdx.x / rows, g);
 
-    const Pixels pixels = find_pixels(g.stride_h / g.step_h, g.stride_w / g.step_w, g);
-    float acc[MT][NT][4] = {};
-    clear_zero_plane(PATCH_AT, g.units * G, g);
-
-    const int blocks_at_once = min(MAX_BLOCKS, CELLS / g.taps);
-    for (int first_tap = 0; first_tap < g.r_size * g.s_size; first_tap += g.taps) {
-        const int r0 = first_tap / g.s_size, s0 = first_tap % g.s_size;
-        for (int t = threadIdx.x; t < g.taps; t += THREADS) {
-            const int dr = (first_tap + t) / g.s_size - r0, ds = (first_tap + t) % g.s_size - s0;
-            table(DISPLACED_AT)[t] = dr * (g.dilation_h / g.step_h) * g.cols + ds * (g.dilation_w / g.step_w);
-        }
-        const int h0 = p0 * g.stride_h + r0 * g.dilation_h - g.pad_h;
-        const int w0 = q0 * g.stride_w + s0 * g.dilation_w - g.pad_w;
-
-        for (int first_block = 0; first_block < g.c_blocks; first_block += blocks_at_once) {
-            const int blocks = min(blocks_at_once, g.c_blocks - first_block);
-            const int used = scan(indptr, indices, row, g.c_blocks, first_tap, g.taps, ~0u, first_block, blocks);
-            const int end = used << g.log_parts;
-            for (int unit = 0; unit < end;) {
-                const Chunk chunk = take(unit, end, 0, 1 << g.log_parts, g.units, ITEMS / G, g);
-                const int count = list_items(chunk, first_block, g);
-                __syncthreads();
-                load_values(values, filter, count, g);
-                load_patch(PATCH_AT, x, g.x, g.height, g.width, g, image0, band * g.stride_h, h0, w0, g.step_h,
-                           g.step_w, g.rows, g.cols, g.plane, table(CHANNELS_AT), chunk.units * G);
-                cp_async_wait();
-                __syncthreads();
-                multiply<BY_ITEM>(acc, PATCH_AT, pixels, VALUES_AT, ROW, count);
-                __syncthreads();
-                unit += chunk.units;
-            }
-        }
+    list_taps(g);
+    list_pixels(g.places_at, g.rows, g.cols, g.step_h, g.step_w, g.x);
+    list_pixels(g.pixels_at, g.tile_h, g.tile_w, 1, 1, g.y);
+    clear_planes(g.units, g);
+#pragma unroll 1
+    for (int i = threadIdx.x; i < FILTERS; i += THREADS) {  // channel of y and bias of each filter
+        const int k = row * g.bk + filter + i, channel = filter + i >= g.bk ? -1 : row_order ? row_order[k] : k;
+        table(g.filters_at)[i] = channel;
+        ((float*)table(g.filters_at))[FILTERS + i] = bias && channel >= 0 ? to_float(bias[channel]) : 0.0f;
     }
+    const int used = find_channels(indices, first, last, g);
+    // Lists have room for all of the row's entries, as a rule; else they are made anew for every tile, in parts.
+    const int slack = ((used + g.units - 1) / g.units) * (STEP - 1);
+    const int listed = last - first + slack <= g.capacity ? max(used, 1) : g.part;
+    const Pixels pixels(g.stride_h / g.step_h, g.stride_w / g.step_w, g);
+    const Share share(g.rows * g.cols * SLOTS);
 
-    // Results go through shared memory, so that neighbouring threads write neighbouring elements.
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    __syncthreads();
-#pragma unroll
-    for (int n = 0; n < NT; ++n) {
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-            const int f = n * 8 + lane % 4 * 2 + j, k = row * g.bk + filter + f;
-            const float b = bias && filter + f < g.bk ? to_float(bias[row_order ? row_order[k] : k]) : 0.0f;
-#pragma unroll
-            for (int m = 0; m < MT; ++m) {
-#pragma unroll
-                for (int half = 0; half < 2; ++half) {
-                    const int pixel = (warp * MT + m) * 16 + half * 8 + lane / 4;
-                    ((T*)shared)[f * OUT_PLANE * SLOT + pixel] = from_float(acc[m][n][half * 2 + j] + b);
+    float acc[MT][NT][4];
+    begin(acc, g);
+    for (int tile = range.first; tile < range.last;) {
+        const int until = listed >= used ? range.last : tile + 1;
+        for (int from = 0;;) {
+            const int end = min(from + listed, used), chunks = list_items(indices, first, last, from, end, g);
+            const int steps = (until - tile) * chunks;
+            int held = -1, held_other = -1;  // whose values the next stage and the other one hold
+            Place ahead(tile, g), here = ahead;
+            int chunk_ahead = 0, chunk_here = 0;
+            for (int step = -1; step < steps; ++step) {
+                if (step >= 0) {
+                    cp_async_wait();
+                    __syncthreads();
                 }
+                if (step + 1 < steps) {
+                    const int stage = (step + 1) & 1;
+                    const unsigned at = g.stage_at + stage * g.stage;
+                    const Chunk chunk(chunk_ahead, end - from, g);
+                    if (held != chunk_ahead) load_values(at + g.values_at, values, chunk, filter, g);
+                    held = held_other, held_other = chunk_ahead;
+                    const Source source(x, g.x, g.height, g.width, ahead.p * g.tile_h * g.stride_h - g.pad_h,
+                                        ahead.q * g.tile_w * g.stride_w - g.pad_w, ahead.n * IMAGES, g);
+                    load_patch(at, source, pixels_of(g.places_at), g.rows * g.cols, g.plane,
+                               Listed{table(g.channels_at) + chunk.channel}, chunk.channels, share);
+                    if (++chunk_ahead == chunks) chunk_ahead = 0, ahead.advance(g);
+                }
+                if (step < 0) continue;
+                const unsigned at = g.stage_at + (step & 1) * g.stage;
+                const Chunk chunk(chunk_here, end - from, g);
+                multiply<true, ROW, 1>(acc, at, pixels, at + g.values_at, table(g.items_at) + chunk.first, chunk.items);
+                if (++chunk_here < chunks) continue;
+                chunk_here = 0;
+                if (end == used) {
+                    if (ALIGNED && (here.n + 1) * IMAGES <= g.images) {
+                        store<true>(acc, here, y, g);
+                    } else {
+                        store<false>(acc, here, y, g);
+                    }
+                    begin(acc, g);
+                }
+                here.advance(g);
             }
+            if (end == used) break;
+            from = end;
         }
-    }
-    __syncthreads();
-    const int filters = min(N, g.bk - filter), area = g.tile_h * g.tile_w;
-    for (int i = threadIdx.x; i < filters * area; i += THREADS) {
-        const int f = g.channels_last ? i % filters : i / area, position = g.channels_last ? i / filters : i % area;
-        const int p = p0 + position / g.tile_w, q = q0 + position % g.tile_w;
-        const int k = row * g.bk + filter + f;
-        if (p < g.p_size && q < g.q_size) {
-            T* to = y + image0 * g.y.n + (row_order ? row_order[k] : k) * g.y.c + p * g.y.h + q * g.y.w;
-            const T* from = (const T*)shared + (f * OUT_PLANE + position) * SLOT;
-            store_slot(to, g.y, g.images - image0, band, p, g.p_size, from);
-        }
+        tile = until;
     }
 }

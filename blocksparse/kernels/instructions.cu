@@ -7,7 +7,7 @@
 
 #if MATH == FP16 || MATH == BF16
 typedef unsigned short T;
-constexpr int SLOT = 8;   // members of a slot
+constexpr int SLOT = 8;   // images of a slot
 constexpr int STEP = 16;  // of the product's K, in one mma
 #else
 typedef float T;
@@ -54,9 +54,18 @@ __device__ __forceinline__ void mma(float (&c)[4], const unsigned (&a)[4], const
 #endif
 }
 
+// 16 bytes, or as many zeros. Copies clobber no memory for the compiler: a barrier and the wait part them from what reads
+// or writes the same bytes, and loads of tables may so be moved ahead of them (each first copy behind such a load costs
+// three instructions that ptxas adds).
+__device__ __forceinline__ void cp_async_or_zeros(void* to, const void* from, bool copies) {
+    asm volatile(
+        "{.reg .pred p; .reg .u32 n; setp.ne.b32 p, %2, 0; selp.u32 n, 16, 0, p;"
+        " cp.async.cg.shared.global [%0], [%1], 16, n;}" ::"r"(ADDRESS(to)), "l"(from), "r"((int)copies));
+}
+
 template <int BYTES>
 __device__ __forceinline__ void cp_async(void* to, const void* from) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(ADDRESS(to)), "l"(from), "n"(BYTES) : "memory");
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(ADDRESS(to)), "l"(from), "n"(BYTES));
 }
 
 __device__ __forceinline__ void cp_async_wait() {
@@ -70,6 +79,12 @@ __device__ __forceinline__ unsigned round_tf32(float v) {
 }
 
 #if MATH == FP16
+__device__ __forceinline__ unsigned pack(float low, float high) {
+    unsigned both;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+    return both;
+}
+
 __device__ __forceinline__ float to_float(T v) {
     float f;
     asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(v));
@@ -82,6 +97,12 @@ __device__ __forceinline__ T from_float(float f) {
     return v;
 }
 #elif MATH == BF16
+__device__ __forceinline__ unsigned pack(float low, float high) {
+    unsigned both;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+    return both;
+}
+
 __device__ __forceinline__ float to_float(T v) {
     return __uint_as_float((unsigned)v << 16);
 }

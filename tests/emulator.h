@@ -405,6 +405,19 @@ static inline unsigned atomicOr(unsigned* to, unsigned v) {
     return old;
 }
 
+static inline int atomicAdd(int* to, int v) {
+    const int old = *to;
+    *to += v;
+    return old;
+}
+
+static inline int __ffs(unsigned v) {
+    return __builtin_ffs((int)v);
+}
+
+struct int2 {
+    int x, y;
+};
 struct uint2 {
     unsigned x, y;
 };

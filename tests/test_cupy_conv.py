@@ -109,17 +109,19 @@ WORKS = [
 
 
 def in_parts(kind: str, tile: SlotTile, work: Work) -> SlotTile:
-    """The tile with lists of few entries, which several turns make, and wgrad's chunks and pixels shared out."""
-    taps, step = work.g.taps, 16
+    """The tile with lists of few entries, which several turns make, and chunks, bands and pixels shared out."""
+    taps, step, blocksize = work.g.taps, 16, work.pattern.blocksize
     if kind == "dgrad":
-        most = -(-min(tile.units, work.g.c) // 16)
-        tile = tile._replace(capacity=most, part=1, lists=1)
+        shared_out = slots.classes(work.g) == 1 and work.g.k > max(blocksize[0], tile.filters)
+        tile = tile._replace(lists=1 + shared_out, part=min(work.g.c, 16 * tile.mt), held=2)
+        own = slots.bands(work.g, blocksize[0], tile)
+        tile = tile._replace(units=work.g.c, capacity=own, planes=tile.part if own > 1 else 0)
     else:
         chunk = -(-tile.units * taps // step) * step
         tile = tile._replace(capacity=chunk, part=tile.units)
         if kind == "wgrad":
             tile = tile._replace(lists=2)
-    return tile._replace(splits=2, shared=slots.layout(kind, work.g, work.x.dtype, tile).shared)
+    return tile._replace(splits=2, shared=slots.layout(kind, work.g, blocksize, work.x.dtype, tile).shared)
 
 
 BARRIERS = [  # of what the kernels share, those in fprop

@@ -47,7 +47,7 @@ def test_cupy_takes_every_argument(monkeypatch):
         x, bias = bs.to_batch_last(torch.randn(33, 8, 12, 12)), None if order is None else torch.randn(16)
         values = torch.randn(pattern.nnzb, 8, 1).requires_grad_()
         bs.conv2d(x.requires_grad_(), values, pattern, bias, padding=1, backend="cupy").sum().backward()
-    assert {name for name, _ in calls} == {"fprop", "dgrad", "wgrad", "add_splits"}
+    assert {name for name, _ in calls} == {"fprop", "dgrad", "wgrad", "add_splits", "add_shares"}
     assert {missing for _, missing in calls} == {False, True}
 
     function = Function.__new__(Function)

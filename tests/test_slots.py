@@ -45,10 +45,6 @@ def test_plain_work_is_taken():
         ({"padding": (0, 2**29), "n": 0}, r"W \+ 2\*padding = "),
         ({"stride": (2**30, 1)}, r"stride = 1073741824"),
         ({"dilation": (1, 2**30), "s": 1}, r"dilation = 1073741824"),
-        (
-            {"n": 1, "h": 20000, "w": 20000, "c": 2048, "r": 1, "s": 1, "stride": (16000, 16000)},
-            r"dgrad needs \d+ CTAs: a grid holds 2147483647; split the work",
-        ),
     ],
 )
 def test_refusals_name_what_and_why(change, message):
@@ -84,19 +80,29 @@ def test_every_work_gets_a_tile_that_fits(case):
         return
     for kind in KINDS:
         tile = slot_cost.pick(kind, g, blocksize, nnzb, dtype, "tf32")
-        places = slots.layout(kind, g, dtype, tile)
+        places = slots.layout(kind, g, blocksize, dtype, tile)
         most = gpus.NAMED["h100"].shared - 1024 if kind == "dgrad" else slots.SHARED_BYTES
         assert places.shared == tile.shared <= most
         assert all(at % 16 == 0 for at in places)
         assert places.stage_at + 2 * places.stage <= tile.shared
         assert tile.splits >= 1
+        assert slots.grid(kind, g, blocksize, tile) < 2**30  # pixels and entries are counted in 32 bits
         assert tile.part >= 1
         if kind == "dgrad":
-            assert blocksize[0] % tile.filters == 0
-            assert tile.units % 16 == 0
+            own = slots.bands(g, blocksize[0], tile)
+            assert blocksize[0] % tile.filters == 0 or tile.filters % blocksize[0] == 0
+            assert g.k % tile.filters == 0
             assert tile.area <= tile.warps * tile.nt // 2
-            assert tile.part * -(-min(tile.units, g.c) // 16) <= tile.capacity
-            assert tile.lists >= min(tile.part, g.k // blocksize[0])
+            # What is listed in parts always fits.
+            assert own * -(-tile.part // (16 * tile.mt)) <= tile.capacity
+            assert tile.part <= tile.planes or own == 1
+            assert tile.part <= tile.units <= g.c
+            assert tile.planes < 1 << 13
+            assert tile.lists == 1 or (slots.classes(g) == 1 and tile.lists <= slots.MOST_SHARES)
+            assert slots.workspace(g, tile.lists) <= slots.SHARES_BYTES
+            assert own * (tile.lists - 1) < g.k // max(blocksize[0], tile.filters) or tile.lists == 1
+            assert tile.held >= 2
+            assert places.values_at + tile.held * places.value_stage <= tile.shared
             continue
         assert 1 <= tile.units <= slots.MOST_UNITS
         assert tile.part % tile.units == 0

@@ -51,7 +51,8 @@ def counted() -> list[Special]:
     for kind in KINDS:
         cuts = dict.fromkeys(cut for bk in (8, 16, 32, 64) for cut in slots.cuts(kind, bk, torch.float16))
         found += [Special(kind, "FP16", *cut) for cut in cuts if cut[2] == 8]
-        found += [Special(kind, math, *list(slots.cuts(kind, 32, torch.float32))[-1]) for math in ("TF32", "FP32")]
+        largest = max(slots.cuts(kind, 32, torch.float32), key=lambda cut: (cut[0] * cut[1], *cut[2:], cut[0] == 2))
+        found += [Special(kind, math, *largest) for math in ("TF32", "FP32")]
     return found
 
 
@@ -168,6 +169,10 @@ def phases(special: Special, program: Program, chains: Sequence[Chain]) -> dict[
     load = max(len(loop) / c.inside(loop, "LDGSTS") for loop in copies if c.inside(loop, "LDGSTS") > 1)
     rest = max(len(loop) for loop in copies if c.inside(loop, "LDGSTS") == 1)
     step = next(loop for loop in c.loops if loop != main and set(main) < set(loop) and c.inside(loop, "LDGSTS"))
+    # dgrad: the loop over the chunks of a tile, whose results are stored behind their steps.
+    around = next(loop for loop in c.loops if set(step) <= set(loop) and (
+        special.kind != "dgrad" or set(loop) & c.called("store<true>(acc, to")
+    ))  # fmt: skip
     patch = c.of("load_patch") & set(step)
     within = {i for loop in c.loops if len(loop) < len(step) and c.inside(loop, "LDGSTS") for i in loop}
     members = c.of("copy_members")
@@ -177,33 +182,31 @@ def phases(special: Special, program: Program, chains: Sequence[Chain]) -> dict[
     patches = 2 if special.kind == "wgrad" else 1
     values = c.of("load_values") & set(step)
     value = len(values & within)
-    partial = c.called("store<false>(") & set(step)
-    whole = (c.called("store<true>(") & set(step)) - partial
+    partial = c.called("store<false>(") & set(around)
+    met = (c.called("store<true>(acc, met") & set(around)) - partial
+    whole = (c.called("store<true>(acc, to") & set(around)) - partial - met
     begun = c.of("begin") & set(step)  # fprop: sums become the bias
     slot = slots.slot_of(special.dtype)
-    if special.kind == "fprop":
+    result = 0.0
+    if special.kind != "wgrad":
         result = len(whole) * 32 / (special.mt * 16 * special.nt / 2 * (slots.IMAGES // slot))
-        stored = whole
-    elif special.kind == "dgrad":
-        stored = {i for loop in c.innermost("STG") if set(loop) & whole for i in loop}
-        result = min(len(loop) for loop in c.innermost("STG") if set(loop) & whole) / (8 // slot)
-    else:
-        result, stored = 0.0, set()
+    passed = c.of("pass_on") & set(around)
     lists = {i for function in LISTING for i in c.of(function)}
     once = [loop for loop in c.loops if set(loop) & lists and c.inside(loop, "LDG") and not set(loop) & set(main)]
     entry = sum(len(loop) for loop in once if not any(set(other) < set(loop) for other in once))
     task = len((patch & within) - copied - slow) / patches
-    tile = len(whole - stored) + len(begun)
-    own = set(step) - set(main) - whole - begun - (patch & within) - (values & within) - partial - stored - slow
+    tile = len(begun) + len(set(around) - set(step) - whole - partial - met - passed)
+    own = set(step) - set(main) - whole - begun - (patch & within) - (values & within) - partial - slow
     outside = (
         len(program.instructions)
-        - len(step)
+        - len(set(around) | slow)
         - entry
         - sum(len(loop) for loop in c.innermost("LDG") if not set(loop) & lists)
     )
     return {
         "load": round(load, 1), "rest": rest, "members": alone, "task": round(task), "value": value,
-        "mma": round(len(main) * one / c.inside(main, what), 1), "result": round(result), "step": len(own),
+        "mma": round(len(main) * one / c.inside(main, what), 1), "result": round(result), "add": len(passed),
+        "partial": len(met), "step": len(own),
         "tile": tile, "entry": entry, "outside": outside,
     }  # fmt: skip
 

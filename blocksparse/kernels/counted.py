@@ -126,10 +126,12 @@ class Phases(NamedTuple):
         members: the same where slots are no 16 bytes that lie together, or not all inside: image by image.
         task: of 32 slots of a patch, before their first channel.
         value: of 32 pieces of 16 bytes of values.
+        add: dgrad, of a chunk: what is passed on from band to band.
+        partial: dgrad, of a chunk: what goes to the workspace of all shares.
         mma: of a multiplication of 16 x 8 x STEP (fp32: x 1), with what it reads from shared memory.
         result: of 32 slots of results; 0 in wgrad.
         step: of the rest of a step, one chunk of a tile.
-        tile: of the rest of a tile.
+        tile: of the rest of a tile; dgrad: of a chunk of it.
         entry: of 32 stored entries, listed.
         outside: of the rest, once.
         registers: of a thread.
@@ -142,6 +144,8 @@ class Phases(NamedTuple):
     value: float
     mma: float
     result: float
+    add: float
+    partial: float
     step: float
     tile: float
     entry: float

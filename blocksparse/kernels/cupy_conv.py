@@ -36,7 +36,8 @@ CONV = np.dtype(  # struct Conv of octets.cu
             "images", "height", "width", "p_size", "q_size", "k_blocks", "channels", "bk", "r_size", "s_size",
             "stride_h", "stride_w", "pad_h", "pad_w", "dilation_h", "dilation_w",
             "tile_h", "tile_w", "tiles_h", "tiles_w", "tiles_n", "step_h", "step_w", "rows", "cols", "plane",
-            "units", "capacity", "part", "splits", "lists", *slots.Layout._fields[:-1],
+            "units", "capacity", "part", "splits", "lists", "bands", "band_rows", "band_steps", "band_shift",
+            "planes", "held", *slots.Layout._fields[:-1],
         )
     ],
     align=True,
@@ -125,14 +126,15 @@ def _prepared(
     precision: str,
 ) -> tuple[tuple[str, ...], int, np.ndarray[Any, Any]]:
     """(compiler flags, CTAs, struct Conv) of a launch, made once: they take as long as the launch itself."""
-    bk, bc = blocksize
+    (bk, bc), in_band = blocksize, max(1, tile.filters // blocksize[0])
     conv = np.array(
         (
             x_strides[1:], y_strides[1:],
             g.n, g.h, g.w, g.p, g.q, g.k // bk, g.c, bk, g.r, g.s, *g.stride, *g.padding, *g.dilation,
             tile.tile_h, tile.tile_w, *slots.tiles_of(kind, g, tile), *slots.steps(kind, g), tile.rows, tile.cols,
             slots.plane_of(tile.rows * tile.cols, dtype), tile.units, tile.capacity, tile.part, tile.splits, tile.lists,
-            *slots.layout(kind, g, dtype, tile)[:-1],
+            slots.bands(g, bk, tile), in_band, max(1, bk // tile.filters), bk.bit_length() - 1 if in_band > 1 else 31,
+            tile.planes, tile.held, *slots.layout(kind, g, blocksize, dtype, tile)[:-1],
         ),
         CONV,
     )  # fmt: skip
@@ -212,8 +214,16 @@ def dgrad(
     flags, ctas, conv = _prepared(
         "dgrad", dx.stride(), dy.stride(), _aligned(dx, dy), g, blocksize, dy.dtype, tile, precision
     )
-    args = (dy, _by_channel(values), *_index(tables), dx, conv)
-    runtime.launch("dgrad", "dgrad", flags, ctas, 32 * tile.warps, tile.shared, args)
+    sums = readers = None
+    if tile.lists > 1:
+        sums = torch.empty(slots.workspace(g, tile.lists) // 4, dtype=torch.float32, device=dy.device)
+        readers = torch.empty(g.c, dtype=torch.int32, device=dy.device)
+    threads = 32 * tile.warps
+    args = (dy, _by_channel(values), *_index(tables), dx, sums, readers, conv)
+    runtime.launch("dgrad", "dgrad", flags, ctas, threads, tile.shared, args)
+    if tile.lists > 1:
+        ctas = g.c * slots.adding(g, dy.dtype, threads)
+        runtime.launch("add_shares", "dgrad", flags, ctas, threads, 0, (sums, readers, dx, conv))
     return dx
 
 

@@ -41,73 +41,6 @@ __device__ __forceinline__ void begin(float (&acc)[MT][NT][4], const Conv& g) {
     }
 }
 
-// Writes a tile: of each filter this lane's images of the warp's pixels. Rows lane / 4 and lane / 4 + 8 of each tile of M
-// are the lane's filters. WHOLE: all images of the tile exist, and lie where they can be written together.
-template <bool WHOLE>
-__device__ __forceinline__ void store(
-    const float (&acc)[MT][NT][4], const Place& place, T* __restrict__ y, const Conv& g) {
-    const int lane = threadIdx.x % 32, quarter = lane % 4, p0 = place.p * g.tile_h, q0 = place.q * g.tile_w;
-#if MATH == FP16 || MATH == BF16
-    const int image = (quarter & 1) * 8 + quarter / 2 * 4;  // the first of four
-#else
-    const int image = quarter * 2;  // the first of two, in each octet
-#endif
-    const int images = g.images - place.n * IMAGES - image;
-    unsigned at[NT / 2], valid = 0;  // elements from the tile's first pixel; which pixels are inside
-#pragma unroll
-    for (int j = 0; j < NT / 2; ++j) {
-        const int i = threadIdx.x / 32 * (NT / 2) + j;
-        if (i >= g.tile_h * g.tile_w) continue;
-        const Pixel pixel = pixels_of(g.pixels_at)[i];
-        at[j] = pixel.offset;
-        if (p0 + (pixel.place >> 16) < g.p_size && q0 + (pixel.place & 0xffff) < g.q_size) valid |= 1u << j;
-    }
-    char* origin = (char*)(y + p0 * g.y.h + q0 * g.y.w + place.n * IMAGES + image);
-    const unsigned channel_bytes = (unsigned)(g.y.c * SIZE);
-#pragma unroll
-    for (int m = 0; m < MT; ++m) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const int f = m * 16 + half * 8 + lane / 4, channel = table(g.filters_at)[f];
-            const unsigned inside = channel >= 0 ? valid : 0;
-            char* to = origin + (unsigned long long)(unsigned)channel * channel_bytes;
-#pragma unroll
-            for (int j = 0; j < NT / 2; ++j) {
-                const float(&first)[4] = acc[m][2 * j], (&second)[4] = acc[m][2 * j + 1];
-                T* here = (T*)(to + (unsigned long long)at[j] * SIZE);
-#if MATH == FP16 || MATH == BF16
-                // Lanes swap pairs of images with their neighbours, so that each writes four in a row.
-                const unsigned low = pack(first[half * 2], first[half * 2 + 1]);
-                const unsigned high = pack(second[half * 2], second[half * 2 + 1]);
-                const unsigned other = __shfl_xor_sync(~0u, quarter & 1 ? low : high, 1);
-                const uint2 four = quarter & 1 ? uint2{other, high} : uint2{low, other};
-                if (!(inside >> j & 1)) continue;
-                if (WHOLE) {
-                    *(uint2*)here = four;
-                } else {
-#pragma unroll
-                    for (int i = 0; i < 4; ++i) {
-                        if (i < images) here[i] = (T)((i < 2 ? four.x : four.y) >> i % 2 * 16);
-                    }
-                }
-#else
-                if (!(inside >> j & 1)) continue;
-#pragma unroll
-                for (int octet = 0; octet < 2; ++octet) {
-                    const float(&two)[4] = octet ? second : first;
-                    if (WHOLE) {
-                        *(float2*)(here + octet * 8) = float2{two[half * 2], two[half * 2 + 1]};
-                    } else {
-                        if (octet * 8 < images) here[octet * 8] = two[half * 2];
-                        if (octet * 8 + 1 < images) here[octet * 8 + 1] = two[half * 2 + 1];
-                    }
-                }
-#endif
-            }
-        }
-    }
-}
-
 extern "C" __global__ void __launch_bounds__(THREADS, 512 / THREADS)
 fprop(const T* __restrict__ x, const T* __restrict__ values, const int* __restrict__ indptr,
       const int* __restrict__ indices, const T* __restrict__ bias, const int* __restrict__ row_order, T* __restrict__ y,
@@ -169,10 +102,12 @@ fprop(const T* __restrict__ x, const T* __restrict__ values, const int* __restri
                 if (++chunk_here < chunks) continue;
                 chunk_here = 0;
                 if (end == used) {
-                    if (ALIGNED && (here.n + 1) * IMAGES <= g.images) {
-                        store<true>(acc, here, y, g);
+                    const Target<T> to(y, g.y, g.p_size, g.q_size, here.p * g.tile_h, here.q * g.tile_w, here.n * IMAGES, g);
+                    const Listed channels = {table(g.filters_at)};
+                    if (to.whole()) {
+                        store<true>(acc, to, channels, g);
                     } else {
-                        store<false>(acc, here, y, g);
+                        store<false>(acc, to, channels, g);
                     }
                     begin(acc, g);
                 }

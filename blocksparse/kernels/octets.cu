@@ -42,13 +42,17 @@ struct Conv {
     int tile_h, tile_w, tiles_h, tiles_w, tiles_n;  // a tile's pixels, and how many tiles there are of each axis
     int step_h, step_w;      // from one row or column of the patch to the next, in pixels of the tensor
     int rows, cols, plane;   // of the patch; plane in slots
-    int units;               // channels of a chunk at most; dgrad: of a CTA
+    int units;               // channels of a chunk at most; dgrad: counted at once
     int capacity;            // items that a list holds; dgrad: chunks
-    int part;                // channels (dgrad: block-rows) listed at once where not all fit
-    int splits, lists;       // CTAs that share the tiles; wgrad: that share a block-row's chunks; dgrad: rows counted
+    int part;                // channels listed at once where not all fit
+    int splits, lists;       // CTAs that share the tiles; wgrad: a block-row's chunks; dgrad: the bands
+    int bands, band_rows, band_steps;  // dgrad: bands of a CTA; a band's block-rows, and steps of FILTERS filters
+    int band_shift;                    // dgrad: log2(bk) where a band has several block-rows, else 31
+    int planes, held;                  // dgrad: channels whose sums, and steps whose values, a CTA holds
     // Bytes from the start of shared memory: cut by the host.
     int bitmap_at, before_at, channels_at, bits_at, starts_at, chunks_at, items_at, entries_at, taps_at, places_at;
-    int pixels_at, filters_at, sums_at, stage_at, values_at, stage;  // values_at: within a stage; wgrad: of dy
+    int pixels_at, filters_at, sums_at, stage_at, values_at;  // values_at: within a stage; wgrad: of dy; dgrad: of all
+    int stage, value_stage;  // bytes of each; value_stage: dgrad, the values of a step
 };
 
 __device__ __forceinline__ int* table(int at) {
@@ -109,6 +113,13 @@ struct Share {
         step = groups < WARPS ? groups : WARPS;
         group = warp % step, part = warp / step;
     }
+    // As one register, where they are rare.
+    __device__ __forceinline__ static Share of(unsigned packed) {
+        Share share(1);
+        share.group = packed & 15, share.step = packed >> 4 & 15, share.part = packed >> 8 & 15, share.parts = packed >> 12;
+        return share;
+    }
+    __device__ __forceinline__ unsigned packed() const { return group | step << 4 | part << 8 | parts << 12; }
 };
 
 // The first `members` of the SLOT images of a pixel, zeros behind them, to `at`: what no copy of 16 bytes fits.
@@ -128,13 +139,13 @@ __device__ __forceinline__ void copy_members(unsigned at, const T* from, int mem
 // Channels that were listed, or filters first, first + 1, ... in the order of the block-rows.
 struct Listed {
     const int* channels;
-    __device__ __forceinline__ unsigned operator[](int i) const { return channels[i]; }
+    __device__ __forceinline__ int operator[](int i) const { return channels[i]; }
 };
 
 struct Ordered {
     const int* order;
     int first;
-    __device__ __forceinline__ unsigned operator[](int i) const { return order ? order[first + i] : first + i; }
+    __device__ __forceinline__ int operator[](int i) const { return order ? order[first + i] : first + i; }
 };
 
 // A region of pixels in a tensor, from where a tile begins: rows and columns, and elements, that each pixel is further.
@@ -172,8 +183,9 @@ template <class Channels>
 __device__ __forceinline__ void load_patch(
     unsigned at, const Source& source, const Pixel* pixel, int pixels, int plane, const Channels& channels, int count,
     const Share& share) {
-    if (share.part >= share.parts) return;
-    const unsigned channel_bytes = source.channel_bytes, next = share.parts * plane * 16;
+    const int part = share.part, parts = share.parts;
+    if (part >= parts) return;
+    const unsigned channel_bytes = source.channel_bytes, next = parts * plane * 16;
 #pragma unroll 1
     for (int first = share.group * 32; first < pixels * SLOTS; first += share.step * 32) {
         const int i = first + threadIdx.x % 32;
@@ -183,14 +195,14 @@ __device__ __forceinline__ void load_patch(
         const int left = source.images - i % SLOTS * SLOT;
         const int members = h < (unsigned)source.height && w < (unsigned)source.width ? max(0, min(SLOT, left)) : 0;
         const char* from = (const char*)(source.origin + i % SLOTS * SLOT) + (unsigned long long)own.offset * SIZE;
-        unsigned to = at + i * 16 + share.part * plane * 16;
-        int c = share.part;
+        unsigned to = at + i * 16 + part * plane * 16;
+        int c = part;
         if (ALIGNED && (members == 0 || members == SLOT)) {
-            for (; c + 3 * share.parts < count; c += 4 * share.parts, to += 4 * next) {
+            for (; c + 3 * parts < count; c += 4 * parts, to += 4 * next) {
                 unsigned long long further[4];
 #pragma unroll
                 for (int j = 0; j < 4; ++j) {
-                    further[j] = (unsigned long long)channels[c + j * share.parts] * channel_bytes;
+                    further[j] = (unsigned long long)(unsigned)channels[c + j * parts] * channel_bytes;
                 }
 #pragma unroll
                 for (int j = 0; j < 4; ++j) {
@@ -198,13 +210,13 @@ __device__ __forceinline__ void load_patch(
                 }
             }
 #pragma unroll 1
-            for (; c < count; c += share.parts, to += next) {
-                cp_async_or_zeros(shared + to, from + (unsigned long long)channels[c] * channel_bytes, members);
+            for (; c < count; c += parts, to += next) {
+                cp_async_or_zeros(shared + to, from + (unsigned long long)(unsigned)channels[c] * channel_bytes, members);
             }
         } else {
 #pragma unroll 1
-            for (; c < count; c += share.parts, to += next) {
-                copy_members(to, (const T*)(from + (unsigned long long)channels[c] * channel_bytes), members);
+            for (; c < count; c += parts, to += next) {
+                copy_members(to, (const T*)(from + (unsigned long long)(unsigned)channels[c] * channel_bytes), members);
             }
         }
     }
@@ -364,10 +376,10 @@ struct Pixels {
     }
 };
 
-// Where the value of row `row` and item `k` lies: by item, or of (tap, filter) by channel.
+// Where the value of row `row` and item `k` lies: by item, or by tap, row and filter.
 template <bool BY_ITEM, int ROW, int LISTED>
 __device__ __forceinline__ unsigned value_at(unsigned values, int row, int k) {
-    return values + (BY_ITEM ? k * ROW + row * SIZE : (k / LISTED * 16 + row) * ROW + k % LISTED * SIZE);
+    return values + (BY_ITEM ? k * ROW + row * SIZE : (k / LISTED * (MT * 16) + row) * ROW + k % LISTED * SIZE);
 }
 
 // acc += values x patch[items] over `count` items, a multiple of STEP.
@@ -454,6 +466,94 @@ __device__ __forceinline__ void multiply(
         }
     }
 #endif
+}
+
+// ---------------------------------------------------------------------- results -> global memory
+
+// A tensor as a tile of results goes to it: its pixels are listed at pixels_at.
+template <class V>
+struct Target {
+    V* origin;  // the tile's first pixel and image, in channel 0
+    long long channel;
+    int height, width, row0, col0, images;  // images: left, from the tile's first on
+
+    __device__ __forceinline__ Target(
+        V* tensor, const Strides& stride, int height, int width, int row0, int col0, int image0, const Conv& g)
+        : origin(tensor + row0 * stride.h + col0 * stride.w + image0), channel(stride.c), height(height), width(width),
+          row0(row0), col0(col0), images(g.images - image0) {}
+    // Whether all images of the tile exist, and lie where they can be written together.
+    __device__ __forceinline__ bool whole() const { return ALIGNED && images >= IMAGES; }
+    __device__ __forceinline__ bool inside(const Pixel& pixel) const {
+        return row0 + (pixel.place >> 16) < height && col0 + (pixel.place & 0xffff) < width;
+    }
+};
+
+// Writes a tile: of each row's channel (-1: of none) this lane's images of the warp's pixels. Rows lane / 4 and
+// lane / 4 + 8 of each tile of M are the lane's. WHOLE: to.whole().
+template <bool WHOLE, class V, class Channels>
+__device__ __forceinline__ void store(
+    const float (&acc)[MT][NT][4], const Target<V>& to, const Channels& channels, const Conv& g) {
+    const int lane = threadIdx.x % 32, quarter = lane % 4;
+    // The first of four; in fp32 the first of two, in each octet.
+    const int image = sizeof(V) == 2 ? (quarter & 1) * 8 + quarter / 2 * 4 : quarter * 2;
+    const int images = to.images - image;
+    unsigned at[NT / 2], valid = 0;  // elements from the tile's first pixel; which pixels are inside
+#pragma unroll
+    for (int j = 0; j < NT / 2; ++j) {
+        const int i = threadIdx.x / 32 * (NT / 2) + j;
+        if (i >= g.tile_h * g.tile_w) continue;
+        const Pixel pixel = pixels_of(g.pixels_at)[i];
+        at[j] = pixel.offset;  // of many pixels read again below: there are no registers for them
+        if (to.inside(pixel)) valid |= 1u << j;
+    }
+    char* origin = (char*)(to.origin + image);
+    const unsigned channel_bytes = (unsigned)(to.channel * sizeof(V));
+#pragma unroll
+    for (int m = 0; m < MT; ++m) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int channel = channels[m * 16 + half * 8 + lane / 4];
+            const unsigned inside = channel >= 0 ? valid : 0;
+            char* from = origin + (unsigned long long)(unsigned)channel * channel_bytes;
+#pragma unroll
+            for (int j = 0; j < NT / 2; ++j) {
+                const float(&first)[4] = acc[m][2 * j], (&second)[4] = acc[m][2 * j + 1];
+                const int i = threadIdx.x / 32 * (NT / 2) + j;
+                const unsigned pixel = NT > 8 ? pixels_of(g.pixels_at)[i].offset : at[j];
+                V* here = (V*)(from + (unsigned long long)pixel * sizeof(V));
+#if MATH == FP16 || MATH == BF16
+                if constexpr (sizeof(V) == 2) {
+                // Lanes swap pairs of images with their neighbours, so that each writes four in a row.
+                const unsigned low = pack(first[half * 2], first[half * 2 + 1]);
+                const unsigned high = pack(second[half * 2], second[half * 2 + 1]);
+                const unsigned other = __shfl_xor_sync(~0u, quarter & 1 ? low : high, 1);
+                const uint2 four = quarter & 1 ? uint2{other, high} : uint2{low, other};
+                if (!(inside >> j & 1)) continue;
+                if (WHOLE) {
+                    *(uint2*)here = four;
+                } else {
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) {
+                        if (i < images) here[i] = (V)((i < 2 ? four.x : four.y) >> i % 2 * 16);
+                    }
+                }
+                continue;
+                }
+#endif
+                if (!(inside >> j & 1)) continue;
+#pragma unroll
+                for (int octet = 0; octet < 2; ++octet) {
+                    const float(&two)[4] = octet ? second : first;
+                    if (WHOLE) {
+                        *(float2*)(here + octet * 8) = float2{two[half * 2], two[half * 2 + 1]};
+                    } else {
+                        if (octet * 8 < images) here[octet * 8] = two[half * 2];
+                        if (octet * 8 + 1 < images) here[octet * 8 + 1] = two[half * 2 + 1];
+                    }
+                }
+            }
+        }
+    }
 }
 #endif
 

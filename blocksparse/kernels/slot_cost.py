@@ -1,6 +1,7 @@
 """What the CUDA C++ kernels need, by the loops of the .cu files and counts/cupy.json; the tile of least predicted time.
 
-Which channels and taps a block-row stores is not known to a plan: a channel is taken to have TAPS of its taps.
+Which channels and taps a block-row stores is not known to a plan: `slots.taps_of` and `slots.channels_of` say what is
+taken for granted.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from .slots import IMAGES, SlotTile, math_of, slot_of
 
 ISSUE = 0.55  # of the rate of instructions that these kernels reach
 MMA_SYNC = 0.62  # of the rate of tensor cores on sm_90
-TAPS = 4  # of a channel that are stored, where a kernel has more: between one and all of nine
+CLEARED = 10.0  # instructions for 32 slots of zeros
 
 Costs = tuple[float, float, float]  # instructions and wavefronts of all warps, bytes from L2
 
@@ -55,8 +56,7 @@ def demand(
     step = {"TF32": 8, "FP32": 1}.get(math_, 16)  # of K, in what count.mma counts
     rows = g.k // bk
     entries = nnzb * bc / rows  # of a block-row, in channels
-    taps = min(TAPS, g.taps)
-    channels = min(float(g.c), entries / taps)  # of a block-row
+    channels = slots.channels_of(g, blocksize, nnzb, 1)  # of a block-row
     tiles, warps, patch = math.prod(slots.tiles_of(kind, g, tile)), tile.warps, tile.rows * tile.cols
     each = max(1, -(-tiles // tile.splits))  # tiles of a CTA
     whole = slots.grid(kind, g, blocksize, tile._replace(splits=-(-tiles // each)))  # CTAs that have work
@@ -74,6 +74,7 @@ def demand(
         return products * count.mma, warps * items / step * fragments, 0.0
 
     chunks: float  # of a tile
+    values: Costs
     chain: float
     items: float  # of K, in fprop all, in dgrad those of a step, in wgrad (of M) those of a chunk
     if kind == "fprop":
@@ -94,27 +95,41 @@ def demand(
         chain = 8 + each * chunks + (4 * each if relisted else 0)
         flops = each * multiplied(items, tile.mt, tile.nt)[0] / count.mma
     elif kind == "dgrad":
-        classes = slots.classes(g)
-        used = channels * min(tile.units, g.c) / g.c  # channels of the range that a block-row stores
-        active = rows * min(1.0, used) if nnzb else 0.0
-        steps = active * bk / tile.filters  # patches of a tile
-        chunks = steps * max(1.0, math.ceil(used / 16))
+        classes, bands, rows_of_chunk = slots.classes(g), slots.bands(g, bk, tile), 16 * tile.mt
+        stored = slots.channels_of(g, blocksize, nnzb, max(1, tile.filters // bk))  # of a band
+        parts = max(1, bk // tile.filters)  # steps of a chunk
+        chunks = bands * math.ceil(stored / rows_of_chunk) if nnzb else 0
+        steps = chunks * parts
+        patches = steps if parts > 1 else bands * min(1.0, stored)
         own = g.taps / classes
         items = math.ceil(own * tile.filters / slots.step_of(math_)) * slots.step_of(math_)
-        pieces = items * 16 * size / 16 / 32
-        octets = min(tile.units, g.c) * warps * tile.nt
+        pieces = items * rows_of_chunk * size / 16 / 32
+        values = _times(steps, (pieces * count.value, 4 * pieces, 0.0))
+        octets = rows_of_chunk * warps * tile.nt  # of a chunk
+        several = slots.in_several(stored / g.c, bands)
+        left = 1 - (1 - stored / g.c) ** (bands * tile.lists) if stored else 0.0  # channels that any block-row stores
+        zeros = (1 - left) * g.c * tile.area * (IMAGES // slot_of(dtype)) / 32 / tile.lists
         of_tile = _sum(
-            _times(steps, _copied(tile.filters, patch, inside, tile, count, dtype)),
-            _times(chunks, multiplied(items, tile.mt, tile.nt)),
-            _times(chunks, (warps * count.step + pieces * count.value, 4 * pieces + 8 * warps * tile.nt, 0.0)),
-            (0.0, 0.0, steps * used * own * tile.filters * size),
-            (warps * count.tile + octets * slots_of_octet / 32 * count.result, 16 * octets / 32, 0.0),
-        )
-        once = rows * math.ceil(entries / 32) * count.entry + warps * count.outside, 0.0, 12.0 * nnzb * bc
-        relisted = active * max(1.0, math.ceil(used / 16)) > tile.capacity
-        cost = _sum(_times(each, of_tile), _times(each if relisted else 1, once))
-        chain = 8 + each * max(1.0, chunks) + (4 * each if relisted else 0)
-        flops = each * chunks * multiplied(items, tile.mt, tile.nt)[0] / count.mma
+            _times(patches, _copied(tile.filters, patch, inside, tile, count, dtype)),
+            _times(steps, multiplied(items, tile.mt, tile.nt)),
+            (steps * warps * count.step, 0.0, steps * stored / math.ceil(max(1.0, stored) / rows_of_chunk) * own
+             * tile.filters * size),
+            _times(chunks, (octets * slots_of_octet / 32 * count.result, 0.0, 0.0)),
+            (zeros * CLEARED + warps * count.tile, 4 * zeros, 0.0),
+        )  # fmt: skip
+        if bands > 1:
+            of_tile = _sum(of_tile, _times(chunks, (warps * count.add, several * octets * 32 / 64, 0.0)))
+        if tile.lists > 1:
+            of_tile = _sum(of_tile, (chunks * warps * count.partial, 0.0, 0.0))
+        # Entries are counted, of all block-rows where other CTAs share them, and listed: half of count.entry each.
+        read = (rows + rows / tile.lists) / 2
+        once = read * math.ceil(entries / 32) * count.entry + warps * count.outside, 0.0, 12.0 * read * entries
+        relisted = tile.part < g.c and (tile.units < g.c or chunks > tile.capacity or several * g.c > tile.planes)
+        cost = _sum(_times(each, of_tile), _times(each * g.c / tile.part if relisted else 1, once))
+        cost = _sum(cost, values if steps <= tile.held and not relisted else _times(each, values))
+        chain = 8 + each * max(1.0, steps) + (4 * each * g.c / tile.part if relisted else 0)
+        flops = each * steps * multiplied(items, tile.mt, tile.nt)[0] / count.mma
+        written += met(g, stored, bands, tile.lists)
     else:
         chunks = max(1, math.ceil(channels / tile.units)) if nnzb else 0
         items = entries / max(1, chunks)
@@ -150,6 +165,12 @@ def demand(
     )
 
 
+def met(g: ConvGeometry, stored: float, bands: int, shares: int) -> float:
+    """dgrad: bytes of the workspace that shares of so many bands, of so many channels each, write."""
+    share = 1 - (1 - stored / g.c) ** bands
+    return share * (1 - (1 - share) ** (shares - 1)) * slots.workspace(g, shares)
+
+
 def _listed(entries: float, warps: int, count: Phases) -> Costs:
     """fprop and wgrad: a block-row's lists, and what surrounds them."""
     return math.ceil(entries / (32 * warps)) * warps * count.entry + warps * count.outside, 0.0, 12 * entries
@@ -163,6 +184,9 @@ def estimate(
     (bk, bc), before = blocksize, 0.0
     if tile.splits > 1 and kind == "wgrad":  # add_splits reads what lies in L2
         before = gpu_cost.passes(4 * tile.splits * nnzb * bk * bc / 2, 1, gpu)
+    if tile.lists > 1 and kind == "dgrad":  # add_shares, too
+        stored = slots.channels_of(g, blocksize, nnzb, max(1, tile.filters // bk))
+        before = gpu_cost.passes(met(g, stored, slots.bands(g, bk, tile), tile.lists) / 2, 1, gpu)
     if bc > 1:  # values, or their gradient, in another order
         before += gpu_cost.passes(2 * nnzb * bk * bc * dtype.itemsize, 1, gpu)
     return gpu_cost.estimate(demand(kind, g, blocksize, nnzb, dtype, precision, tile, gpu), gpu, before)

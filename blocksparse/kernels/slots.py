@@ -2,6 +2,8 @@
 
 A leaf: nothing here imports CuPy, touches a device or looks at a mask. octets.cu says what a slot, a patch and a chunk
 are; `Layout` cuts the shared memory that its struct Conv names.
+
+More than 400 lines: one set of sizes cuts the work of all three products.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import torch
 
 from ..geometry import ConvGeometry
 from .gpus import NAMED, Gpu
-from .tiles import LIMIT, MAX_GRID, WORKSPACE_BYTES
+from .tiles import LIMIT, WORKSPACE_BYTES
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MATH = {torch.float16: "FP16", torch.bfloat16: "BF16"}  # float32: TF32 or FP32
@@ -24,10 +26,13 @@ SHARED_BYTES = 99 << 10  # of one CTA: what every GPU has
 IMAGES = 16  # of a tile
 MOST_UNITS = 32  # channels of a chunk: bits of a word
 MOST_ITEMS = 4096  # that fprop and wgrad list at once
-LISTED_BYTES = 24 << 10  # of dgrad's lists, where a block-row alone needs no more
+MOST_SHARES = 32  # of the bands of dgrad: bits of a word
+SHARES_BYTES = 64 << 20  # of the workspace that they meet in, of which few pages are touched
+BITMAP_BYTES = 16 << 10  # of dgrad's, of all channels; else they are counted in parts
 MOST_CHANNELS = 1 << 15
 MOST_TAPS = 64
 WARPS = (4, 8)
+TAPS = 4  # of a channel that are stored, where that is not known: between one and all of nine
 
 
 class SlotTile(NamedTuple):
@@ -41,12 +46,14 @@ class SlotTile(NamedTuple):
     tile_w: int
     rows: int  # of the patch
     cols: int
-    units: int  # channels of a chunk at most; dgrad: of a CTA
+    units: int  # channels of a chunk at most; dgrad: counted at once
     capacity: int  # items listed at once; dgrad: chunks
-    part: int  # channels, or dgrad's block-rows, listed at once where not all fit
+    part: int  # channels listed at once where not all fit
     shared: int = 0  # bytes
     splits: int = 1  # CTAs that share the tiles
-    lists: int = 1  # wgrad: CTAs that share the chunks of a block-row; dgrad: block-rows counted at once
+    lists: int = 1  # CTAs that share, in wgrad, the chunks of a block-row; in dgrad, the bands
+    planes: int = 0  # dgrad: channels whose sums a CTA holds: those that more than one of its bands store
+    held: int = 0  # dgrad: steps whose values it holds
 
     @property
     def area(self) -> int:
@@ -109,14 +116,13 @@ def refusal(
     if g.taps > MOST_TAPS:
         return f"R*S = {g.taps}: it lists at most {MOST_TAPS} taps of a channel; use backend='torch'"
     for kind in ("fprop", "dgrad", "wgrad"):
-        tile = next(candidates(kind, geometry, blocksize, 0, dtype), None)
+        smallest = NAMED["h100"]._replace(shared=SHARED_BYTES + 1024)
+        tile = next(candidates(kind, geometry, blocksize, 0, dtype, smallest), None)
         if tile is None:
             return (
                 f"{kind}: with {g.r}x{g.s} taps, stride {g.stride} and dilation {g.dilation} the pixels that a tile"
                 f" reads do not fit {SHARED_BYTES >> 10} KB of shared memory; use backend='torch'"
             )
-        if (ctas := grid(kind, geometry, blocksize, tile)) > MAX_GRID:
-            return f"{kind} needs {ctas} CTAs: a grid holds {MAX_GRID}; split the work"
     return None
 
 
@@ -139,13 +145,28 @@ def classes(g: ConvGeometry) -> int:
 def owners(kind: str, g: ConvGeometry, blocksize: tuple[int, int], tile: SlotTile) -> int:
     """CTAs of one split: what they own besides tiles."""
     if kind == "dgrad":
-        return classes(g) * -(-g.c // tile.units)
-    return g.k // blocksize[0] * -(-blocksize[0] // tile.filters)
+        return classes(g) * tile.lists
+    return g.k // blocksize[0] * -(-blocksize[0] // tile.filters) * tile.lists
 
 
 def grid(kind: str, g: ConvGeometry, blocksize: tuple[int, int], tile: SlotTile) -> int:
     """CTAs of a launch."""
-    return owners(kind, g, blocksize, tile) * tile.splits * (tile.lists if kind == "wgrad" else 1)
+    return owners(kind, g, blocksize, tile) * tile.splits
+
+
+def bands(g: ConvGeometry, bk: int, tile: SlotTile) -> int:
+    """dgrad: bands of filters of one CTA (dgrad.cu)."""
+    return -(-g.k // max(bk, tile.filters) // tile.lists)
+
+
+def workspace(g: ConvGeometry, shares: int) -> int:
+    """Bytes in which the shares of dgrad meet, where there is more than one."""
+    return 4 * shares * g.c * g.h * g.w * g.n if shares > 1 else 0
+
+
+def adding(g: ConvGeometry, dtype: torch.dtype, threads: int) -> int:
+    """CTAs that add up the shares of one channel."""
+    return -(-g.h * g.w * -(-g.n // slot_of(dtype)) // threads)
 
 
 def steps(kind: str, g: ConvGeometry) -> tuple[int, int]:
@@ -191,25 +212,27 @@ class Layout(NamedTuple):
     filters_at: int
     sums_at: int
     stage_at: int
-    values_at: int  # within a stage
+    values_at: int  # within a stage; dgrad: of the first
     stage: int
+    value_stage: int  # dgrad: of the values of a step
     shared: int
 
 
-def layout(kind: str, g: ConvGeometry, dtype: torch.dtype, tile: SlotTile) -> Layout:
+def layout(kind: str, g: ConvGeometry, blocksize: tuple[int, int], dtype: torch.dtype, tile: SlotTile) -> Layout:
     """How shared memory is cut."""
     size, plane = dtype.itemsize, plane_of(tile.rows * tile.cols, dtype)
     row = _row_bytes(tile.filters, size)
     numbers: tuple[int, ...]  # of int32
     if kind == "dgrad":
-        listed = min(g.k, tile.lists)
-        chunks = tile.capacity * 16
-        items = -(-g.taps * tile.filters // 16) * 16
+        bk, rows = blocksize[0], 16 * tile.mt
+        own, words, taps = bands(g, bk, tile), -(-tile.units // 32), -(-g.taps * tile.filters // 16) * 16
         numbers = (
-            listed * -(-tile.units // 32), listed + 1, chunks, 0, g.taps, 0, items, chunks * g.taps, g.taps + 1,
-            2 * tile.rows * tile.cols, 2 * tile.area, 0, tile.units * (tile.warps * tile.nt * 8 + 8),
+            own * words, own * words, tile.capacity * rows, 8 + 4 * tile.capacity * max(1, bk // tile.filters) + words,
+            g.taps, 2 * own + 1 + tile.capacity + 1 + words, taps,
+            tile.capacity * rows * max(1, tile.filters // bk) * g.taps, g.taps + 1, 2 * tile.rows * tile.cols,
+            2 * tile.area, tile.units if tile.lists > 1 else 0, tile.planes * (tile.warps * tile.nt * 8 + 8),
         )  # fmt: skip
-        patch, other = (tile.filters + 1) * plane * 16, (g.taps + 1) * 16 * row
+        patch, other = (tile.filters + 1) * plane * 16, -(-taps // tile.filters) * rows * row
     else:
         words, ranks = -(-g.c // 32), min(g.c, tile.capacity)
         chunks = -(-ranks // tile.units)
@@ -225,11 +248,14 @@ def layout(kind: str, g: ConvGeometry, dtype: torch.dtype, tile: SlotTile) -> La
     at = [0]
     for number in numbers:
         at.append(at[-1] + -(-number // 4) * 16)
+    if kind == "dgrad":
+        values_at = at[-1] + 2 * patch
+        return Layout._make((*at, values_at, patch, other, values_at + tile.held * other))
     stage = patch + other
     shared = at[-1] + 2 * stage
     if kind == "wgrad":  # what warps that share pixels leave for each other
         shared = max(shared, at[-1] + (tile.warps - 1) * tile.mt * tile.nt * 512)
-    return Layout._make((*at, patch, stage, shared))
+    return Layout._make((*at, patch, stage, 0, shared))
 
 
 def _shapes(kind: str, g: ConvGeometry, most: int) -> Iterator[tuple[int, int]]:
@@ -250,9 +276,11 @@ def cuts(kind: str, bk: int, dtype: torch.dtype) -> Iterator[tuple[int, int, int
             if nt >= 2:
                 yield mt, nt, warps, 16 * mt
     elif kind == "dgrad":
-        for nt, warps, filters in itertools.product((4, 8, 16), WARPS, (8, 16, 32)):
-            if bk % filters == 0:
-                yield 1, nt, warps, filters
+        for mt, filters, warps in itertools.product((1, 2, 4), (8, 16, 32), WARPS):
+            if bk % filters == 0 or filters % bk == 0:
+                yield mt, 8 // mt, warps, filters
+                if warps == max(WARPS):
+                    yield mt, 16 // mt, warps, filters
     else:
         most = 64 if dtype.itemsize == 2 else 32
         nt = next(n for n in (1, 2, 4, 8) if 8 * n >= min(bk, most))
@@ -267,19 +295,24 @@ def candidates(
     bk, bc = blocksize
     entries = -(-nnzb * bc * bk // g.k)  # of a block-row
     for mt, nt, warps, filters in cuts(kind, bk, dtype):
+        if kind == "dgrad" and (g.k % filters or (filters == 8 and _takes_16(g, bk, dtype))):
+            continue
         for pixels in (warps * nt // 2,) if kind != "wgrad" else (8, 16, 32, 64):
             for tile_h, tile_w in dict.fromkeys(_shapes(kind, g, pixels)):
                 rows, cols = _patch(kind, g, tile_h, tile_w)
                 (step_h, step_w), (own_h, own_w) = steps(kind, g), g.stride if kind == "dgrad" else (1, 1)
                 if max(rows * step_h, cols * step_w, tile_h * own_h, tile_w * own_w) >= 1 << 15:
                     continue  # rows and columns share a word
+                cut = SlotTile(mt, nt, warps, filters, tile_h, tile_w, rows, cols, 0, 0, 0)
+                if kind == "dgrad":
+                    for tile in _shares(g, blocksize, nnzb, dtype, cut, gpu):
+                        yield from _shared_out(kind, tile, g, blocksize, nnzb, gpu)
+                    continue
                 fits = []
                 for units in _units(kind, g, mt, warps):
-                    tile = SlotTile(mt, nt, warps, filters, tile_h, tile_w, rows, cols, units, 0, 0)
-                    most = gpu.shared - 1024 if kind == "dgrad" else SHARED_BYTES
                     for listed in (entries, 0):  # long lists, or the shortest
-                        found = _listed(kind, g, blocksize, listed, dtype, tile)
-                        if found.shared <= most:
+                        found = _listed(kind, g, blocksize, listed, dtype, cut._replace(units=units))
+                        if found.shared <= SHARED_BYTES:
                             fits.append(found)
                             break
                 # The most channels of which one, two, three and four CTAs fit a multiprocessor.
@@ -289,11 +322,82 @@ def candidates(
                         yield from _shared_out(kind, few[-1], g, blocksize, nnzb, gpu)
 
 
-def _units(kind: str, g: ConvGeometry, mt: int, warps: int) -> Iterator[int]:
-    """Channels of a chunk; dgrad: of a CTA."""
-    if kind == "dgrad":
-        yield from (width for width in (16, 32, 64, 128) if width < 2 * g.c or width == 16)
+def _takes_16(g: ConvGeometry, bk: int, dtype: torch.dtype) -> bool:
+    """Whether dgrad takes 16 filters at once: the least that fill a product's K, where their patches are small."""
+    return g.k % 16 == 0 and (bk % 16 == 0 or bk == 8) and dtype.itemsize == 2 and g.taps <= 9
+
+
+def taps_of(g: ConvGeometry, blocksize: tuple[int, int], nnzb: int) -> int:
+    """Of a channel that a block-row stores, how many taps; a plan knows the number of blocks alone.
+
+    Equal groups with all taps have a multiple of (block-rows x taps) of them. Elsewhere it is a guess.
+    """
+    return g.taps if nnzb % (g.k // blocksize[0] * g.taps) == 0 else min(TAPS, g.taps)
+
+
+def channels_of(g: ConvGeometry, blocksize: tuple[int, int], nnzb: int, block_rows: int) -> float:
+    """How many channels so many block-rows together store, each of its own choice."""
+    one = nnzb * blocksize[0] * blocksize[1] / g.k / taps_of(g, blocksize, nnzb)
+    return g.c * (1 - max(0.0, 1 - one / g.c) ** block_rows)
+
+
+def in_several(share: float, sets: int) -> float:
+    """Share of the channels that are in more than one of so many sets, each with this share of all."""
+    return 1 - (1 - share) ** sets - sets * share * (1 - share) ** (sets - 1) if sets > 1 else 0.0
+
+
+def _shares(
+    g: ConvGeometry, blocksize: tuple[int, int], nnzb: int, dtype: torch.dtype, cut: SlotTile, gpu: Gpu
+) -> Iterator[SlotTile]:
+    """dgrad's tiles of this cut: bands shared out so far that the device is full, and lists that have room."""
+    bk, filters, rows = blocksize[0], cut.filters, 16 * cut.mt
+    in_band, high = max(1, filters // bk), max(bk, filters)
+    stored = channels_of(g, blocksize, nnzb, in_band)
+    if cut.mt > 1 and stored <= rows // 2:
         return
+    alike = nnzb % (g.k // bk * g.taps) == 0 and in_band == 1  # every band has as many
+    most = stored if alike else min(g.c, stored + 2 * math.sqrt(stored) + 1)
+    tiles, all_bands = math.prod(tiles_of("dgrad", g, cut)) * classes(g), g.k // high
+    for shares in (1, 2, 4, 8, 16, 32):
+        each = -(-all_bands // shares)
+        if -(-all_bands // each) != shares:
+            continue
+        if shares > 1 and (
+            classes(g) > 1 or workspace(g, shares) > SHARES_BYTES or shares // 2 * tiles >= 2 * gpu.units
+        ):
+            return
+        further = 2 * shares <= all_bands and classes(g) == 1 and workspace(g, 2 * shares) <= SHARES_BYTES
+        if 4 * shares * tiles < gpu.units and further:
+            continue  # most of the device would be idle
+        several = in_several(stored / g.c, each)
+        planes = math.ceil(g.c * several + 3 * math.sqrt(g.c * several * (1 - several))) if each > 1 else 0
+        tile = cut._replace(
+            units=g.c, capacity=each * max(1, math.ceil(most / rows)), part=g.c, lists=shares,
+            planes=min(g.c, planes + 2) if planes else 0,
+        )  # fmt: skip
+        # The shortest lists: a chunk for each band.
+        least = min(g.c, rows)
+        short = tile._replace(units=least, capacity=each, part=least, planes=least if each > 1 else 0)
+        whole = 8 * each * -(-g.c // 32) <= BITMAP_BYTES
+        steps_of_tile = tile.capacity * (high // filters)
+        variants = [tile._replace(held=held) for held in dict.fromkeys((max(2, steps_of_tile), 2)) if whole]
+        fits = [found for found in (_laid_out(variant, g, blocksize, each, dtype) for variant in variants)
+                if found.shared <= gpu.shared - 1024]  # fmt: skip
+        if not fits:
+            found = _laid_out(short._replace(held=2), g, blocksize, each, dtype)
+            fits = [found] if found.shared <= gpu.shared - 1024 else []
+        yield from fits
+
+
+def _laid_out(tile: SlotTile, g: ConvGeometry, blocksize: tuple[int, int], own: int, dtype: torch.dtype) -> SlotTile:
+    """dgrad's tile with `own` bands, how many channels are listed at once where not all fit, and its bytes."""
+    part = min(g.c, tile.capacity // own * 16 * tile.mt, tile.planes if own > 1 else g.c)
+    tile = tile._replace(part=max(1, part), planes=max(tile.planes, 1 if own > 1 else 0))
+    return tile._replace(shared=layout("dgrad", g, blocksize, dtype, tile).shared)
+
+
+def _units(kind: str, g: ConvGeometry, mt: int, warps: int) -> Iterator[int]:
+    """Channels of a chunk."""
     most = MOST_UNITS if kind == "fprop" else min(MOST_UNITS, mt * warps * 16 // g.taps)
     yield from (units for units in (1, 2, 4, 6, 8, 12, 16, 20, 26, 32) if units <= min(most, 2 * g.c))
 
@@ -302,28 +406,18 @@ def _listed(
     kind: str, g: ConvGeometry, blocksize: tuple[int, int], entries: int, dtype: torch.dtype, tile: SlotTile
 ) -> SlotTile:
     """The tile with its lists and the bytes that it takes."""
-    bk, _ = blocksize
-    if kind == "dgrad":
-        rows, most = g.k // bk, -(-min(tile.units, g.c) // 16)  # chunks of a block-row
-        each = 64 * (g.taps + 1) + 8
-        capacity = min(rows * most, max(most, LISTED_BYTES // each))
-        part = capacity // most
-        lists = rows if rows <= 512 else part
-        found = tile._replace(capacity=capacity, part=part, lists=lists)
-    else:
-        chunk = -(-tile.units * g.taps // 16) * 16
-        wanted = entries + entries // 4 + 15 * -(-min(g.c, entries) // tile.units)
-        most = -(-min(g.c * g.taps, MOST_ITEMS) // chunk) * chunk
-        capacity = max(chunk, min(wanted, most))
-        found = tile._replace(capacity=capacity, part=capacity // chunk * tile.units)
-    return found._replace(shared=layout(kind, g, dtype, found).shared)
+    chunk = -(-tile.units * g.taps // 16) * 16
+    wanted = entries + entries // 4 + 15 * -(-min(g.c, entries) // tile.units)
+    most = -(-min(g.c * g.taps, MOST_ITEMS) // chunk) * chunk
+    capacity = max(chunk, min(wanted, most))
+    found = tile._replace(capacity=capacity, part=capacity // chunk * tile.units)
+    return found._replace(shared=layout(kind, g, blocksize, dtype, found).shared)
 
 
 def _shared_out(
     kind: str, tile: SlotTile, g: ConvGeometry, blocksize: tuple[int, int], nnzb: int, gpu: Gpu
 ) -> Iterator[SlotTile]:
     """The tile with splits that fill the device once, or twice."""
-    tile = tile._replace(lists=1) if kind == "wgrad" else tile
     whole, tiles = owners(kind, g, blocksize, tile), math.prod(tiles_of(kind, g, tile))
     resident = min(16 // tile.warps, gpu.shared // (tile.shared + 1024))
     room = tiles

@@ -11,6 +11,7 @@
 #include <csetjmp>
 #include <csignal>
 #include <cstdarg>
+#include <cstddef>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -161,6 +162,8 @@ struct Warp {
     std::vector<Thread*> ready;  // neither waiting nor done
     int arrived = 0;             // at one operation of the whole warp
     const void* operation = nullptr;
+    int line = 0;  // where the first lane stands that came to it, and at which of a line's unrolled copies
+    ptrdiff_t copy = 0;
     void* lanes[32];
 };
 
@@ -239,13 +242,22 @@ static void barrier(int line) {
     }
 }
 
-// `act` on the 32 lanes' `mine`, once all of the warp have come to this operation.
+// `act` on the 32 lanes' `mine`, once all of the warp have come to this operation. An .aligned one says where it stands:
+// it is undefined where lanes come to it by different ways.
 template <class Mine>
-static void together(Mine& mine, void (*act)(Mine* const*)) {
+static void together(Mine& mine, void (*act)(Mine* const*), int line = 0, const void* result = nullptr) {
     const int id = (int)(current - threads.data()), lane = id % 32;
     Warp& warp = warps[id / 32];
     if (warp.arrived && warp.operation != (const void*)act) fail("the lanes of a warp meet at different operations");
-    warp.operation = (const void*)act;
+#if defined(__SANITIZE_ADDRESS__)
+    const ptrdiff_t copy = 0;
+#else
+    const ptrdiff_t copy = result ? (const char*)result - current->stack : 0;  // all lanes have the same frames
+#endif
+    if (warp.arrived && (warp.line != line || warp.copy != copy)) {
+        fail("line %d: an .aligned operation while lanes of the warp wait at another, that of line %d", line, warp.line);
+    }
+    warp.operation = (const void*)act, warp.line = line, warp.copy = copy;
     warp.lanes[lane] = &mine;
     if (++warp.arrived < 32) return give_way();
     warp.arrived = 0;
@@ -560,21 +572,17 @@ static void multiply_add(Fragments* const* lanes) {
 }
 }  // namespace emulator
 
-static inline void ldmatrix4(unsigned (&d)[4], const void* row) {
-    emulator::Rows mine = {row, &d};
-    emulator::together<emulator::Rows>(mine, emulator::ldmatrix<false>);
-}
-
-static inline void ldmatrix4_trans(unsigned (&d)[4], const void* row) {
-    emulator::Rows mine = {row, &d};
-    emulator::together<emulator::Rows>(mine, emulator::ldmatrix<true>);
-}
-
 namespace emulator {
+template <bool TRANS>
+static void load_matrices(unsigned (&d)[4], const void* row, int line) {
+    Rows mine = {row, &d};
+    together<Rows>(mine, ldmatrix<TRANS>, line, &d);
+}
+
 template <int MATH_>
-static void mma(float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+static void mma(float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2], int line) {
     Fragments mine = {&c, &a, &b};
-    together<Fragments>(mine, multiply_add<MATH_>);
+    together<Fragments>(mine, multiply_add<MATH_>, line, &c);
 }
 
 template <int MATH_, class V>
@@ -625,7 +633,9 @@ static inline unsigned round_tf32(float v) {  // to nearest, ties away from zero
 }
 
 // What depends on -D comes in through macros, so that one precompiled header serves every specialisation.
-#define mma(c, a, b) emulator::mma<MATH>(c, a, b)
+#define ldmatrix4(d, ...) emulator::load_matrices<false>(d, (__VA_ARGS__), __LINE__)
+#define ldmatrix4_trans(d, ...) emulator::load_matrices<true>(d, (__VA_ARGS__), __LINE__)
+#define mma(c, a, b) emulator::mma<MATH>(c, a, b, __LINE__)
 #define to_float(v) emulator::to_float<MATH>(v)
 #define from_float(v) emulator::from_float<MATH>(v)
 #define pack(low, high) ((unsigned)from_float(low) | (unsigned)from_float(high) << 16)

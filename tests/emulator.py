@@ -118,13 +118,20 @@ for i, case in enumerate({cases!r}):
     return ["" if text.endswith("the end") else text or "it ended without a word" for text in said]
 
 
+def _reach(arg: Tensor | Piece) -> int:
+    """Elements from the first to the last, both included."""
+    if isinstance(arg, Piece) or not arg.numel():
+        return arg.numel()
+    return 1 + sum((size - 1) * stride for size, stride in zip(arg.shape, arg.stride(), strict=True))
+
+
 def launch(run: Any, name: str, ctas: int, threads: int, shared: int, args: tuple[Any, ...], seed: int) -> None:
     """Run every CTA of a build, in an order drawn from `seed`; EmulatorError where it breaks a rule."""
     cells, sizes = [], []
     for arg in args:
         if arg is None or isinstance(arg, Tensor | Piece):
             cells.append(np.array(0 if arg is None else arg.data_ptr(), np.uint64))
-            size = 0 if arg is None else arg.numel() * arg.element_size()
+            size = 0 if arg is None else _reach(arg) * arg.element_size()
             sizes.append(size if size < UNFENCED else 0)
         else:
             cells.append(np.array(arg))

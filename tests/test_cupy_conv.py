@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import os
 import re
 
 import numpy as np
@@ -135,7 +138,7 @@ BARRIERS = [  # of what the kernels share, those in fprop
 @emulated
 @pytest.mark.parametrize(  # g++ compiles each
     ("kind", "at"),
-    [pytest.param(*line, marks=[] if i % 4 == 0 else pytest.mark.slow) for i, line in enumerate(BARRIERS)],
+    [pytest.param(*line, marks=[] if i % 8 == 0 else pytest.mark.slow) for i, line in enumerate(BARRIERS)],
 )
 def test_every_barrier_is_needed(kind, at, monkeypatch):
     """Without any one of their barriers and waits the kernels are wrong, and the emulator shows it."""
@@ -200,7 +203,7 @@ def variants(kind: str, dtype: torch.dtype) -> list[tuple[tuple[int, int], SlotT
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("dtype", "every"),
-    [(torch.float16, 9), *(pytest.param(t, 1, marks=pytest.mark.slow) for t in (torch.float16, torch.float32))],
+    [(torch.float16, 9), *(pytest.param(t, 3, marks=pytest.mark.slow) for t in (torch.float16, torch.float32))],
     ids=str,
 )
 def test_every_tile_is_right(kind, dtype, every, poisoned_memory):
@@ -229,9 +232,14 @@ def test_taps_and_channels_in_parts(kind, shape, blocksize, x_shape, conv, poiso
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize(
-    "n", [5, 24, pytest.param(20, marks=pytest.mark.slow), pytest.param(33, marks=pytest.mark.slow)]
+    ("dtype", "n"),
+    [
+        (torch.float16, 5),
+        *(pytest.param(torch.float16, n, marks=pytest.mark.slow) for n in (24, 33)),
+        *(pytest.param(torch.float32, n, marks=pytest.mark.slow) for n in (5, 20)),
+    ],
+    ids=str,
 )
 def test_batches_that_fill_no_tile(kind, dtype, n, poisoned_memory):
     """Slots of 16 bytes and such that are not, tiles of 16 images of which the last is not whole."""
@@ -247,11 +255,10 @@ def test_tf32_rounds_its_operands_to_nearest(kind, poisoned_memory):
         bits = (t.numpy().view(np.uint32) + 0x1000) & 0xFFFFE000
         return torch.from_numpy(bits.astype(np.uint32).view(np.float32))
 
-    for blocksize in ((16, 1), (8, 8)):
-        work = Work((32, 24, 3, 3), blocksize, (5, 24, 6, 7), PLAIN, dtype=torch.float32)
-        got = work.run(kind, precision="tf32")
-        assert error(got, work.exact(kind, rounded)) < 1e-6
-        assert error(got, work.exact(kind)) > 1e-5
+    work = Work((32, 24, 3, 3), (16, 1), (5, 24, 6, 7), PLAIN, dtype=torch.float32)
+    got = work.run(kind, precision="tf32")
+    assert error(got, work.exact(kind, rounded)) < 1e-6
+    assert error(got, work.exact(kind)) > 1e-5
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -259,3 +266,48 @@ def test_values_that_begin_anywhere(kind):
     """cp.async needs 16-byte addresses; a view of values need not begin at one."""
     work = Work((16, 16, 3, 3), (8, 1), (2, 16, 5, 5), PLAIN)
     assert error(work.run(kind, values_at=1), work.exact(kind)) < 1e-3
+
+
+FAR = 2**29  # elements from one channel to the next: the eighth begins beyond 2**31 of them, and beyond 2**32 bytes
+
+
+def far_apart(t: Tensor, released: list) -> Tensor:
+    """t, batch_last, its channels FAR apart in addresses that are reserved; only their own pages exist."""
+    n, c, h, w = t.shape
+    size, libc = ((c - 1) * FAR + n * h * w) * t.element_size(), ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype, libc.mmap.argtypes = ctypes.c_void_p, [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 4]
+    libc.munmap.argtypes, libc.mprotect.argtypes = (
+        [ctypes.c_void_p, ctypes.c_size_t], [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    )  # fmt: skip
+    at = libc.mmap(None, size, 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+    assert at != 2**64 - 1, os.strerror(ctypes.get_errno())
+    released.append(lambda: libc.munmap(at, size))
+    for i in range(c):  # FAR is a multiple of a page
+        allowed = libc.mprotect(at + i * FAR * t.element_size(), n * h * w * t.element_size(), 3)  # to read and write
+        assert not allowed, os.strerror(ctypes.get_errno())
+    whole = torch.frombuffer((ctypes.c_char * size).from_address(at), dtype=t.dtype)
+    return whole.as_strided((n, c, h, w), (1, FAR, w * n, n)).copy_(t)
+
+
+@emulated
+@pytest.mark.parametrize("kind", KINDS)
+def test_tensors_past_2_to_31_elements(kind, monkeypatch):
+    """x, dy and results whose last channels lie beyond what 32 bits count, in elements and in bytes."""
+    work, released = Work((8, 8, 2, 2), (8, 1), (16, 8, 3, 3), PLAIN), []
+    p, tile = work.pattern, work.tile(kind)
+    tables = index.unpack(p.index, p.shape, p.blocksize, p.nnzb)
+    try:
+        x, dy = far_apart(work.x, released), far_apart(work.dy, released)
+        monkeypatch.setattr(
+            cupy_conv, "new", lambda shape, *_: far_apart(torch.full(shape, torch.nan).half(), released)
+        )
+        if kind == "fprop":
+            got = cupy_conv.fprop(x, work.values, tables, None, work.g, tile)
+        elif kind == "dgrad":
+            got = cupy_conv.dgrad(dy, work.values, tables, work.g, tile)
+        else:
+            got = cupy_conv.wgrad(x, dy, tables, work.g, tuple(work.values.shape), tile)
+        assert error(got, work.exact(kind)) < 1e-3
+    finally:
+        for release in released:
+            release()

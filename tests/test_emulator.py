@@ -289,6 +289,24 @@ extern "C" __global__ void kernel(const unsigned* in, unsigned* out) {
     assert torch.equal(out.view(4, 8, 8), given.view(4, 8, 8).transpose(1, 2))
 
 
+@pytest.mark.parametrize("branch", ["if (lane < 5) {\n    LOAD\n  } else {\n    LOAD\n  }", "UNROLLED"])
+def test_an_aligned_operation_that_lanes_come_to_by_different_ways_is_caught(branch):
+    """On a GPU that is undefined; a warp meets at one instruction, not at two alike."""
+    load = "ldmatrix4(d[0], shared + lane * 16);"
+    if branch == "UNROLLED":
+        load, branch = "ldmatrix4(d[i], shared + lane * 16);", "const int i = lane < 5;\n  LOAD"
+    text = f"""
+extern "C" __global__ void kernel(float* out) {{
+  const int lane = threadIdx.x;
+  unsigned d[2][4];
+  {branch.replace("LOAD", load)}
+  out[lane] = d[lane < 5][0];
+}}
+"""
+    with pytest.raises(EmulatorError, match=r"an \.aligned operation while lanes of the warp wait at another"):
+        run(text, torch.empty(32), threads=32)
+
+
 def test_misaligned_rows_are_caught():
     text = 'extern "C" __global__ void kernel(float* out) { unsigned d[4]; ldmatrix4(d, shared + threadIdx.x * 8); }'
     with pytest.raises(EmulatorError, match=r"ldmatrix: .* no multiple of 16"):

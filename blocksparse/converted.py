@@ -1,6 +1,7 @@
 """A backend on tensors in a memory format that its kernels do not read: copies in one that they do, and back.
 
-Copies are counted in its estimates, so that the choice of a backend weighs them, and `explain` names them.
+Copies are counted in its estimates, so that the choice of a backend weighs them, and `explain` names them. A 1x1
+convolution needs none in batch_last: its tensors [C, H, W, N] in memory are those of one contiguous image.
 """
 
 from __future__ import annotations
@@ -14,12 +15,15 @@ from .backends import Backend, Work
 from .geometry import KINDS
 from .index import IndexTables
 from .kernels.gpu_cost import Estimate
-from .layout import laid_out
+from .layout import CONTIGUOUS, batch_last_of, laid_out
 
 
 def reading(backend: Backend, work: Work) -> Backend:
     """The backend itself where its kernels read the memory format of `work`, else through copies."""
-    return backend if work.setting.memory_format in backend.formats else _Converted(backend, work)
+    if work.setting.memory_format in backend.formats:
+        return backend
+    one = CONTIGUOUS in backend.formats and work.as_one_image() is not None
+    return _OneImage(backend, work) if one else _Converted(backend, work)
 
 
 class _Converted(Backend):
@@ -39,6 +43,9 @@ class _Converted(Backend):
     def _work(self, work: Work) -> Work:
         return work.laid_out(self.inner)
 
+    def _copying(self, work: Work) -> float | None:
+        return work.copying()
+
     def _in(self, t: Tensor) -> Tensor:
         return laid_out(t, self.inner)
 
@@ -55,7 +62,7 @@ class _Converted(Backend):
         return self.backend.default(self._work(work))
 
     def estimate(self, kind: str, work: Work) -> Estimate | None:
-        found, around = self.backend.estimate(kind, self._work(work)), work.copying()
+        found, around = self.backend.estimate(kind, self._work(work)), self._copying(work)
         return found and found._replace(seconds=found.seconds + (around or 0.0))
 
     def tile(self, kind: str, work: Work) -> Any:
@@ -89,3 +96,28 @@ class _Converted(Backend):
         inner = self._work(work), tiles, self._in(x), self._in(dy), values, tables, self.inner
         dx, dvalues = self.backend.gradients(*inner)
         return self._out(dx), dvalues
+
+
+class _OneImage(_Converted):
+    """Of tensors in batch_last, for 1x1 convolutions: [C, H, W, N] in memory is one image of N times the width."""
+
+    def __init__(self, backend: Backend, work: Work) -> None:
+        self.backend, self.name, self.order = backend, backend.name, backend.order
+        self.formats, self.inner = (work.setting.memory_format,), CONTIGUOUS
+        self.images, self.note = work.geometry.n, f"{work.setting.memory_format} is read as one image"
+
+    def _work(self, work: Work) -> Work:
+        one = work.as_one_image()
+        assert one is not None  # as in `reading`
+        return one
+
+    def _copying(self, work: Work) -> float:
+        return 0.0
+
+    def _in(self, t: Tensor) -> Tensor:
+        n, c, h, w = t.shape
+        return t.permute(1, 2, 3, 0).reshape(1, c, h, w * n)
+
+    def _out(self, t: Tensor) -> Tensor:
+        _, k, p, width = t.shape
+        return batch_last_of(t.contiguous(), (self.images, k, p, width // self.images))

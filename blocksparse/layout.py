@@ -68,6 +68,11 @@ def laid_out(t: Tensor, memory_format: str) -> Tensor:
     return t.contiguous(memory_format=format_of(memory_format == CHANNELS_LAST))
 
 
+def batch_last_of(t: Tensor, shape: Sequence[int]) -> Tensor:
+    """The memory of t, contiguous and used by nothing else, as a tensor of this shape in batch_last; it is no view."""
+    return t.new_empty(0).set_(t.untyped_storage(), t.storage_offset(), tuple(shape), _steps(shape))
+
+
 def channels_of(t: Tensor, memory_format: str) -> tuple[int, int, int]:
     """[rows, channels, inner] in memory, of a dense [N, C, H, W] in this format, or of [N, C]."""
     n, c = t.shape[:2]

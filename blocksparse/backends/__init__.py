@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import pkgutil
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -57,6 +58,14 @@ class Work(NamedTuple):
         """The same convolution of tensors in another memory format."""
         return self._replace(setting=self.setting._replace(memory_format=memory_format))
 
+    def as_one_image(self) -> Work | None:
+        """A 1x1 convolution of tensors in batch_last, as that of one contiguous image N times as wide; else None."""
+        g = self.geometry
+        pointwise = g.taps == 1 and g.stride == (1, 1) and g.padding == (0, 0)
+        if self.setting.memory_format != BATCH_LAST or not pointwise or g.n == 0:
+            return None
+        return self.laid_out(CONTIGUOUS)._replace(geometry=replace(g, n=1, w=g.w * g.n))
+
     def copying(self) -> float | None:
         """Estimated seconds of x and y through copies in another memory format; None where there is no estimate."""
         if self.gpu is not None:
@@ -73,6 +82,8 @@ class Work(NamedTuple):
 
     def dense(self, kind: str) -> Estimate | None:
         """Of PyTorch's own product on a dense filter bank, without what stored blocks need around it."""
+        if (one := self.as_one_image()) is not None:
+            return one.dense(kind)
         if self.setting.memory_format == BATCH_LAST:  # PyTorch's convolution does not read it
             copied = [self.laid_out(form).dense(kind) for form in (CONTIGUOUS, CHANNELS_LAST)]
             times = [found for found in copied if found is not None]

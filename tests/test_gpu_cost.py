@@ -168,7 +168,7 @@ def seconds(g, blocksize, nnzb, dtype, precision, gpu, backend=None):
 @settings(max_examples=25)
 @given(work(), GPUS, st.integers(1, 99))
 def test_more_blocks_are_never_faster(case, gpu, percent):
-    """Of cupy's wgrad that is not promised: how many CTAs share it follows from the number of blocks, too."""
+    """Of cupy's gradients that is not promised: how they are cut, and what taps are expected, follows from it, too."""
     g, blocksize, most, dtype, precision = case
     for backend in ("torch", "triton", "cupy"):
         try:
@@ -178,7 +178,7 @@ def test_more_blocks_are_never_faster(case, gpu, percent):
             )
         except ValueError:
             continue
-        pairs = list(zip(few, many, strict=True))[: 2 if backend == "cupy" else 3]
+        pairs = list(zip(few, many, strict=True))[: 1 if backend == "cupy" else 3]
         assert all(0 < a <= b * 1.0001 < 10 for a, b in pairs), (backend, few, many)
 
 

@@ -32,6 +32,7 @@ BITMAP_BYTES = 16 << 10  # of dgrad's, of all channels; else they are counted in
 MOST_CHANNELS = 1 << 15
 MOST_TAPS = 64
 WARPS = (4, 8)
+SMALLEST = 1, 2, 4, 8  # of dgrad, (mt, nt, warps, filters): for large or dilated kernels, where nothing else fits
 TAPS = 4  # of a channel that are stored, where that is not known: between one and all of nine
 
 
@@ -281,6 +282,7 @@ def cuts(kind: str, bk: int, dtype: torch.dtype) -> Iterator[tuple[int, int, int
                 yield mt, 8 // mt, warps, filters
                 if warps == max(WARPS):
                     yield mt, 16 // mt, warps, filters
+        yield SMALLEST
     else:
         most = 64 if dtype.itemsize == 2 else 32
         nt = next(n for n in (1, 2, 4, 8) if 8 * n >= min(bk, most))
@@ -294,8 +296,11 @@ def candidates(
     """Every tile that fits, its lists as long as a block-row's mean number of entries needs and there is room for."""
     bk, bc = blocksize
     entries = -(-nnzb * bc * bk // g.k)  # of a block-row
+    any_fits = False
     for mt, nt, warps, filters in cuts(kind, bk, dtype):
-        if kind == "dgrad" and (g.k % filters or (filters == 8 and _takes_16(g, bk, dtype))):
+        if any_fits and (mt, nt, warps, filters) == SMALLEST:
+            return
+        if kind == "dgrad" and (g.k % filters or (filters == 8 and nt > 2 and _takes_16(g, bk, dtype))):
             continue
         for pixels in (warps * nt // 2,) if kind != "wgrad" else (8, 16, 32, 64):
             for tile_h, tile_w in dict.fromkeys(_shapes(kind, g, pixels)):
@@ -306,6 +311,7 @@ def candidates(
                 cut = SlotTile(mt, nt, warps, filters, tile_h, tile_w, rows, cols, 0, 0, 0)
                 if kind == "dgrad":
                     for tile in _shares(g, blocksize, nnzb, dtype, cut, gpu):
+                        any_fits = True
                         yield from _shared_out(kind, tile, g, blocksize, nnzb, gpu)
                     continue
                 fits = []

@@ -15,7 +15,7 @@ from .backends import Backend, Work
 from .geometry import KINDS
 from .index import IndexTables
 from .kernels.gpu_cost import Estimate
-from .layout import CONTIGUOUS, batch_last_of, laid_out
+from .layout import CONTIGUOUS, batch_last_of, laid_out, one_image
 
 
 def reading(backend: Backend, work: Work) -> Backend:
@@ -115,8 +115,7 @@ class _OneImage(_Converted):
         return 0.0
 
     def _in(self, t: Tensor) -> Tensor:
-        n, c, h, w = t.shape
-        return t.permute(1, 2, 3, 0).reshape(1, c, h, w * n)
+        return one_image(t)
 
     def _out(self, t: Tensor) -> Tensor:
         _, k, p, width = t.shape

@@ -68,6 +68,23 @@ def laid_out(t: Tensor, memory_format: str) -> Tensor:
     return t.contiguous(memory_format=format_of(memory_format == CHANNELS_LAST))
 
 
+def is_innermost(x: Tensor) -> bool:
+    """Whether x [N, C, H, W] is dense in batch_last, and not contiguous too."""
+    return x.dim() == 4 and not x.is_contiguous() and x.permute(1, 2, 3, 0).is_contiguous()
+
+
+def one_image(x: Tensor) -> Tensor:
+    """x [N, C, H, W], dense in batch_last, as one contiguous image [1, C, H, W*N]: a view."""
+    n, c, h, w = x.shape
+    return x.permute(1, 2, 3, 0).reshape(1, c, h, w * n)
+
+
+def images_of(y: Tensor, n: int) -> Tensor:
+    """The n images of one_image: [n, C, H, W] in batch_last, a view."""
+    _, c, h, w = y.shape
+    return y.reshape(c, h, w // n, n).permute(3, 0, 1, 2)
+
+
 def batch_last_of(t: Tensor, shape: Sequence[int]) -> Tensor:
     """The memory of t, contiguous and used by nothing else, as a tensor of this shape in batch_last; it is no view."""
     return t.new_empty(0).set_(t.untyped_storage(), t.storage_offset(), tuple(shape), _steps(shape))

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .derivatives import is_eager
-from .layout import CONTIGUOUS, laid_out, memory_format_of
+from .layout import CONTIGUOUS, images_of, is_innermost, laid_out, memory_format_of, one_image
 
 
 def batch_norm(
@@ -115,10 +115,7 @@ def _native(x: Tensor, residual: Tensor | None, *others: Any) -> bool:
 
 def _as_images(x: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
     """compute(x) for PyTorch, which does not know batch_last: on its view [1, C, H, W*N], the same channels."""
-    if x.dim() != 4 or x.is_contiguous() or not x.permute(1, 2, 3, 0).is_contiguous():
-        return compute(x)
-    n, c, h, w = x.shape
-    return compute(x.permute(1, 2, 3, 0).reshape(1, c, h, w * n)).reshape(c, h, w, n).permute(3, 0, 1, 2)
+    return images_of(compute(one_image(x)), x.shape[0]) if is_innermost(x) else compute(x)
 
 
 def _forward(

@@ -10,10 +10,10 @@ import copy
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.sparse import SparseSemiStructuredTensorCUSPARSELT, SparseSemiStructuredTensorCUTLASS
-from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
+from torch.sparse import SparseSemiStructuredTensorCUSPARSELT
 
 import blocksparse as bs
+import cutlass
 import hrbp
 from hrbp.layers import semi_structured as semi
 from hrbp.layers.view import sparse_layers
@@ -60,20 +60,8 @@ def device(monkeypatch) -> str:
     if GPU:
         return "cuda"
 
-    def compressed(weight: Tensor) -> Tensor:
-        packed, meta = sparse_semi_structured_from_dense_cutlass(weight)
-        return SparseSemiStructuredTensorCUTLASS(
-            weight.shape, packed=packed, meta=meta, packed_t=None, meta_t=None, compressed_swizzled_bitmask=None
-        )
-
-    def product(self, dense: Tensor, *, bias=None, should_transpose_dense=False, **_) -> Tensor:
-        out = self.to_dense() @ (dense.t() if should_transpose_dense else dense)
-        out = out if bias is None else out + bias[:, None]
-        return out.t() if should_transpose_dense else out
-
-    monkeypatch.setattr(semi, "to_sparse_semi_structured", compressed)
+    cutlass.on_a_cpu(monkeypatch, semi)
     monkeypatch.setattr(semi, "device_refuses", lambda device: None)
-    monkeypatch.setattr(SparseSemiStructuredTensorCUTLASS, "_mm", product)
     return "cpu"
 
 

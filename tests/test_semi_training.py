@@ -12,9 +12,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.sparse import SparseSemiStructuredTensorCUTLASS
-from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
 
+import cutlass
 import hrbp
 from hrbp.layers import semi_training
 from hrbp.layers.view import sparse_layers
@@ -226,19 +225,7 @@ def test_a_cpu_stays_as_it_is():
 def test_with_torchs_own_compressed_tensors_under_autocast(monkeypatch):
     """Packed by PyTorch for CUTLASS, float32 master weights, bfloat16 products."""
 
-    def compressed(weight: Tensor) -> Tensor:
-        packed, meta = sparse_semi_structured_from_dense_cutlass(weight)
-        return SparseSemiStructuredTensorCUTLASS(
-            weight.shape, packed=packed, meta=meta, packed_t=None, meta_t=None, compressed_swizzled_bitmask=None
-        )
-
-    def product(self, dense: Tensor, *, bias=None, should_transpose_dense=False, **_) -> Tensor:
-        out = self.to_dense() @ (dense.t() if should_transpose_dense else dense)
-        out = out if bias is None else out + bias[:, None]
-        return out.t() if should_transpose_dense else out
-
-    monkeypatch.setattr(semi_training, "to_sparse_semi_structured", compressed)
-    monkeypatch.setattr(SparseSemiStructuredTensorCUTLASS, "_mm", product)
+    cutlass.on_a_cpu(monkeypatch, semi_training)
     torch.manual_seed(0)
     layer = nn.Sequential(nn.Linear(8, 8), nn.Linear(64, 64), nn.Linear(8, 8))
     hrbp.sparsify(layer, 0.5, structure="transposable", method="ste", include=["1"])

@@ -15,6 +15,7 @@ from .density import densities
 from .formats.model import dense_state_dict, load, save
 from .formats.onnx_file import export_onnx
 from .methods.evolver import Evolver
+from .reports.health import layer_health
 from .reports.model_summary import summary
 from .saliencies import saliency
 from .structures.grouping import Grouping
@@ -46,6 +47,7 @@ __all__ = [
     "from_prune",
     "fuse",
     "fuse_training",
+    "layer_health",
     "load",
     "make_mask",
     "models",

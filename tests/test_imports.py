@@ -170,8 +170,8 @@ ROOMS: dict[str, list[str]] = {
     "formats": ["packed", "sealed", "weights", "pretrained", "model", "onnx_file"],
     "data": ["sets", "batches", "cifar", "digits", "folders", "generated", "loading"],
     "reports": [
-        "dgrad", "score", "stream", "mask_report", "model_report", "model_summary", "scnn", "network_costs", "picture",
-        "study_picture", "worth_picture", "sad_picture", "sensitivity_picture", "html_page",
+        "dgrad", "health", "score", "stream", "mask_report", "model_report", "model_summary", "scnn", "network_costs",
+        "picture", "study_picture", "worth_picture", "sad_picture", "sensitivity_picture", "html_page",
     ],
     "training": [
         "checkpoint", "devices", "log", "older", "result", "settings", "signals", "fused", "optimizer", "continuing",
@@ -179,10 +179,10 @@ ROOMS: dict[str, list[str]] = {
     ],
     "study": [
         "folder", "spread", "rival", "timing", "variants", "page", "regularity_table", "study_table", "worth_table",
-        "sr_ste_table", "equal_accuracy", "sensitivity_table", "sensitivity", "runner", "regularity", "study", "sr_ste",
-        "worth",
+        "sr_ste_table", "ablation_table", "equal_accuracy", "sensitivity_table", "sensitivity", "runner", "regularity",
+        "study", "sr_ste", "ablation", "worth",
     ],
-    "cli": ["parsing", "info", "regroup", "worth", "sr_ste", "study", "train", "main"],
+    "cli": ["parsing", "info", "regroup", "worth", "sr_ste", "ablation", "study", "train", "main"],
 }  # fmt: skip
 ORDER = [f"{room}/{file}" if room else file for room, files in ROOMS.items() for file in files]
 LONGEST = 400  # lines of a file; a longer one says in its head why

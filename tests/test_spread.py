@@ -8,7 +8,16 @@ import statistics
 import pytest
 from scipy import stats
 
-from hrbp.study.spread import Interval, interval, median_interval, paired, points, t_quantile, widest
+from hrbp.study.spread import (
+    Interval,
+    interval,
+    median_interval,
+    paired,
+    points,
+    rank_correlation,
+    t_quantile,
+    widest,
+)
 
 
 @pytest.mark.parametrize(
@@ -83,3 +92,18 @@ def test_the_interval_of_a_mean_holds_it_as_often_as_it_says():
         found = interval([draw.gauss(3, 2) for _ in range(5)])
         held.append(found.low <= 3 <= found.high)
     assert statistics.mean(held) == pytest.approx(0.95, abs=0.015)
+
+
+def test_rank_correlation_is_that_of_scipy():
+    """With ties, too; its interval is that of Fisher's z."""
+    for seed in range(20):
+        draw = random.Random(seed)
+        ours, theirs = ([draw.randint(0, 6) + draw.choice((0, 0.5)) for _ in range(9)] for _ in range(2))
+        found = rank_correlation(ours, theirs)
+        assert found.mean == pytest.approx(stats.spearmanr(ours, theirs).statistic, abs=1e-12)
+        low, high = (math.tanh(math.atanh(found.mean) + side * 1.959964 / math.sqrt(6)) for side in (-1, 1))
+        assert (found.low, found.high) == pytest.approx((low, high), abs=1e-6)
+    assert rank_correlation([1, 2, 3, 4], [10, 20, 30, 400]) == Interval(1, 1, 1, 4)
+    assert rank_correlation([1, 2, 3, 4], [9, 8, 7, 6]).side == -1
+    assert rank_correlation([1, 2, 3], [1, 2, 3]) is None
+    assert rank_correlation([1, 1, 1, 1], [1, 2, 3, 4]) is None

@@ -29,7 +29,7 @@ from ..study.study import Study
 from ..study.study_table import parts as study_parts
 from ..study.study_table import table
 from ..study.variants import ABLATION, BASELINES, LAMBDAS, PRESETS, Preset, Variant
-from . import parsing, sr_ste, worth
+from . import ablation, parsing, sr_ste, worth
 
 REGULARITY = "regularity"
 MAX_TIME, MAX_STORAGE = 0.5, 0.25
@@ -51,6 +51,12 @@ paired seeds and 95% intervals. It says how long it will take before it begins, 
   python -m hrbp study --preset worth --html
   python -m hrbp study --preset worth --quick                               under five minutes
   python -m hrbp study --preset worth --full --root ~/data                  two networks, two widths, CIFAR-10: for days
+
+--preset ablation trains HRBP++ and changes to it, one at a time: taps, groups, first masks, methods, densities; it
+measures how well the layers of each network can learn (channels read, dead weights, gradients, effective ranks), and
+says which measure goes with accuracy.
+
+  python -m hrbp study --preset ablation --html                             about half an hour
 
 --preset sr-ste trains 2:4 and 1:4 from scratch with several lambda of SR-STE (Zhou et al., 2021), 0 (STE) and one below
 0 among them, and shows how far the masks wander (SAD) beside the accuracy.
@@ -101,7 +107,13 @@ def add_study(commands: parsing.Commands) -> None:
     add("--methods", nargs="+", choices=METHODS, metavar="NAME", help=f"how masks change: {', '.join(METHODS)}")
     add("--sparsities", nargs="+", type=float, metavar="S",
         help="of the layers made sparse, default 0.9 0.95, regularity: 0.5 0.75 0.875")  # fmt: skip
-    add("--seeds", nargs="+", type=parsing.seed, metavar="N", help="default 0 1, paper: 0 1 2, worth: 0 1 2 3 4")
+    add(
+        "--seeds",
+        nargs="+",
+        type=parsing.seed,
+        metavar="N",
+        help="default 0 1, paper: 0 1 2, worth, ablation: 0 1 2 3 4",
+    )
     add("--epochs", type=int, help="default 6, paper: 160")
     add("--batch-size", type=parsing.positive, help="default 64, paper: 128")
     add("--lr", type=float, help="default 0.1; half of that when training again after pruning")
@@ -163,6 +175,9 @@ def run_study(args: argparse.Namespace) -> int:
         return 0 if stopped is None else _stopped(stopped)
     if args.preset == sr_ste.PRESET:
         stopped = sr_ste.run_sr_ste(args, lambda name, split: load(name, split, root=args.root), training)
+        return 0 if stopped is None else _stopped(stopped)
+    if args.preset == ablation.PRESET:
+        stopped = ablation.run_ablation(args, lambda name, split: load(name, split, root=args.root), training)
         return 0 if stopped is None else _stopped(stopped)
     models, sets = (list(dict.fromkeys(names)) for names in (args.model or preset.models, args.data or preset.data))
     pairs = [(model, data) for data in sets for model in models]

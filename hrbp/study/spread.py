@@ -101,6 +101,27 @@ def median_interval(values: Sequence[float]) -> tuple[float, float]:
     return ordered[j - 1], ordered[-j]
 
 
+def rank_correlation(ours: Sequence[float], theirs: Sequence[float]) -> Interval | None:
+    """Spearman's rank correlation of two measures of the same things, with its interval.
+
+    That of Fisher's z: tanh(atanh(r) +- 1.96 / sqrt(n - 3)). None of under 4 things, or where a measure has one value.
+    """
+    count = len(ours)
+    if count < 4 or len(set(ours)) == 1 or len(set(theirs)) == 1:
+        return None
+    r = statistics.correlation(_ranks(ours), _ranks(theirs))
+    if 1 - abs(r) < 1e-12:
+        return Interval(r, r, r, count)
+    half = statistics.NormalDist().inv_cdf((1 + LEVEL) / 2) / math.sqrt(count - 3)
+    return Interval(r, math.tanh(math.atanh(r) - half), math.tanh(math.atanh(r) + half), count)
+
+
+def _ranks(values: Sequence[float]) -> list[float]:
+    """From 1; equal values share the mean of theirs."""
+    ordered = sorted(values)
+    return [ordered.index(value) + (ordered.count(value) + 1) / 2 for value in values]
+
+
 def t_quantile(share: float, freedom: int) -> float:
     """The value that Student's t with this many degrees of freedom is below with probability `share`, in (0.5, 1)."""
     if not 0.5 < share < 1 or freedom < 1:

@@ -20,8 +20,10 @@ from ..files import whole_file
 from ..layers.view import sparse_layers
 from ..reports.sad_picture import draw_sad
 from ..training.trainer import Trainer
-from .sr_ste_table import curves, rows, where
+from .sr_ste_table import curves, rows
 from .study import Study
+from .study_table import where
+from .variants import Variant
 
 CURVES = "sad.csv"
 
@@ -39,7 +41,7 @@ class Lambdas(Study):
     who, figure = "Lambdas()", "sr-ste.png"
     tells = False
 
-    def _more(self, trainer: Trainer) -> dict[str, Any]:
+    def _more(self, trainer: Trainer, variant: Variant, sparsity: float, seed: int) -> dict[str, Any]:
         if trainer.evolver is None:
             return {}
         looks = [entry for entry in trainer.history if entry["kind"] == "update"]

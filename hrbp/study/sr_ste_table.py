@@ -12,20 +12,11 @@ from ..training.optimizer import learning_rate
 from ..training.settings import Settings
 from .page import Parts
 from .spread import LEVEL, Interval, mean, paired, points
-from .study_table import difference
+from .study_table import difference, shown_accuracy, where
 from .study_table import rows as study_rows
 from .variants import Variant
 
 Results = Mapping[str, Any]  # content of results.json
-
-
-def where(results: Results) -> str:
-    """Network, images and length of the trainings, in words."""
-    settings = results["settings"]
-    return (
-        f"{settings['model']} x {settings['width']:g} on {settings['data']},"
-        f" {counted(settings['training']['epochs'], 'epoch')}, {counted(len(settings['seeds']), 'seed')}"
-    )
 
 
 def strength(run: Mapping[str, Any]) -> float | None:
@@ -123,7 +114,7 @@ def parts(results: Results) -> Parts | None:
     lines = [
         [
             row["kind"], "0" if row["asked"] == 0 else f"{100 * row['sparsity']:.1f}",
-            "-" if row["decay"] is None else f"{row['decay']:g}", _accuracy(row),
+            "-" if row["decay"] is None else f"{row['decay']:g}", shown_accuracy(row),
             points(difference(row, "of_ste")),
             *(_percent(row[key]) for key in ("sad_last", "sad_all", "moved", "left")),
         ]
@@ -165,13 +156,6 @@ def answers(found: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _compared(row: Mapping[str, Any], one: Interval) -> str:
     return f"{'higher' if one.side > 0 else 'lower'} at {row['decay']:g} ({points(one)} points)"
-
-
-def _accuracy(row: Mapping[str, Any]) -> str:
-    if row["accuracy"] is None:
-        return "diverged"
-    spread = "" if row["low"] is None else f" [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
-    return f"{100 * row['accuracy']:.1f}{spread}"
 
 
 def _percent(value: float | None) -> str:

@@ -248,11 +248,7 @@ class Study(Runner):
             options["sparsity"] = sparsity
         options |= variant.evolve
         settings = Settings(**{**asdict(self.training), "evolve": name, "evolve_options": options})
-        return Trainer(
-            self._network(variant.layout if variant.start == "dense" else variant,
-                          0.0 if _prunes(variant) else sparsity, seed),
-            *self._batches(seed), settings, quiet=True, **more,
-        )  # fmt: skip
+        return Trainer(self._first_network(variant, sparsity, seed), *self._batches(seed), settings, quiet=True, **more)
 
     def _train_one(self, variant: Variant, sparsity: float, seed: int, head: str) -> dict[str, Any] | str:
         folder, identity = self._folder(variant, sparsity, seed), self._identity(variant, sparsity, seed)
@@ -266,13 +262,20 @@ class Study(Runner):
         finished = {
             **identity, **last, "sparsity": held.sparsity, "parameters": held.parameters,
             "storage": sum(s.values + s.file_index for s in stored),
-            "masked": any(layer.blocksize is None for layer in sparse_layers(made).values()), **self._more(trainer),
+            "masked": any(layer.blocksize is None for layer in sparse_layers(made).values()),
         }  # fmt: skip
+        if last["accuracy"] is not None:
+            finished |= self._more(trainer, variant, sparsity, seed)
         return self._keep(folder, finished)
 
-    def _more(self, trainer: Trainer) -> dict[str, Any]:
-        """Further values of the result of a training."""
+    def _more(self, trainer: Trainer, variant: Variant, sparsity: float, seed: int) -> dict[str, Any]:
+        """Further values of the result of a training that did not diverge."""
         return {}
+
+    def _first_network(self, variant: Variant, sparsity: float, seed: int) -> nn.Module:
+        """What a training starts with."""
+        started = variant.layout if variant.start == "dense" else variant
+        return self._network(started, 0.0 if _prunes(variant) else sparsity, seed)
 
     def _network(self, variant: Variant, sparsity: float, seed: int) -> nn.Module:
         torch.manual_seed(seed)

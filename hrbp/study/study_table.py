@@ -147,6 +147,23 @@ def difference(row: Mapping[str, Any], key: str) -> Interval | None:
     return Interval(row[key], row[f"{key}_low"], row[f"{key}_high"], row["seeds"])
 
 
+def where(results: Mapping[str, Any]) -> str:
+    """Network, images and length of the trainings, in words."""
+    settings = results["settings"]
+    return (
+        f"{settings['model']} x {settings['width']:g} on {settings['data']},"
+        f" {counted(settings['training']['epochs'], 'epoch')}, {counted(len(settings['seeds']), 'seed')}"
+    )
+
+
+def shown_accuracy(row: Mapping[str, Any]) -> str:
+    """Of a row, in per cent, with its interval."""
+    if row["accuracy"] is None:
+        return "diverged"
+    spread = "" if row["low"] is None else f" [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
+    return f"{100 * row['accuracy']:.1f}{spread}"
+
+
 def _published(settings: Mapping[str, Any]) -> Published:
     """The paper's numbers for this study; none if its training settings differ."""
     paper = PRESETS["paper"]

@@ -58,6 +58,8 @@ class Variant:
             if not (paper and key in PAPER_GROUPS)
         ]
         ways = [way for way in (self.saliency, self.method) if way not in (Variant.saliency, Variant.method)]
+        if not ways and self.distribution != Variant.distribution:  # a saliency or a method comes with one
+            ways = [self.distribution]
         ways += [f"{key}={value if isinstance(value, str) else f'{value:g}'}" for key, value in self.evolve.items()]
         return " ".join([self.structure, *named, *ways, *([] if self.start == "scratch" else ["from dense"])])
 
@@ -241,6 +243,19 @@ WORTH = (
     Variant("hrbp++", options=PRUNED, start="dense"),
     Variant("block", start="dense"),
 )
+# HRBP++, one change at a time; the first is what the others are compared with.
+CHANGES = (
+    Variant("hrbp++"),
+    *(Variant("narrow", options={"times": n} if n > 1 else {}) for n in (1, 2, 3)),
+    Variant("dense"),
+    Variant("unstructured"),
+    *(Variant("hrbp++", options={"tap_density": taps / 9}) for taps in (2, 6, 9)),
+    Variant("hrbp++", options=EIGHT),
+    Variant("hrbp++", options={"groups": 32, "min_rows": 2}),
+    *(Variant("hrbp++", saliency=name) for name in ("snip", "grasp", "synflow")),
+    *(Variant("hrbp++", name) for name in ("rigl", "hrbp")),
+    Variant("hrbp++", distribution="uniform"),
+)
 
 PRESETS = {
     "quick": Preset(
@@ -268,6 +283,10 @@ PRESETS = {
     ),
     "worth": Preset(
         ("resnet8",), {"resnet8": 2.0, "resnet14": 2.0}, ("shapes", "digits"), WORTH, (0.9, 0.95), (0, 1, 2, 3, 4), 64,
+        {"epochs": 6, "lr": 0.2, "warmup": 0.5}, {"digits": 5, "cifar10": 30, "cifar100": 30},
+    ),
+    "ablation": Preset(
+        ("resnet8",), {"resnet8": 2.0, "resnet14": 2.0}, ("shapes",), CHANGES, (0.9,), (0, 1, 2, 3, 4), 64,
         {"epochs": 6, "lr": 0.2, "warmup": 0.5}, {"digits": 5, "cifar10": 30, "cifar100": 30},
     ),
 }  # fmt: skip

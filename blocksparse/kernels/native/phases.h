@@ -13,16 +13,33 @@ namespace {
 template <class A, int FIRST, size_t... J> INLINE vec<A> woven(vec<A> a, vec<A> b, std::index_sequence<J...>) {
     return SHUFFLE(A, a, b, FIRST + int64_t(J) / 2 + (J % 2) * LANES<A>);
 }
-// to[2j] = even[j] and to[2j + 1] = odd[j], of `count` in all; zero where there is none.
+// The first `count` lanes, fewer than all.
+template <class A> INLINE void store_some(vec<A> v, A* to, int64_t count) {
+    A lanes[LANES<A>];
+    store(lanes, v);
+    copy_in<A, A>(lanes, 1, to, count);
+}
+// to[2j] = even[j] and to[2j + 1] = odd[j], of `count` in all; zero where there is none. Up to a vector behind them is
+// read.
 template <class T, class A> void weave(const A* even, const A* odd, T* to, int64_t count) {
     constexpr int64_t L = LANES<A>;
     int64_t j = 0;
-    if constexpr (std::is_same<T, A>::value)
-        for (; 2 * (j + L) <= count; j += L) {
+    if constexpr (std::is_same<T, A>::value) {
+        for (; 2 * j < count; j += L) {
             const vec<A> a = even ? load(even + j) : vec<A>{}, b = odd ? load(odd + j) : vec<A>{};
-            store(to + 2 * j, woven<A, 0>(a, b, std::make_index_sequence<L>{}));
-            store(to + 2 * j + L, woven<A, L / 2>(a, b, std::make_index_sequence<L>{}));
+            const vec<A> first = woven<A, 0>(a, b, std::make_index_sequence<L>{});
+            const vec<A> second = woven<A, L / 2>(a, b, std::make_index_sequence<L>{});
+            const int64_t left = count - 2 * j;
+            A* const at = to + 2 * j;
+            if (left < L) {
+                store_some(first, at, left);
+            } else {
+                store(at, first);
+                left < 2 * L ? store_some(second, at + L, left - L) : store(at + L, second);
+            }
         }
+        return;
+    }
     for (; 2 * j < count; j++) {
         to[2 * j] = even ? narrow<T>(even[j]) : T{};
         if (2 * j + 1 < count) to[2 * j + 1] = odd ? narrow<T>(odd[j]) : T{};
@@ -72,17 +89,22 @@ void write_phases(const Conv& g, const Layout& lay, const A* runs, int64_t chann
         return;
     }
     if (!across && strides[3] == 1 && g.stride[1] == 2) {  // columns in turn from one phase and the other
-        const int64_t b = g.padding[1] % 2, odd = (g.padding[1] + 1) / 2;
-        for (int64_t m = 0; m < u.images; m++)
-            for (int64_t c = 0; c < channels; c++)
-                for (int64_t i = 0; i < u.rows; i++)
-                    for (int64_t a = 0; a < g.stride[0]; a++) {
-                        const int64_t h = row_of(i, a), at = c * all + m * lay.pitch;
-                        if (h < 0 || h >= g.h) continue;
-                        const A *const from = source(i, a, b), *const other = source(i, a, 1 - b);
-                        weave<T, A>(from ? from + at + g.padding[1] / 2 : nullptr, other ? other + at + odd : nullptr,
-                                    dx + (u.image + m) * strides[0] + (c0 + c) * strides[1] + h * strides[2], g.w);
-                    }
+        const int64_t b = g.padding[1] % 2;
+        for (int64_t a = 0; a < g.stride[0]; a++) {
+            const A *even = source(0, a, b), *odd = source(0, a, 1 - b);
+            if (even) even += g.padding[1] / 2;
+            if (odd) odd += (g.padding[1] + 1) / 2;
+            int64_t i0 = 0, i1 = u.rows;
+            while (i0 < i1 && row_of(i0, a) < 0) i0++;
+            while (i0 < i1 && row_of(i1 - 1, a) >= g.h) i1--;
+            for (int64_t m = 0; m < u.images; m++)
+                for (int64_t c = 0; c < channels; c++) {
+                    T* to = dx + (u.image + m) * strides[0] + (c0 + c) * strides[1] + row_of(i0, a) * strides[2];
+                    int64_t at = c * all + (i0 * lay.images + m) * lay.pitch;
+                    for (int64_t i = i0; i < i1; i++, at += lay.images * lay.pitch, to += g.stride[0] * strides[2])
+                        weave<T, A>(even ? even + at : nullptr, odd ? odd + at : nullptr, to, g.w);
+                }
+        }
         return;
     }
     const int64_t row_step = lay.images * lay.pitch, step = strides[3] * g.stride[1];

@@ -247,6 +247,17 @@ def test_batches_that_fill_no_tile(kind, dtype, n, poisoned_memory):
     assert error(work.run(kind), work.exact(kind)) <= (1e-3 if dtype == torch.float16 else 2e-6)
 
 
+@pytest.mark.parametrize("padding", [1, 0])
+def test_images_smaller_than_the_stride(padding, poisoned_memory):
+    """With padding 1 no tap reaches the only pixel: dx is zero, in every way in which its bands can be shared out."""
+    conv = (2, 2), (0, padding), (1, 2)
+    work = Work((16, 1, 1, 2), (8, 1), (1, 1, 1, 3 - 2 * padding), conv, density=1.0, dtype=torch.float32)
+    exact = work.exact("dgrad")
+    assert (exact.count_nonzero() == 0) == (padding == 1)
+    for tile in {work.tile("dgrad"), *work.candidates("dgrad")[::7]}:
+        assert torch.allclose(work.run("dgrad", tile).double(), exact, rtol=1e-6), tile
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_tf32_rounds_its_operands_to_nearest(kind, poisoned_memory):
     """The product of the operands rounded to 10 bits of mantissa is exact but for fp32's own rounding."""

@@ -364,17 +364,14 @@ def _shares(
     alike = nnzb % (g.k // bk * g.taps) == 0 and in_band == 1  # every band has as many
     most = stored if alike else min(g.c, stored + 2 * math.sqrt(stored) + 1)
     tiles, all_bands = math.prod(tiles_of("dgrad", g, cut)) * classes(g), g.k // high
+    reached = g.stride == (1, 1)
     for shares in (1, 2, 4, 8, 16, 32):
         each = -(-all_bands // shares)
         if -(-all_bands // each) != shares:
             continue
-        if shares > 1 and (
-            classes(g) > 1 or workspace(g, shares) > SHARES_BYTES or shares // 2 * tiles >= 2 * gpu.units
-        ):
+        # With a stride some pixels may have no tap, and so no CTA that leaves its share of them.
+        if shares > 1 and (not reached or workspace(g, shares) > SHARES_BYTES or shares // 2 * tiles >= 2 * gpu.units):
             return
-        further = 2 * shares <= all_bands and classes(g) == 1 and workspace(g, 2 * shares) <= SHARES_BYTES
-        if 4 * shares * tiles < gpu.units and further:
-            continue  # most of the device would be idle
         several = in_several(stored / g.c, each)
         planes = math.ceil(g.c * several + 3 * math.sqrt(g.c * several * (1 - several))) if each > 1 else 0
         tile = cut._replace(

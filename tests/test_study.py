@@ -385,7 +385,7 @@ def test_the_papers_study_says_where_cifar_goes(tmp_path):
 
 @pytest.mark.parametrize(("model", "data_set", "lines"), [("resnet32", "cifar10", 18), ("vgg19", "cifar100", 13)])
 def test_the_papers_study_is_its_table(model, data_set, lines):
-    args = argparse.Namespace(preset="paper", structures=None, methods=None)
+    args = argparse.Namespace(preset="paper", structures=None, methods=None, distribution=None)
     chosen = study_cli._variants(args, PRESETS["paper"], model, data_set)
     assert len({variant.name for variant in chosen}) == lines
     assert {variant.refuses() for variant in chosen} == {None}
@@ -410,3 +410,24 @@ def test_the_study_of_subp_is_that_of_its_released_code():
     assert [v.name for v in preset.variants] == ["dense", "1xn n=16 subp", "1xn n=32 subp"]
     made = METHODS["subp"](**preset.training["evolve_options"])
     assert (made.begin * 250, made.until * 250, made.ranks) == (10, 180, "live")
+
+
+def asked(preset, *args):
+    """The variants of a command."""
+    parser = argparse.ArgumentParser()
+    study_cli.add_study(parser.add_subparsers(required=True))
+    parsed = parser.parse_args(["study", "--preset", preset, *args])
+    return study_cli._variants(parsed, PRESETS[preset], "resnet8", "shapes")
+
+
+def test_the_distribution_is_that_of_every_sparse_variant():
+    names = [v.name for v in asked("worth", "--structures", "narrow", "hrbp", "--distribution", "uniform")]
+    assert names == ["narrow", "narrow 2x", "narrow 3x", "narrow 5x", "hrbp uniform"]
+    every = asked("worth", "--distribution", "uniform")
+    assert {v.distribution for v in every if v.structure not in ("dense", "narrow")} == {"uniform"}
+    assert len({v.name for v in every}) == len(every) == len(PRESETS["worth"].variants)
+    assert [v.record for v in asked("quick")] == [v.record for v in PRESETS["quick"].variants]
+    with pytest.raises(ValueError, match="--distribution: n:m sr-ste comes with one of its own"):
+        asked("worth", "--structures", "n:m", "--methods", "sr-ste", "--distribution", "erk")
+    with pytest.raises(ValueError, match="--distribution is not of --preset ablation"):
+        command("--preset", "ablation", "--distribution", "uniform")

@@ -13,6 +13,7 @@ from typing import Any
 from ..data.batches import Batches
 from ..data.folders import LAYOUT
 from ..data.loading import load, set_named
+from ..density import DISTRIBUTIONS
 from ..methods.registry import METHODS
 from ..models import NETWORKS
 from ..structures.registry import STRUCTURES
@@ -105,6 +106,7 @@ def add_study(commands: parsing.Commands) -> None:
         help=f"dense, narrow, {', '.join(STRUCTURES)}, 2:4, ...",
     )
     add("--methods", nargs="+", choices=METHODS, metavar="NAME", help=f"how masks change: {', '.join(METHODS)}")
+    add("--distribution", choices=DISTRIBUTIONS, help="of the layers' densities, default erk")
     add("--sparsities", nargs="+", type=float, metavar="S",
         help="of the layers made sparse, default 0.9 0.95, regularity: 0.5 0.75 0.875")  # fmt: skip
     add(
@@ -152,6 +154,8 @@ def run_study(args: argparse.Namespace) -> int:
     args.data = None if args.data is None else [set_named(name) for name in args.data]
     if args.lambdas is not None and args.preset != sr_ste.PRESET:
         raise ValueError(f"study: --lambdas is of --preset {sr_ste.PRESET}; leave it out, or take that preset")
+    if args.distribution is not None and args.preset in (REGULARITY, sr_ste.PRESET, ablation.PRESET):
+        raise ValueError(f"study: --distribution is not of --preset {args.preset}; leave it out")
     if args.preset != worth.PRESET:
         if args.full or (args.quick and args.preset != sr_ste.PRESET):
             option = "quick" if args.quick else "full"
@@ -278,17 +282,17 @@ def _stopped(name: str) -> int:
 def _variants(args: argparse.Namespace, preset: Preset, model: str, data: str) -> Sequence[Variant]:
     """The variants asked for: all pairs of structure and method that fit together."""
     if args.structures is None and args.methods is None:
-        return (
+        return _distributed(args, [
             *preset.variants,
             *(ABLATION if (preset, model, data) == (PRESETS["paper"], "resnet32", "cifar10") else ()),
-        )
+        ])  # fmt: skip
     structures = args.structures or dict.fromkeys(variant.structure for variant in preset.variants)
     chosen: list[Variant] = []
     left_out = []
     for structure in dict.fromkeys(structures):
         pairs = [Variant(structure, method) for method in dict.fromkeys(args.methods or ["static"])]
-        if structure in ("dense", "narrow"):
-            pairs = [Variant(structure)]
+        if structure in BASELINES:  # all sizes of the preset
+            pairs = [v for v in preset.variants if v.structure == structure] or [Variant(structure)]
         for variant in pairs:
             if reason := variant.refuses():
                 left_out.append(f"{variant.name}, as {reason}")
@@ -298,4 +302,14 @@ def _variants(args: argparse.Namespace, preset: Preset, model: str, data: str) -
         raise ValueError(f"study: none of the structures goes together with the methods: {'; '.join(left_out)}")
     for words in left_out:
         print(f"left out: {words}")
-    return chosen
+    return _distributed(args, chosen)
+
+
+def _distributed(args: argparse.Namespace, variants: Sequence[Variant]) -> Sequence[Variant]:
+    """With the densities of --distribution."""
+    if args.distribution is None:
+        return variants
+    sparse = [variant for variant in variants if variant.structure not in BASELINES]
+    if fixed := [variant.name for variant in sparse if variant.own_distribution]:
+        raise ValueError(f"study: --distribution: {', '.join(fixed)} comes with one of its own; leave the option out")
+    return [replace(v, distribution=args.distribution) if v in sparse else v for v in variants]

@@ -58,10 +58,15 @@ class Variant:
             if not (paper and key in PAPER_GROUPS)
         ]
         ways = [way for way in (self.saliency, self.method) if way not in (Variant.saliency, Variant.method)]
-        if not ways and self.distribution != Variant.distribution:  # a saliency or a method comes with one
-            ways = [self.distribution]
+        if self.distribution != Variant.distribution and not self.own_distribution:
+            ways.append(self.distribution)
         ways += [f"{key}={value if isinstance(value, str) else f'{value:g}'}" for key, value in self.evolve.items()]
         return " ".join([self.structure, *named, *ways, *([] if self.start == "scratch" else ["from dense"])])
+
+    @property
+    def own_distribution(self) -> bool:
+        """Whether saliency or method come with a distribution, which the name need not tell."""
+        return self.saliency != Variant.saliency or METHODS[self.method].dense_weights
 
     @property
     def times(self) -> float:

@@ -207,9 +207,9 @@ def test_the_command_says_its_time_first_and_ends_with_the_answer(tmp_path, monk
             "block", "--seeds", 0, 1, "--epochs", 1, "--device", "cpu", "--out", tmp_path / "w", "--html")  # fmt: skip
     assert command(*args) == 0
     out = capsys.readouterr().out
-    expected, first, end = (out.index(words) for words in ("expected: ", "[1/6, ", "above narrow of equal"))
+    expected, first, end = (out.index(words) for words in ("expected: ", "[1/12, ", "above narrow of equal"))
     assert expected < first < end
-    assert "[6/6, " in out
+    assert "[12/12, " in out
     assert "best so far block 90% " in out
     assert "paired by seed" in out
     assert {file.name for file in (tmp_path / "w").iterdir()} == {"worth.png", "study.html", "resnet8-x1-shapes"}

@@ -182,7 +182,7 @@ ROOMS: dict[str, list[str]] = {
         "sr_ste_table", "ablation_table", "equal_accuracy", "sensitivity_table", "sensitivity", "runner", "regularity",
         "study", "sr_ste", "ablation", "worth",
     ],
-    "cli": ["parsing", "info", "regroup", "worth", "sr_ste", "ablation", "study", "train", "main"],
+    "cli": ["parsing", "ending", "info", "regroup", "worth", "sr_ste", "ablation", "study", "train", "main"],
 }  # fmt: skip
 ORDER = [f"{room}/{file}" if room else file for room, files in ROOMS.items() for file in files]
 LONGEST = 400  # lines of a file; a longer one says in its head why

@@ -7,11 +7,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..study.ablation import Ablation
-from ..study.ablation_table import parts, table
-from ..study.folder import RESULTS, TABLE
-from ..study.page import write_study
+from ..study.ablation_table import parts
 from ..study.variants import PRESETS
-from . import parsing
+from .ending import tell
 
 PRESET = "ablation"
 
@@ -46,10 +44,5 @@ def run_ablation(args: argparse.Namespace, load: Load, training: Mapping[str, An
         **{**training, "epochs": args.epochs or preset.epochs.get(data, training["epochs"])},
     )  # fmt: skip
     results = made.run()
-    print(f"\n{table(results)}\n")
-    if results["stopped"] is None:
-        print(f"in {made.out}: {RESULTS}, {TABLE}, {made.figure}, and a folder for each training")
-        if args.html and (shown := parts(results)) is not None:
-            words = [*parsing.program().split(), *args.words]
-            print(f"page: {write_study(made.out, shown, [results], made.figure, words)}")
+    tell(args, made, results, parts(results))
     return results["stopped"]

@@ -6,12 +6,10 @@ import argparse
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ..study.folder import RESULTS, TABLE
-from ..study.page import write_study
 from ..study.sr_ste import CURVES, Lambdas
-from ..study.sr_ste_table import parts, table
+from ..study.sr_ste_table import parts
 from ..study.variants import LAMBDAS, PRESETS, lambda_variants
-from . import parsing
+from .ending import tell
 
 PRESET = "sr-ste"
 QUICK_EPOCHS, QUICK_SPARSITIES, QUICK_SEEDS = 3, (0.5,), (0, 1, 2)
@@ -52,10 +50,5 @@ def run_sr_ste(args: argparse.Namespace, load: Load, training: Mapping[str, Any]
         **{**training, "epochs": epochs},
     )  # fmt: skip
     results = made.run()
-    print(f"\n{table(results)}\n")
-    if results["stopped"] is None:
-        print(f"in {made.out}: {RESULTS}, {TABLE}, {CURVES}, {made.figure}, and a folder for each training")
-        if args.html and (shown := parts(results)) is not None:
-            words = [*parsing.program().split(), *args.words]
-            print(f"page: {write_study(made.out, shown, [results], made.figure, words)}")
+    tell(args, made, results, parts(results), CURVES)
     return results["stopped"]

@@ -18,8 +18,7 @@ from ..methods.registry import METHODS
 from ..models import NETWORKS
 from ..structures.registry import STRUCTURES
 from ..study.equal_accuracy import parts as equal_parts
-from ..study.folder import RESULTS, TABLE
-from ..study.page import PAGE, Parts, write_study
+from ..study.page import PAGE
 from ..study.regularity import OPTIONS, Regularity
 from ..study.regularity_table import GRAINS
 from ..study.regularity_table import parts as regularity_parts
@@ -28,9 +27,9 @@ from ..study.sensitivity import Sensitivity
 from ..study.sensitivity_table import parts as sensitivity_parts
 from ..study.study import Study
 from ..study.study_table import parts as study_parts
-from ..study.study_table import table
 from ..study.variants import ABLATION, BASELINES, LAMBDAS, PRESETS, Preset, Variant
 from . import ablation, parsing, sr_ste, worth
+from .ending import tell, tell_files
 
 REGULARITY = "regularity"
 MAX_TIME, MAX_STORAGE = 0.5, 0.25
@@ -201,11 +200,9 @@ def run_study(args: argparse.Namespace) -> int:
     ]  # fmt: skip
     for made in studies:
         results = made.run()
-        print(f"\n{table(results)}\n")
+        tell(args, made, results, study_parts(results))
         if results["stopped"]:
             return _stopped(results["stopped"])
-        print(f"in {made.out}: {RESULTS}, {TABLE}, {made.figure}, and a folder for each training")
-        _write_page(args, made, study_parts(results), results)
     return 0
 
 
@@ -253,19 +250,8 @@ def run_regularity(args: argparse.Namespace) -> int:
             shown = replace(shown, further=(*shown.further, more))
         if told["stopped"]:
             return _stopped(signal.Signals(told["stopped"]).name)
-    print(f"in {made.out}: {RESULTS}, {TABLE}, {made.figure}, and a folder for each training")
-    _write_page(args, made, shown, results)
+    tell_files(args, made, results, shown)
     return 0
-
-
-def _write_page(
-    args: argparse.Namespace, made: Study | Regularity, parts: Parts | None, results: Mapping[str, Any]
-) -> None:
-    """The page of --html."""
-    if args.html and parts is not None:
-        print(
-            f"page: {write_study(made.out, parts, [results], made.figure, [*parsing.program().split(), *args.words])}"
-        )
 
 
 def _training(args: argparse.Namespace, preset: Mapping[str, Any]) -> dict[str, Any]:

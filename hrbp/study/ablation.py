@@ -30,14 +30,14 @@ class Ablation(Study):
     tells = False
 
     def _more(self, trainer: Trainer, variant: Variant, sparsity: float, seed: int) -> dict[str, Any]:
-        networks = {"start": self._first_network(variant, sparsity, seed), "end": trainer.model}
-        return {"health": {when: self._health(network, sparsity, seed) for when, network in networks.items()}}
-
-    def _health(self, model: nn.Module, sparsity: float, seed: int) -> dict[str, float]:
         names = sparse_layers(self._network(Variant("unstructured"), sparsity, seed)).keys()
         x, y = next(iter(self._batches(seed)[0].epoch()))
-        found = layer_health(model.to(self.device), x, y)
-        return asdict(mean_health({name: found[name] for name in names}))
+
+        def health(model: nn.Module) -> dict[str, float]:
+            found = layer_health(model.to(self.device), x, y)
+            return asdict(mean_health({name: found[name] for name in names}))
+
+        return {"health": {"start": health(self._first_network(variant, sparsity, seed)), "end": health(trainer.model)}}
 
     def _rows(self) -> list[dict[str, Any]]:
         return rows(self.results)

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "copying.h"
 
@@ -59,6 +60,12 @@ void write_phases(const Conv& g, const Layout& lay, const A* runs, int64_t chann
     };
     // Row h of dx and where its pixels of column residue b come from: nullptr of no phase.
     const auto row_of = [&](int64_t i, int64_t a) { return (row + i) * g.stride[0] + a - g.padding[0]; };
+    const auto rows_of = [&](int64_t a) {  // [first, end) of the rows of the unit that dx has
+        int64_t i0 = 0, i1 = u.rows;
+        while (i0 < i1 && row_of(i0, a) < 0) i0++;
+        while (i0 < i1 && row_of(i1 - 1, a) >= g.h) i1--;
+        return std::pair(i0, i1);
+    };
     const auto source = [&](int64_t i, int64_t a, int64_t b) {
         const int64_t pa = phase(vertical, a), pb = phase(horizontal, b);
         const bool read = pa < vertical.phases() && pb < horizontal.phases();
@@ -94,9 +101,7 @@ void write_phases(const Conv& g, const Layout& lay, const A* runs, int64_t chann
             const A *even = source(0, a, b), *odd = source(0, a, 1 - b);
             if (even) even += g.padding[1] / 2;
             if (odd) odd += (g.padding[1] + 1) / 2;
-            int64_t i0 = 0, i1 = u.rows;
-            while (i0 < i1 && row_of(i0, a) < 0) i0++;
-            while (i0 < i1 && row_of(i1 - 1, a) >= g.h) i1--;
+            const auto [i0, i1] = rows_of(a);
             for (int64_t m = 0; m < u.images; m++)
                 for (int64_t c = 0; c < channels; c++) {
                     T* to = dx + (u.image + m) * strides[0] + (c0 + c) * strides[1] + row_of(i0, a) * strides[2];
@@ -112,9 +117,7 @@ void write_phases(const Conv& g, const Layout& lay, const A* runs, int64_t chann
         for (int64_t b = 0; b < g.stride[1]; b++) {
             const int64_t lead = lead_of(b), first = lead * g.stride[1] + b - g.padding[1];
             const int64_t data = first < g.w ? (g.w - 1 - first) / g.stride[1] + 1 : 0;
-            int64_t i0 = 0, i1 = u.rows;
-            while (i0 < i1 && row_of(i0, a) < 0) i0++;
-            while (i0 < i1 && row_of(i1 - 1, a) >= g.h) i1--;
+            const auto [i0, i1] = rows_of(a);
             const A* const from = source(i0, a, b);
             T* const to = dx + u.image * strides[0] + c0 * strides[1] + row_of(i0, a) * strides[2] + first * strides[3];
             const int64_t to_step = g.stride[0] * strides[2];

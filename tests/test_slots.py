@@ -41,6 +41,10 @@ def test_plain_work_is_taken():
         ({"c": 2**15 + 1}, r"C = 32769: it lists at most 32768 channels"),
         ({"r": 9, "s": 8, "padding": (4, 4)}, r"R\*S = 72: it lists at most 64 taps of a channel"),
         ({"padding": (400, 400), "dilation": (400, 400)}, r"fprop: with 3x3 taps, .*do not fit 99 KB of shared memory"),
+        (
+            {"r": 7, "s": 7, "padding": (3, 3), "dtype": torch.float32},
+            r"dgrad: with 7x7 taps, stride \(1, 1\) .*do not fit 99 KB",
+        ),
         ({"padding": (2**29, 0), "n": 0}, r"H \+ 2\*padding = "),
         ({"padding": (0, 2**29), "n": 0}, r"W \+ 2\*padding = "),
         ({"stride": (2**30, 1)}, r"stride = 1073741824"),
@@ -112,6 +116,24 @@ def test_every_work_gets_a_tile_that_fits(case):
             assert 4 * tile.splits * nnzb * blocksize[0] * blocksize[1] <= slots.WORKSPACE_BYTES or tile.splits == 1
         else:
             assert tile.area <= tile.warps * tile.nt // 2
+
+
+@given(work())
+def test_the_taps_that_reach_a_pixel(case):
+    """Those of a filter bank of ones, added up where an image is large enough for every class of pixels."""
+    g = case[0]
+    axes = [(size, *rest) for size, *rest in zip((g.r, g.s), g.stride, g.padding, g.dilation, strict=True)]
+    found = 1
+    for taps, stride, padding, dilation in axes:
+        size = 2 * (taps * dilation + stride * taps)
+        y = torch.zeros(1, 1, (size + 2 * padding - dilation * (taps - 1) - 1) // stride + 1)
+        dx = torch.nn.grad.conv1d_input(
+            (1, 1, size), torch.ones(1, 1, taps), torch.ones_like(y), stride, padding, dilation
+        )
+        found *= int(dx.max())
+    large = replace(g, h=10**6, w=10**6)
+    assert slots.most_taps(large) == found
+    assert slots.most_taps(g) <= found
 
 
 @pytest.mark.parametrize(("channels", "pixels"), [(64, 56), (128, 28), (256, 14), (512, 7)])

@@ -143,6 +143,16 @@ def classes(g: ConvGeometry) -> int:
     return min(g.stride[0], g.h) * min(g.stride[1], g.w)
 
 
+def most_taps(g: ConvGeometry) -> int:
+    """dgrad: taps of the residue class that most of them reach."""
+
+    def along(size: int, pad: int, taps: int, dilation: int, stride: int) -> int:
+        return max(sum((a + pad - t * dilation) % stride == 0 for t in range(taps)) for a in range(min(stride, size)))
+
+    down, across = zip((g.h, g.w), g.padding, (g.r, g.s), g.dilation, g.stride, strict=True)
+    return along(*down) * along(*across)
+
+
 def owners(kind: str, g: ConvGeometry, blocksize: tuple[int, int], tile: SlotTile) -> int:
     """CTAs of one split: what they own besides tiles."""
     if kind == "dgrad":
@@ -226,14 +236,15 @@ def layout(kind: str, g: ConvGeometry, blocksize: tuple[int, int], dtype: torch.
     numbers: tuple[int, ...]  # of int32
     if kind == "dgrad":
         bk, rows = blocksize[0], 16 * tile.mt
-        own, words, taps = bands(g, bk, tile), -(-tile.units // 32), -(-g.taps * tile.filters // 16) * 16
+        own, words, taps = bands(g, bk, tile), -(-tile.units // 32), most_taps(g)
+        items = -(-taps * tile.filters // 16) * 16
         numbers = (
             own * words, own * words, tile.capacity * rows, 8 + 4 * tile.capacity * max(1, bk // tile.filters) + words,
-            g.taps, 2 * own + 1 + tile.capacity + 1 + words, taps,
-            tile.capacity * rows * max(1, tile.filters // bk) * g.taps, g.taps + 1, 2 * tile.rows * tile.cols,
+            taps, 2 * own + 1 + tile.capacity + 1 + words, items,
+            tile.capacity * rows * max(1, tile.filters // bk) * taps, g.taps + 1, 2 * tile.rows * tile.cols,
             2 * tile.area, tile.units if tile.lists > 1 else 0, tile.planes * (tile.warps * tile.nt * 8 + 8),
         )  # fmt: skip
-        patch, other = (tile.filters + 1) * plane * 16, -(-taps // tile.filters) * rows * row
+        patch, other = (tile.filters + 1) * plane * 16, -(-items // tile.filters) * rows * row
     else:
         words, ranks = -(-g.c // 32), min(g.c, tile.capacity)
         chunks = -(-ranks // tile.units)
@@ -330,7 +341,7 @@ def candidates(
 
 def _takes_16(g: ConvGeometry, bk: int, dtype: torch.dtype) -> bool:
     """Whether dgrad takes 16 filters at once: the least that fill a product's K, where their patches are small."""
-    return g.k % 16 == 0 and (bk % 16 == 0 or bk == 8) and dtype.itemsize == 2 and g.taps <= 9
+    return g.k % 16 == 0 and (bk % 16 == 0 or bk == 8) and dtype.itemsize == 2 and most_taps(g) <= 9
 
 
 def taps_of(g: ConvGeometry, blocksize: tuple[int, int], nnzb: int) -> int:

@@ -1,7 +1,8 @@
 """A backend on tensors in a memory format that its kernels do not read: copies in one that they do, and back.
 
 Copies are counted in its estimates, so that the choice of a backend weighs them, and `explain` names them. A 1x1
-convolution needs none in batch_last: its tensors [C, H, W, N] in memory are those of one contiguous image.
+convolution needs none in batch_last: its tensors [C, H, W, N] in memory are those of one contiguous image; with a
+stride, of the pixels that it reads.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from .backends import Backend, Work
 from .geometry import KINDS
 from .index import IndexTables
 from .kernels.gpu_cost import Estimate
-from .layout import CONTIGUOUS, batch_last_of, laid_out, one_image
+from .layout import BATCH_LAST, CONTIGUOUS, batch_last_of, images_of, laid_out, new, one_image
 
 
 def reading(backend: Backend, work: Work) -> Backend:
@@ -43,7 +44,7 @@ class _Converted(Backend):
     def _work(self, work: Work) -> Work:
         return work.laid_out(self.inner)
 
-    def _copying(self, work: Work) -> float | None:
+    def _copying(self, kind: str, work: Work) -> float | None:
         return work.copying()
 
     def _in(self, t: Tensor) -> Tensor:
@@ -51,6 +52,12 @@ class _Converted(Backend):
 
     def _out(self, t: Tensor) -> Tensor:
         return laid_out(t, self.formats[0])
+
+    def _x_in(self, x: Tensor) -> Tensor:
+        return self._in(x)
+
+    def _dx_out(self, dx: Tensor) -> Tensor:
+        return self._out(dx)
 
     def absent(self) -> str | None:
         return self.backend.absent()
@@ -62,7 +69,7 @@ class _Converted(Backend):
         return self.backend.default(self._work(work))
 
     def estimate(self, kind: str, work: Work) -> Estimate | None:
-        found, around = self.backend.estimate(kind, self._work(work)), self._copying(work)
+        found, around = self.backend.estimate(kind, self._work(work)), self._copying(kind, work)
         return found and found._replace(seconds=found.seconds + (around or 0.0))
 
     def tile(self, kind: str, work: Work) -> Any:
@@ -71,31 +78,31 @@ class _Converted(Backend):
     def fprop(
         self, work: Work, tile: Any, x: Tensor, values: Tensor, tables: IndexTables, bias: Tensor | None
     ) -> Tensor:
-        return self._out(self.backend.fprop(self._work(work), tile, self._in(x), values, tables, bias))
+        return self._out(self.backend.fprop(self._work(work), tile, self._x_in(x), values, tables, bias))
 
     def fprop_then(
         self, work: Work, tile: Any, x: Tensor, values: Tensor, tables: IndexTables, bias: Tensor | None,
         residual: Tensor | None, relu: bool,
     ) -> Tensor:  # fmt: skip
         residual = None if residual is None else self._in(residual)
-        args = self._work(work), tile, self._in(x), values, tables, bias, residual, relu
+        args = self._work(work), tile, self._x_in(x), values, tables, bias, residual, relu
         return self._out(self.backend.fprop_then(*args))
 
     def dgrad(
         self, work: Work, tile: Any, dy: Tensor, values: Tensor, tables: IndexTables, memory_format: str
     ) -> Tensor:
-        return self._out(self.backend.dgrad(self._work(work), tile, self._in(dy), values, tables, self.inner))
+        return self._dx_out(self.backend.dgrad(self._work(work), tile, self._in(dy), values, tables, self.inner))
 
     def wgrad(self, work: Work, tile: Any, x: Tensor, dy: Tensor, tables: IndexTables) -> Tensor:
-        return self.backend.wgrad(self._work(work), tile, self._in(x), self._in(dy), tables)
+        return self.backend.wgrad(self._work(work), tile, self._x_in(x), self._in(dy), tables)
 
     def gradients(
         self, work: Work, tiles: tuple[Any, Any], x: Tensor, dy: Tensor, values: Tensor, tables: IndexTables,
         memory_format: str,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        inner = self._work(work), tiles, self._in(x), self._in(dy), values, tables, self.inner
+        inner = self._work(work), tiles, self._x_in(x), self._in(dy), values, tables, self.inner
         dx, dvalues = self.backend.gradients(*inner)
-        return self._out(dx), dvalues
+        return self._dx_out(dx), dvalues
 
 
 class _OneImage(_Converted):
@@ -104,19 +111,34 @@ class _OneImage(_Converted):
     def __init__(self, backend: Backend, work: Work) -> None:
         self.backend, self.name, self.order = backend, backend.name, backend.order
         self.formats, self.inner = (work.setting.memory_format,), CONTIGUOUS
-        self.images, self.note = work.geometry.n, f"{work.setting.memory_format} is read as one image"
+        self.geometry = work.geometry
+        of_pixels = "" if work.geometry.stride == (1, 1) else " of the pixels that are read"
+        self.note = f"{work.setting.memory_format} is read as one image{of_pixels}"
 
     def _work(self, work: Work) -> Work:
         one = work.as_one_image()
         assert one is not None  # as in `reading`
         return one
 
-    def _copying(self, work: Work) -> float:
-        return 0.0
+    def _copying(self, kind: str, work: Work) -> float:
+        return work.gathering(kind)
 
     def _in(self, t: Tensor) -> Tensor:
         return one_image(t)
 
     def _out(self, t: Tensor) -> Tensor:
         _, k, p, width = t.shape
-        return batch_last_of(t.contiguous(), (self.images, k, p, width // self.images))
+        n = self.geometry.n
+        return batch_last_of(t.contiguous(), (n, k, p, width // n))
+
+    def _x_in(self, x: Tensor) -> Tensor:
+        down, across = self.geometry.stride
+        return one_image(x[:, :, ::down, ::across]).contiguous()
+
+    def _dx_out(self, dx: Tensor) -> Tensor:
+        if self.geometry.stride == (1, 1):
+            return self._out(dx)
+        whole = new(self.geometry.x_shape, dx, BATCH_LAST).zero_()
+        down, across = self.geometry.stride
+        whole[:, :, ::down, ::across] = images_of(dx, self.geometry.n)
+        return whole

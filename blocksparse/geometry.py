@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 KINDS = ("fprop", "dgrad", "wgrad")  # the products: y, dx and dvalues
@@ -186,6 +186,20 @@ class ConvGeometry:
     @property
     def taps(self) -> int:
         return self.r * self.s
+
+    @property
+    def pointwise(self) -> bool:
+        """Whether each pixel of y reads one pixel of x: 1x1 without padding."""
+        return self.taps == 1 and self.padding == (0, 0)
+
+    @property
+    def of_matrices(self) -> bool:
+        """Whether contiguous tensors are matrices: y = weight @ x."""
+        return self.pointwise and self.stride == (1, 1) and self.n == self.groups == 1
+
+    def of_pixels_read(self) -> ConvGeometry:
+        """A pointwise convolution as one of stride 1 over the pixels it reads: x[:, :, ::stride[0], ::stride[1]]."""
+        return replace(self, h=self.p, w=self.q, stride=(1, 1))
 
     @property
     def only_padding(self) -> bool:

@@ -94,3 +94,27 @@ def test_one_channel_strided_in_channels_last(kernel, width, poisoned_memory):
         junk = [torch.full((size,), 1e12) for size in range(50, 2000, 150)]
         del junk
         torch.testing.assert_close(aten_conv.fprop(x, weight, None, g).double(), exact, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_one_image_under_1x1_kernels_is_a_matrix(groups, bias, monkeypatch):
+    """As a GPU multiplies two-byte types, here in float64; what is no product of matrices is convolved."""
+    asked, by_matrices = [], aten_conv.by_matrices
+
+    def here(like: torch.Tensor, g: bs.ConvGeometry, channels_last: bool) -> bool:
+        assert not by_matrices(like, g, channels_last)
+        asked.append(g.of_matrices and not channels_last)
+        return asked[-1]
+
+    monkeypatch.setattr(aten_conv, "by_matrices", here)
+    pattern = bs.BSRPattern.random((8, 6 // groups, 1, 1), (2, 1), 0.5).grouped(groups)
+    values, given = torch.randn(pattern.nnzb, 2, 1, dtype=torch.float64), torch.randn(8) if bias else None
+    for x_shape, stride, taken in (((1, 6, 3, 5), 1, True), ((2, 6, 3, 5), 1, False), ((1, 6, 3, 5), 2, False)):
+        x, asked[:] = torch.randn(x_shape, dtype=torch.float64), []
+        given = None if given is None else given.double()
+        y = bs.conv2d(x, values, pattern, given, stride, backend="torch")
+        dx = bs.conv2d_dgrad(y, values, pattern, x.shape, stride, backend="torch")
+        assert asked == [taken and groups == 1] * 2
+        torch.testing.assert_close(y, bs.reference.fprop(x, values, pattern, given, stride))
+        torch.testing.assert_close(dx, bs.reference.dgrad(y, values, pattern, x.shape, stride))

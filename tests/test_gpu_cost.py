@@ -117,6 +117,20 @@ def test_a_dense_filter_bank_costs_launches_alone():
             assert 0 < product.estimate.seconds - product.dense.seconds < 4e-6
 
 
+def test_a_1x1_layer_in_batch_last_is_dense_without_copies():
+    """One image of it is a matrix; with a stride its pixels are gathered, and dx has zeros around them."""
+    for stride, extra in ((1, {"fprop": 0, "dgrad": 0}), (2, {"fprop": 1 / 4 + 1 / 4, "dgrad": 1 / 4 + 1 / 4 + 1})):
+        g = ConvGeometry(64, 256, 56, 56, 128, 1, 1, (stride, stride))
+        there, read = (
+            plan_on("h200", geometry, (51, 64, 1), torch.float16, memory_format=form).products
+            for geometry, form in ((g, "batch_last"), (replace(g, h=g.p, w=g.q, stride=(1, 1)), "channels_last"))
+        )
+        for kind, bytes_of_x in extra.items():
+            moved = bytes_of_x * math.prod(g.x_shape) * 2 / (0.85 * 0.9 * 4.8e12)
+            launches = (2 if kind == "dgrad" else 1) * 1.5e-6 if stride > 1 else 0.0
+            assert there[kind].dense.seconds == pytest.approx(read[kind].dense.seconds + moved + launches, rel=1e-6)
+
+
 def test_what_explain_says():
     text = str(plan_of(named("layer3.3x3"), (32, 32), 0.1))
     assert "fprop: triton (predicted " in text

@@ -169,26 +169,29 @@ def test_a_plan_says_what_copies_cost():
         assert copied.products[kind].dense.seconds == through  # of a dense weight: PyTorch does not read it, either
 
 
+@pytest.mark.parametrize("stride", [1, (2, 1), (1, 3), 2])
 @pytest.mark.parametrize("groups", [1, 2])
-def test_a_1x1_convolution_reads_batch_last_as_one_image(groups):
+def test_a_1x1_convolution_reads_batch_last_as_one_image(groups, stride):
     pattern = bs.BSRPattern.random((8, 6 // groups, 1, 1), (2, 1), 0.5).grouped(groups)
     for n, h, w in ((4, 3, 5), (2, 1, 1), (3, 1, 7), (5, 4, 1)):
         x = torch.randn(n, 6, h, w, dtype=torch.float64)
         values = torch.randn(pattern.nnzb, 2, 1, dtype=torch.float64)
-        dy, found = torch.randn(n, 8, h, w, dtype=torch.float64), []
+        dy, found = torch.randn_like(nn.functional.conv2d(x, x.new_ones(8, 6, 1, 1), stride=stride)), []
         for form in (torch.clone, bs.to_batch_last):
             here = form(x).requires_grad_(), values.clone().requires_grad_()
-            y = bs.conv2d(*here, pattern, backend="torch")
+            y = bs.conv2d(*here, pattern, None, stride, backend="torch")
             found.append((y.detach().clone(), *torch.autograd.grad(y, here, form(dy))))
-            y = bs.conv2d(form(x), values, pattern, backend="torch").add_(1)  # no view
+            bs.conv2d(form(x), values, pattern, None, stride, backend="torch").add_(1)  # no view
+            bs.conv2d_dgrad(form(dy), values, pattern, x.shape, stride, backend="torch").add_(1)
         for a, b in zip(*found, strict=True):
             torch.testing.assert_close(a, b)
-        if n * h * w > n:
+        if dy.numel() > 8 * n:
             assert bs.memory_format_of(found[1][0]) == bs.memory_format_of(found[1][1]) == "batch_last"
     plan = bs.explain(
-        bs.to_batch_last(torch.randn(8, 6, 9, 9)), torch.randn(pattern.nnzb, 2, 1), pattern, backend="torch"
+        bs.to_batch_last(torch.randn(8, 6, 9, 9)), torch.randn(pattern.nnzb, 2, 1), pattern, stride, backend="torch"
     )
-    assert "batch_last is read as one image" in str(plan)
+    of_pixels = "" if stride == 1 else " of the pixels that are read"
+    assert f"batch_last is read as one image{of_pixels}" in str(plan)
     assert "copied" not in str(plan)
 
 

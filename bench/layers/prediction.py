@@ -76,11 +76,12 @@ def predict(
         first.fail(REFUSED, str(error))
         return [first]
     gpu, weights = gpus.named(about.gpu, "predict()"), pattern.nnzb * math.prod(pattern.blocksize)
-    dense = gpu_cost.dense(g, about.dtype, about.precision, True, gpu)  # channels_last, whatever the blocks run in
     roofline = gpu_cost.roofline(g, weights, 8 * pattern.nnzb, about.dtype, about.precision, gpu)
     rows = []
     for kind in KINDS:
         product = plan.products[kind]
+        # Dense in channels_last, whatever the blocks run in.
+        dense = gpu_cost.dense(kind, g, about.dtype, about.precision, True, gpu)
         row = PredictedRow(**{**vars(first), "kind": kind})
         row.blocksize, row.nnzb, row.density = pattern.blocksize, pattern.nnzb, pattern.density
         row.backend, row.tile = product.backend, None if product.tile is None else str(product.tile)

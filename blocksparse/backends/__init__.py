@@ -59,11 +59,13 @@ class Work(NamedTuple):
         return self._replace(setting=self.setting._replace(memory_format=memory_format))
 
     def as_one_image(self) -> Work | None:
-        """A 1x1 convolution of tensors in batch_last, as that of one contiguous image N times as wide; else None."""
-        g = self.geometry
-        pointwise = g.taps == 1 and g.stride == (1, 1) and g.padding == (0, 0)
-        if self.setting.memory_format != BATCH_LAST or not pointwise or g.n == 0:
+        """A 1x1 convolution of tensors in batch_last, as that of one contiguous image N times as wide; else None.
+
+        Its image is of the pixels that are read: with a stride they are gathered first.
+        """
+        if self.setting.memory_format != BATCH_LAST or not self.geometry.pointwise or self.geometry.n == 0:
             return None
+        g = self.geometry.of_pixels_read()
         return self.laid_out(CONTIGUOUS)._replace(geometry=replace(g, n=1, w=g.w * g.n))
 
     def copying(self) -> float | None:
@@ -74,6 +76,16 @@ class Work(NamedTuple):
             return None
         return cost.copying(self.geometry, self.setting.threads)
 
+    def gathering(self, kind: str) -> float:
+        """Estimated seconds between x or dx and the pixels of as_one_image; 0 where there is no estimate."""
+        g = self.geometry
+        if g.stride == (1, 1):
+            return 0.0
+        read, filled = g.n * g.c * g.p * g.q, g.n * g.c * g.h * g.w if kind == "dgrad" else 0
+        if self.gpu is not None:
+            return gpu_cost.passes((2 * read + filled) * self.dtype.itemsize, 2 if filled else 1, self.gpu)
+        return cost.copied(read + filled, self.setting.threads) if self.device.type == "cpu" else 0.0
+
     def on_a_cpu(self, kind: str) -> tuple[float, float] | None:
         """Estimated seconds of stored blocks and of the dense product; None elsewhere and for other dtypes."""
         if self.device.type != "cpu" or not cost.known(self.dtype):
@@ -83,7 +95,8 @@ class Work(NamedTuple):
     def dense(self, kind: str) -> Estimate | None:
         """Of PyTorch's own product on a dense filter bank, without what stored blocks need around it."""
         if (one := self.as_one_image()) is not None:
-            return one.dense(kind)
+            found = one.dense(kind)
+            return found and found._replace(seconds=found.seconds + self.gathering(kind))
         if self.setting.memory_format == BATCH_LAST:  # PyTorch's convolution does not read it
             copied = [self.laid_out(form).dense(kind) for form in (CONTIGUOUS, CHANNELS_LAST)]
             times = [found for found in copied if found is not None]
@@ -95,7 +108,7 @@ class Work(NamedTuple):
             if self.dtype not in gpu_cost.DTYPES:
                 return None
             last = self.setting.channels_last
-            return gpu_cost.dense(self.geometry, self.dtype, self.precision, last, self.gpu)
+            return gpu_cost.dense(kind, self.geometry, self.dtype, self.precision, last, self.gpu)
         both = self.on_a_cpu(kind)
         return both and Estimate(both[1], "")
 

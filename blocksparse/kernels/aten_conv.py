@@ -12,12 +12,13 @@ tens of thousands of random geometries against float64 found these mistakes (PyT
   one channel each, are contiguous.
 - float64 gradients refuse some channels_last tensors: these are computed contiguous.
 
-On a GPU strided 1x1 convolutions stay as they are: their detour would cost passes over x and dx.
+On a GPU strided 1x1 convolutions stay as they are: their detour would cost passes over x and dx. There cuDNN computes
+two-byte types in channels_last and turns contiguous tensors before and after: one contiguous image under a 1x1 kernel
+is multiplied as it lies, a matrix. wgrad is not: its sums over pixels are long, and cuBLAS may split them and add the
+parts in two bytes.
 """
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -30,15 +31,20 @@ aten = torch.ops.aten
 
 def dense_steps(g: ConvGeometry, device: torch.device) -> ConvGeometry:
     """On a CPU a strided 1x1 convolution without padding as one of stride 1 over the pixels that it reads; else g."""
-    strided = device.type == "cpu" and g.taps == 1 and g.padding == (0, 0) and g.stride != (1, 1)
-    return replace(g, h=g.p, w=g.q, stride=(1, 1)) if strided else g
+    strided = device.type == "cpu" and g.pointwise and g.stride != (1, 1)
+    return g.of_pixels_read() if strided else g
 
 
 def pixels_read(x: Tensor, g: ConvGeometry) -> Tensor:
     """The pixels of x that dense_steps is about, a view: x itself unless that is another geometry."""
     if dense_steps(g, x.device) is g:
         return x
-    return x[:, :, :: g.stride[0], :: g.stride[1]][:, :, : g.p, : g.q]
+    return x[:, :, :: g.stride[0], :: g.stride[1]]
+
+
+def by_matrices(like: Tensor, g: ConvGeometry, channels_last: bool) -> bool:
+    """Whether fprop and dgrad are a product of matrices, for tensors of the device and dtype of `like`."""
+    return like.is_cuda and like.element_size() == 2 and not channels_last and g.of_matrices
 
 
 def works_in(channels_last: bool, like: Tensor, g: ConvGeometry) -> bool:
@@ -79,6 +85,9 @@ def fprop(x: Tensor, weight: Tensor, bias: Tensor | None, g: ConvGeometry) -> Te
     last = is_channels_last(x)
     if g.only_padding:
         return bias_alone((x.shape[0], weight.shape[0], g.p, g.q), x, bias, last)
+    if by_matrices(x, g, last):
+        y = torch.mm(weight.flatten(1), x.reshape(g.c, -1)).view(1, -1, g.p, g.q)
+        return y if bias is None else y.add_(bias.view(-1, 1, 1))
     inner = works_in(last, x, g)
     x, weight = _laid_out(pixels_read(x, g), inner), _laid_out(weight, inner)
     return aten.convolution(x, weight, bias, *_args(dense_steps(g, x.device))).contiguous(memory_format=format_of(last))
@@ -89,6 +98,8 @@ def dgrad(dy: Tensor, weight: Tensor, g: ConvGeometry, channels_last: bool) -> T
     shape = (dy.shape[0], weight.shape[1] * g.groups, g.h, g.w)
     if g.only_padding:
         return empty(shape, dy, channels_last).zero_()
+    if by_matrices(dy, g, channels_last):
+        return torch.mm(weight.flatten(1).t(), dy.reshape(dy.shape[1], -1)).view(shape)
     steps, last = dense_steps(g, dy.device), works_in(channels_last, dy, g)
     dy, weight = _laid_out(dy, last), _laid_out(weight, last)
     like = empty((*shape[:2], steps.h, steps.w), dy, last)  # only its shape is read

@@ -119,9 +119,14 @@ ONE_CHUNK = 16
 COPIED = 3.0  # nanoseconds of a value into or out of batch_last by PyTorch's copy on one thread: 0.5 to 11
 
 
+def copied(values: int, threads: int) -> float:
+    """Seconds of so many values through such a copy."""
+    return 1e-9 * COPIED * values / threads
+
+
 def copying(g: ConvGeometry, threads: int) -> float:
-    """Seconds of x and y through a copy in another memory format: what a kernel costs that does not read batch_last."""
-    return 1e-9 * COPIED * g.n * (g.c * g.h * g.w + g.k * g.p * g.q) / threads
+    """Of x and y: what a kernel costs that does not read batch_last."""
+    return copied(g.n * (g.c * g.h * g.w + g.k * g.p * g.q), threads)
 
 
 @lru_cache(maxsize=4096)

@@ -136,10 +136,13 @@ def activations(g: ConvGeometry) -> tuple[int, int]:
     return g.n * g.c * g.h * g.w, g.n * g.k * g.p * g.q
 
 
-def dense(g: ConvGeometry, dtype: torch.dtype, precision: str, channels_last: bool, gpu: Gpu) -> Estimate:
-    """PyTorch's convolution of a dense filter bank, alone; fprop, dgrad and wgrad alike.
+def dense(
+    kind: str, g: ConvGeometry, dtype: torch.dtype, precision: str, channels_last: bool, gpu: Gpu
+) -> Estimate:  # fmt: skip
+    """PyTorch's convolution of a dense filter bank, alone; fprop, dgrad and wgrad alike but for what is turned.
 
-    cuDNN computes two-byte types in channels_last: contiguous tensors are turned before and after. In groups each is
+    cuDNN computes two-byte types in channels_last: contiguous tensors are turned before and after, unless aten_conv.py
+    multiplies matrices. In groups each is
     taken to be computed alone, filters and channels filled up to 8, the least that a tensor core multiplies: less than
     it takes, so that stored blocks are not preferred by a guess.
     """
@@ -149,7 +152,8 @@ def dense(g: ConvGeometry, dtype: torch.dtype, precision: str, channels_last: bo
     rate = DENSE_TENSOR * flops_of(dtype, precision, gpu) * gpu.units * gpu.clock * SUSTAINED
     found = {"tensor cores": flops / rate, "HBM": (x + y + weights) * size / (DENSE_HBM * MEMORY * gpu.memory)}
     bound = max(found, key=lambda name: found[name])
-    turned = 0.0 if channels_last or size != 2 or g.p * g.q == 1 else passes(2 * (x + y) * size, 2, gpu)
+    as_it_lies = channels_last or size != 2 or g.p * g.q == 1 or (g.of_matrices and kind != "wgrad")
+    turned = 0.0 if as_it_lies else passes(2 * (x + y) * size, 2, gpu)
     fixed = SMALL_LAUNCH + turned
     return Estimate(found[bound] + fixed, bound if found[bound] >= fixed else "launch")
 

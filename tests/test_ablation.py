@@ -102,7 +102,7 @@ def test_the_answer_and_the_table():
     first, second = answers(results, rows(results))
     assert first == (
         "At 90% better than hrbp++: hrbp++ snip (+11.0 [+8.5, +13.5]), unstructured (+5.0 [+5.0, +5.0]); worse: hrbp++"
-        " grasp (-11.0 [-13.5, -8.5]); of 1 of 4 no difference is shown."
+        " grasp (-11.0 [-13.5, -8.5]); no difference is shown for 1 of 4."
     )
     assert second.startswith("Over the 5 sparse networks at 90% accuracy goes with feature rank at the start (+1.00")
     assert "it is not shown to go with gradient at the start, gradient at the end" in second

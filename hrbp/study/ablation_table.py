@@ -111,7 +111,8 @@ def answers(results: Results, found: Sequence[Mapping[str, Any]]) -> list[str]:
             better = f"better than {base}: {', '.join(sides[1])}" if sides[1] else f"nothing is better than {base}"
             worse = f"; worse: {', '.join(sides[-1])}" if sides[-1] else ""
             rest = len(known) - len(sides[1]) - len(sides[-1])
-            unclear = f"; of {rest} of {len(known)} no difference is shown" if rest else ""
+            of_all = f"any of {rest}" if rest == len(known) else f"{rest} of {len(known)}"
+            unclear = f"; no difference is shown for {of_all}" if rest else ""
             said.append(f"At {100 * asked:g}% {better}{worse}{unclear}.")
         if words := _goes_with(sparse):
             said.append(f"Over the {len(sparse)} sparse networks at {100 * asked:g}% accuracy {words}.")

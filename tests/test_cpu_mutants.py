@@ -33,6 +33,15 @@ LAYERS = (
     ((16, 16, 3, 3), (8, 8)), ((160, 640, 1, 1), (32, 32)), ((16, 16, 3, 3), (8, 1)), ((16, 16, 3, 3), (1, 1)),
     ((12, 6, 1, 1), (4, 2)),
 )
+pattern = bs.BSRPattern.random((2, 1, 3, 3), (1, 1), 0.9)
+values = torch.randn(pattern.nnzb, 1, 1)
+for width in range(3, 40):  # every second pixel, of a tensor that ends with the last
+    for padding in 0, 1:
+        x = torch.randn(1, 1, 3, width)
+        y = bs.conv2d(x, values, pattern, None, 2, padding, backend="cpu")
+        needed = bs.reference.fprop(x.double(), values.double(), pattern, None, 2, padding)
+        if not torch.allclose(y.double(), needed, rtol=1e-4, atol=1e-5):
+            wrong.append(("fprop", "width", width, padding))
 for shape, blocksize in LAYERS:
     pattern = bs.BSRPattern.random(shape, blocksize, 0.4)
     values = torch.randn(pattern.nnzb, *blocksize)
@@ -122,7 +131,11 @@ def test_no_read_or_write_outside_of_a_tensor(tmp_path):
     result = products(SOURCES / "cpu.cpp", tmp_path, *flags, **options)
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.split()[0] == "0", result.stdout
-    # It looks: one row of an image too many is read.
-    wrong = mutant(tmp_path, "if (h < 0 || h >= height) {", "if (h < 0 || h > height) {")
-    result = products(wrong, tmp_path, *flags, **options)
-    assert "AddressSanitizer" in result.stderr
+    # It looks: one row of an image too many is read; one pixel behind the last, one before the first.
+    for i, (before, after) in enumerate((
+        ("if (h < 0 || h >= vertical.size) {", "if (h < 0 || h > vertical.size) {"),
+        ("2 * count > width", "2 * count > width + 1"),
+        ("horizontal.first[b] > 0, horizontal.size", "true, horizontal.size"),
+    )):  # fmt: skip
+        result = products(mutant(tmp_path / str(i), before, after), tmp_path, *flags, **options)
+        assert "AddressSanitizer" in result.stderr, before

@@ -27,16 +27,10 @@ template <int BYTES> INLINE bool copy_ends(const float* from, float* to, int64_t
     *(part*)((char*)(to + count) - BYTES) = last;
     return true;
 }
-template <class A, size_t... J> INLINE vec<A> every_second(vec<A> a, vec<A> b, std::index_sequence<J...>) {
-    return SHUFFLE(A, a, b, 2 * J);
-}
 template <> INLINE void copy_in<float, float>(const float* from, int64_t step, float* to, int64_t count) {
     constexpr int L = LANES<float>;
     if (step != 1) {
-        int64_t j = 0;
-        for (; step == 2 && j + L < count; j += L)
-            store(to + j, every_second<float>(load(from + 2 * j), load(from + 2 * j + L), std::make_index_sequence<L>{}));
-        for (; j < count; j++) to[j] = from[j * step];
+        for (int64_t j = 0; j < count; j++) to[j] = from[j * step];
     } else if (count >= L) {
         for (int64_t j = 0; j + L <= count; j += L) store(to + j, load(from + j));
         store(to + count - L, load(from + count - L));
@@ -97,6 +91,48 @@ template <class A> struct Masked {
             for (; rows > 0; rows--, from += from_step, to += to_step) store(to, (vec<A>)((mask)load(from) & a));
     }
 };
+// N of every second pixel: lanes FIRST, FIRST + 2, ... of 2 N that are read.
+template <int N> struct Part {};
+template <int N> struct Vector<Part<N>> {
+    typedef float anywhere __attribute__((vector_size(4 * N), aligned(4), may_alias));
+    typedef int32_t indices __attribute__((vector_size(4 * N)));
+};
+template <int N, int FIRST, size_t... J> INLINE void copy_part(const float* from, float* to, std::index_sequence<J...>) {
+    typedef typename Vector<Part<N>>::anywhere part;
+    const part a = *(const part*)from, b = *(const part*)(from + N);
+    *(part*)to = SHUFFLE(Part<N>, a, b, 2 * J + FIRST);
+}
+// Rows of every second pixel: `lead` zeros, `count` pixels, `tail` zeros. Nothing but the pixels from the first to the
+// last is read, and one before them where there is one (`before`), or behind them (where count is N and not `before`).
+template <int N>
+__attribute__((noinline)) void copy_strided(const float* from, int64_t from_step, float* to, int64_t to_step, int64_t rows,
+                                            int64_t lead, int64_t count, int64_t tail, bool before) {
+    constexpr auto lanes = std::make_index_sequence<N>{};
+    for (; rows > 0; rows--, from += from_step, to += to_step) {
+        for (int64_t j = 0; j < lead; j++) to[j] = 0;
+        float* const row = to + lead;
+        int64_t j = 0;
+        for (; before && j + N < count; j += N) copy_part<N, 1>(from + 2 * j - 1, row + j, lanes);
+        for (; j + N < count; j += N) copy_part<N, 0>(from + 2 * j, row + j, lanes);
+        if (before || count > N)
+            copy_part<N, 1>(from + 2 * (count - N) - 1, row + count - N, lanes);
+        else
+            copy_part<N, 0>(from, row, lanes);
+        for (j = count; j < count + tail; j++) row[j] = 0;
+    }
+}
+// The same with the largest part that fits; false, and nothing is done, where none does. `width`: pixels from the first
+// to the end of the tensor's row.
+template <int N = 16>
+bool copy_strided_rows(const float* from, int64_t from_step, float* to, int64_t to_step, int64_t rows, int64_t lead,
+                       int64_t count, int64_t tail, bool before, int64_t width) {
+    if constexpr (N >= 2) {
+        if (N * 4 > VECTOR_BYTES || count < N || (count == N && !before && 2 * count > width))
+            return copy_strided_rows<N / 2>(from, from_step, to, to_step, rows, lead, count, tail, before, width);
+        copy_strided<N>(from, from_step, to, to_step, rows, lead, count, tail, before);
+    }
+    return N >= 2;
+}
 template <class A> INLINE void add(const A* from, A* to, int64_t count) {
     int64_t j = 0;
     for (; j + LANES<A> <= count; j += LANES<A>) store(to + j, load(to + j) + load(from + j));
@@ -180,8 +216,8 @@ INLINE void copy_pixels(const From* from, int64_t from_step, To* to, int64_t to_
 
 // fill() of planes whose images are innermost, from a tensor in batch_last.
 template <class T, class A>
-void fill_batch_last(const T* x, const int64_t* strides, int64_t height, const Axis& vertical, const Axis& horizontal,
-                     int64_t begin, int64_t rows, const Unit& u, const Layout& lay, int64_t plane, int64_t front,
+void fill_batch_last(const T* x, const int64_t* strides, const Axis& vertical, const Axis& horizontal, int64_t begin,
+                     int64_t rows, const Unit& u, const Layout& lay, int64_t plane, int64_t front,
                      int64_t c0, int64_t c1, const int32_t* place, A* to) {
     const int64_t channel = plane * vertical.phases() * horizontal.phases(), images = lay.images, all = images * lay.pitch;
     const auto copy = [](const T* from, A* to, int64_t count) { copy_in(from, 1, to, count); };
@@ -194,7 +230,7 @@ void fill_batch_last(const T* x, const int64_t* strides, int64_t height, const A
                 row += front;
                 for (int64_t i = 0; i < rows; i++, row += all) {
                     const int64_t h = (begin + i) * vertical.stride + vertical.residue[a] - vertical.padding;
-                    if (h < 0 || h >= height) {
+                    if (h < 0 || h >= vertical.size) {
                         zero(row, all);
                         continue;
                     }
@@ -212,11 +248,11 @@ void fill_batch_last(const T* x, const int64_t* strides, int64_t height, const A
 // holds the pixels of input row i * stride + residue - padding. `front` zeros come before the first. Channel c goes to
 // the planes of number place[c], or c - c0.
 template <class T, class A>
-void fill(const T* x, const int64_t* strides, int64_t height, const Axis& vertical, const Axis& horizontal,
-          int64_t begin, int64_t rows, const Unit& u, const Layout& lay, int64_t plane, int64_t front, int64_t c0,
+void fill(const T* x, const int64_t* strides, const Axis& vertical, const Axis& horizontal, int64_t begin, int64_t rows,
+          const Unit& u, const Layout& lay, int64_t plane, int64_t front, int64_t c0,
           int64_t c1, const int32_t* place, A* to) {
     if (lay.batch_last)
-        return fill_batch_last<T, A>(x, strides, height, vertical, horizontal, begin, rows, u, lay, plane, front, c0, c1,
+        return fill_batch_last<T, A>(x, strides, vertical, horizontal, begin, rows, u, lay, plane, front, c0, c1,
                                      place, to);
     const int64_t channel = plane * vertical.phases() * horizontal.phases(), pitch = lay.pitch, images = lay.images;
     const bool across = transposed(strides, c1 - c0, pitch);
@@ -243,7 +279,7 @@ void fill(const T* x, const int64_t* strides, int64_t height, const Axis& vertic
             const bool narrow = std::is_same<T, A>::value && !across && step == 1 && pitch <= 2 * LANES<A>;
             const Masked<A> vectors(narrow ? lead : 0, narrow ? data : 0, pitch);
             // What lies before an image's last pixel can be read.
-            const T* const last = image + (c1 - 1) * strides[1] + (height - 1) * strides[2] + data;
+            const T* const last = image + (c1 - 1) * strides[1] + (vertical.size - 1) * strides[2] + data;
             // An image's channels lie side by side in memory: one image after the other, of as many channels as have
             // their planes in the first cache.
             const int64_t some = std::max<int64_t>(1, 128 / rows), row_step = vertical.stride * strides[2];
@@ -268,6 +304,11 @@ void fill(const T* x, const int64_t* strides, int64_t height, const Axis& vertic
                             vectors.copy((const A*)from - lead, row_step, row, all, bottom - top);
                             continue;
                         }
+                        if constexpr (std::is_same<T, float>::value)
+                            if (!across && horizontal.stride == 2 && strides[3] == 1 &&
+                                copy_strided_rows(from, row_step, row, all, bottom - top, lead, data, pitch - lead - data,
+                                                  horizontal.first[b] > 0, horizontal.size - horizontal.first[b]))
+                                continue;
                         for (int64_t i = top; i < bottom; i++, from += row_step, row += all) {
                             zero(row, lead);
                             if (!across) {

@@ -136,7 +136,7 @@ int dgrad(const Conv& g, const T* dy, const T* values, const Index& index, T* dx
                 }
                 std::memset(results, 0, sizeof(A) * channels * lay.channel);
                 if (dy_rows > 0) {
-                    fill<T, A>(dy, g.y_strides, g.p, whole_rows, whole_columns, first, dy_rows, u, lay, dy_plane, 0, 0,
+                    fill<T, A>(dy, g.y_strides, whole_rows, whole_columns, first, dy_rows, u, lay, dy_plane, 0, 0,
                                g.k, index.order ? place : nullptr, planes);
                     const Unit of_dy{u.image, u.images, first, dy_rows};
                     lay.windows(of_dy, g.q, [&](const Unit&, int64_t start, int64_t run) {
@@ -157,7 +157,7 @@ int dgrad(const Conv& g, const T* dy, const T* values, const Index& index, T* dx
             if (in_place)
                 from = (const A*)dy + u.image * g.y_strides[0] + u.row * g.y_strides[2];
             else
-                fill<T, A>(dy, g.y_strides, g.p, whole_rows, whole_columns, top + u.row - reach, u.rows + reach, u, lay,
+                fill<T, A>(dy, g.y_strides, whole_rows, whole_columns, top + u.row - reach, u.rows + reach, u, lay,
                            dy_plane, horizontal.reach * lay.pixel_step, 0, g.k, nullptr, planes);
             lay.windows(u, right - left, [&](const Unit& some, int64_t start, int64_t run) {
                 for (int64_t block = b0; block < b1; block++) {

@@ -57,7 +57,7 @@ int fprop(const Conv& g, const T* x, const T* values, const T* bias, const Epilo
             if (in_place)
                 from = (const A*)x + u.image * g.x_strides[0] + u.row * g.x_strides[2];
             else
-                fill<T, A>(x, g.x_strides, g.h, lay.vertical, lay.horizontal, u.row, u.rows + lay.vertical.reach, u, lay,
+                fill<T, A>(x, g.x_strides, lay.vertical, lay.horizontal, u.row, u.rows + lay.vertical.reach, u, lay,
                            lay.plane, 0, 0, g.c, nullptr, planes);
             lay.windows(u, g.q, [&](const Unit& some, int64_t at, int64_t run) {
                 for (int64_t b = b0; b < b1; b++) {

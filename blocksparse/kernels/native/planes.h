@@ -14,12 +14,12 @@ namespace {
 
 struct Axis {  // rows or columns of the planes
     int64_t reach = 0, length = 0;            // furthest tap; what a row needs
-    int64_t stride, padding;
+    int64_t size, stride, padding;            // size: of the tensor
     std::vector<int64_t> phase_of, shift;     // of each tap
     std::vector<int64_t> residue, lead, first, data;  // of each phase: zeros before, first pixel read, pixels
 
     Axis(int64_t in, int64_t out, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation)
-        : stride(stride), padding(padding) {
+        : size(in), stride(stride), padding(padding) {
         for (int64_t tap = 0; tap < kernel; tap++) {
             const int64_t at = tap * dilation, b = at % stride;
             size_t phase = std::find(residue.begin(), residue.end(), b) - residue.begin();

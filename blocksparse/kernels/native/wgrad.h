@@ -65,13 +65,13 @@ int wgrad(const Conv& g, const T* x, const T* dy, const Index& index, T* dvalues
                     from = (const A*)x + u.image * g.x_strides[0] + u.row * g.x_strides[2];
                     other = (const A*)dy + u.image * g.y_strides[0] + u.row * g.y_strides[2];
                 } else {
-                    fill<T, A>(x, g.x_strides, g.h, lay.vertical, lay.horizontal, u.row, u.rows + lay.vertical.reach, u,
+                    fill<T, A>(x, g.x_strides, lay.vertical, lay.horizontal, u.row, u.rows + lay.vertical.reach, u,
                                lay, lay.plane, 0, 0, g.c, nullptr, planes);
                     if (index.order)
-                        fill<T, A>(dy, g.y_strides, g.p, whole_rows, whole_columns, u.row, u.rows, u, lay, dy_plane, 0, 0,
+                        fill<T, A>(dy, g.y_strides, whole_rows, whole_columns, u.row, u.rows, u, lay, dy_plane, 0, 0,
                                    g.k, row_of, dy_planes);
                     else
-                        fill<T, A>(dy, g.y_strides, g.p, whole_rows, whole_columns, u.row, u.rows, u, lay, dy_plane, 0,
+                        fill<T, A>(dy, g.y_strides, whole_rows, whole_columns, u.row, u.rows, u, lay, dy_plane, 0,
                                    b0 * g.bk, b1 * g.bk, nullptr, dy_planes + b0 * g.bk * dy_plane);
                 }
                 lay.windows(u, g.q, [&](const Unit& some, int64_t start, int64_t run) {

@@ -13,6 +13,7 @@ import blocksparse as bs
 import hrbp
 from hrbp.layers.record import record_of
 from hrbp.layers.view import sparse_layers
+from hrbp.training.devices import process_group
 
 STRUCTURES = {"blocks": {"structure": "1xn", "n": 4}, "mask": {"structure": "kernel"}}
 
@@ -231,16 +232,13 @@ def test_layers_without_a_shape_or_values_are_refused():
 
 def test_wrappers():
     net = model()
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
+    with process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1):
         wrapped = DistributedDataParallel(net)
         with pytest.raises(ValueError, match=r"sparsify\(\): the model is in DistributedDataParallel.*before it is"):
             hrbp.sparsify(wrapped, 0.5)
         assert not sparse_layers(net)
         hrbp.sparsify(net, 0.5, **STRUCTURES["blocks"])
         hrbp.densify(DistributedDataParallel(net))
-    finally:
-        torch.distributed.destroy_process_group()
     assert record_of(net, required=False) is None
     compiled = torch.compile(net, backend="eager")
     assert hrbp.sparsify(compiled, 0.5, include=["1"], **STRUCTURES["blocks"]) is compiled

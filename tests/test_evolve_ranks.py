@@ -20,6 +20,7 @@ import hrbp
 import processes
 from hrbp.layers.view import sparse_layers
 from hrbp.methods.evolver import Evolver
+from hrbp.training.devices import process_group
 
 ROOT = Path(__file__).parent.parent
 RANKS = 2
@@ -180,15 +181,13 @@ def compiled(rank: int) -> None:
 
 def worker(rank: int, *tasks: str) -> None:
     limit = timedelta(seconds=LIMIT / 4)
-    dist.init_process_group("gloo", f"file://{Path('store').absolute()}", rank=rank, world_size=RANKS, timeout=limit)
     torch.set_num_threads(1)
-    try:
+    meeting = f"file://{Path('store').absolute()}"
+    with process_group("gloo", init_method=meeting, rank=rank, world_size=RANKS, timeout=limit):
         for task in tasks:
             print(task, flush=True)
             globals()[task](rank)
             dist.barrier()
-    finally:
-        dist.destroy_process_group()
 
 
 # ---------------------------------------------------------------------- the tests
@@ -261,3 +260,31 @@ def test_a_compiled_data_parallel_model_trains(tmp_path):
     for method in ("rigl", "subp"):
         states = [torch.load(tmp_path / f"compiled-{method}-{rank}.pt", weights_only=True) for rank in range(RANKS)]
         assert all(torch.equal(t, states[1][name]) for name, t in states[0].items())
+
+
+LAST = """
+import sys
+import torch
+from torch import distributed, nn
+from hrbp.training.devices import process_group
+
+def train():
+    with process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1):
+        parallel = nn.parallel.DistributedDataParallel(nn.Linear(4, 4))
+        for _ in range(2):
+            parallel(torch.randn(2, 4)).sum().backward()
+
+sys.setswitchinterval(1000)  # a thread that wants Python's lock waits until it is let go
+for _ in range(300):  # most runs would hang at one of them
+    train()
+print("done")
+"""
+
+
+@pytest.mark.slow
+def test_a_network_that_outlives_its_process_group():
+    """PyTorch waits for the group's threads where it ends, for as long as these wait for Python's lock."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    ended = processes.run([sys.executable, "-c", LAST], env=environment, limit=120)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout == "done\n"

@@ -6,13 +6,13 @@ import copy
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import blocksparse as bs
 import hrbp
+from hrbp.training.devices import process_group
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 STRUCTURES = {
@@ -94,8 +94,7 @@ def test_a_scaled_loss_in_half_precision(structure):
 @pytest.mark.device
 def test_one_process_of_data_parallel(tmp_path):
     backend = "nccl" if DEVICE == "cuda" else "gloo"
-    dist.init_process_group(backend, f"file://{tmp_path / 'store'}", rank=0, world_size=1)
-    try:
+    with process_group(backend, init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1):
         model, alone = network("hrbp++"), network("hrbp++")
         parallel = DistributedDataParallel(model, device_ids=[0] if DEVICE == "cuda" else None)
         runs = []
@@ -109,8 +108,6 @@ def test_one_process_of_data_parallel(tmp_path):
                 evolver.step()
                 optimizer.zero_grad()
             runs.append(float(loss.detach()))
-    finally:
-        dist.destroy_process_group()
     assert runs[0] == pytest.approx(runs[1], rel=1e-3)
 
 

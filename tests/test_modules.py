@@ -663,12 +663,10 @@ def test_repr():
 
 def test_ranks_exchange_stored_blocks_only(tmp_path):
     """DistributedDataParallel on one gloo rank: gradients and buffers go through its buckets and stay right."""
-    import torch.distributed as dist
+    from hrbp.training.devices import process_group
 
-    dist.init_process_group(
-        "gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1, timeout=timedelta(minutes=5)
-    )
-    try:
+    meeting = f"file://{tmp_path}/rendezvous"
+    with process_group("gloo", init_method=meeting, rank=0, world_size=1, timeout=timedelta(minutes=5)):
         module = padded(random_pattern())
         twin = copy.deepcopy(module)
         parallel = nn.parallel.DistributedDataParallel(module)
@@ -682,5 +680,3 @@ def test_ranks_exchange_stored_blocks_only(tmp_path):
             new = random_pattern()
             assert module.set_pattern(new)
             assert twin.set_pattern(new)
-    finally:
-        dist.destroy_process_group()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -34,6 +35,24 @@ def the_device(device: torch.device | str | None = None) -> torch.device:
     return here
 
 
+_LEFT: list[Any] = []
+
+
+@contextlib.contextmanager
+def process_group(backend: str, **options: Any) -> Iterator[None]:
+    """torch.distributed's process group, for as long as the block runs; options of init_process_group.
+
+    The group itself is kept until the process ends. A DistributedDataParallel that outlives the block would else be the
+    last that holds it, and would wait for its threads with Python's lock held, for which these may wait (PyTorch 2.13).
+    """
+    dist.init_process_group(backend, **options)
+    _LEFT.append(dist.group.WORLD)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
 @contextlib.contextmanager
 def ranks(device: torch.device | str | None = None) -> Iterator[tuple[int, int, torch.device]]:
     """(rank, world, device) of this process, in the process group that torchrun asks for: NCCL on GPUs, else gloo."""
@@ -44,8 +63,5 @@ def ranks(device: torch.device | str | None = None) -> Iterator[tuple[int, int, 
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         yield rank, world, here
         return
-    dist.init_process_group("nccl" if here.type == "cuda" else "gloo")
-    try:
+    with process_group("nccl" if here.type == "cuda" else "gloo"):
         yield dist.get_rank(), dist.get_world_size(), here
-    finally:
-        dist.destroy_process_group()

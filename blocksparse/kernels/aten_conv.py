@@ -86,7 +86,7 @@ def fprop(x: Tensor, weight: Tensor, bias: Tensor | None, g: ConvGeometry) -> Te
     if g.only_padding:
         return bias_alone((x.shape[0], weight.shape[0], g.p, g.q), x, bias, last)
     if by_matrices(x, g, last):
-        y = torch.mm(weight.flatten(1), x.reshape(g.c, -1)).view(1, -1, g.p, g.q)
+        y = torch.mm(weight.flatten(1), x.reshape(x.shape[1], -1)).view(1, -1, g.p, g.q)
         return y if bias is None else y.add_(bias.view(-1, 1, 1))
     inner = works_in(last, x, g)
     x, weight = _laid_out(pixels_read(x, g), inner), _laid_out(weight, inner)

@@ -142,9 +142,8 @@ def dense(
     """PyTorch's convolution of a dense filter bank, alone; fprop, dgrad and wgrad alike but for what is turned.
 
     cuDNN computes two-byte types in channels_last: contiguous tensors are turned before and after, unless aten_conv.py
-    multiplies matrices. In groups each is
-    taken to be computed alone, filters and channels filled up to 8, the least that a tensor core multiplies: less than
-    it takes, so that stored blocks are not preferred by a guess.
+    multiplies matrices. In groups each is taken to be computed alone, filters and channels filled up to 8, the least
+    that a tensor core multiplies: less than it takes, so that stored blocks are not preferred by a guess.
     """
     size, (x, y), weights = dtype.itemsize, activations(g), g.weights
     fill = math.prod(-(-side // g.groups // 8) * 8 * g.groups / side for side in (g.k, g.c)) if g.groups > 1 else 1.0

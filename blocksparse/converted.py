@@ -1,8 +1,8 @@
 """A backend on tensors in a memory format that its kernels do not read: copies in one that they do, and back.
 
 Copies are counted in its estimates, so that the choice of a backend weighs them, and `explain` names them. A 1x1
-convolution needs none in batch_last: its tensors [C, H, W, N] in memory are those of one contiguous image; with a
-stride, of the pixels that it reads.
+convolution needs none in batch_last: its tensors [C, H, W, N] in memory are those of one contiguous image. With a
+stride the pixels that it reads are gathered first.
 """
 
 from __future__ import annotations
@@ -131,14 +131,16 @@ class _OneImage(_Converted):
         n = self.geometry.n
         return batch_last_of(t.contiguous(), (n, k, p, width // n))
 
-    def _x_in(self, x: Tensor) -> Tensor:
+    def _pixels_read(self, x: Tensor) -> Tensor:
         down, across = self.geometry.stride
-        return one_image(x[:, :, ::down, ::across]).contiguous()
+        return x[:, :, ::down, ::across]
+
+    def _x_in(self, x: Tensor) -> Tensor:
+        return one_image(self._pixels_read(x)).contiguous()
 
     def _dx_out(self, dx: Tensor) -> Tensor:
         if self.geometry.stride == (1, 1):
             return self._out(dx)
         whole = new(self.geometry.x_shape, dx, BATCH_LAST).zero_()
-        down, across = self.geometry.stride
-        whole[:, :, ::down, ::across] = images_of(dx, self.geometry.n)
+        self._pixels_read(whole).copy_(images_of(dx, self.geometry.n))
         return whole

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 
 import blocksparse as bs
 import processes
-from blocksparse import plan
+from blocksparse import layout, plan
 from blocksparse.kernels import cpu, cpu_build
 from runners import pytorch_threads
 from strategies import Case, cases
@@ -246,3 +246,55 @@ def test_windows_of_batch_last(blocksize, n, stride):
 
     for a, b in zip(products(x, dy), products(bs.to_batch_last(x), bs.to_batch_last(dy)), strict=True):
         torch.testing.assert_close(b, a, rtol=1e-10, atol=1e-10)
+
+
+class Bands:
+    """Results between two bands of memory, which `check` finds as they were."""
+
+    SIZE, FILL = 4096, 7.0
+
+    def __init__(self):
+        self.made: list[tuple[torch.Tensor, int]] = []
+
+    def new(self, shape, like, memory_format, dtype=None):
+        plain = layout.new(shape, like, memory_format, dtype)
+        buffer = torch.full((plain.numel() + 2 * self.SIZE,), self.FILL, dtype=plain.dtype)
+        self.made.append((buffer, plain.numel()))
+        return buffer.as_strided(plain.shape, plain.stride(), self.SIZE)
+
+    def check(self):
+        assert self.made
+        for buffer, size in self.made:
+            assert bool((buffer[: self.SIZE] == self.FILL).all())
+            assert bool((buffer[self.SIZE + size :] == self.FILL).all())
+        self.made.clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_nothing_is_written_outside_of_the_results(monkeypatch, dtype):
+    """By the library as it is compiled for users: a compiler may make a mistake that its sources do not have.
+
+    g++ 12.2 made one for processors like skylake-avx512: the last pixels of the last of an odd number of filters were
+    written once more behind y.
+    """
+    bands = Bands()
+    monkeypatch.setattr(cpu, "new", bands.new)
+    torch.manual_seed(0)
+    for filters in (1, 2, 3, 4, 5, 8, 9, 13):
+        for channels in (1, filters):
+            for taps, stride, size, rows in ((1, 1, 15, 3), (1, 1, 12, 2), (1, 2, 15, 2), (3, 1, 9, 3), (3, 2, 15, 2)):
+                shape = rows * filters, 2 * channels, taps, taps
+                pattern = bs.BSRPattern.random(shape, (filters, channels), 0.7)
+                values = torch.randn(pattern.nnzb, filters, channels).to(dtype)
+                for memory_format in "contiguous", "channels_last", "batch_last":
+                    x = layout.laid_out(torch.randn(2, shape[1], size, size + 1).to(dtype), memory_format)
+                    conv = stride, taps // 2
+                    y = bs.conv2d(x, values, pattern, None, *conv, backend="cpu")
+                    dx = bs.conv2d_dgrad(y, values, pattern, x.shape, *conv, backend="cpu")
+                    dvalues = bs.conv2d_wgrad(x, y, pattern, *conv, backend="cpu")
+                    bands.check()
+                    needed = bs.reference.fprop(x.double(), values.double(), pattern, None, *conv)
+                    allowed = 2e-2 if dtype == torch.bfloat16 else 1e-5
+                    assert float((y.double() - needed).norm()) <= allowed * float(needed.norm())
+                    assert dx.isfinite().all()
+                    assert dvalues.isfinite().all()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..geometry import ConvGeometry
 from ..index import IndexTables, Layout
-from ..layout import BATCH_LAST, memory_format_of, new
+from ..layout import BATCH_LAST, CONTIGUOUS, memory_format_of, new
 from .cpu_build import library
 
 int64 = ctypes.c_int64
@@ -126,7 +126,7 @@ def wgrad(
     """dvalues [nnzb, bk, bc]."""
     if not (x.numel() and dy.numel()):
         return x.new_zeros(values_shape)
-    dvalues = x.new_empty(values_shape)
+    dvalues = new(values_shape, x, CONTIGUOUS)
     _, bk, bc = values_shape
     _call("wgrad", geometry, (bk, bc), x, dy, tables, (x, dy), dvalues)
     return dvalues

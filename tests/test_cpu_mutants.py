@@ -31,7 +31,7 @@ torch.manual_seed(0)
 wrong = []
 LAYERS = (
     ((16, 16, 3, 3), (8, 8)), ((160, 640, 1, 1), (32, 32)), ((16, 16, 3, 3), (8, 1)), ((16, 16, 3, 3), (1, 1)),
-    ((12, 6, 1, 1), (4, 2)),
+    ((12, 6, 1, 1), (4, 2)), ((64, 48, 3, 3), (1, 1)),
 )
 pattern = bs.BSRPattern.random((2, 1, 3, 3), (1, 1), 0.9)
 values = torch.randn(pattern.nnzb, 1, 1)
@@ -77,6 +77,9 @@ print(len(wrong), *wrong[:3], sep="\\n")
 """
 
 MUTANTS = {
+    "a-chunk-forgets-the-one-before": ("chunk ? nullptr : start(b) + f", "start(b) + f"),
+    "a-chunk-of-rows-begins-again": ("for (int64_t& e = next[tap]", "for (int64_t e = next[tap]"),
+    "a-chunk-of-weights-twice": ("lists + b * (cut.count + 1) + chunk;", "lists + b * (cut.count + 1);"),
     "pitch-off-by-one": (
         "pitch = std::max(horizontal.length, (g.w - 1 + g.padding[1]) / g.stride[1] + 1);",
         "pitch = std::max(horizontal.length, (g.w - 1 + g.padding[1]) / g.stride[1] + 1) - 1;",

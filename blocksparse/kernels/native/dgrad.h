@@ -30,6 +30,7 @@ int dgrad(const Conv& g, const T* dy, const T* values, const Index& index, T* dx
     const Axis whole_rows(g.p, g.p, 1, 1, 0, 1), whole_columns(g.q, g.q, 1, 1, 0, 1);
     const int64_t reach = vertical.reach, blocks = g.c / g.bc, rows = g.k / g.bk, taps = g.r * g.s;
     const int64_t parts = parts_of(lay.units, g.threads, blocks);
+    const int64_t dy_reach = reach * lay.images * lay.pitch + horizontal.reach * lay.pixel_step;
     const int64_t dy_plane = in_place ? g.y_strides[1] : lay.plane_of(lay.rows + reach, L);
     // Of a scatter: those that dy reaches, and those of dx beyond them, which nothing reads.
     const int64_t dx_rows = std::max(std::min(lay.rows + reach, g.p), lay.rows) + reach;
@@ -39,13 +40,16 @@ int dgrad(const Conv& g, const T* dy, const T* values, const Index& index, T* dx
     const int64_t part_channels = (blocks + parts - 1) / parts * g.bc;
     const bool across = transposed(g.x_strides, part_channels, lay.pitch);
     const int64_t channel = scatter ? lay.plane : (lay.rows * lay.images * lay.pitch + L - 1) / L * L;
-    const int64_t held = direct ? 0 : lay.phases * (scatter || across ? part_channels : g.bc);
+    const Chunking cut(g, scatter ? g.bk : g.bc, blocks * lay.phases, rows, g.bk,
+                       sizeof(A) * (most(some_filters(g.bc)) * L + dy_reach), g.nnzb * g.bk);
+    const bool chunked = cut.count > 1, together = across || chunked;  // all channels are done before one is written
+    const int64_t held = direct ? 0 : lay.phases * (scatter || together ? part_channels : g.bc);
 
     Scratch scratch;
     const int64_t width = scatter ? g.bk : g.bc;  // weights of an item
     const size_t items_at = scratch.add<int32_t>(g.nnzb * g.bk * g.bc / width);
     const size_t weights_at = scratch.add<A>(g.nnzb * g.bc * g.bk);
-    const size_t starts_at = scratch.add<int64_t>(scatter ? parts * rows + 1 : blocks * lay.phases + 1);
+    const size_t starts_at = scratch.add<int64_t>(scatter ? parts * rows + 1 : blocks * lay.phases * cut.count + 1);
     const size_t zeros_at = scratch.add<A>(g.bc), place_at = scratch.add<int32_t>(g.k);
     const int64_t planes_size = in_place ? 0 : g.k * dy_plane, size = (planes_size + held * channel + 63) / 16 * 16;
     const size_t own_at = scratch.add<A>(g.threads * size);
@@ -94,23 +98,28 @@ int dgrad(const Conv& g, const T* dy, const T* values, const Index& index, T* dx
 #pragma omp for schedule(static)
             for (int64_t block = 0; block < blocks; block++) {
                 int64_t at = index.t_indptr[block * taps] * g.bk;
+                std::vector<int64_t> next(index.t_indptr + block * taps, index.t_indptr + (block + 1) * taps);
+                const auto phase_of = [&](int64_t tap) {
+                    return vertical.phase_of[tap / g.s] * horizontal.phases() + horizontal.phase_of[tap % g.s];
+                };
                 for (int64_t phase = 0; phase < lay.phases; phase++) {
-                    starts[block * lay.phases + phase] = at;
-                    for (int64_t tap = 0; tap < taps; tap++) {
-                        if (vertical.phase_of[tap / g.s] * horizontal.phases() + horizontal.phase_of[tap % g.s] != phase)
-                            continue;
-                        const int64_t end = index.t_indptr[block * taps + tap + 1];
-                        for (int64_t e = index.t_indptr[block * taps + tap]; e < end; e++) {
-                            const int64_t row = (index.t_indices[e] - tap * rows) * g.bk;
-                            const T* from = values + index.t_perm[e] * g.bk * g.bc;
-                            for (int64_t f = 0; f < g.bk; f++, at++) {
-                                items[at] = (index.order ? index.order[row + f] : row + f) * dy_plane + offsets[tap];
-                                for (int64_t j = 0; j < g.bc; j++) weights[at * g.bc + j] = widen(*from++);
+                    for (int64_t chunk = 0; chunk < cut.count; chunk++) {
+                        starts[(block * lay.phases + phase) * cut.count + chunk] = at;
+                        for (int64_t tap = 0; tap < taps; tap++) {
+                            if (phase_of(tap) != phase) continue;
+                            const int64_t end = index.t_indptr[block * taps + tap + 1], last = (chunk + 1) * cut.size;
+                            for (int64_t& e = next[tap]; e < end && index.t_indices[e] - tap * rows < last; e++) {
+                                const int64_t row = (index.t_indices[e] - tap * rows) * g.bk;
+                                const T* from = values + index.t_perm[e] * g.bk * g.bc;
+                                for (int64_t f = 0; f < g.bk; f++, at++) {
+                                    items[at] = (index.order ? index.order[row + f] : row + f) * dy_plane + offsets[tap];
+                                    for (int64_t j = 0; j < g.bc; j++) weights[at * g.bc + j] = widen(*from++);
+                                }
                             }
                         }
                     }
                 }
-                if (block == blocks - 1) starts[blocks * lay.phases] = at;
+                if (block == blocks - 1) starts[blocks * lay.phases * cut.count] = at;
             }
         }
         A *const planes = scratch.at<A>(own_at) + thread * size, *const results = planes + planes_size;
@@ -160,15 +169,26 @@ int dgrad(const Conv& g, const T* dy, const T* values, const Index& index, T* dx
                 fill<T, A>(dy, g.y_strides, whole_rows, whole_columns, top + u.row - reach, u.rows + reach, u, lay,
                            dy_plane, horizontal.reach * lay.pixel_step, 0, g.k, nullptr, planes);
             lay.windows(u, right - left, [&](const Unit& some, int64_t start, int64_t run) {
+                const int64_t phases = lay.phases, step = direct ? g.x_strides[1] : phases * channel;
+                const auto out_of = [&](int64_t block) {
+                    return direct ? (A*)dx + some.image * g.x_strides[0] + block * g.bc * g.x_strides[1] +
+                                        some.row * g.x_strides[2]
+                                  : results + (together ? (block - b0) * g.bc * phases * channel : 0);
+                };
+                if (chunked)
+                    gather_rows(from + start, items, weights, g.bc, b0 * phases, b1 * phases, cut.count,
+                                [&](int64_t b, int64_t chunk) {
+                                    const int64_t* const list = starts + b * cut.count + chunk;
+                                    return std::pair(list[0], list[1]);
+                                },
+                                [&](int64_t) { return zeros; },
+                                [&](int64_t b) { return out_of(b / phases) + b % phases * channel; }, step, run, in_place);
                 for (int64_t block = b0; block < b1; block++) {
-                    A* const out = direct ? (A*)dx + some.image * g.x_strides[0] + block * g.bc * g.x_strides[1] +
-                                                some.row * g.x_strides[2]
-                                          : results + (across ? (block - b0) * g.bc * lay.phases * channel : 0);
-                    for (int64_t phase = 0; phase < lay.phases; phase++) {
-                        const int64_t at = starts[block * lay.phases + phase];
-                        gather_row(from + start, items + at, weights + at * g.bc,
-                                   starts[block * lay.phases + phase + 1] - at, g.bc, zeros, out + phase * channel,
-                                   direct ? g.x_strides[1] : lay.phases * channel, run, in_place);
+                    A* const out = out_of(block);
+                    for (int64_t phase = 0; phase < phases && !chunked; phase++) {
+                        const int64_t at = starts[block * phases + phase];
+                        gather_row(from + start, items + at, weights + at * g.bc, starts[block * phases + phase + 1] - at,
+                                   g.bc, zeros, out + phase * channel, step, run, in_place);
                     }
                     if (!direct && !across)
                         write_phases<T, A>(g, lay, out, channel, g.bc, block * g.bc, top + some.row, some, left, dx);

@@ -5,17 +5,39 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "copying.h"
 
 namespace {
 
+// How the channels of x, or of dy, are cut where their pixels are loaded for one or two filters at a time. Such tiles are
+// as fast as their loads, and those are twice as fast from the first cache: all rows read a chunk of channels before the
+// next one. A 1x1 convolution has too few weights in a chunk.
+struct Chunking {
+    int64_t size, count;  // channel blocks of a chunk; chunks
+
+    static constexpr int64_t NEAR = 24 << 10;  // bytes of pixels that stay in the first cache
+    static constexpr int64_t FEW = 12;         // items of a row that pay for reading and writing its sums
+
+    // `filters` of a row; `blocks` of `width` channels, of each of which a tile reads `bytes`; `items` in all rows.
+    Chunking(const Conv& g, int64_t filters, int64_t rows, int64_t blocks, int64_t width, int64_t bytes, int64_t items)
+        : size(blocks), count(1) {
+        if (filters >= 4 || g.r * g.s == 1 || items == 0) return;
+        const int64_t worth = (FEW * rows * blocks + items - 1) / items;
+        size = std::max<int64_t>({1, NEAR / (bytes * width), worth});
+        count = (blocks + size - 1) / size;
+        size = (blocks + count - 1) / count;
+    }
+};
+
 // Items and weights of block-row b for fprop and wgrad: an item for each stored (tap, channel). `by_channel`: in the
 // order (channel block, tap), so that taps of a channel find its pixels in the first cache; else (tap, channel block).
-// Weights [item][bk]. `place` gets the item of each block.
+// Weights [item][bk]. `place` gets the item of each block; `starts`, if by channel, where each chunk begins, and the end.
 template <class T, class A>
 void list_row(const Conv& g, const Layout& lay, const Index& index, const int64_t* taps, int64_t b, bool by_channel,
-              int32_t* counts, const T* values, int32_t* items, A* weights, int32_t* place) {
+              int32_t* counts, const T* values, int32_t* items, A* weights, int32_t* place, const Chunking& chunks,
+              int32_t* starts) {
     const int64_t begin = index.indptr[b], end = index.indptr[b + 1], blocks = g.c / g.bc;
     if (by_channel) {
         std::memset(counts, 0, sizeof(int32_t) * blocks);
@@ -29,6 +51,9 @@ void list_row(const Conv& g, const Layout& lay, const Index& index, const int64_
             counts[block] = before;
             before += count;
         }
+        for (int64_t chunk = 0; chunk < chunks.count; chunk++)
+            starts[chunk] = (begin + (chunk * chunks.size < blocks ? counts[chunk * chunks.size] : before)) * g.bc;
+        starts[chunks.count] = end * g.bc;
     }
     for (int64_t i = begin, base = 0, tap = 0; i < end; i++) {
         while (index.indices[i] - base >= blocks) base += blocks, tap++;

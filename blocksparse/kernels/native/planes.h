@@ -121,6 +121,10 @@ struct Layout {
     int64_t run(int64_t of_rows, int64_t of_images, int64_t width) const {
         return (of_rows - 1) * images * pitch + (of_images - 1) * image_step + (width - 1) * pixel_step + 1;
     }
+    // Cells of a channel that so many pixels read, all taps.
+    int64_t cells(int64_t pixels) const {
+        return phases * (pixels + vertical.reach * images * pitch + horizontal.reach * pixel_step);
+    }
     int64_t tap(const Conv& g, int64_t tap) const {  // offset of a tap within the planes of a channel
         const int64_t r = tap / g.s, s = tap % g.s;
         const int64_t phase = vertical.phase_of[r] * horizontal.phases() + horizontal.phase_of[s];

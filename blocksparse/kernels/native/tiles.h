@@ -12,22 +12,25 @@ namespace {
 // Items whose products are added up by themselves: sums of sums round less than one long sum.
 constexpr int64_t PARTIAL = 64;
 
-// out[f][l] = start[f] + sum over items of w[item][f] * x[item + l], for F filters and V vectors of pixels.
+// out[f][l] = start[f] + sum over items of w[item][f] * x[item + l], for F filters and V vectors of pixels; `start` of
+// nullptr is what out holds.
 template <class A, int F, int V>
 void gather_tile(const A* x, const int32_t* items, const A* w, int64_t n, int64_t bk, const A* start, A* out,
                  int64_t channel) {
     constexpr int L = LANES<A>;
     vec<A> sum[F][V];
     UNROLL for (int f = 0; f < F; f++)
-        UNROLL for (int v = 0; v < V; v++) sum[f][v] = vec<A>{} + start[f];
+        UNROLL for (int v = 0; v < V; v++) sum[f][v] = vec<A>{} + (start ? start[f] : A(0));
+    bool held = start == nullptr;  // whether out has a part of the sum
     for (int64_t i = 0; i < n; i++, w += bk) {
         if (i % PARTIAL == 0 && i > 0) {
             UNROLL for (int f = 0; f < F; f++)
                 UNROLL for (int v = 0; v < V; v++) {
                     A* const to = out + f * channel + v * L;
-                    store(to, i == PARTIAL ? sum[f][v] : load(to) + sum[f][v]);
+                    store(to, held ? load(to) + sum[f][v] : sum[f][v]);
                     sum[f][v] = vec<A>{};
                 }
+            held = true;
         }
         const A* const p = x + items[i];
         if constexpr (F > 4) {
@@ -46,7 +49,7 @@ void gather_tile(const A* x, const int32_t* items, const A* w, int64_t n, int64_
     UNROLL for (int f = 0; f < F; f++)
         UNROLL for (int v = 0; v < V; v++) {
             A* const to = out + f * channel + v * L;
-            store(to, n > PARTIAL ? load(to) + sum[f][v] : sum[f][v]);
+            store(to, held ? load(to) + sum[f][v] : sum[f][v]);
         }
 }
 
@@ -200,6 +203,24 @@ void gather_row(const A* x, const int32_t* items, const A* w, int64_t n, int64_t
         }
     });
 }
+// Rows [b0, b1) whose items lie in chunks of channels, so that the pixels of a chunk stay in the first cache while all
+// rows read them. list(b, chunk) is where items begin and end, start(b) and out(b) are as in gather_row.
+template <class A, class List, class Start, class Out>
+void gather_rows(const A* x, const int32_t* items, const A* w, int64_t bk, int64_t b0, int64_t b1, int64_t chunks,
+                 List list, Start start, Out out, int64_t channel, int64_t run, bool exact) {
+    over_run<A>(run, most(some_filters(bk)), exact, [&](int64_t l, int64_t v) {
+        for (int64_t chunk = 0; chunk < chunks; chunk++)
+            for (int64_t b = b0; b < b1; b++) {
+                const auto [at, end] = list(b, chunk);
+                if (chunk > 0 && at == end) continue;
+                for (int64_t f = 0, count; f < bk; f += count) {
+                    count = some_filters(bk - f);
+                    TILE(gather_of, A, count, v)(x + l, items + at, w + at * bk + f, end - at, bk,
+                                                 chunk ? nullptr : start(b) + f, out(b) + f * channel + l, channel);
+                }
+            }
+    });
+}
 template <class A>
 void scatter_row(A* dx, const int32_t* items, const A* w, int64_t n, int64_t bk, const A* dy, int64_t channel,
                  int64_t run, bool exact) {
@@ -219,25 +240,33 @@ void scatter_row(A* dx, const int32_t* items, const A* w, int64_t n, int64_t bk,
         TILE(scatter_of, A, count, 1)(dx + run - L, items, w + f, n, bk, last, L);
     }
 }
-template <class A>
-void dot_row(const A* x, const int32_t* items, int64_t n, const A* dy, int64_t channel, int64_t bk, A* dv, int64_t run,
-             bool exact) {
-    constexpr int64_t L = LANES<A>, BLOCK = 32 * L;  // filters of a tile stay in the first cache from item to item
-    vec<A> mask;
-    for (int64_t j = 0; j < L; j++) mask[j] = j >= L - run % L;
+// A piece of a run for which filters of a tile stay in the first cache from item to item.
+struct Piece {
+    int64_t begin, length, masked;  // masked: as in dot_tile
+};
+constexpr int64_t DOT_VECTORS = 32;
+
+// Calls body(piece) for the pieces of a run.
+template <class A, class Body> INLINE void over_pieces(int64_t run, bool exact, Body body) {
+    constexpr int64_t L = LANES<A>, LENGTH = DOT_VECTORS * L;
     const int64_t whole = exact ? run / L * L : (run + L - 1) / L * L;
-    for (int64_t begin = 0; begin < std::max<int64_t>(whole, 1); begin += BLOCK) {
-        const int64_t length = std::min(BLOCK, whole - begin);
-        const int64_t masked = exact && run % L && begin + length == whole ? run - L - begin : INT64_MIN;
-        for (int64_t f = 0, count; f < bk; f += count) {
-            count = some_filters(bk - f);
-            const int64_t widest = most(count), tiles = (n + widest - 1) / widest;
-            for (int64_t tile = 0, i = 0; tile < tiles; tile++) {
-                const int64_t some = n / tiles + (tile < n % tiles);
-                TILE(dot_of, A, count, some)(x + begin, items + i, dy + f * channel + begin, channel, length, masked,
-                                             &mask, dv + i * bk + f, bk);
-                i += some;
-            }
+    for (int64_t begin = 0; begin < std::max<int64_t>(whole, 1); begin += LENGTH) {
+        const int64_t length = std::min(LENGTH, whole - begin);
+        body(Piece{begin, length, exact && run % L && begin + length == whole ? run - L - begin : INT64_MIN});
+    }
+}
+// bk filters on n items in a piece of a run; `mask`: of its last vector.
+template <class A>
+void dot_row(const A* x, const int32_t* items, int64_t n, const A* dy, int64_t channel, int64_t bk, A* dv,
+             const Piece& piece, const vec<A>& mask) {
+    for (int64_t f = 0, count; f < bk; f += count) {
+        count = some_filters(bk - f);
+        const int64_t widest = most(count), tiles = (n + widest - 1) / widest;
+        for (int64_t tile = 0, i = 0; tile < tiles; tile++) {
+            const int64_t some = n / tiles + (tile < n % tiles);
+            TILE(dot_of, A, count, some)(x + piece.begin, items + i, dy + f * channel + piece.begin, channel,
+                                         piece.length, piece.masked, &mask, dv + i * bk + f, bk);
+            i += some;
         }
     }
 }

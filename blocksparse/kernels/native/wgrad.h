@@ -27,17 +27,20 @@ int wgrad(const Conv& g, const T* x, const T* dy, const Index& index, T* dvalues
     const int64_t room = std::max<int64_t>(2, MOST_SUMS / std::max<int64_t>(1, weights * sizeof(A)));
     const int64_t chunks = std::min({lay.units, room, int64_t(16)}), parts = parts_of(chunks, g.threads, rows);
     const int64_t dy_plane = in_place ? g.y_strides[1] : lay.plane_of(lay.rows, L);
+    const Chunking cut(g, g.bk, rows, g.c / g.bc, g.bc, sizeof(A) * lay.cells(DOT_VECTORS * L), g.nnzb * g.bc);
+    const bool chunked = cut.count > 1;
 
     Scratch scratch;
     const size_t items_at = scratch.add<int32_t>(g.nnzb * g.bc), place_at = scratch.add<int32_t>(g.nnzb);
     const size_t sums_at = scratch.add<A>(chunks * weights + L), rows_at = scratch.add<int32_t>(g.k);
     const size_t counts_at = scratch.add<int32_t>(g.threads * (g.c / g.bc));
+    const size_t lists_at = scratch.add<int32_t>(rows * (cut.count + 1));
     const int64_t planes_size = in_place ? 0 : g.c * lay.channel;
     const int64_t size = (planes_size + (in_place ? 0 : g.k * dy_plane) + 31) / 16 * 16;
     const size_t own_at = scratch.add<A>(g.threads * size);
     scratch.make();
     int32_t *const items = scratch.at<int32_t>(items_at), *const place = scratch.at<int32_t>(place_at);
-    int32_t* const row_of = scratch.at<int32_t>(rows_at);
+    int32_t *const row_of = scratch.at<int32_t>(rows_at), *const lists = scratch.at<int32_t>(lists_at);
     A* const sums = scratch.at<A>(sums_at);
     for (int64_t row = 0; row < g.k; row++) row_of[index.order ? index.order[row] : row] = row;
     std::vector<int64_t> taps(g.r * g.s);
@@ -48,8 +51,8 @@ int wgrad(const Conv& g, const T* x, const T* dy, const Index& index, T* dvalues
         const int64_t thread = THREAD;
 #pragma omp for schedule(static)
         for (int64_t b = 0; b < rows; b++)
-            list_row<T, A>(g, lay, index, taps.data(), b, g.bk >= 4 && g.r * g.s > 1,
-                           scratch.at<int32_t>(counts_at) + thread * (g.c / g.bc), nullptr, items, nullptr, place);
+            list_row<T, A>(g, lay, index, taps.data(), b, chunked || (g.bk >= 4 && g.r * g.s > 1),
+                           scratch.at<int32_t>(counts_at) + thread * (g.c / g.bc), nullptr, items, nullptr, place, cut, lists + b * (cut.count + 1));
         A *const planes = scratch.at<A>(own_at) + thread * size, *const dy_planes = planes + planes_size;
 #pragma omp for schedule(dynamic, 1)
         for (int64_t task = 0; task < chunks * parts; task++) {
@@ -75,11 +78,25 @@ int wgrad(const Conv& g, const T* x, const T* dy, const Index& index, T* dvalues
                                    b0 * g.bk, b1 * g.bk, nullptr, dy_planes + b0 * g.bk * dy_plane);
                 }
                 lay.windows(u, g.q, [&](const Unit& some, int64_t start, int64_t run) {
-                    for (int64_t b = b0; b < b1; b++) {
-                        const int64_t at = index.indptr[b] * g.bc;
-                        dot_row(from + start, items + at, index.indptr[b + 1] * g.bc - at,
-                                other + start + b * g.bk * dy_plane, dy_plane, g.bk, sum + at * g.bk, run, in_place);
-                    }
+                    vec<A> mask;
+                    for (int64_t j = 0; j < L; j++) mask[j] = j >= L - run % L;
+                    const auto dot = [&](int64_t b, int64_t at, int64_t end, const Piece& piece) {
+                        dot_row(from + start, items + at, end - at, other + start + b * g.bk * dy_plane, dy_plane, g.bk,
+                                sum + at * g.bk, piece, mask);
+                    };
+                    if (chunked)
+                        over_pieces<A>(run, in_place, [&](const Piece& piece) {
+                            for (int64_t chunk = 0; chunk < cut.count; chunk++)
+                                for (int64_t b = b0; b < b1; b++) {
+                                    const int32_t* const list = lists + b * (cut.count + 1) + chunk;
+                                    dot(b, list[0], list[1], piece);
+                                }
+                        });
+                    else
+                        for (int64_t b = b0; b < b1; b++)
+                            over_pieces<A>(run, in_place, [&](const Piece& piece) {
+                                dot(b, index.indptr[b] * g.bc, index.indptr[b + 1] * g.bc, piece);
+                            });
                 });
             }
         }

@@ -46,7 +46,7 @@ default takes about five minutes on a laptop.
   python -m hrbp study --preset paper --model resnet32 --data cifar10 --seeds 0
 
 --preset worth asks whether sparse networks are worth it: against narrow dense ones whose steps take as long, with five
-paired seeds and 95% intervals. It says how long it will take before it begins, under an hour on two cores by default.
+paired seeds and 95% intervals. It says how long it will take before it begins: an hour or more on two cores.
 
   python -m hrbp study --preset worth --html
   python -m hrbp study --preset worth --quick                               under five minutes

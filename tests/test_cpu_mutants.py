@@ -134,11 +134,12 @@ def test_no_read_or_write_outside_of_a_tensor(tmp_path):
     result = products(SOURCES / "cpu.cpp", tmp_path, *flags, **options)
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.split()[0] == "0", result.stdout
-    # It looks: one row of an image too many is read; one pixel behind the last, one before the first.
+    # It looks: one row of an image too many is read; one pixel behind the last, one before the first. These end early,
+    # and compile in a third of the time without optimisation.
     for i, (before, after) in enumerate((
         ("if (h < 0 || h >= vertical.size) {", "if (h < 0 || h > vertical.size) {"),
         ("2 * count > width", "2 * count > width + 1"),
         ("horizontal.first[b] > 0, horizontal.size", "true, horizontal.size"),
     )):  # fmt: skip
-        result = products(mutant(tmp_path / str(i), before, after), tmp_path, *flags, **options)
+        result = products(mutant(tmp_path / str(i), before, after), tmp_path, "-O0", *flags[1:], **options)
         assert "AddressSanitizer" in result.stderr, before

@@ -30,7 +30,6 @@ int dgrad(const Conv& g, const T* dy, const T* values, const Index& index, T* dx
     const Axis whole_rows(g.p, g.p, 1, 1, 0, 1), whole_columns(g.q, g.q, 1, 1, 0, 1);
     const int64_t reach = vertical.reach, blocks = g.c / g.bc, rows = g.k / g.bk, taps = g.r * g.s;
     const int64_t parts = parts_of(lay.units, g.threads, blocks);
-    const int64_t dy_reach = reach * lay.images * lay.pitch + horizontal.reach * lay.pixel_step;
     const int64_t dy_plane = in_place ? g.y_strides[1] : lay.plane_of(lay.rows + reach, L);
     // Of a scatter: those that dy reaches, and those of dx beyond them, which nothing reads.
     const int64_t dx_rows = std::max(std::min(lay.rows + reach, g.p), lay.rows) + reach;
@@ -41,7 +40,7 @@ int dgrad(const Conv& g, const T* dy, const T* values, const Index& index, T* dx
     const bool across = transposed(g.x_strides, part_channels, lay.pitch);
     const int64_t channel = scatter ? lay.plane : (lay.rows * lay.images * lay.pitch + L - 1) / L * L;
     const Chunking cut(g, scatter ? g.bk : g.bc, blocks * lay.phases, rows, g.bk,
-                       sizeof(A) * (most(some_filters(g.bc)) * L + dy_reach), g.nnzb * g.bk);
+                       sizeof(A) * (most(some_filters(g.bc)) * L + lay.reach()), g.nnzb * g.bk);
     const bool chunked = cut.count > 1, together = across || chunked;  // all channels are done before one is written
     const int64_t held = direct ? 0 : lay.phases * (scatter || together ? part_channels : g.bc);
 
@@ -99,14 +98,11 @@ int dgrad(const Conv& g, const T* dy, const T* values, const Index& index, T* dx
             for (int64_t block = 0; block < blocks; block++) {
                 int64_t at = index.t_indptr[block * taps] * g.bk;
                 std::vector<int64_t> next(index.t_indptr + block * taps, index.t_indptr + (block + 1) * taps);
-                const auto phase_of = [&](int64_t tap) {
-                    return vertical.phase_of[tap / g.s] * horizontal.phases() + horizontal.phase_of[tap % g.s];
-                };
                 for (int64_t phase = 0; phase < lay.phases; phase++) {
                     for (int64_t chunk = 0; chunk < cut.count; chunk++) {
                         starts[(block * lay.phases + phase) * cut.count + chunk] = at;
                         for (int64_t tap = 0; tap < taps; tap++) {
-                            if (phase_of(tap) != phase) continue;
+                            if (lay.phase(g, tap) != phase) continue;
                             const int64_t end = index.t_indptr[block * taps + tap + 1], last = (chunk + 1) * cut.size;
                             for (int64_t& e = next[tap]; e < end && index.t_indices[e] - tap * rows < last; e++) {
                                 const int64_t row = (index.t_indices[e] - tap * rows) * g.bk;

@@ -23,16 +23,16 @@ int fprop(const Conv& g, const T* x, const T* values, const T* bias, const Epilo
     const int64_t rows = g.k / g.bk, parts = parts_of(lay.units, g.threads, rows);
     const bool across = transposed(g.y_strides, g.bk * ((rows + parts - 1) / parts), lay.pitch);
     const int64_t channel = (lay.rows * lay.images * lay.pitch + L - 1) / L * L;  // of the results
-    const Chunking chunks(g, g.bk, rows, g.c / g.bc, g.bc, sizeof(A) * lay.cells(most(some_filters(g.bk)) * L),
-                          g.nnzb * g.bc);
-    const bool chunked = chunks.count > 1, together = across || chunked;  // all rows are done before one is written
+    const Chunking cut(g, g.bk, rows, g.c / g.bc, g.bc,
+                       sizeof(A) * lay.phases * (most(some_filters(g.bk)) * L + lay.reach()), g.nnzb * g.bc);
+    const bool chunked = cut.count > 1, together = across || chunked;  // all rows are done before one is written
     const int64_t held = direct ? 0 : together ? (rows + parts - 1) / parts * g.bk : g.bk;
 
     Scratch scratch;
     const size_t items_at = scratch.add<int32_t>(g.nnzb * g.bc), weights_at = scratch.add<A>(g.nnzb * g.bc * g.bk);
     const size_t place_at = scratch.add<int32_t>(g.nnzb), start_at = scratch.add<A>(g.k);
     const size_t counts_at = scratch.add<int32_t>(g.threads * (g.c / g.bc));
-    const size_t lists_at = scratch.add<int32_t>(rows * (chunks.count + 1));
+    const size_t lists_at = scratch.add<int32_t>(rows * (cut.count + 1));
     const int64_t planes_size = in_place ? 0 : g.c * lay.channel, size = (planes_size + held * channel + 31) / 16 * 16;
     const size_t own_at = scratch.add<A>(g.threads * size);
     scratch.make();
@@ -48,9 +48,8 @@ int fprop(const Conv& g, const T* x, const T* values, const T* bias, const Epilo
         const int64_t thread = THREAD;
 #pragma omp for schedule(static)
         for (int64_t b = 0; b < rows; b++)
-            list_row<T, A>(g, lay, index, taps.data(), b, chunked || (g.bk >= 4 && g.r * g.s > 1),
-                           scratch.at<int32_t>(counts_at) + thread * (g.c / g.bc), values, items, weights,
-                           scratch.at<int32_t>(place_at), chunks, lists + b * (chunks.count + 1));
+            list_row<T, A>(g, lay, index, taps.data(), b, scratch.at<int32_t>(counts_at) + thread * (g.c / g.bc), values,
+                           items, weights, scratch.at<int32_t>(place_at), cut, lists + b * (cut.count + 1));
         A *const planes = scratch.at<A>(own_at) + thread * size, *const results = planes + planes_size;
 #pragma omp for schedule(dynamic, 1)
         for (int64_t task = 0; task < lay.units * parts; task++) {
@@ -71,11 +70,11 @@ int fprop(const Conv& g, const T* x, const T* values, const T* bias, const Epilo
                 };
                 const int64_t step = direct ? g.y_strides[1] : channel;
                 const auto list = [&](int64_t b, int64_t chunk) {
-                    const int32_t* const of_row = lists + b * (chunks.count + 1);
+                    const int32_t* const of_row = lists + b * (cut.count + 1);
                     return std::pair<int64_t, int64_t>(of_row[chunk], of_row[chunk + 1]);
                 };
                 if (chunked)
-                    gather_rows(from + at, items, weights, g.bk, b0, b1, chunks.count, list,
+                    gather_rows(from + at, items, weights, g.bk, b0, b1, cut.count, list,
                                 [&](int64_t b) { return start + b * g.bk; }, out_of, step, run, in_place);
                 for (int64_t b = b0; b < b1; b++) {
                     const int64_t first = b * g.bk, item = index.indptr[b] * g.bc, n = index.indptr[b + 1] * g.bc - item;

@@ -31,13 +31,14 @@ struct Chunking {
     }
 };
 
-// Items and weights of block-row b for fprop and wgrad: an item for each stored (tap, channel). `by_channel`: in the
-// order (channel block, tap), so that taps of a channel find its pixels in the first cache; else (tap, channel block).
-// Weights [item][bk]. `place` gets the item of each block; `starts`, if by channel, where each chunk begins, and the end.
+// Items and weights of block-row b for fprop and wgrad: an item for each stored (tap, channel). In chunks, and for rows
+// of four filters or more, in the order (channel block, tap), so that taps of a channel find its pixels in the first
+// cache; else (tap, channel block). Weights [item][bk]. `place` gets the item of each block, `starts` where each of
+// several chunks begins, and the end.
 template <class T, class A>
-void list_row(const Conv& g, const Layout& lay, const Index& index, const int64_t* taps, int64_t b, bool by_channel,
-              int32_t* counts, const T* values, int32_t* items, A* weights, int32_t* place, const Chunking& chunks,
-              int32_t* starts) {
+void list_row(const Conv& g, const Layout& lay, const Index& index, const int64_t* taps, int64_t b, int32_t* counts,
+              const T* values, int32_t* items, A* weights, int32_t* place, const Chunking& chunks, int32_t* starts) {
+    const bool by_channel = chunks.count > 1 || (g.bk >= 4 && g.r * g.s > 1);
     const int64_t begin = index.indptr[b], end = index.indptr[b + 1], blocks = g.c / g.bc;
     if (by_channel) {
         std::memset(counts, 0, sizeof(int32_t) * blocks);

@@ -121,14 +121,14 @@ struct Layout {
     int64_t run(int64_t of_rows, int64_t of_images, int64_t width) const {
         return (of_rows - 1) * images * pitch + (of_images - 1) * image_step + (width - 1) * pixel_step + 1;
     }
-    // Cells of a channel that so many pixels read, all taps.
-    int64_t cells(int64_t pixels) const {
-        return phases * (pixels + vertical.reach * images * pitch + horizontal.reach * pixel_step);
+    // How far the furthest tap lies from the nearest in a plane.
+    int64_t reach() const { return vertical.reach * images * pitch + horizontal.reach * pixel_step; }
+    int64_t phase(const Conv& g, int64_t tap) const {
+        return vertical.phase_of[tap / g.s] * horizontal.phases() + horizontal.phase_of[tap % g.s];
     }
     int64_t tap(const Conv& g, int64_t tap) const {  // offset of a tap within the planes of a channel
         const int64_t r = tap / g.s, s = tap % g.s;
-        const int64_t phase = vertical.phase_of[r] * horizontal.phases() + horizontal.phase_of[s];
-        return phase * plane + vertical.shift[r] * images * pitch + horizontal.shift[s] * pixel_step;
+        return phase(g, tap) * plane + vertical.shift[r] * images * pitch + horizontal.shift[s] * pixel_step;
     }
 };
 

@@ -27,7 +27,8 @@ int wgrad(const Conv& g, const T* x, const T* dy, const Index& index, T* dvalues
     const int64_t room = std::max<int64_t>(2, MOST_SUMS / std::max<int64_t>(1, weights * sizeof(A)));
     const int64_t chunks = std::min({lay.units, room, int64_t(16)}), parts = parts_of(chunks, g.threads, rows);
     const int64_t dy_plane = in_place ? g.y_strides[1] : lay.plane_of(lay.rows, L);
-    const Chunking cut(g, g.bk, rows, g.c / g.bc, g.bc, sizeof(A) * lay.cells(DOT_VECTORS * L), g.nnzb * g.bc);
+    const Chunking cut(g, g.bk, rows, g.c / g.bc, g.bc, sizeof(A) * lay.phases * (DOT_VECTORS * L + lay.reach()),
+                       g.nnzb * g.bc);
     const bool chunked = cut.count > 1;
 
     Scratch scratch;
@@ -51,8 +52,8 @@ int wgrad(const Conv& g, const T* x, const T* dy, const Index& index, T* dvalues
         const int64_t thread = THREAD;
 #pragma omp for schedule(static)
         for (int64_t b = 0; b < rows; b++)
-            list_row<T, A>(g, lay, index, taps.data(), b, chunked || (g.bk >= 4 && g.r * g.s > 1),
-                           scratch.at<int32_t>(counts_at) + thread * (g.c / g.bc), nullptr, items, nullptr, place, cut, lists + b * (cut.count + 1));
+            list_row<T, A>(g, lay, index, taps.data(), b, scratch.at<int32_t>(counts_at) + thread * (g.c / g.bc), nullptr,
+                           items, nullptr, place, cut, lists + b * (cut.count + 1));
         A *const planes = scratch.at<A>(own_at) + thread * size, *const dy_planes = planes + planes_size;
 #pragma omp for schedule(dynamic, 1)
         for (int64_t task = 0; task < chunks * parts; task++) {

@@ -35,13 +35,17 @@ LAYERS = (
 )
 pattern = bs.BSRPattern.random((2, 1, 3, 3), (1, 1), 0.9)
 values = torch.randn(pattern.nnzb, 1, 1)
-for width in range(3, 40):  # every second pixel, of a tensor that ends with the last
-    for padding in 0, 1:
+for width in range(3, 40):  # every width of a vector's end, of a tensor that begins and ends with a row
+    for stride, padding in (1, 0), (1, 1), (2, 0), (2, 1), (2, 2):
         x = torch.randn(1, 1, 3, width)
-        y = bs.conv2d(x, values, pattern, None, 2, padding, backend="cpu")
-        needed = bs.reference.fprop(x.double(), values.double(), pattern, None, 2, padding)
+        y = bs.conv2d(x, values, pattern, None, stride, padding, backend="cpu")
+        dx = bs.conv2d_dgrad(y, values, pattern, x.shape, stride, padding, backend="cpu")
+        needed = bs.reference.fprop(x.double(), values.double(), pattern, None, stride, padding)
+        needed_dx = bs.reference.dgrad(y.double(), values.double(), pattern, x.shape, stride, padding)
         if not torch.allclose(y.double(), needed, rtol=1e-4, atol=1e-5):
-            wrong.append(("fprop", "width", width, padding))
+            wrong.append(("fprop", "width", width, stride, padding))
+        if not torch.allclose(dx.double(), needed_dx, rtol=1e-4, atol=1e-4):
+            wrong.append(("dgrad", "width", width, stride, padding))
 for shape, blocksize in LAYERS:
     pattern = bs.BSRPattern.random(shape, blocksize, 0.4)
     values = torch.randn(pattern.nnzb, *blocksize)
@@ -84,6 +88,8 @@ MUTANTS = {
         "pitch = std::max(horizontal.length, (g.w - 1 + g.padding[1]) / g.stride[1] + 1);",
         "pitch = std::max(horizontal.length, (g.w - 1 + g.padding[1]) / g.stride[1] + 1) - 1;",
     ),
+    "a-row-runs-into-the-next": ("at < lead + data", "at <= lead + data"),
+    "the-last-of-an-odd-row": ("even + half + 1", "even + half"),
     "missing-tail": ("exact ? run / L : (run + L - 1) / L", "run / L"),
     "no-room-for-rows-that-nothing-reads": (
         "std::max(std::min(lay.rows + reach, g.p), lay.rows) + reach",
@@ -138,8 +144,8 @@ def test_no_read_or_write_outside_of_a_tensor(tmp_path):
     # and compile in a third of the time without optimisation.
     for i, (before, after) in enumerate((
         ("if (h < 0 || h >= vertical.size) {", "if (h < 0 || h > vertical.size) {"),
-        ("2 * count > width", "2 * count > width + 1"),
-        ("horizontal.first[b] > 0, horizontal.size", "true, horizontal.size"),
+        ("(inside - 1) * from_step + offset + reach", "(inside - 1) * from_step + offset + reach - 1"),
+        ("from - begin + offset < 0", "from - begin + offset < -1"),
     )):  # fmt: skip
         result = products(mutant(tmp_path / str(i), before, after), tmp_path, "-O0", *flags[1:], **options)
         assert "AddressSanitizer" in result.stderr, before

@@ -19,8 +19,9 @@
 // A NaN or infinity in x may show in the weight gradient at other taps of its channel, too: it meets the dropped pixels.
 //
 // One unit of compilation: numbers.h (vectors), call.h (what the caller passes), planes.h (how work is cut), scratch.h,
-// copying.h (planes in, results out), finish.h (residual, ReLU), tiles.h (the innermost loops), lists.h (the index as
-// items), phases.h (a strided dx), and a file for each product; norm.h (batch normalisation) stands by itself. Here are the functions that the library exports.
+// rows.h (rows in vectors), copying.h (planes in, results out), finish.h (residual, ReLU), tiles.h (the innermost
+// loops), lists.h (the index as items), phases.h (a strided dx), and a file for each product; norm.h (batch
+// normalisation) stands by itself. Here are the functions that the library exports.
 
 #include <chrono>
 #include <new>

@@ -62,11 +62,11 @@ template <class A> constexpr int LANES = VECTOR_BYTES / sizeof(A);
 template <class A> INLINE vec<A> load(const A* p) { return *(const typename Vector<A>::anywhere*)p; }
 template <class A> INLINE void store(A* p, vec<A> v) { *(typename Vector<A>::anywhere*)p = v; }
 
-// Lane J of the result is lane LANE, an expression of J, of a followed by b.
+// Lane J of the result is lane LANE, an expression of J, of a followed by b: vectors of the type that comes last.
 #if defined(__clang__) || __GNUC__ >= 12
-#define SHUFFLE(A, a, b, LANE) __builtin_shufflevector(a, b, int(LANE)...)
+#define SHUFFLE(a, b, LANE, ...) __builtin_shufflevector(a, b, int(LANE)...)
 #else
-#define SHUFFLE(A, a, b, LANE) __builtin_shuffle(a, b, typename Vector<A>::indices{int(LANE)...})
+#define SHUFFLE(a, b, LANE, ...) __builtin_shuffle(a, b, typename Vector<__VA_ARGS__>::indices{int(LANE)...})
 #endif
 
 struct bfloat16 { uint16_t bits; };

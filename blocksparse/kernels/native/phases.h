@@ -11,42 +11,6 @@
 
 namespace {
 
-template <class A, int FIRST, size_t... J> INLINE vec<A> woven(vec<A> a, vec<A> b, std::index_sequence<J...>) {
-    return SHUFFLE(A, a, b, FIRST + int64_t(J) / 2 + (J % 2) * LANES<A>);
-}
-// The first `count` lanes, fewer than all.
-template <class A> INLINE void store_some(vec<A> v, A* to, int64_t count) {
-    A lanes[LANES<A>];
-    store(lanes, v);
-    copy_in<A, A>(lanes, 1, to, count);
-}
-// to[2j] = even[j] and to[2j + 1] = odd[j], of `count` in all; zero where there is none. Up to a vector behind them is
-// read.
-template <class T, class A> void weave(const A* even, const A* odd, T* to, int64_t count) {
-    constexpr int64_t L = LANES<A>;
-    int64_t j = 0;
-    if constexpr (std::is_same<T, A>::value) {
-        for (; 2 * j < count; j += L) {
-            const vec<A> a = even ? load(even + j) : vec<A>{}, b = odd ? load(odd + j) : vec<A>{};
-            const vec<A> first = woven<A, 0>(a, b, std::make_index_sequence<L>{});
-            const vec<A> second = woven<A, L / 2>(a, b, std::make_index_sequence<L>{});
-            const int64_t left = count - 2 * j;
-            A* const at = to + 2 * j;
-            if (left < L) {
-                store_some(first, at, left);
-            } else {
-                store(at, first);
-                left < 2 * L ? store_some(second, at + L, left - L) : store(at + L, second);
-            }
-        }
-        return;
-    }
-    for (; 2 * j < count; j++) {
-        to[2 * j] = even ? narrow<T>(even[j]) : T{};
-        if (2 * j + 1 < count) to[2 * j + 1] = odd ? narrow<T>(odd[j]) : T{};
-    }
-}
-
 // dx of rows [first, first + rows) of the planes, the rows of a unit: from `runs`, of which each begins at column
 // `left`, [channels][phases][channel]. Pixels of no phase are zero.
 template <class T, class A>
@@ -102,12 +66,15 @@ void write_phases(const Conv& g, const Layout& lay, const A* runs, int64_t chann
             if (even) even += g.padding[1] / 2;
             if (odd) odd += (g.padding[1] + 1) / 2;
             const auto [i0, i1] = rows_of(a);
+            const int64_t step = lay.images * lay.pitch, to_step = g.stride[0] * strides[2];
             for (int64_t m = 0; m < u.images; m++)
                 for (int64_t c = 0; c < channels; c++) {
                     T* to = dx + (u.image + m) * strides[0] + (c0 + c) * strides[1] + row_of(i0, a) * strides[2];
-                    int64_t at = c * all + (i0 * lay.images + m) * lay.pitch;
-                    for (int64_t i = i0; i < i1; i++, at += lay.images * lay.pitch, to += g.stride[0] * strides[2])
-                        weave<T, A>(even ? even + at : nullptr, odd ? odd + at : nullptr, to, g.w);
+                    const int64_t at = c * all + i0 * step + m * lay.pitch;
+                    if (even || odd)
+                        weave<T, A>(even ? even + at : nullptr, odd ? odd + at : nullptr, step, to, to_step, i1 - i0, g.w);
+                    else
+                        for (int64_t i = i0; i < i1; i++, to += to_step) std::memset(to, 0, sizeof(T) * g.w);
                 }
         }
         return;

@@ -72,7 +72,7 @@ void scatter_tile(A* dx, const int32_t* items, const A* w, int64_t n, int64_t bk
 
 // The sums of pairs of neighbouring lanes: those of a, then those of b.
 template <class A, size_t... J> INLINE vec<A> pairs(vec<A> a, vec<A> b, std::index_sequence<J...>) {
-    return SHUFFLE(A, a, b, 2 * J) + SHUFFLE(A, a, b, 2 * J + 1);
+    return SHUFFLE(a, b, 2 * J, A) + SHUFFLE(a, b, 2 * J + 1, A);
 }
 // A vector whose lane i is the sum of vector i, of N vectors, a power of two; LEFT lanes are still to be added up.
 template <class A, int N, int LEFT = LANES<A>> INLINE vec<A> lane_sums(const vec<A>* v) {

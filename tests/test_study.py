@@ -6,7 +6,11 @@ import argparse
 import copy
 import csv
 import json
+import os
+import signal
 import statistics
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -74,6 +78,69 @@ def test_a_study_that_was_stopped_continues_in_the_middle_of_a_training(whole, t
     assert batches.drawn == 1 + 2 * len(VARIANTS) * 8  # no step was done twice, nothing measured again
     assert again["steps"] == results["steps"]
     assert timeless(rows(again)) == timeless(rows(whole[1]))
+
+
+TWO = (Variant("dense"), Variant("hrbp"))
+
+
+def test_two_jobs_train_what_one_does(tmp_path):
+    one, two = (tiny(tmp_path / f"{jobs}", TWO, jobs=jobs).run() for jobs in (1, 2))
+    assert [(run["line"], run["seed"]) for run in two["runs"]] == [(run["line"], run["seed"]) for run in one["runs"]]
+    assert timeless(rows(two)) == timeless(rows(one))
+
+
+@pytest.mark.slow
+def test_a_study_of_two_jobs_that_was_stopped_continues(tmp_path):
+    out = tmp_path / "s"
+
+    def begun():
+        return [path for path in out.glob("*/log.jsonl") if not (path.parent / "result.json").exists()]
+
+    def stop():
+        while not begun():
+            time.sleep(0.05)
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=stop, daemon=True).start()
+    results = tiny(out, TWO, jobs=2, epochs=16).run()
+    assert results["stopped"] == read(out / "results.json")["stopped"] == "SIGINT"
+    assert any(path.parent.joinpath("last.pt").exists() for path in begun())  # what was under way has a checkpoint
+    again = tiny(out, TWO, jobs=2, epochs=16).run()
+    assert again["stopped"] is None
+    assert timeless(rows(again)) == timeless(rows(tiny(tmp_path / "one", TWO, epochs=16).run()))
+
+
+@pytest.mark.slow
+def test_a_job_that_is_killed_is_told_and_its_training_continues(tmp_path):
+    out, children = tmp_path / "s", Path(f"/proc/self/task/{os.getpid()}/children")
+
+    def kill():
+        while not list(out.glob("*/log.jsonl")):
+            time.sleep(0.05)
+        os.kill(int(children.read_text().split()[0]), signal.SIGKILL)
+
+    threading.Thread(target=kill, daemon=True).start()
+    with pytest.raises(ChildProcessError, match="by signal 9"):
+        tiny(out, TWO, jobs=2, epochs=16).run()
+    assert not children.read_text().split()  # the other one has ended, too
+    assert tiny(out, TWO, jobs=2, epochs=16).run()["stopped"] is None
+
+
+@pytest.mark.slow
+def test_what_a_job_raises_is_raised(tmp_path):
+    tiny(tmp_path, TWO, seeds=(0,), epochs=1).run()
+    folder = tmp_path / "hrbp-80-seed-1"
+    folder.mkdir()
+    for name in ("last.pt", "previous.pt"):
+        (folder / name).write_bytes(b"no checkpoint")
+    with pytest.raises(ValueError, match="hrbp-80-seed-1"):
+        tiny(tmp_path, TWO, jobs=2, epochs=1).run()
+
+
+def test_jobs_that_cannot_be(tmp_path):
+    with pytest.raises(ValueError, match="jobs is 0"):
+        tiny(tmp_path, jobs=0)
 
 
 @pytest.mark.slow

@@ -40,7 +40,7 @@ def run_ablation(args: argparse.Namespace, load: Load, training: Mapping[str, An
         width=preset.width.get(model, 1.0) if args.width is None else args.width[0],
         images=(load(data, "train"), load(data, "test")), sparsities=args.sparsities or preset.sparsities,
         seeds=args.seeds or preset.seeds, batch_size=args.batch_size or preset.batch_size, every=args.every,
-        device=args.device, retime=args.retime,
+        device=args.device, retime=args.retime, jobs=args.jobs,
         **{**training, "epochs": args.epochs or preset.epochs.get(data, training["epochs"])},
     )  # fmt: skip
     results = made.run()

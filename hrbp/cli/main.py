@@ -11,6 +11,7 @@ import torch
 
 from blocksparse import __version__
 
+from ..training.devices import keep_freed_memory
 from ..training.result import Diverged
 from . import parsing
 from .info import add_info
@@ -50,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     args = parser.parse_args(words)
     args.words = list(words)  # as they were given
+    if argv is None:  # the process is this command's
+        keep_freed_memory()
     try:
         status = args.run(args)
         sys.stdout.flush()

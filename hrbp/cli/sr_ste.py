@@ -46,7 +46,8 @@ def run_sr_ste(args: argparse.Namespace, load: Load, training: Mapping[str, Any]
         images=(load(data, "train"), load(data, "test")),
         sparsities=args.sparsities or (QUICK_SPARSITIES if args.quick else preset.sparsities),
         seeds=args.seeds or (QUICK_SEEDS if args.quick else preset.seeds),
-        batch_size=args.batch_size or preset.batch_size, every=args.every, device=args.device, retime=args.retime,
+        batch_size=args.batch_size or preset.batch_size, every=args.every, device=args.device,
+        retime=args.retime, jobs=args.jobs,
         **{**training, "epochs": epochs},
     )  # fmt: skip
     results = made.run()

@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..data.batches import Batches
 from ..data.folders import LAYOUT
 from ..data.loading import load, set_named
@@ -28,12 +30,14 @@ from ..study.sensitivity_table import parts as sensitivity_parts
 from ..study.study import Study
 from ..study.study_table import parts as study_parts
 from ..study.variants import ABLATION, BASELINES, LAMBDAS, PRESETS, Preset, Variant
+from ..training.devices import the_device
 from . import ablation, parsing, sr_ste, worth
 from .ending import tell, tell_files
 
 REGULARITY = "regularity"
 MAX_TIME, MAX_STORAGE = 0.5, 0.25
 TOLERANCE = 1.0  # points of accuracy
+SHARING, MOST_JOBS = ("quick", worth.PRESET, ablation.PRESET, sr_ste.PRESET), 8  # presets of small networks
 RETRAIN, TIMED_WIDTH = 2, 8.0  # epochs after a pruning; of resnet8: layers of 128 to 512 channels
 
 DESCRIPTION = """\
@@ -124,6 +128,11 @@ def add_study(commands: parsing.Commands) -> None:
         help="steps between mask changes, default 100, in short trainings a fortieth, of subp an epoch",
     )
     add("--out", type=parsing.path, metavar="DIR", help="folder, default runs/study, runs/study-PRESET")
+    add(
+        "--jobs", type=parsing.positive, metavar="N",
+        help=f"trainings at a time on a CPU, whose threads they share out, default 1; of"
+        f" {', '.join(SHARING)} as many as there are threads, {MOST_JOBS} at most",
+    )  # fmt: skip
     add("--retime", action="store_true", help="measure step times anew; trainings that are finished stay")
     add("--html", action="store_true", help=f"also write {PAGE}: one file with the table, figures and settings")
     parsing.add_device(add)
@@ -163,7 +172,12 @@ def run_study(args: argparse.Namespace) -> int:
             raise ValueError(f"study: --preset {args.preset} takes one --width; run it once for each")
     elif args.quick and args.full:
         raise ValueError("study: --quick and --full are two sizes of the study; take one")
+    if args.jobs is None:
+        shared = args.preset in SHARING and the_device(args.device).type == "cpu"
+        args.jobs = min(torch.get_num_threads(), MOST_JOBS) if shared else 1
     if args.preset == REGULARITY:
+        if args.jobs > 1:
+            raise ValueError(f"study: --jobs: --preset {REGULARITY} prunes again what it has trained; leave it out")
         if args.retime:
             raise ValueError(f"study: --retime is not of --preset {REGULARITY}; leave it out, or use a new folder")
         return run_regularity(args)
@@ -194,7 +208,7 @@ def run_study(args: argparse.Namespace) -> int:
             sparsities=args.sparsities or preset.sparsities,
             seeds=preset.seeds if args.seeds is None else args.seeds,
             batch_size=args.batch_size or preset.batch_size, every=args.every, device=args.device,
-            retime=args.retime, **training,
+            retime=args.retime, jobs=args.jobs, **training,
         )
         for model, data in pairs
     ]  # fmt: skip

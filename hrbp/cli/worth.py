@@ -57,7 +57,7 @@ def run_worth(
                     sparsities=args.sparsities or (preset.sparsities[:1] if args.quick else preset.sparsities),
                     seeds=args.seeds or (QUICK_SEEDS if args.quick else preset.seeds),
                     batch_size=args.batch_size or preset.batch_size, every=args.every, device=args.device,
-                    retime=args.retime, **{**training, "epochs": epochs},
+                    retime=args.retime, jobs=args.jobs, **{**training, "epochs": epochs},
                 ))  # fmt: skip
     return _run(out, made, args)
 

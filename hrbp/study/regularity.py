@@ -254,7 +254,7 @@ class Regularity(Runner):
             self.say.say(f"{what}, seed {seed}: {result['accuracy']:.2%} in {duration(result['seconds'])}")
         return None
 
-    def _train_one(self, structure: str, sparsity: float, seed: int, head: str) -> dict[str, Any] | str:
+    def train_one(self, structure: str, sparsity: float, seed: int, head: str) -> dict[str, Any] | str:
         """One link of a chain."""
         folder, identity = self._folder(structure, sparsity, seed), self._identity(structure, sparsity, seed)
         at, settings = self.sparsities.index(sparsity), self.retraining

@@ -8,7 +8,7 @@ import re
 import time
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
@@ -31,6 +31,7 @@ from .variants import BASELINES
 TEST_BATCH = 500
 
 Line = tuple[Any, float]  # a line of the table: what is trained, and its sparsity
+Run = tuple[Any, float, int]  # a training: of a line, with a seed
 
 
 def recorded(training: Settings) -> dict[str, Any]:
@@ -70,6 +71,7 @@ class Runner(ABC):
     ended: ClassVar[Sequence[str]]  # further ones, of a training whose loss stayed finite
     times: ClassVar[str]  # key of results.json that has the measured seconds
     later = 0.0  # seconds of studies that follow, to be told as left
+    jobs = 1  # trainings at a time
     pace: float | None = None  # seconds for a unit of `_work`, before anything is trained; None: not known
 
     def __init__(
@@ -151,28 +153,42 @@ class Runner(ABC):
             stopped = self._prepare([result for _, result in found if result is not None])
             return self._end(stopped or self._train_all([run for run, result in found if result is None]))
 
-    def _train_all(self, todo: Sequence[tuple[Any, float, int]]) -> str | None:
+    def _train_all(self, todo: Sequence[Run]) -> str | None:
         """Run the trainings that are left; returns the signal that stopped one of them."""
-        begin, done, pace = time.monotonic(), 0.0, self.pace
-        for i, run in enumerate(todo):
-            left = (
-                "" if pace is None else f", {duration(pace * sum(self._work(*r) for r in todo[i:]) + self.later)} left"
-            )
-            at = len(self.runs) - len(todo) + i + 1
+        left, begin, done, pace = list(todo), time.monotonic(), 0.0, self.pace
+        place = {(self._identity(*run)["line"], run[2]): i for i, run in enumerate(self.runs)}
+
+        def head(run: Run) -> str:
+            """What comes before the words about a training: how far the study is."""
+            time_left = pace and f", {duration(pace * sum(self._work(*r) for r in left) + self.later)} left"
             best = f"; {words}" if (words := self._so_far()) else ""
-            head = f"[{at}/{len(self.runs)}{left}{best}] {self._line_name(*run[:2])} seed {run[2]}"
-            result = self._train_one(*run, head)
+            return f"[{len(self.runs) - len(left) + 1}/{len(self.runs)}{time_left or ''}{best}] {self.named(*run)}"
+
+        for run, result in self._ended(todo, head):
             if isinstance(result, str):
                 return result
+            said = head(run)
             self.results["runs"].append(result)
+            self.results["runs"].sort(key=lambda ended: place[ended["line"], ended["seed"]])
             self._write()
+            left.remove(run)
             done += self._work(*run)
-            pace = (time.monotonic() - begin) / done  # trainings test and write, too
+            begun = min(self.jobs - 1, len(left)) * self._work(*run) / 2  # the others are halfway
+            pace = (time.monotonic() - begin) / (done + begun)  # trainings test and write, too
             what = "diverged" if result["accuracy"] is None else f"{result['accuracy']:.2%}"
-            self.say.say(f"{head}: {what} in {duration(result['seconds'])}")
-            if i + 1 < len(todo) and todo[i + 1][2] != run[2]:
+            self.say.say(f"{said}: {what} in {duration(result['seconds'])}")
+            if left and all(seed != run[2] for *_, seed in left):
                 self._seed_ended()
         return None
+
+    def _ended(self, todo: Sequence[Run], head: Callable[[Run], str]) -> Iterator[tuple[Run, dict[str, Any] | str]]:
+        """Trainings with their results as they end; a signal's name as the result of one that was stopped."""
+        for run in todo:
+            yield run, self.train_one(*run, head(run))
+
+    def named(self, what: Any, sparsity: float, seed: int) -> str:
+        """A training in words."""
+        return f"{self._line_name(what, sparsity)} seed {seed}"
 
     def _end(self, stopped: str | None) -> dict[str, Any]:
         self.results["stopped"] = stopped
@@ -194,7 +210,7 @@ class Runner(ABC):
 
     def _folder(self, what: Any, sparsity: float, seed: int) -> Path:
         """Of one training."""
-        return self.out / re.sub(r"[^\w.+=-]+", "-", f"{self._line_name(what, sparsity)} seed {seed}")
+        return self.out / re.sub(r"[^\w.+=-]+", "-", self.named(what, sparsity, seed))
 
     def _result_of(self, what: Any, sparsity: float, seed: int) -> dict[str, Any] | None:
         """The result of a training; None: it is not finished."""
@@ -245,7 +261,7 @@ class Runner(ABC):
         """The keys of result.json that identify the training."""
 
     @abstractmethod
-    def _train_one(self, what: Any, sparsity: float, seed: int, head: str) -> dict[str, Any] | str:
+    def train_one(self, what: Any, sparsity: float, seed: int, head: str) -> dict[str, Any] | str:
         """Train; returns what the table needs, or the signal that stopped it. head: prefix of the running line."""
 
     @abstractmethod

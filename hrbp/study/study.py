@@ -6,11 +6,12 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -34,12 +35,14 @@ from ..training.fused import as_called
 from ..training.settings import Settings
 from ..training.trainer import Trainer
 from .folder import RESULT, RESULTS, is_number, read
-from .runner import Line, Runner, recorded
+from .jobs import trained_side_by_side
+from .runner import Line, Run, Runner, recorded
 from .study_table import BOUNDS, line_name, rows, step_times, table, update_name
 from .timing import interleaved, timed
 from .variants import PRUNES, QUICK, Variant
 
 ROUNDS = 31  # of the interleaved timing
+PACE_ROUNDS = 6  # of dense steps on all threads and on a share
 FORWARD = 0.4  # of the time of a step, to test as many images: for the time that is left
 IMAGES_PER_CLASS = 10  # for the gradients of saliencies, as in GraSP
 
@@ -73,6 +76,7 @@ class Study(Runner):
         device: default: the GPU if there is one.
         quiet: print nothing.
         retime: measure step times anew, also where they are known.
+        jobs: trainings at a time, on a CPU: processes that share out its threads, which is faster for small networks.
         **training: see `Settings`; epochs is needed.
 
     Raises:
@@ -101,13 +105,16 @@ class Study(Runner):
         device: torch.device | str | None = None,
         quiet: bool = False,
         retime: bool = False,
+        jobs: int = 1,
         **training: Any,
     ) -> None:
         super().__init__(
             out, model=model, width=width, images=images, batch_size=batch_size, device=device, quiet=quiet,
             variants=[v.name for v in variants], sparsities=sparsities, seeds=seeds,
         )  # fmt: skip
-        self.retime = retime
+        self.retime, self.jobs = retime, jobs
+        if jobs < 1 or (jobs > 1 and self.device.type != "cpu"):
+            raise ValueError(f"{self.who}: jobs is {jobs} on {self.device}; it needs 1, or more on a CPU")
         if every is not None and every < 1:
             raise ValueError(f"{self.who}: every is {every}; it needs an integer >= 1")
         for variant in variants:
@@ -142,7 +149,7 @@ class Study(Runner):
             self._take_up()
             found = [(run, self._result_of(*run)) for run in self.runs]
             self._prepare([result for _, result in found if result is not None])
-            return sum(self._work(*run) for run, result in found if result is None)
+            return self.pace * sum(self._work(*run) for run, result in found if result is None)
 
     def _take_up(self) -> None:
         super()._take_up()
@@ -187,13 +194,38 @@ class Study(Runner):
             self._measure()
             self._write()
         left = [run for run in self.runs if self._result_of(*run) is None]
-        seconds = sum(self._work(*run) for run in left)
         if left:
+            if self.jobs > 1 and self.pace == 1.0:
+                self.pace = self._pace(min(self.jobs, len(left)))
+            seconds = self.pace * sum(self._work(*run) for run in left)
+            at_once = f", {self.jobs} at a time" if self.jobs > 1 else ""
             self.say.say(
-                f"{counted(len(left), 'training')} of {counted(self.total_steps, 'step')}: about {duration(seconds)} on"
-                f" {self.results['machine']}, by the measured steps"
+                f"{counted(len(left), 'training')} of {counted(self.total_steps, 'step')}{at_once}: about"
+                f" {duration(seconds)} on {self.results['machine']}, by the measured steps"
             )
         return None
+
+    def _pace(self, jobs: int) -> float:
+        """Seconds for one of steps as they were measured, where so many trainings share out the threads."""
+        threads = torch.get_num_threads()
+        step = self._step(Variant("dense"), 0.0, False, *self._batch())
+        seconds = []
+        try:
+            for each in [threads, max(1, threads // jobs)] * PACE_ROUNDS:
+                torch.set_num_threads(each)
+                seconds.append(step())
+        finally:
+            torch.set_num_threads(threads)
+        return median(seconds[3::2]) / median(seconds[2::2]) / jobs
+
+    def _ended(self, todo: Sequence[Run], head: Callable[[Run], str]) -> Iterator[tuple[Run, dict[str, Any] | str]]:
+        if min(self.jobs, len(todo)) > 1:
+            return trained_side_by_side(self, todo, self.jobs)
+        return super()._ended(todo, head)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For the process that trains: all but the stream that is written to."""
+        return {**self.__dict__, "say": None}
 
     def _work(self, variant: Variant, sparsity: float, seed: int) -> float:
         step = step_times(self.results, variant, sparsity)
@@ -250,7 +282,7 @@ class Study(Runner):
         settings = Settings(**{**asdict(self.training), "evolve": name, "evolve_options": options})
         return Trainer(self._first_network(variant, sparsity, seed), *self._batches(seed), settings, quiet=True, **more)
 
-    def _train_one(self, variant: Variant, sparsity: float, seed: int, head: str) -> dict[str, Any] | str:
+    def train_one(self, variant: Variant, sparsity: float, seed: int, head: str) -> dict[str, Any] | str:
         folder, identity = self._folder(variant, sparsity, seed), self._identity(variant, sparsity, seed)
         trainer = self._trainer(variant, sparsity, seed, out=folder, resume=True, config=identity)
         ended = self._finish(trainer, head)
@@ -310,13 +342,16 @@ class Study(Runner):
         """Median seconds of a step of every network, interleaved."""
         timed_lines = self._timed_lines()
         self.say.say(f"measuring steps of {len(timed_lines)} networks on {self.results['machine']}")
-        batches = Batches(self.train, self.batch_size, train=True, device=self.device)
-        x, y = next(iter(batches.epoch()))
+        x, y = self._batch()
         steps = {name: self._step(*line, x, y) for name, line in timed_lines.items()}
         found = interleaved(steps, ROUNDS, progress=self.say, what="steps")
         self.results["steps"] = {name: timing.seconds for name, timing in found.items()}
         self.results[BOUNDS] = {name: [timing.low, timing.high] for name, timing in found.items()}
         self.retime = False
+
+    def _batch(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images and labels to measure with."""
+        return next(iter(Batches(self.train, self.batch_size, train=True, device=self.device).epoch()))
 
     def _step(
         self, variant: Variant, sparsity: float, updates: bool, x: torch.Tensor, y: torch.Tensor

@@ -1,8 +1,9 @@
 """Fit the cost model that chooses between stored blocks and the dense product on a CPU to times measured here.
 
-  python bench/calibrate.py --layers 300 --json times.json      measure, print constants for kernels/cost.py
+  python bench/calibrate.py --layers 300 --keep                 measure; from now on the choice is this processor's
+  python bench/calibrate.py --layers 300 --json times.json      measure, print rows for kernels/cpu_constants.json
   python bench/calibrate.py --read times.json                   fit again, and say how well the choice does
-  python bench/calibrate.py --check times.json                  how the shipped constants choose on measured layers
+  python bench/calibrate.py --check times.json                  how the constants in use choose on measured layers
 
 Measuring takes about a second a layer, fitting no time. Fitting needs scipy: pip install 'blocksparse-conv[test]'.
 
@@ -32,7 +33,7 @@ from bench.shared import options
 from bench.shared.clocks import Clock, Rounds, interleave, make_clock
 from bench.shared.rows import Times
 from blocksparse.geometry import KINDS
-from blocksparse.kernels import cost
+from blocksparse.kernels import cost, cpu_constants
 from hrbp.columns import columns
 from hrbp.files import write_json
 from hrbp.progress import Progress
@@ -140,24 +141,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--seed", type=int, default=0)
     add("--json", type=Path, metavar="FILE", help="where to write what was measured")
     add("--read", nargs="+", type=Path, metavar="FILE", help="files of measurements: fit these")
-    add("--check", nargs="+", type=Path, metavar="FILE", help="files of measurements: judge the shipped constants")
+    add("--check", nargs="+", type=Path, metavar="FILE", help="files of measurements: judge the constants in use")
+    add("--keep", action="store_true", help="keep the constants in the user's cache, for this processor and this dtype")
     args = parser.parse_args(argv)
     try:
         options.check_file("--json", args.json)
         rows = read(args.read or args.check) if args.read or args.check else measure_all(args)
     except (OSError, ValueError) as error:
         parser.error(str(error))
+    fitted: dict[cpu_constants.Key, cpu_constants.Pair] = {}
     for last in (False, True):
         some = [row for row in rows if row["channels_last"] == last]
         if not some:
             continue
         if args.check:
-            constants = cost.CPU[DTYPES[args.dtype], last]
+            constants = cost.constants(DTYPES[args.dtype], last)
         else:
             constants = {kind: (fit(some, kind, 0), fit(some, kind, 1)) for kind in KINDS}
+            fitted |= {(args.dtype, last, kind): sides for kind, sides in constants.items()}
             print_constants(constants, args.dtype, last)
         print(f"# {len(some)} layers, {'channels_last' if last else 'contiguous'}")
         judge(some, constants, args.threads)
+    if args.keep and fitted:
+        print(f"kept for this processor: {cpu_constants.keep(fitted)}")
     return 0
 
 
@@ -193,14 +199,11 @@ def measure_all(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def print_constants(constants: dict[str, tuple[cost.Terms, cost.Terms]], dtype: str, last: bool) -> None:
-    """The entry of the table in kernels/cost.py."""
-    print(f"(torch.{dtype}, {last}): {{")
-    for kind, sides in constants.items():
-        print(f'    "{kind}": (')
-        for side in sides:
-            print(f"        Terms({', '.join(f'{value:.3g}' for value in side)}),")
-        print("    ),")
-    print("},")
+    """Rows of kernels/cpu_constants.json."""
+    for kind, (stored, dense) in constants.items():
+        row = {"dtype": dtype, "channels_last": last, "kind": kind}
+        sides = {name: [float(f"{v:.3g}") for v in side] for name, side in (("stored", stored), ("dense", dense))}
+        print(json.dumps(row | sides))
 
 
 if __name__ == "__main__":

@@ -9,10 +9,23 @@ from hypothesis import strategies as st
 
 import blocksparse as bs
 from blocksparse.geometry import KINDS
-from blocksparse.kernels import cost
+from blocksparse.kernels import cost, cpu_constants
 from strategies import Case, cases
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(autouse=True)
+def one_processor(monkeypatch):
+    """The choice is that of the first processor of the shipped table, wherever the tests run."""
+    monkeypatch.setattr(cpu_constants, "_vendor", lambda: None)
+    monkeypatch.setattr(cpu_constants, "_own", dict)
+    caches = cpu_constants.constants, cost.on_cpu, bs.plan.plan_conv
+    for cached in caches:
+        cached.cache_clear()
+    yield
+    for cached in caches:
+        cached.cache_clear()
 
 
 def chosen(shape, blocksize, density, size, n=8, dtype=torch.float32, stride=1):

@@ -20,6 +20,7 @@ import hrbp
 import studies
 from hrbp import data
 from hrbp.cli import study as study_cli
+from hrbp.cli.main import main
 from hrbp.formats.model import load
 from hrbp.layers.record import record_of
 from hrbp.layers.view import sparse_layers
@@ -138,9 +139,11 @@ def test_what_a_job_raises_is_raised(tmp_path):
         tiny(tmp_path, TWO, jobs=2, epochs=1).run()
 
 
-def test_jobs_that_cannot_be(tmp_path):
+def test_jobs_that_cannot_be(tmp_path, capsys):
     with pytest.raises(ValueError, match="jobs is 0"):
         tiny(tmp_path, jobs=0)
+    assert main(["study", "--preset", "regularity", "--jobs", "2"]) == 2
+    assert "study: --jobs: --preset regularity" in capsys.readouterr().err
 
 
 @pytest.mark.slow

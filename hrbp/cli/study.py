@@ -50,7 +50,7 @@ default takes about five minutes on a laptop.
   python -m hrbp study --preset paper --model resnet32 --data cifar10 --seeds 0
 
 --preset worth asks whether sparse networks are worth it: against narrow dense ones whose steps take as long, with five
-paired seeds and 95% intervals. It says how long it will take before it begins: an hour or more on two cores.
+paired seeds and 95% intervals. It says how long it will take before it begins: about an hour on two cores.
 
   python -m hrbp study --preset worth --html
   python -m hrbp study --preset worth --quick                               under five minutes
@@ -81,6 +81,7 @@ time, too, without training again.
 END = """\
 The same command again continues where it was stopped, by Ctrl-C or by anything else. In the folder: results.json,
 table.csv, study.png, and each training with its log. Several networks or data sets have a folder each in it.
+On a CPU small networks are trained side by side, one on each thread (--jobs); step times are measured before, on all.
 --structures and --methods train all pairs that go together; dense and narrow networks are trained once.
 Exit status: 0; 2 for an option or a file that cannot be used; 128 + N if stopped by signal N.
 """

@@ -1,0 +1,85 @@
+"""Nanoseconds of the terms of cost.py on this processor.
+
+cpu_constants.json has those that bench/calibrate.py measured, for processors of some makers; others take the first. A
+file in the user's cache, which `bench/calibrate.py --keep` writes, goes before them on the processor that it is of.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from . import cpu_build
+
+SHIPPED = Path(__file__).with_name("cpu_constants.json")
+TERMS = 9  # cost.Terms
+
+Key = tuple[str, bool, str]  # dtype, channels_last, product
+Pair = tuple[tuple[float, ...], tuple[float, ...]]  # on stored blocks; dense
+
+
+def own_file() -> Path:
+    """Where constants measured on this processor are kept."""
+    return cpu_build.cache() / f"constants-{hashlib.sha256(cpu_build.processor().encode()).hexdigest()[:32]}.json"
+
+
+def keep(found: Mapping[Key, Pair]) -> Path:
+    """Keep constants for this processor, beside those of other dtypes that are kept already; returns the file."""
+    kept = {**_own(), **found}
+    rows = [
+        {"dtype": dtype, "channels_last": last, "kind": kind, "stored": list(stored), "dense": list(dense)}
+        for (dtype, last, kind), (stored, dense) in kept.items()
+    ]
+    path = own_file()
+    path.write_text(json.dumps({"rows": rows}, indent=1))
+    constants.cache_clear()
+    return path
+
+
+@cache
+def constants() -> tuple[dict[Key, Pair], str]:
+    """(constants, where they are from), for every dtype that the native backend takes."""
+    first, *others = json.loads(SHIPPED.read_text())["processors"]
+    vendor = _vendor()
+    alike = next((entry for entry in others if entry["vendor"] == vendor), first)
+    known, own = {**_read(first["rows"]), **_read(alike["rows"])}, _own()
+    return {**known, **own}, "this processor" if own else alike["processor"]
+
+
+def _own() -> dict[Key, Pair]:
+    path = own_file()
+    if not path.exists():
+        return {}
+    try:
+        return _read(json.loads(path.read_text())["rows"])
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        warnings.warn(
+            f"blocksparse: {path} is damaged ({error}); shipped constants are used. Remove it, or run"
+            " bench/calibrate.py --keep again", RuntimeWarning, stacklevel=2,
+        )  # fmt: skip
+        return {}
+
+
+def _read(rows: Sequence[Mapping[str, Any]]) -> dict[Key, Pair]:
+    found = {}
+    for row in rows:
+        stored, dense = (tuple(float(value) for value in row[side]) for side in ("stored", "dense"))
+        if len(stored) != TERMS or len(dense) != TERMS or not all(0 <= v < math.inf for v in (*stored, *dense)):
+            raise ValueError(f"{row} needs {TERMS} numbers from 0 on for stored and for dense")
+        found[row["dtype"], row["channels_last"], row["kind"]] = stored, dense
+    return found
+
+
+def _vendor() -> str | None:
+    """As the processor names its maker."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("vendor_id")), None)

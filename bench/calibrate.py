@@ -1,7 +1,7 @@
 """Fit the cost model that chooses between stored blocks and the dense product on a CPU to times measured here.
 
   python bench/calibrate.py --layers 300 --keep                 measure; from now on the choice is this processor's
-  python bench/calibrate.py --layers 300 --json times.json      measure, print rows for kernels/cpu_constants.json
+  python bench/calibrate.py --layers 300 --json times.json      measure, print rows for kernels/cost_constants.json
   python bench/calibrate.py --read times.json                   fit again, and say how well the choice does
   python bench/calibrate.py --check times.json                  how the constants in use choose on measured layers
 
@@ -33,7 +33,7 @@ from bench.shared import options
 from bench.shared.clocks import Clock, Rounds, interleave, make_clock
 from bench.shared.rows import Times
 from blocksparse.geometry import KINDS
-from blocksparse.kernels import cost, cpu_constants
+from blocksparse.kernels import cost, cost_constants
 from hrbp.columns import columns
 from hrbp.files import write_json
 from hrbp.progress import Progress
@@ -149,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows = read(args.read or args.check) if args.read or args.check else measure_all(args)
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    fitted: dict[cpu_constants.Key, cpu_constants.Pair] = {}
+    fitted: dict[cost_constants.Key, cost_constants.Pair] = {}
     for last in (False, True):
         some = [row for row in rows if row["channels_last"] == last]
         if not some:
@@ -163,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"# {len(some)} layers, {'channels_last' if last else 'contiguous'}")
         judge(some, constants, args.threads)
     if args.keep and fitted:
-        print(f"kept for this processor: {cpu_constants.keep(fitted)}")
+        print(f"kept for this processor: {cost_constants.keep(fitted)}")
     return 0
 
 
@@ -199,7 +199,7 @@ def measure_all(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def print_constants(constants: dict[str, tuple[cost.Terms, cost.Terms]], dtype: str, last: bool) -> None:
-    """Rows of kernels/cpu_constants.json."""
+    """Rows of kernels/cost_constants.json."""
     for kind, (stored, dense) in constants.items():
         row = {"dtype": dtype, "channels_last": last, "kind": kind}
         sides = {name: [float(f"{v:.3g}") for v in side] for name, side in (("stored", stored), ("dense", dense))}

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import blocksparse as bs
 from blocksparse.geometry import KINDS
-from blocksparse.kernels import cost, cpu_constants
+from blocksparse.kernels import cost, cost_constants, machine
 from strategies import Case, cases
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -18,9 +18,9 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 @pytest.fixture(autouse=True)
 def one_processor(monkeypatch):
     """The choice is that of the first processor of the shipped table, wherever the tests run."""
-    monkeypatch.setattr(cpu_constants, "_vendor", lambda: None)
-    monkeypatch.setattr(cpu_constants, "_own", dict)
-    caches = cpu_constants.constants, cost.on_cpu, bs.plan.plan_conv
+    monkeypatch.setattr(machine, "vendor", lambda: None)
+    monkeypatch.setattr(cost_constants, "_own", dict)
+    caches = cost_constants.constants, cost.on_cpu, bs.plan.plan_conv
     for cached in caches:
         cached.cache_clear()
     yield

@@ -31,9 +31,11 @@ ALLOWED = {
     "kernels/tiles": {"geometry", "index", "kernels/counted", "kernels/gpu_cost", "kernels/gpus"},
     "kernels/slots": {"geometry", "kernels/gpus", "kernels/tiles"},
     "kernels/slot_cost": {"geometry", "kernels/counted", "kernels/gpu_cost", "kernels/gpus", "kernels/slots"},
-    "kernels/cost": {"geometry", "layout"},
+    "kernels/machine": set(),
+    "kernels/cost_constants": {"kernels/machine"},
+    "kernels/cost": {"geometry", "layout", "kernels/cost_constants"},
     "kernels/aten_conv": {"geometry", "layout"},
-    "kernels/cpu_build": set(),
+    "kernels/cpu_build": {"kernels/machine"},
     "kernels/cpu": {"geometry", "index", "layout", "kernels/cpu_build"},
     "kernels/cpu_norm": {"layout", "kernels/cpu", "kernels/cpu_build"},
     "kernels/torch_conv": {"geometry", "groups", "index", "layout", "kernels/aten_conv", "kernels/triton_bank"},
@@ -180,7 +182,7 @@ ROOMS: dict[str, list[str]] = {
     "study": [
         "folder", "spread", "rival", "timing", "variants", "page", "regularity_table", "study_table", "worth_table",
         "sr_ste_table", "ablation_table", "equal_accuracy", "sensitivity_table", "sensitivity", "runner", "regularity",
-        "study", "sr_ste", "ablation", "worth",
+        "jobs", "study", "sr_ste", "ablation", "worth",
     ],
     "cli": ["parsing", "ending", "info", "regroup", "worth", "sr_ste", "ablation", "study", "train", "main"],
 }  # fmt: skip

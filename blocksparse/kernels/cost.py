@@ -7,7 +7,7 @@ On a CPU both are sums of a few terms, from sizes alone, so that the same sizes 
 
 A multiplication on stored blocks costs more in small blocks: a vector of pixels that is loaded is used once for each
 filter of a block, 8 at most. The constants are nanoseconds on one thread, measured and fitted by bench/calibrate.py
-(cpu_constants.py). gpu_cost.py is about GPUs.
+(cost_constants.py). gpu_cost.py is about GPUs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 
 from ..geometry import KINDS, ConvGeometry
 from ..layout import BATCH_LAST, CHANNELS_LAST
-from . import cpu_constants
+from . import cost_constants
 
 DTYPES = torch.float64, torch.float32, torch.float16, torch.bfloat16  # that the native backend takes
 
@@ -116,7 +116,7 @@ def known(dtype: torch.dtype) -> bool:
 
 def constants(dtype: torch.dtype, channels_last: bool) -> dict[str, tuple[Terms, Terms]]:
     """For each product those on stored blocks and of the dense product."""
-    found, name = cpu_constants.constants()[0], str(dtype).removeprefix("torch.")
+    found, name = cost_constants.constants()[0], str(dtype).removeprefix("torch.")
     return {
         kind: (Terms(*stored), Terms(*dense)) for kind in KINDS for stored, dense in [found[name, channels_last, kind]]
     }

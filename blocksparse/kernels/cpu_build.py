@@ -13,11 +13,12 @@ import hashlib
 import os
 import platform
 import shutil
-import stat
 import subprocess
 import tempfile
 import warnings
 from pathlib import Path
+
+from .machine import cache, processor
 
 SOURCE = Path(__file__).with_name("native") / "cpu.cpp"  # includes the headers beside it
 COMPILERS = ("c++", "g++", "clang++")  # tried in this order, after $CXX
@@ -96,28 +97,3 @@ def _said(error: Exception) -> str:
     text = getattr(error, "stderr", None) or str(error)
     errors = [line.strip() for line in text.splitlines() if "error" in line.lower()]
     return (errors or text.splitlines() or [repr(error)])[0][:300]
-
-
-def processor() -> str:
-    """What code for this processor depends on: its name and the instructions that it has."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return f"{platform.machine()} {platform.processor()}"
-    wanted = ("model name", "flags", "Features", "CPU implementer", "CPU part")
-    return "\n".join(sorted({line for line in lines if line.split("\t")[0].strip() in wanted}))
-
-
-def cache() -> Path:
-    """A folder that only this user can write to: a library in it is code that will run."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    for folder in (Path(home) / "blocksparse", Path(tempfile.gettempdir()) / f"blocksparse-{os.getuid()}"):
-        try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            found = folder.stat()
-            mine = found.st_uid == os.getuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-            if mine and os.access(folder, os.W_OK | os.X_OK):
-                return folder
-        except OSError:
-            continue
-    return Path(tempfile.mkdtemp(prefix="blocksparse-"))

@@ -17,22 +17,19 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 import torch
 
 from ..progress import Progress
 from ..training.devices import keep_freed_memory
 from ..training.signals import noted
-
-if TYPE_CHECKING:
-    from .runner import Run
-    from .study import Study
+from .runner import Run, Runner
 
 LOOK, END_SECONDS = 0.2, 60.0  # how often to look for a signal; that a process may take to write its checkpoint
 
 
-def trained_side_by_side(study: Study, todo: Sequence[Run], jobs: int) -> Iterator[tuple[Run, dict[str, Any] | str]]:
+def trained_side_by_side(study: Runner, todo: Sequence[Run], jobs: int) -> Iterator[tuple[Run, dict[str, Any] | str]]:
     """Trainings with their results as they end; a signal's name as the last result where one came.
 
     Args:
@@ -100,7 +97,7 @@ def trained_side_by_side(study: Study, todo: Sequence[Run], jobs: int) -> Iterat
 class _Process:
     """A process that trains what it is given, one training after the other."""
 
-    def __init__(self, study: Study, threads: int) -> None:
+    def __init__(self, study: Runner, threads: int) -> None:
         path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
         # A session of its own: Ctrl-C comes to this process alone, which passes it on.
         self.process = subprocess.Popen(
@@ -110,7 +107,7 @@ class _Process:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.orders, self.results = self.process.stdin, self.process.stdout
-        self.first: tuple[Study, int] | None = (study, threads)
+        self.first: tuple[Runner, int] | None = (study, threads)
 
     def train(self, run: Run) -> dict[str, Any] | str | BaseException:
         """The result of a training, or the signal that stopped it, or what it raised."""

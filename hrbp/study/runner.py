@@ -190,6 +190,10 @@ class Runner(ABC):
         """A training in words."""
         return f"{self._line_name(what, sparsity)} seed {seed}"
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For a process that trains: all but the stream that is written to."""
+        return {**self.__dict__, "say": None}
+
     def _end(self, stopped: str | None) -> dict[str, Any]:
         self.results["stopped"] = stopped
         self._write()

@@ -223,10 +223,6 @@ class Study(Runner):
             return trained_side_by_side(self, todo, self.jobs)
         return super()._ended(todo, head)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """For the process that trains: all but the stream that is written to."""
-        return {**self.__dict__, "say": None}
-
     def _work(self, variant: Variant, sparsity: float, seed: int) -> float:
         step = step_times(self.results, variant, sparsity)
         assert step is not None  # measured first

@@ -1,6 +1,6 @@
 """Nanoseconds of the terms of cost.py on this processor.
 
-cpu_constants.json has those that bench/calibrate.py measured, for processors of some makers; others take the first. A
+cost_constants.json has those that bench/calibrate.py measured, for processors of some makers; others take the first. A
 file in the user's cache, which `bench/calibrate.py --keep` writes, goes before them on the processor that it is of.
 """
 
@@ -15,9 +15,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from . import cpu_build
+from . import machine
 
-SHIPPED = Path(__file__).with_name("cpu_constants.json")
+SHIPPED = Path(__file__).with_name("cost_constants.json")
 TERMS = 9  # cost.Terms
 
 Key = tuple[str, bool, str]  # dtype, channels_last, product
@@ -26,7 +26,7 @@ Pair = tuple[tuple[float, ...], tuple[float, ...]]  # on stored blocks; dense
 
 def own_file() -> Path:
     """Where constants measured on this processor are kept."""
-    return cpu_build.cache() / f"constants-{hashlib.sha256(cpu_build.processor().encode()).hexdigest()[:32]}.json"
+    return machine.cache() / f"constants-{hashlib.sha256(machine.processor().encode()).hexdigest()[:32]}.json"
 
 
 def keep(found: Mapping[Key, Pair]) -> Path:
@@ -46,8 +46,7 @@ def keep(found: Mapping[Key, Pair]) -> Path:
 def constants() -> tuple[dict[Key, Pair], str]:
     """(constants, where they are from), for every dtype that the native backend takes."""
     first, *others = json.loads(SHIPPED.read_text())["processors"]
-    vendor = _vendor()
-    alike = next((entry for entry in others if entry["vendor"] == vendor), first)
+    alike = next((entry for entry in others if entry["vendor"] == machine.vendor()), first)
     known, own = {**_read(first["rows"]), **_read(alike["rows"])}, _own()
     return {**known, **own}, "this processor" if own else alike["processor"]
 
@@ -74,12 +73,3 @@ def _read(rows: Sequence[Mapping[str, Any]]) -> dict[Key, Pair]:
             raise ValueError(f"{row} needs {TERMS} numbers from 0 on for stored and for dense")
         found[row["dtype"], row["channels_last"], row["kind"]] = stored, dense
     return found
-
-
-def _vendor() -> str | None:
-    """As the processor names its maker."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("vendor_id")), None)

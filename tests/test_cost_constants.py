@@ -10,7 +10,7 @@ import torch
 from bench import calibrate
 from blocksparse import ConvGeometry
 from blocksparse.geometry import KINDS
-from blocksparse.kernels import cost, cpu_build, cpu_constants
+from blocksparse.kernels import cost, cost_constants, machine
 
 G = ConvGeometry.of((8, 64, 56, 56), (64, 64, 3, 3), 1, 1)
 SETTING = cost.Setting(1, "contiguous")
@@ -19,8 +19,8 @@ SETTING = cost.Setting(1, "contiguous")
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     """No constants but the shipped ones, and none from here left behind."""
-    monkeypatch.setattr(cpu_build, "cache", lambda: tmp_path)
-    caches = cpu_constants.constants, cost.on_cpu
+    monkeypatch.setattr(machine, "cache", lambda: tmp_path)
+    caches = cost_constants.constants, cost.on_cpu
     for cached in caches:
         cached.cache_clear()
     yield
@@ -34,7 +34,7 @@ def predicted(dtype=torch.float32):
 
 
 def test_every_dtype_format_and_product_has_constants():
-    found, where = cpu_constants.constants()
+    found, where = cost_constants.constants()
     names = [str(dtype).removeprefix("torch.") for dtype in cost.DTYPES]
     assert found.keys() >= set(itertools.product(names, (False, True), KINDS))
     assert where
@@ -43,9 +43,9 @@ def test_every_dtype_format_and_product_has_constants():
 def test_a_processor_of_another_maker_takes_the_first(monkeypatch):
     known = {}
     for vendor in ("AuthenticAMD", "GenuineIntel", "nobody", None):
-        monkeypatch.setattr(cpu_constants, "_vendor", lambda vendor=vendor: vendor)
-        cpu_constants.constants.cache_clear()
-        known[vendor] = cpu_constants.constants()
+        monkeypatch.setattr(machine, "vendor", lambda vendor=vendor: vendor)
+        cost_constants.constants.cache_clear()
+        known[vendor] = cost_constants.constants()
     assert known["nobody"] == known[None] == known["AuthenticAMD"]
     assert known["GenuineIntel"] != known["AuthenticAMD"]
 
@@ -54,23 +54,23 @@ def test_constants_that_were_kept_decide_on_their_processor_alone(monkeypatch):
     shipped, other = predicted(), predicted(torch.float64)
     slow = cost.Terms(*(100 * value for value in cost.constants(torch.float32, False)["fprop"][0]))
     dense = cost.constants(torch.float32, False)["fprop"][1]
-    path = cpu_constants.keep({("float32", False, "fprop"): (slow, dense)})
-    assert cpu_constants.constants()[1] == "this processor"
+    path = cost_constants.keep({("float32", False, "fprop"): (slow, dense)})
+    assert cost_constants.constants()[1] == "this processor"
     assert predicted() == pytest.approx((100 * shipped[0], shipped[1]))
     assert predicted(torch.float64) == other
-    cpu_constants.keep({("float64", False, "fprop"): (slow, dense)})  # beside the others
+    cost_constants.keep({("float64", False, "fprop"): (slow, dense)})  # beside the others
     assert predicted()[0] == pytest.approx(100 * shipped[0])
-    monkeypatch.setattr(cpu_build, "processor", lambda: "another one")
-    cpu_constants.constants.cache_clear()
-    assert cpu_constants.own_file() != path
+    monkeypatch.setattr(machine, "processor", lambda: "another one")
+    cost_constants.constants.cache_clear()
+    assert cost_constants.own_file() != path
     assert predicted() == shipped
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"rows": [{"dtype": "float32"}]}', '{"rows": [1]}'])
 def test_a_damaged_file_is_told_and_left_out(content):
     shipped = predicted()
-    cpu_constants.own_file().write_text(content)
-    cpu_constants.constants.cache_clear()
+    cost_constants.own_file().write_text(content)
+    cost_constants.constants.cache_clear()
     with pytest.warns(RuntimeWarning, match="constants-.*is damaged"):
         assert predicted() == shipped
 
@@ -79,5 +79,5 @@ def test_calibrate_keeps_what_it_fitted(capsys):
     pytest.importorskip("scipy")
     assert calibrate.main(["--layers", "4", "--rounds", "1", "--keep", "--seed", "1"]) == 0
     said = capsys.readouterr().out
-    assert f"kept for this processor: {cpu_constants.own_file()}" in said
-    assert cpu_constants.constants()[1] == "this processor"
+    assert f"kept for this processor: {cost_constants.own_file()}" in said
+    assert cost_constants.constants()[1] == "this processor"

@@ -10,12 +10,12 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
-import queue
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import IO, Any
 
@@ -42,20 +42,19 @@ def trained_side_by_side(study: Runner, todo: Sequence[Run], jobs: int) -> Itera
         Exception: what a training raised; the others are stopped first, and continue where they were.
     """
     came: list[int] = []
-    left, ended = list(todo), queue.SimpleQueue[Any]()
+    left, ended = deque(todo), deque[tuple[Run, Any]]()  # which threads share without a lock
     processes = [_Process(study, max(1, torch.get_num_threads() // jobs)) for _ in range(min(jobs, len(todo)))]
     under_way: dict[int, Run] = {}
-    lock = threading.Lock()
 
     def feed(process: _Process) -> None:
-        while True:
-            with lock:
-                if not left or came:
-                    return
-                under_way[id(process)] = run = left.pop(0)
+        while not came:
+            try:
+                under_way[id(process)] = run = left.popleft()
+            except IndexError:
+                return
             result = process.train(run)
             del under_way[id(process)]
-            ended.put((run, result))
+            ended.append((run, result))
             if not isinstance(result, dict):
                 return
 
@@ -71,20 +70,19 @@ def trained_side_by_side(study: Runner, todo: Sequence[Run], jobs: int) -> Itera
                 feeder.start()
             waiting = len(todo)
             while waiting and not came:
-                try:
-                    run, result = ended.get(timeout=LOOK)
-                except queue.Empty:
+                if not ended:
+                    time.sleep(LOOK)
                     if study.say.due():
                         study.say.show(f"under way: {', '.join(study.named(*run) for run in list(under_way.values()))}")
                     continue
+                run, result = ended.popleft()
                 if isinstance(result, BaseException):
                     raise result
                 waiting -= 1
                 yield run, result
             for feeder in feeders:
                 feeder.join(END_SECONDS)
-        while not ended.empty():  # those that ended after the signal
-            run, result = ended.get()
+        for run, result in list(ended):  # after the signal
             if isinstance(result, dict):
                 yield run, result
         if came:

@@ -155,11 +155,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not some:
             continue
         if args.check:
-            constants = cost.constants(DTYPES[args.dtype], last)
+            constants = {kind: cost.constants(kind, DTYPES[args.dtype], last) for kind in KINDS}
         else:
             constants = {kind: (fit(some, kind, 0), fit(some, kind, 1)) for kind in KINDS}
-            fitted |= {(args.dtype, last, kind): sides for kind, sides in constants.items()}
-            print_constants(constants, args.dtype, last)
+            found = {(args.dtype, last, kind): sides for kind, sides in constants.items()}
+            fitted |= found
+            for row in cost_constants.rows(found):  # of kernels/cost_constants.json
+                shown = {side: [float(f"{ns:.3g}") for ns in row[side]] for side in ("stored", "dense")}
+                print(json.dumps(row | shown))
         print(f"# {len(some)} layers, {'channels_last' if last else 'contiguous'}")
         judge(some, constants, args.threads)
     if args.keep and fitted:
@@ -196,14 +199,6 @@ def measure_all(args: argparse.Namespace) -> list[dict[str, Any]]:
     if args.json:
         write_json(args.json, {"dtype": args.dtype, "threads": args.threads, "rows": rows})
     return rows
-
-
-def print_constants(constants: dict[str, tuple[cost.Terms, cost.Terms]], dtype: str, last: bool) -> None:
-    """Rows of kernels/cost_constants.json."""
-    for kind, (stored, dense) in constants.items():
-        row = {"dtype": dtype, "channels_last": last, "kind": kind}
-        sides = {name: [float(f"{v:.3g}") for v in side] for name, side in (("stored", stored), ("dense", dense))}
-        print(json.dumps(row | sides))
 
 
 if __name__ == "__main__":

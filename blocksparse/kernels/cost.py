@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..geometry import KINDS, ConvGeometry
+from ..geometry import ConvGeometry
 from ..layout import BATCH_LAST, CHANNELS_LAST
 from . import cost_constants
 
@@ -114,12 +114,10 @@ def known(dtype: torch.dtype) -> bool:
     return dtype in DTYPES
 
 
-def constants(dtype: torch.dtype, channels_last: bool) -> dict[str, tuple[Terms, Terms]]:
-    """For each product those on stored blocks and of the dense product."""
-    found, name = cost_constants.constants()[0], str(dtype).removeprefix("torch.")
-    return {
-        kind: (Terms(*stored), Terms(*dense)) for kind in KINDS for stored, dense in [found[name, channels_last, kind]]
-    }
+def constants(kind: str, dtype: torch.dtype, channels_last: bool) -> tuple[Terms, Terms]:
+    """Of a product: those on stored blocks and those of the dense one."""
+    stored, dense = cost_constants.constants()[str(dtype).removeprefix("torch."), channels_last, kind]
+    return Terms(*stored), Terms(*dense)
 
 
 # Time of the native kernels in batch_last over contiguous: where the batch is one chunk of images, and beyond, where
@@ -145,7 +143,7 @@ def on_cpu(
     kind: str, g: ConvGeometry, blocksize: tuple[int, int], nnzb: int, dtype: torch.dtype, setting: Setting
 ) -> tuple[float, float]:
     """Seconds of a product on stored blocks, with the margin, and of the dense one in contiguous or channels_last."""
-    stored, dense = constants(dtype, setting.channels_last)[kind]
+    stored, dense = constants(kind, dtype, setting.channels_last)
     slower = 1.0
     if setting.memory_format == BATCH_LAST:
         slower = BATCH_LAST_SLOWER[g.n > ONE_CHUNK]

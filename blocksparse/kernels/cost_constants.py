@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
+import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -30,25 +32,32 @@ def own_file() -> Path:
 
 
 def keep(found: Mapping[Key, Pair]) -> Path:
-    """Keep constants for this processor, beside those of other dtypes that are kept already; returns the file."""
-    kept = {**_own(), **found}
-    rows = [
-        {"dtype": dtype, "channels_last": last, "kind": kind, "stored": list(stored), "dense": list(dense)}
-        for (dtype, last, kind), (stored, dense) in kept.items()
-    ]
+    """Keep constants for this processor, beside those of other dtypes that are kept already; returns the file.
+
+    They are read when a process first estimates a product.
+    """
+    lines = [json.dumps(row) for row in rows({**_own(), **found})]
     path = own_file()
-    path.write_text(json.dumps({"rows": rows}, indent=1))
-    constants.cache_clear()
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False) as part:
+        part.write('{"rows": [\n' + ",\n".join(lines) + "\n]}\n")
+    os.replace(part.name, path)  # another process reads the whole of it, or the one before
     return path
 
 
+def rows(found: Mapping[Key, Pair]) -> list[dict[str, Any]]:
+    """Constants as the files have them."""
+    return [
+        {"dtype": dtype, "channels_last": last, "kind": kind, "stored": list(stored), "dense": list(dense)}
+        for (dtype, last, kind), (stored, dense) in found.items()
+    ]
+
+
 @cache
-def constants() -> tuple[dict[Key, Pair], str]:
-    """(constants, where they are from), for every dtype that the native backend takes."""
+def constants() -> dict[Key, Pair]:
+    """Those in use, for every dtype that the native backend takes."""
     first, *others = json.loads(SHIPPED.read_text())["processors"]
     alike = next((entry for entry in others if entry["vendor"] == machine.vendor()), first)
-    known, own = {**_read(first["rows"]), **_read(alike["rows"])}, _own()
-    return {**known, **own}, "this processor" if own else alike["processor"]
+    return {**_read(first["rows"]), **_read(alike["rows"]), **_own()}
 
 
 def _own() -> dict[Key, Pair]:

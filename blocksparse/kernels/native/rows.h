@@ -78,7 +78,6 @@ template <class A> INLINE void zero(A* to, int64_t count) {
         for (int64_t j = 0; j < count; j++) to[j] = 0;
 }
 
-
 // ---------------------------------------------------------------------- a tensor's rows into planes
 
 // Which lanes of the first and of the last vector of a row hold pixels, as masks.

@@ -50,7 +50,7 @@ default takes about five minutes on a laptop.
   python -m hrbp study --preset paper --model resnet32 --data cifar10 --seeds 0
 
 --preset worth asks whether sparse networks are worth it: against narrow dense ones whose steps take as long, with five
-paired seeds and 95% intervals. It says how long it will take before it begins: about an hour on two cores.
+paired seeds and 95% intervals. It says how long it will take before it begins: less than an hour on two cores.
 
   python -m hrbp study --preset worth --html
   python -m hrbp study --preset worth --quick                               under five minutes
@@ -120,7 +120,7 @@ def add_study(commands: parsing.Commands) -> None:
         metavar="N",
         help="default 0 1, paper: 0 1 2, worth, ablation: 0 1 2 3 4",
     )
-    add("--epochs", type=int, help="default 6, paper: 160")
+    add("--epochs", type=int, help="default 6, worth: 5, paper: 160")
     add("--batch-size", type=parsing.positive, help="default 64, paper: 128")
     add("--lr", type=float, help="default 0.1; half of that when training again after pruning")
     add(

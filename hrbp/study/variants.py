@@ -243,10 +243,8 @@ WORTH = (
     Variant("n:m", options={"m": 32}),
     Variant("unstructured", "rigl"),
     Variant("hrbp++", "rigl"),
-    Variant("block", "rigl"),
     Variant("unstructured", start="dense"),
     Variant("hrbp++", options=PRUNED, start="dense"),
-    Variant("block", start="dense"),
 )
 # HRBP++, one change at a time; the first is what the others are compared with.
 CHANGES = (
@@ -288,7 +286,7 @@ PRESETS = {
     ),
     "worth": Preset(
         ("resnet8",), {"resnet8": 2.0, "resnet14": 2.0}, ("shapes", "digits"), WORTH, (0.9, 0.95), (0, 1, 2, 3, 4), 64,
-        {"epochs": 6, "lr": 0.2, "warmup": 0.5}, {"digits": 5, "cifar10": 30, "cifar100": 30},
+        {"epochs": 5, "lr": 0.2, "warmup": 0.5}, {"cifar10": 30, "cifar100": 30},
     ),
     "ablation": Preset(
         ("resnet8",), {"resnet8": 2.0, "resnet14": 2.0}, ("shapes",), CHANGES, (0.9,), (0, 1, 2, 3, 4), 64,

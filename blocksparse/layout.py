@@ -91,9 +91,9 @@ def batch_last_of(t: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def channels_of(t: Tensor, memory_format: str) -> tuple[int, int, int]:
-    """[rows, channels, inner] in memory, of a dense [N, C, H, W] in this format, or of [N, C]."""
+    """[rows, channels, inner] in memory, of a dense [N, C, H, W] in this format, or of [N, C]; not an empty one."""
     n, c = t.shape[:2]
-    inner = t[0, 0].numel()
+    inner = t.numel() // (n * c)
     if memory_format == BATCH_LAST:
         return 1, c, inner * n
     return (n * inner, c, 1) if memory_format == CHANNELS_LAST or inner == 1 else (n, c, inner)

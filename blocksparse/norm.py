@@ -151,7 +151,7 @@ def _dense(t: Tensor | None, memory_format: str) -> Tensor | None:
 def _vectors(x: Tensor, *vectors: Tensor | None) -> list[Tensor | None]:
     """As the kernels read them."""
     dtype = _kernels(x.device.type).sums_dtype(x.dtype)
-    return [None if t is None else t.to(dtype).contiguous() for t in vectors]
+    return [t if t is None or (t.dtype == dtype and t.is_contiguous()) else t.to(dtype).contiguous() for t in vectors]
 
 
 class _BatchNorm(torch.autograd.Function):
@@ -178,7 +178,8 @@ class _BatchNorm(torch.autograd.Function):
             wants_x, wants_residual,
         )  # fmt: skip
         found = [
-            t.to(like.dtype) if wanted else None for t, wanted, like in zip(vectors, wants, (weight, bias), strict=True)
+            (t if t.dtype == like.dtype else t.to(like.dtype)) if wanted else None
+            for t, wanted, like in zip(vectors, wants, (weight, bias), strict=True)
         ]
         return dx, dresidual, *found, None, None, None
 

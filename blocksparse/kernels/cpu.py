@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,7 +74,7 @@ def _conv(
 
 def _call(
     name: str, g: ConvGeometry, blocksize: tuple[int, int], x: Tensor, y: Tensor, tables: IndexTables,
-    inputs: tuple[Tensor | int64 | None, ...], *results: Tensor,
+    inputs: tuple[Tensor | int | None, ...], *results: Tensor,
 ) -> None:  # fmt: skip
     """Run a product; inputs, the index and results are the arguments of the C function, in this order."""
     lib = library(NUMBERS[x.dtype])
@@ -81,9 +82,7 @@ def _call(
         raise RuntimeError(f"backend 'cpu' is not available: {lib}")
     last = BATCH_LAST in (memory_format_of(x), memory_format_of(y))
     conv = _conv(g, blocksize, tables.layout, x.stride(), y.stride(), torch.get_num_threads(), last)
-    failed = getattr(lib, f"bsr_{name}")(
-        ctypes.byref(conv), *map(_pointer, inputs), _pointer(tables.packed), *map(_pointer, results)
-    )
+    failed = called(getattr(lib, f"bsr_{name}"), conv, *inputs, tables.packed, *results)
     if failed == 1:
         raise MemoryError(f"{name} of {g} on backend 'cpu': no memory for the planes of an image")
     if failed:
@@ -92,8 +91,11 @@ def _call(
         )
 
 
-def _pointer(arg: Tensor | int64 | None) -> ctypes.c_void_p | int64 | None:
-    return ctypes.c_void_p(arg.data_ptr()) if isinstance(arg, Tensor) else arg
+def called(function: Any, sizes: ctypes.Structure, *args: Tensor | int | None) -> int:
+    """What a C function returns that takes a pointer to `sizes`, then tensors as pointers, None as nullptr, int64s."""
+    if function.argtypes is None:  # ctypes then converts plain numbers, in half the time that objects of its own take
+        function.argtypes = [ctypes.c_void_p, *(int64 if isinstance(arg, int) else ctypes.c_void_p for arg in args)]
+    return function(ctypes.byref(sizes), *[arg.data_ptr() if isinstance(arg, Tensor) else arg for arg in args])
 
 
 def fprop(
@@ -107,7 +109,7 @@ def fprop(
     y = new(geometry.y_shape, x, memory_format_of(x))
     if y.numel():
         _, bk, bc = values.shape
-        _call("fprop", geometry, (bk, bc), x, y, tables, (x, values, bias, residual, int64(relu)), y)
+        _call("fprop", geometry, (bk, bc), x, y, tables, (x, values, bias, residual, int(relu)), y)
     return y
 
 

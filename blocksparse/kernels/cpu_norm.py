@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from ..layout import channels_of
-from .cpu import NUMBERS, _pointer
+from .cpu import NUMBERS, called
 from .cpu_build import library
 
 int64 = ctypes.c_int64
@@ -41,12 +42,17 @@ def sums_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+@lru_cache(maxsize=4096)
+def _norm(*sizes: int | float) -> _Norm:
+    return _Norm(*sizes)
+
+
 def _call(name: str, x: Tensor, norm: tuple[int | float, ...], memory_format: str, *args: Tensor | None) -> None:
     lib = library(NUMBERS[x.dtype])
     assert not isinstance(lib, str)
     training, relu, eps, momentum = norm
-    sizes = _Norm(*channels_of(x, memory_format), torch.get_num_threads(), int(training), int(relu), eps, momentum)
-    if getattr(lib, f"bsr_norm_{name}")(ctypes.byref(sizes), *map(_pointer, args)):
+    sizes = _norm(*channels_of(x, memory_format), torch.get_num_threads(), int(training), int(relu), eps, momentum)
+    if called(getattr(lib, f"bsr_norm_{name}"), sizes, *args):
         raise MemoryError(f"batch_norm() of {tuple(x.shape)} on the CPU: no memory for its sums")
 
 
@@ -60,7 +66,8 @@ def forward(
     momentum.
     """
     y = torch.empty_like(x)
-    mean, invstd = x.new_empty((2, x.shape[1]), dtype=sums_dtype(x.dtype))
+    mean = torch.empty(x.shape[1], dtype=sums_dtype(x.dtype))
+    invstd = torch.empty_like(mean)
     _call("forward", x, norm, memory_format, x, residual, weight, bias, running_mean, running_var, mean, invstd, y)
     return y, mean, invstd
 

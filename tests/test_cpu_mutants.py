@@ -82,7 +82,7 @@ print(len(wrong), *wrong[:3], sep="\\n")
 
 MUTANTS = {
     "a-chunk-forgets-the-one-before": ("chunk ? nullptr : start(b) + f", "start(b) + f"),
-    "a-chunk-of-rows-begins-again": ("for (int64_t& e = next[tap]", "for (int64_t e = next[tap]"),
+    "a-chunk-of-rows-begins-again": ("next[list] = starts[list];", "next[list] = starts[0];"),
     "a-chunk-of-weights-twice": ("lists + b * (cut.count + 1) + chunk;", "lists + b * (cut.count + 1);"),
     "pitch-off-by-one": (
         "pitch = std::max(horizontal.length, (g.w - 1 + g.padding[1]) / g.stride[1] + 1);",

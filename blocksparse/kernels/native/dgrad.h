@@ -66,6 +66,10 @@ int dgrad(const Conv& g, const T* dy, const T* values, const Index& index, T* dx
                                      (reach - vertical.shift[r]) * lay.images * lay.pitch;
         if (in_place) offsets[tap] = 0;
     }
+    const int64_t lists = lay.phases * cut.count;  // of a channel block
+    std::vector<int64_t> list_of(taps);            // the first of each tap's
+    for (int64_t tap = 0; tap < taps; tap++) list_of[tap] = lay.phase(g, tap) * cut.count;
+    if (!scatter) starts[blocks * lists] = g.nnzb * g.bk;
     if (scatter) {  // how many items each part has of each block-row
         std::fill(starts, starts + parts * rows + 1, 0);
         for (int64_t b = 0; b < rows; b++)
@@ -89,34 +93,15 @@ int dgrad(const Conv& g, const T* dy, const T* values, const Index& index, T* dx
                     for (int64_t j = 0; j < g.bc; j++) {
                         const int64_t at = next[part]++;
                         items[at] = (block * g.bc + j - c0) * lay.channel + offsets[tap];
-                        for (int64_t f = 0; f < g.bk; f++) weights[at * g.bk + f] = widen(from[f * g.bc + j]);
+                        copy_in(from + j, g.bc, weights + at * g.bk, g.bk);
                     }
                 }
             }
         } else {
 #pragma omp for schedule(static)
-            for (int64_t block = 0; block < blocks; block++) {
-                int64_t at = index.t_indptr[block * taps] * g.bk;
-                std::vector<int64_t> next(index.t_indptr + block * taps, index.t_indptr + (block + 1) * taps);
-                for (int64_t phase = 0; phase < lay.phases; phase++) {
-                    for (int64_t chunk = 0; chunk < cut.count; chunk++) {
-                        starts[(block * lay.phases + phase) * cut.count + chunk] = at;
-                        for (int64_t tap = 0; tap < taps; tap++) {
-                            if (lay.phase(g, tap) != phase) continue;
-                            const int64_t end = index.t_indptr[block * taps + tap + 1], last = (chunk + 1) * cut.size;
-                            for (int64_t& e = next[tap]; e < end && index.t_indices[e] - tap * rows < last; e++) {
-                                const int64_t row = (index.t_indices[e] - tap * rows) * g.bk;
-                                const T* from = values + index.t_perm[e] * g.bk * g.bc;
-                                for (int64_t f = 0; f < g.bk; f++, at++) {
-                                    items[at] = (index.order ? index.order[row + f] : row + f) * dy_plane + offsets[tap];
-                                    for (int64_t j = 0; j < g.bc; j++) weights[at * g.bc + j] = widen(*from++);
-                                }
-                            }
-                        }
-                    }
-                }
-                if (block == blocks - 1) starts[blocks * lay.phases * cut.count] = at;
-            }
+            for (int64_t block = 0; block < blocks; block++)
+                list_channels<T, A>(g, index, offsets.data(), list_of.data(), cut, lists, block, dy_plane, values, items,
+                                    weights, starts + block * lists);
         }
         A *const planes = scratch.at<A>(own_at) + thread * size, *const results = planes + planes_size;
 #pragma omp for schedule(dynamic, 1)

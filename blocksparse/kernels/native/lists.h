@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 #include <utility>
+#include <vector>
 
 #include "copying.h"
 
@@ -56,12 +57,22 @@ void list_row(const Conv& g, const Layout& lay, const Index& index, const int64_
             starts[chunk] = (begin + (chunk * chunks.size < blocks ? counts[chunk * chunks.size] : before)) * g.bc;
         starts[chunks.count] = end * g.bc;
     }
-    for (int64_t i = begin, base = 0, tap = 0; i < end; i++) {
-        while (index.indices[i] - base >= blocks) base += blocks, tap++;
-        const int64_t block = index.indices[i] - base, at = begin + (by_channel ? counts[block]++ : i - begin);
-        place[i] = at;
+    const auto each = [&](auto body) {
+        for (int64_t i = begin, base = 0, tap = 0; i < end; i++) {
+            while (index.indices[i] - base >= blocks) base += blocks, tap++;
+            const int64_t block = index.indices[i] - base, at = begin + (by_channel ? counts[block]++ : i - begin);
+            place[i] = at;
+            body(i, block, at, taps[tap]);
+        }
+    };
+    if (g.bk == 1 && g.bc == 1)  // few instructions for each of many
+        return each([&](int64_t i, int64_t block, int64_t at, int64_t tap) {
+            items[at] = block * lay.channel + tap;
+            if (values != nullptr) weights[at] = widen(values[i]);
+        });
+    each([&](int64_t i, int64_t block, int64_t at, int64_t tap) {
         int32_t* const item = items + at * g.bc;
-        for (int64_t j = 0; j < g.bc; j++) item[j] = (block * g.bc + j) * lay.channel + taps[tap];
+        for (int64_t j = 0; j < g.bc; j++) item[j] = (block * g.bc + j) * lay.channel + tap;
         if (values != nullptr) {
             const T* const from = values + i * g.bk * g.bc;
             A* const to = weights + at * g.bc * g.bk;
@@ -73,7 +84,48 @@ void list_row(const Conv& g, const Layout& lay, const Index& index, const int64_
                 for (int64_t j = 0; j < g.bc; j++)
                     for (int64_t f = 0; f < g.bk; f++) to[j * g.bk + f] = widen(from[f * g.bc + j]);
         }
+    });
+}
+
+// Items and weights of a channel block for dgrad: an item for each stored (tap, filter). A list for each phase and chunk of
+// filters, from `starts` on, in it the order (tap, filter). Weights [item][bc].
+template <class T, class A>
+void list_channels(const Conv& g, const Index& index, const int64_t* offsets, const int64_t* list_of, const Chunking& cut,
+                   int64_t lists, int64_t block, int64_t plane, const T* values, int32_t* items, A* weights,
+                   int64_t* starts) {
+    const int64_t taps = g.r * g.s, rows = g.k / g.bk, bk = g.bk, bc = g.bc;
+    const int32_t *const indptr = index.t_indptr + block * taps, *const order = index.order;
+    std::vector<int64_t> next(lists);
+    const auto each = [&](auto body) {
+        for (int64_t tap = 0; tap < taps; tap++) {
+            const int64_t end = indptr[tap + 1];
+            int64_t list = list_of[tap], last = cut.size;
+            for (int64_t e = indptr[tap]; e < end; e++) {
+                const int64_t row = index.t_indices[e] - tap * rows;
+                for (; row >= last; last += cut.size) list++;
+                body(e, row * bk, list, offsets[tap]);
+            }
+        }
+    };
+    each([&](int64_t, int64_t, int64_t list, int64_t) { next[list] += bk; });
+    int64_t begin = indptr[0] * bk;
+    for (int64_t list = 0; list < lists; list++) {
+        starts[list] = begin;
+        begin += next[list];
+        next[list] = starts[list];
     }
+    if (bk == 1 && bc == 1)  // few instructions for each of many
+        return each([&](int64_t e, int64_t row, int64_t list, int64_t offset) {
+            const int64_t at = next[list]++;
+            items[at] = (order ? order[row] : row) * plane + offset;
+            weights[at] = widen(values[index.t_perm[e]]);
+        });
+    each([&](int64_t e, int64_t row, int64_t list, int64_t offset) {
+        const int64_t at = next[list];
+        next[list] += bk;
+        copy_in(values + index.t_perm[e] * bk * bc, 1, weights + at * bc, bk * bc);
+        for (int64_t f = 0; f < bk; f++) items[at + f] = (order ? order[row + f] : row + f) * plane + offset;
+    });
 }
 
 int64_t parts_of(int64_t units, int64_t threads, int64_t rows) {

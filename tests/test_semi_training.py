@@ -81,8 +81,9 @@ def test_which_layers_train_on_2_4_kernels(given):
     }  # fmt: skip
     assert "on 2:4 kernels" in repr(model.deep)
     assert "on 2:4 kernels" not in repr(model.hidden)
-    backends = {row.name: row.backend for row in hrbp.summary(model.double(), (1, 3, 6, 6)).rows}
-    assert (backends["deep"], backends["hidden"]) == ("2:4", "masked")
+    shown = {row.name: (row.structure, row.backend) for row in hrbp.summary(model.double(), (1, 3, 6, 6)).rows}
+    assert shown["deep"] == ("transposable n:m on sparse tensor cores, master", "2:4")
+    assert shown["hidden"] == ("transposable n:m, masked, master", "masked")
     rows = hrbp.train_semi_structured(net(structure="2:4"))
     assert rows["deep"] == "masks 2:4: 2:4 in both directions are those of structure 'transposable' at sparsity 0.5"
     quarter = hrbp.sparsify(Net(), 0.75, structure="transposable", method="ste", distribution="uniform")

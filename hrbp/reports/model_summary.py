@@ -166,7 +166,7 @@ def summary(model: nn.Module, x: Tensor | Sequence[int] | None = None, *, measur
             if semi_structured.is_converted(module):
                 row.run_flops = row.flops
             if layer is not None:
-                row.backend = "2:4" if getattr(layer.module, "semi", False) else "masked"
+                row.backend = "2:4" if _on_2_4(layer) else "masked"
                 if layer.blocksize is not None:
                     row.backend = _backend_of(layer.module, at)
                     row.run_flops = row.dense_flops if row.backend == "torch" else row.flops
@@ -192,7 +192,7 @@ def summary(model: nn.Module, x: Tensor | Sequence[int] | None = None, *, measur
             f"unread: input channels that no filter reads, in {len(unread)} layers; most in {worst.name},"
             f" {worst.unread} of {worst.channels}"
         )
-    if any(layer.blocksize is None for layer in sparse.values()):
+    if any(layer.blocksize is None and not _on_2_4(layer) for layer in sparse.values()):
         notes.append("masked: computed as a dense weight under a mask, in the time of a dense layer at any density")
     if any(_block_bytes(layer) < INDEX_BYTES for layer in sparse.values() if layer.blocksize is not None):
         notes.append(
@@ -254,11 +254,16 @@ def _dense_row(name: str, module: Any, record: SparsityRecord | None) -> Row:
     return Row(name, tuple(module.weight.shape), why, 1.0, count, count, size, size)
 
 
+def _on_2_4(layer: SparseLayer) -> bool:
+    """Whether it trains on a GPU's sparse tensor cores."""
+    return getattr(layer.module, "semi", False)
+
+
 def _sparse_row(layer: SparseLayer, record: SparsityRecord | None) -> Row:
     bias = 0 if layer.module.bias is None else layer.module.bias.numel()
     item, cells, kept = layer.parameter.element_size(), math.prod(layer.shape), layer.kept()
     named = record.structure.name if record is not None and layer.name in record.asked else "blocks"
-    named += ", masked" if layer.blocksize is None else f" {layer.blocksize}"
+    named += f" {layer.blocksize}" if layer.blocksize else " on sparse tensor cores" if _on_2_4(layer) else ", masked"
     named += f", {layer.groups} groups" if layer.groups > 1 else ""
     named += ", master" if layer.master else ""
     dense, mask = cells + bias, layer.mask()

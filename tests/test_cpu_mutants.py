@@ -101,7 +101,7 @@ MUTANTS = {
     "columns-of-batch-last-side-by-side": ("horizontal.shift[s] * pixel_step", "horizontal.shift[s]"),
     "windows-of-batch-last-overlap": ("some.rows * images * pitch", "some.rows * images * pitch + 1"),
     "threads-share-planes": ("scratch.at<A>(own_at) + thread * size", "scratch.at<A>(own_at)"),
-    "chunks-share-a-sum": ("A* const sum = sums + chunk * weights;", "A* const sum = sums;"),
+    "shares-have-one-sum": ("A* const sum = sums + share * weights;", "A* const sum = sums;"),
 }
 
 

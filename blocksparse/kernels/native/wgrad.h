@@ -16,7 +16,7 @@ namespace {
 template <class T>
 int wgrad(const Conv& g, const T* x, const T* dy, const Index& index, T* dvalues) {
     using A = wide<T>;
-    constexpr int64_t L = LANES<A>;
+    constexpr int64_t L = LANES<A>, TOGETHER = 1 << 12;  // sums that stay in the first cache
     const bool in_place = pointwise(g) && index.order == nullptr && rows_in_place<T>(g, g.x_strides, g.h, g.w) &&
                           rows_in_place<T>(g, g.y_strides, g.p, g.q);
     const Layout lay(g, sizeof(A), L, g.p, in_place, 5 * Layout::BUDGET / 2);
@@ -25,7 +25,7 @@ int wgrad(const Conv& g, const T* x, const T* dy, const Index& index, T* dvalues
     const int64_t rows = g.k / g.bk, size_of_block = g.bk * g.bc, weights = g.nnzb * size_of_block;
     // Units are added up in so many sums, which the sizes alone decide, so that every number of threads adds alike.
     const int64_t room = std::max<int64_t>(2, MOST_SUMS / std::max<int64_t>(1, weights * sizeof(A)));
-    const int64_t chunks = std::min({lay.units, room, int64_t(16)}), parts = parts_of(chunks, g.threads, rows);
+    const int64_t shares = std::min({lay.units, room, int64_t(16)}), parts = parts_of(shares, g.threads, rows);
     const int64_t dy_plane = in_place ? g.y_strides[1] : lay.plane_of(lay.rows, L);
     const Chunking cut(g, g.bk, rows, g.c / g.bc, g.bc, sizeof(A) * lay.phases * (DOT_VECTORS * L + lay.reach()),
                        g.nnzb * g.bc);
@@ -33,7 +33,7 @@ int wgrad(const Conv& g, const T* x, const T* dy, const Index& index, T* dvalues
 
     Scratch scratch;
     const size_t items_at = scratch.add<int32_t>(g.nnzb * g.bc), place_at = scratch.add<int32_t>(g.nnzb);
-    const size_t sums_at = scratch.add<A>(chunks * weights + L), rows_at = scratch.add<int32_t>(g.k);
+    const size_t sums_at = scratch.add<A>(shares * weights + L), rows_at = scratch.add<int32_t>(g.k);
     const size_t counts_at = scratch.add<int32_t>(g.threads * (g.c / g.bc));
     const size_t lists_at = scratch.add<int32_t>(rows * (cut.count + 1));
     const int64_t planes_size = in_place ? 0 : g.c * lay.channel;
@@ -56,13 +56,13 @@ int wgrad(const Conv& g, const T* x, const T* dy, const Index& index, T* dvalues
                            items, nullptr, place, cut, lists + b * (cut.count + 1));
         A *const planes = scratch.at<A>(own_at) + thread * size, *const dy_planes = planes + planes_size;
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t task = 0; task < chunks * parts; task++) {
-            const int64_t chunk = task / parts, part = task % parts;
+        for (int64_t task = 0; task < shares * parts; task++) {
+            const int64_t share = task / parts, part = task % parts;
             const int64_t b0 = part_begin(part, parts, rows), b1 = part_begin(part + 1, parts, rows);
-            A* const sum = sums + chunk * weights;
+            A* const sum = sums + share * weights;
             const int64_t first = index.indptr[b0] * size_of_block;
             std::memset(sum + first, 0, sizeof(A) * (index.indptr[b1] * size_of_block - first));
-            for (int64_t i = part_begin(chunk, chunks, lay.units); i < part_begin(chunk + 1, chunks, lay.units); i++) {
+            for (int64_t i = part_begin(share, shares, lay.units); i < part_begin(share + 1, shares, lay.units); i++) {
                 const Unit u = lay.unit(i, g.n);
                 const A *from = planes, *other = dy_planes;
                 if (in_place) {
@@ -102,9 +102,12 @@ int wgrad(const Conv& g, const T* x, const T* dy, const Index& index, T* dvalues
             }
         }
 #pragma omp for schedule(static)
+        for (int64_t at = 0; at < weights; at += TOGETHER)
+            for (int64_t share = 1; share < shares; share++)
+                add(sums + share * weights + at, sums + at, std::min(TOGETHER, weights - at));
+#pragma omp for schedule(static)
         for (int64_t i = 0; i < g.nnzb; i++) {
-            A* const total = sums + place[i] * size_of_block;
-            for (int64_t chunk = 1; chunk < chunks; chunk++) add(sums + chunk * weights + place[i] * size_of_block, total, size_of_block);
+            const A* const total = sums + place[i] * size_of_block;
             T* const to = dvalues + i * size_of_block;
             if (g.bc == 1)
                 copy_out(total, to, 1, g.bk);

@@ -144,6 +144,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--check", nargs="+", type=Path, metavar="FILE", help="files of measurements: judge the constants in use")
     add("--keep", action="store_true", help="keep the constants in the user's cache, for this processor and this dtype")
     args = parser.parse_args(argv)
+    if argv is None:  # the process is this program's
+        bs.keep_freed_memory()
     try:
         options.check_file("--json", args.json)
         rows = read(args.read or args.check) if args.read or args.check else measure_all(args)

@@ -27,6 +27,7 @@ from bench.shared.equal import NETWORK_ALLOWED, network_error
 from bench.shared.results import Writer
 from bench.shared.rows import ABSENT, ERROR, FAIL, Row, Times, ratio
 from bench.shared.tables import number, percentiles, table
+from blocksparse import keep_freed_memory
 from hrbp.progress import Progress
 
 DESCRIPTION = """\
@@ -62,6 +63,7 @@ words in place of numbers
 
 Weights are drawn at random and statistics of the norms too: time does not depend on them, and the comparison of outputs
 sees all of them. Caches are cold: a buffer larger than the last-level cache is read before every repetition, untimed.
+Freed memory is kept for the next results (blocksparse.keep_freed_memory).
 Exit status: 0; 1 if a way failed or nothing was timed; 2 for wrong options; 130 if interrupted.
 """
 
@@ -85,6 +87,8 @@ class InferRow(Row):
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs everything; returns the exit status."""
     args = parse_arguments(argv)
+    if argv is None:  # the process is this program's
+        keep_freed_memory()
     begin = time.perf_counter()
     threads = torch.get_num_threads()
     rows: list[InferRow] = []

@@ -16,6 +16,7 @@ from .functional import conv1d, conv2d, conv2d_dgrad, conv2d_wgrad, linear
 from .geometry import ConvGeometry, bank_shape
 from .indexed import IndexedModule
 from .layout import memory_format_of, to_batch_last
+from .memory import keep_freed_memory
 from .modules import BSRConv2d, BSRLinear, image_conv, symmetric_padding
 from .norm import batch_norm
 from .pattern import BSRPattern
@@ -42,6 +43,7 @@ __all__ = [
     "conv2d_wgrad",
     "explain",
     "image_conv",
+    "keep_freed_memory",
     "linear",
     "memory_format_of",
     "optimizer_tensors",

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import hrbp
+from blocksparse import keep_freed_memory
 
 
 def main() -> None:
@@ -18,6 +19,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=2000)
     args = parser.parse_args()
 
+    keep_freed_memory()  # on a CPU, steps of large networks are 10% to 40% shorter
     torch.manual_seed(0)
     sets = [hrbp.data.load("shapes", split, count=args.images) for split in ("train", "test")]
     train, test = hrbp.data.Batches(sets[0], 100, train=True), hrbp.data.Batches(sets[1], 100, train=False)

@@ -6,7 +6,6 @@ import importlib.util
 import json
 import math
 import os
-import platform
 import sys
 from pathlib import Path
 
@@ -409,25 +408,3 @@ def test_as_a_program(dense):
     result = processes.run(command, env=env)
     assert (result.returncode, result.stderr) == (0, "[1/1] 3\n")
     assert len(result.stdout.splitlines()) == 2
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc is not glibc's")
-def test_a_process_that_keeps_freed_memory_takes_no_fresh_pages():
-    code = """
-import resource, torch
-from hrbp.training.devices import keep_freed_memory
-
-def fresh_pages():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(5):
-        tensors = [torch.ones(1 << 20) for _ in range(10)]
-        del tensors
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-keep_freed_memory()
-fresh_pages()
-print(fresh_pages())
-"""
-    done = processes.run([sys.executable, "-c", code])
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) < 1000  # of 50 * 1024, without it all of them

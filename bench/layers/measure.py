@@ -80,8 +80,8 @@ class LayerBench:
     def __init__(self, options: Options, clock: Clock, memory: CpuMemory | CudaMemory, ceilings: Ceilings) -> None:
         self.options, self.clock, self.memory, self.ceilings = options, clock, memory, ceilings
 
-    def run(self, layer: Layer, deadline: float) -> list[LayerRow]:
-        """All rows of one layer; repetitions go on until `deadline` (time.perf_counter())."""
+    def run(self, layer: Layer, deadline: Callable[[], float]) -> list[LayerRow]:
+        """All rows of one layer; `deadline`, asked after the checks: until when repetitions go on (perf_counter)."""
         options = self.options
         generator = torch.Generator().manual_seed(options.seed)
         problem = Problem(layer, options.batch, options.dtype, options.device, generator)
@@ -91,7 +91,7 @@ class LayerBench:
             for sparsity in options.sparsities:
                 cases.append(self._case(problem, block, sparsity, entries))
         self._measure_memory(entries)
-        self._time(entries, deadline)
+        self._time(entries, deadline())
         return [
             self._row(layer, case, entries, backend, kind)
             for case in cases

@@ -9,9 +9,8 @@ from collections.abc import Sequence
 
 import torch
 
-from blocksparse import __version__
+from blocksparse import __version__, keep_freed_memory
 
-from ..training.devices import keep_freed_memory
 from ..training.result import Diverged
 from . import parsing
 from .info import add_info

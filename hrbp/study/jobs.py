@@ -21,8 +21,9 @@ from typing import IO, Any
 
 import torch
 
+from blocksparse import keep_freed_memory
+
 from ..progress import Progress
-from ..training.devices import keep_freed_memory
 from ..training.signals import noted
 from .runner import Run, Runner
 

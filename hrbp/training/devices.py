@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
-import platform
 from collections.abc import Iterator
 from typing import Any
 
@@ -36,20 +34,6 @@ def the_device(device: torch.device | str | None = None) -> torch.device:
         raise ValueError(f"device is {device!r}, which cannot be used here: {why}; use cpu or cuda") from error
     return here
 
-
-def keep_freed_memory() -> None:
-    """Have this process keep the memory that tensors up to 32 MB free for the next ones, where malloc is glibc's.
-
-    Otherwise glibc gives memory at the end of its heap back, and every training step takes fresh pages for its
-    activations: up to a tenth of its time on a CPU. The process holds about a tenth more memory so (ResNet-50).
-    """
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)  # the most that it takes
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-
-
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 _LEFT: list[Any] = []
 

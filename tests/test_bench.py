@@ -27,7 +27,7 @@ from bench.layers.rows import BASELINES, KINDS, TOTAL, LayerRow
 from bench.shared import clocks, memory, results, schedule
 from bench.shared.ceilings import Ceilings
 from bench.shared.clocks import Lap, Rounds
-from bench.shared.equal import judge
+from bench.shared.equal import judge, network_error
 from bench.shared.rows import FAIL, OK, REFUSED, Row, Times
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -473,6 +473,15 @@ def test_judge_takes_rounding_and_nothing_else():
     assert "no yardstick" in str(judge(noisy, exact, noisy, largest))
 
 
+def test_the_error_of_a_network_s_gradient():
+    zeros, ones = torch.zeros(3), torch.ones(3)
+    assert network_error(zeros, zeros) == 0  # of a branch that nothing goes through
+    assert network_error(ones, zeros) == math.inf
+    assert network_error(ones + 0.01, ones) == pytest.approx(0.01, rel=1e-3)
+    assert math.isnan(network_error(ones * math.nan, ones))
+    assert math.isnan(network_error(ones, ones * math.nan))
+
+
 def test_judge_knows_that_long_sums_round_more():
     """A float32 sum of many products, in an order worse than PyTorch's, is right; a few lost terms are not."""
     x, y = torch.randn((2, 64, 20_000), generator=generator()).unbind()
@@ -570,6 +579,15 @@ def test_an_interrupt_keeps_the_layers_before_it(fast, monkeypatch, capsys, tmp_
     assert content["complete"] is False
     assert {row["layer"] for row in content["rows"]} == {"16,16,3,1,6"}
     assert "interrupted" in capsys.readouterr().out
+
+
+def test_checks_take_nothing_of_the_time_of_a_layer_s_repetitions(fast, monkeypatch):
+    order, check, deadline = [], measure.LayerBench._check, run.Schedule.deadline
+    monkeypatch.setattr(measure.LayerBench, "_check", lambda *a: (order.append("check"), check(*a)))
+    monkeypatch.setattr(run.Schedule, "deadline", lambda *a: (order.append("deadline"), deadline(*a))[1])
+    assert run.main(["--layer", "16,16,3,1,6", "--blocksize", "8x8", *SMALL]) == 0
+    assert order.count("check") > 1
+    assert order.index("deadline") == len(order) - 1
 
 
 def test_totals_of_a_round_are_the_sum_of_its_kinds(fast, tmp_path):

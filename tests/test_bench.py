@@ -347,6 +347,11 @@ def test_a_losing_variant_gets_no_further_laps():
     assert [len(each) for each in laps.values()] == [6, 2, 6]
 
 
+def test_a_disturbed_lap_excludes_no_variant():
+    laps = {(0, "fprop"): [Lap(0.9), Lap(0.8), Lap(0.1)], (1, "fprop"): [Lap(0.11), Lap(0.12), Lap(0.11)]}
+    assert measure.lost_variants(laps, [("dense",)] * 2) == set()
+
+
 def test_the_library_loses_a_layout_for_all_kinds_or_for_none():
     ms = {(0, "fprop"): 1.0, (0, "dgrad"): 5.0, (1, "fprop"): 2.0, (1, "dgrad"): 3.0}
     laps = {key: [Lap(1e-3 * t)] for key, t in ms.items()}
@@ -588,6 +593,31 @@ def test_checks_take_nothing_of_the_time_of_a_layer_s_repetitions(fast, monkeypa
     assert run.main(["--layer", "16,16,3,1,6", "--blocksize", "8x8", *SMALL]) == 0
     assert order.count("check") > 1
     assert order.index("deadline") == len(order) - 1
+
+
+def test_a_layer_at_which_the_machine_was_busy_is_measured_again(fast, monkeypatch, capsys, tmp_path):
+    """The steadier of both measurements counts, in the place of the first."""
+    measured, right = [], measure.LayerBench.run
+
+    def once_busy(self, layer, deadline):
+        measured.append(layer.name)
+        factor = 9.0 if measured == ["16,16,3,1,6"] else 1.0
+        rows = right(self, layer, deadline)
+        for row in rows:
+            for timed in (row, *row.baselines.values()):
+                timed.times = timed.times and dataclasses.replace(timed.times, p20=1.0, p80=factor)
+        return rows
+
+    monkeypatch.setattr(measure.LayerBench, "run", once_busy)
+    file = tmp_path / "rows.json"
+    words = ["--layer", "16,16,3,1,6", "16,16,1,1,6", "--blocksize", "8x8", "--seconds", "0.1", "--json", str(file)]
+    sizes = ["--device", "cpu", "--dtype", "fp32", "--batch", "2", "--sparsity", "0.5"]
+    assert run.main([*words, *sizes]) == 0
+    assert measured == ["16,16,3,1,6", "16,16,1,1,6", "16,16,3,1,6"]
+    assert "once more, since the machine was not steady: 16,16,3,1,6\n" in capsys.readouterr().out
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["layer"] for row in rows] == ["16,16,3,1,6"] * 4 + ["16,16,1,1,6"] * 4
+    assert all(row["times"]["p80"] == 1.0 for row in rows)
 
 
 def test_totals_of_a_round_are_the_sum_of_its_kinds(fast, tmp_path):

@@ -288,14 +288,15 @@ def verdict_of(contender: Contender, kind: str, got: Tensor, truth: Truth) -> Ve
 def lost_variants(
     laps: Mapping[tuple[int, str], list[Lap]], cases: list[CaseKey], factor: float = 1.5
 ) -> set[tuple[int, str]]:
-    """Keys (entry, kind) of variants that take `factor` times as long as the best of their case.
+    """Keys (entry, kind) of variants whose fastest lap takes `factor` times as long as that of the best of their case.
 
-    A baseline may change its variant from kind to kind; the library keeps one for all kinds.
+    Fastest laps: another program that takes the machine for a few laps excludes nobody. A baseline may change its
+    variant from kind to kind; the library keeps one for all kinds.
     """
-    p50 = {key: Times.of(measured).p50 for key, measured in laps.items()}
+    least = {key: min(lap.seconds for lap in measured) for key, measured in laps.items()}
 
     def cost(at: int, kind: str) -> float:
-        return sum(t for (n, _), t in p50.items() if n == at) if cases[at][0] == "sparse" else p50[at, kind]
+        return sum(t for (n, _), t in least.items() if n == at) if cases[at][0] == "sparse" else least[at, kind]
 
     best: dict[tuple[CaseKey, str], float] = {}
     for at, kind in laps:

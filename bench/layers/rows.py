@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -100,6 +101,13 @@ def least_bytes(layer: Layer, batch: int, kind: str, item: int, pattern: bs.BSRP
     values = pattern.nnzb * math.prod(pattern.blocksize)
     index = pattern.shape[0] // pattern.blocksize[0] + 1 + pattern.nnzb
     return item * (x + y + values) + 4 * index
+
+
+def spread(rows: Iterable[LayerRow]) -> float:
+    """How unsteady the machine was under these rows: the median, over all that was timed, of p80 / p20."""
+    timed = [row for row in rows if row.kind != TOTAL]
+    times = [r.times for row in timed for r in (row, *row.baselines.values()) if r.times is not None]
+    return statistics.median(t.p80 / t.p20 for t in times) if times else 1.0
 
 
 # ---------------------------------------------------------------- sums over a network

@@ -132,6 +132,8 @@ void fill(const T* x, const int64_t* strides, const Axis& vertical, const Axis& 
     const T* const end = x + (u.image + u.images - 1) * strides[0] + (c1 - 1) * strides[1] +
                          (vertical.size - 1) * strides[2] + (horizontal.size - 1) * strides[3] + 1;
     const RowsIn<T, A> copy(horizontal, pitch, strides[3], !across, x, end);
+    bool left = !across;  // whether rows have anything left to write once their pixels are transposed
+    for (int64_t b = 0; b < phases; b++) left |= horizontal.data[b] < pitch;
     for (int64_t a = 0; a < vertical.phases(); a++) {
         const auto row_of = [&](int64_t i) {
             return (begin + i) * vertical.stride + vertical.residue[a] - vertical.padding;
@@ -168,7 +170,7 @@ void fill(const T* x, const int64_t* strides, const Axis& vertical, const Axis& 
                     for (int64_t i = top; i < bottom && u.images < images; i++)
                         zero(rows_of + (i * images + u.images) * pitch, (images - u.images) * pitch);
                 }
-            for (int64_t m = 0; m < u.images && top < bottom; m++)
+            for (int64_t m = 0; m < u.images && top < bottom && left; m++)
                 for (int64_t d = c; d < last; d++)
                     copy(x + (u.image + m) * strides[0] + d * strides[1] + row_of(top) * strides[2], row_step,
                          plane_of(d) + (top * images + m) * pitch, all, plane, bottom - top);
@@ -186,8 +188,10 @@ void transpose_out(const A* from, int64_t channel, int64_t channels, const int32
         for (int64_t c = 0; c < channels; c += L) {
             const int64_t cs = std::min(L, channels - c), js = std::min(L, count - j);
             vec<A> block[L];
-            UNROLL for (int64_t b = 0; b < L; b++)
+            UNROLL for (int64_t b = 0; b < L; b++) {
+                __builtin_prefetch(to + (j + L + b) * pixel + c, 1);
                 block[b] = b < cs ? load(from + (c + b) * channel + j) : vec<A>{};
+            }
             transpose<A>(block);
             UNROLL for (int64_t a = 0; a < L; a++)
                 if (a < js)

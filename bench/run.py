@@ -87,7 +87,7 @@ Caches are cold: a buffer larger than the last-level cache is read before every 
 freed is kept for the next results (blocksparse.keep_freed_memory), as in every program of this library. A memory
 layout that took 1.5 times as long as the other after the least number of rounds gets no further ones. Layers at which
 the machine was busy with something else (p80 is over 1.6 times p20) are measured once more at the end, beyond
---seconds; the steadier measurement counts.
+--seconds; the steadier measurement counts, or the one in which a check failed.
 Exit status: 0; 1 if a check failed or nothing was timed; 2 for wrong options; 130 if interrupted.
 """
 
@@ -130,8 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         plot.plot(args.plot, plot.bars(rows), f"{facts['device']}, {args.dtype}, batch {args.batch}")
     if not finished:
         return 130
-    wrong = any(row.status in (FAIL, ERROR) for row in rows)
-    return 1 if wrong or not any(row.status == OK for row in rows) else 0
+    return 1 if failed(rows) or not any(row.status == OK for row in rows) else 0
 
 
 def run_layers(
@@ -141,6 +140,9 @@ def run_layers(
     found: dict[Layer, list[LayerRow]] = {}
     begin, fixed = time.perf_counter(), bench.options.rounds.least == bench.options.rounds.most
 
+    def all_rows() -> list[LayerRow]:
+        return [row for rows in found.values() for row in rows]
+
     def measure(some: list[Layer], end: float) -> None:
         schedule = Schedule([work_of(layer) for layer in some], end, fixed)
         try:
@@ -149,8 +151,8 @@ def run_layers(
                 rows = bench.run(layer, partial(schedule.deadline, at))
                 schedule.clear()
                 print("\n".join(report.layer_lines(rows, bench.options.device.type == "cuda")), flush=True)
-                found[layer] = min(found.get(layer, rows), rows, key=spread)
-                keep([row for each in found.values() for row in each])
+                found[layer] = min(found.get(layer, rows), rows, key=lambda rows: (not failed(rows), spread(rows)))
+                keep(all_rows())
         finally:
             schedule.clear()
 
@@ -165,7 +167,12 @@ def run_layers(
     except KeyboardInterrupt:
         print("\ninterrupted: what follows covers the layers above only", flush=True)
         finished = False
-    return [row for each in found.values() for row in each], finished
+    return all_rows(), finished
+
+
+def failed(rows: list[LayerRow]) -> bool:
+    """Whether a result was wrong, or could not be computed."""
+    return any(row.status in (FAIL, ERROR) for row in rows)
 
 
 def timed_products(rows: list[LayerRow], dtype: torch.dtype, precision: str) -> list[dict[str, Any]]:

@@ -620,6 +620,25 @@ def test_a_layer_at_which_the_machine_was_busy_is_measured_again(fast, monkeypat
     assert all(row["times"]["p80"] == 1.0 for row in rows)
 
 
+@pytest.mark.parametrize("wrong", [0, 1])
+def test_a_check_that_failed_in_either_measurement_counts(fast, monkeypatch, wrong):
+    spreads, measured, right = iter([9.0, 1.0]), [], measure.LayerBench.run
+    found = {}
+
+    def once_wrong(self, layer, deadline):
+        rows = right(self, layer, deadline)
+        found[id(rows)] = next(spreads)
+        rows[0].status = FAIL if len(measured) == wrong else OK
+        measured.append(rows)  # kept: ids stay theirs
+        return rows
+
+    monkeypatch.setattr(measure.LayerBench, "run", once_wrong)
+    monkeypatch.setattr(run, "spread", lambda rows: found[id(rows)])
+    words = ["--layer", "16,16,3,1,6", "--blocksize", "8x8", "--seconds", "0.1"]
+    assert run.main([*words, "--device", "cpu", "--dtype", "fp32", "--batch", "2", "--sparsity", "0.5"]) == 1
+    assert len(measured) == 2
+
+
 def test_totals_of_a_round_are_the_sum_of_its_kinds(fast, tmp_path):
     file = tmp_path / "rows.json"
     run.main(["--layer", "16,16,3,1,6", "--blocksize", "8x8", "--json", str(file), *SMALL])

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import blocksparse as bs
-from tests import processes
+import processes
 
 glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc is not glibc's")
 

@@ -93,7 +93,7 @@ def geometry_of(row: dict[str, Any]) -> bs.ConvGeometry:
 
 def terms(row: dict[str, Any], kind: str) -> tuple[cost.Terms, cost.Terms]:
     g, blocksize = geometry_of(row), tuple(row["blocksize"])
-    facts = row["channels_last"], row["dtype"] in ("float16", "bfloat16")
+    facts = row["channels_last"], DTYPES[row["dtype"]]
     return cost.stored_terms(kind, g, blocksize, row["nnzb"], *facts), cost.dense_terms(g, blocksize, row["nnzb"])
 
 
@@ -127,7 +127,7 @@ def judge(rows: list[dict[str, Any]], constants: dict[str, tuple[cost.Terms, cos
 
 def _chosen(row: dict[str, Any], kind: str, constants: tuple[cost.Terms, cost.Terms], threads: int) -> str:
     stored, dense = (cost.seconds(t, c, threads) for t, c in zip(terms(row, kind), constants, strict=True))
-    return "cpu" if cost.margin(geometry_of(row), row["channels_last"]) * stored < dense else "torch"
+    return "cpu" if cost.MARGIN * stored < dense else "torch"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -31,6 +31,8 @@ def blocksizes(draw: st.DrawFn, backend: str = "torch") -> tuple[int, int]:
         return draw(sizes), draw(sizes)
     if backend == "cupy":
         return draw(st.sampled_from(CUPY_BLOCKSIZES))
+    if backend == "cpu" and draw(st.booleans()):  # whole vectors of filters or channels, halves of one, and several
+        return draw(st.sampled_from([8, 16, 24, 32, 40, 64, 104])), draw(st.sampled_from([1, 2, 8, 16, 32, 40]))
     return draw(st.integers(1, 9)), draw(st.one_of(st.just(1), st.integers(1, 6)))
 
 

@@ -204,12 +204,13 @@ def test_the_default_without_a_compiler_is_pytorch(monkeypatch):
     assert "backend 'cpu' is not available: no C++ compiler was found" in str(found)
 
 
-@pytest.mark.parametrize("blocksize", [(64, 1), (8, 8), (1, 1)], ids=str)
-def test_long_sums_round_no_worse_than_pytorch(blocksize):
+@pytest.mark.parametrize("memory_format", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("blocksize", [(64, 1), (32, 32), (8, 8), (1, 1)], ids=str)
+def test_long_sums_round_no_worse_than_pytorch(blocksize, memory_format):
     """Hundreds of products in a row: added up one by one they would be off by five times as much."""
     pattern = bs.BSRPattern.random((256, 512, 3, 3), blocksize, 0.2, torch.Generator().manual_seed(0))
     generator = torch.Generator().manual_seed(1)
-    x, dy = (torch.randn(2, c, 7, 7, generator=generator) for c in (512, 256))
+    x, dy = (layout.laid_out(torch.randn(2, c, 7, 7, generator=generator), memory_format) for c in (512, 256))
     values = torch.randn(pattern.nnzb, *blocksize, generator=generator)
     double = values.double(), pattern
     for exact, call in (
@@ -280,7 +281,7 @@ def test_nothing_is_written_outside_of_the_results(monkeypatch, dtype):
     bands = Bands()
     monkeypatch.setattr(cpu, "new", bands.new)
     torch.manual_seed(0)
-    for filters in (1, 2, 3, 4, 5, 8, 9, 13):
+    for filters in (1, 2, 3, 4, 5, 8, 9, 13, 16, 24, 32):
         for channels in (1, filters):
             for taps, stride, size, rows in ((1, 1, 15, 3), (1, 1, 12, 2), (1, 2, 15, 2), (3, 1, 9, 3), (3, 2, 15, 2)):
                 shape = rows * filters, 2 * channels, taps, taps
@@ -298,3 +299,54 @@ def test_nothing_is_written_outside_of_the_results(monkeypatch, dtype):
                     assert float((y.double() - needed).norm()) <= allowed * float(needed.norm())
                     assert dx.isfinite().all()
                     assert dvalues.isfinite().all()
+
+
+@pytest.mark.parametrize("blocksize", [(32, 16), (24, 1), (4, 4)], ids=str)
+@pytest.mark.parametrize("taps", [1, 3])
+@pytest.mark.parametrize("relu", [False, True])
+def test_what_follows_a_convolution_in_channels_last(blocksize, taps, relu):
+    """A residual and a ReLU on filters that lie together, and on those that a row order takes apart."""
+    generator = torch.Generator().manual_seed(0)
+    shape = 4 * blocksize[0], 2 * blocksize[1], taps, taps
+    random = bs.BSRPattern.random(shape, blocksize, 0.5, generator)
+    order = torch.randperm(shape[0], generator=generator)
+    mask = random.to_dense(torch.ones(random.nnzb, *blocksize)) != 0
+    ordered = bs.BSRPattern.from_mask(mask[torch.argsort(order)], blocksize, order)
+    x = torch.randn(3, shape[1], 9, 7, generator=generator).contiguous(memory_format=torch.channels_last)
+    residual = torch.randn(3, shape[0], 9, 7, generator=generator).contiguous(memory_format=torch.channels_last)
+    bias, values = torch.randn(shape[0], generator=generator), torch.randn(random.nnzb, *blocksize, generator=generator)
+    for pattern in random, ordered:
+        found = bs.conv2d(x, values, pattern, bias, 1, taps // 2, backend="cpu", residual=residual, relu=relu)
+        needed = (
+            bs.reference.fprop(x.double(), values.double(), pattern, bias.double(), 1, taps // 2) + residual.double()
+        )
+        torch.testing.assert_close(found.double(), needed.relu() if relu else needed, rtol=1e-5, atol=1e-5)
+        assert found.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    "pixels", [(1, 1, 1), (300, 1, 1), (7, 1, 1), (1, 13, 1), (8, 7, 7), (3, 29, 31), (2, 56, 56)], ids=str
+)
+@pytest.mark.parametrize("blocksize", [(16, 16), (1, 1), (2, 5)], ids=str)
+def test_pixels_of_1x1_kernels_as_rows(pixels, blocksize):
+    """Images of a batch are joined and cut anew, any number of pixels, a prime one too; rows with a gap are not."""
+    generator = torch.Generator().manual_seed(0)
+    (n, h, w), shape = pixels, (32, 3 * blocksize[1], 1, 1)
+    pattern = bs.BSRPattern.random(shape, blocksize, 0.5, generator)
+    values = torch.randn(pattern.nnzb, *blocksize, generator=generator)
+    whole = torch.randn(n, h, w + 1, shape[1], generator=generator).permute(0, 3, 1, 2)
+    dense = whole[..., :w].contiguous(memory_format=torch.channels_last)
+    dy = torch.randn(n, shape[0], h, w, generator=generator).contiguous(memory_format=torch.channels_last)
+    for x in dense, whole[..., 1:]:
+        for found, needed in (
+            (bs.conv2d(x, values, pattern, backend="cpu"), bs.reference.fprop(x.double(), values.double(), pattern)),
+            (
+                bs.conv2d_dgrad(dy, values, pattern, x.shape, backend="cpu"),
+                bs.reference.dgrad(dy.double(), values.double(), pattern, x.shape),
+            ),
+            (
+                bs.conv2d_wgrad(x, dy, pattern, backend="cpu"),
+                bs.reference.wgrad(x.double(), dy.double(), pattern),
+            ),
+        ):
+            torch.testing.assert_close(found.double(), needed, rtol=1e-4, atol=1e-5 * float(needed.abs().max() + 1))

@@ -6,8 +6,8 @@ On a CPU both are sums of a few terms, from sizes alone, so that the same sizes 
     dense    call + weights scattered into a filter bank, or gathered + (values + multiplications) / threads
 
 A multiplication on stored blocks costs more in small blocks: a vector of pixels that is loaded is used once for each
-filter of a block, 8 at most. The constants are nanoseconds on one thread, measured and fitted by bench/calibrate.py
-(cost_constants.py). gpu_cost.py is about GPUs.
+filter of a block, 8 at most. In channels_last a pixel is loaded for each vector of a block's filters. The constants are
+nanoseconds on one thread, measured and fitted by bench/calibrate.py (cost_constants.py). gpu_cost.py is about GPUs.
 """
 
 from __future__ import annotations
@@ -49,11 +49,21 @@ class Terms(NamedTuple):
     weights: float  # stored: put in a list; dense: of the filter bank, stored or not
     stored: float  # dense: stored weights scattered or gathered; on stored blocks 0
     values: float  # of x and y
-    in_place: float  # of x and y, where a contiguous tensor is used as it stands
+    in_place: float  # of x and y, where the tensors are used as they stand
     by_8: float  # multiplications in tiles of 8 filters, of 4, 2 and 1; dense: of 3x3 kernels and larger
     by_4: float
     by_2: float
     by_1: float  # dense: of 1x1 kernels
+
+
+# Time of a multiplication in channels_last where a block has one vector beside each other, or half of one, over that of
+# two: each waits for a load.
+ONE_VECTOR, HALF_A_VECTOR = 1.4, 2.6
+
+
+def _half(dtype: torch.dtype) -> bool:
+    """Of 16 bits, computed in float32."""
+    return dtype in (torch.float16, torch.bfloat16)
 
 
 def _padded(channels: int) -> int:
@@ -61,14 +71,21 @@ def _padded(channels: int) -> int:
 
 
 def stored_terms(
-    kind: str, g: ConvGeometry, blocksize: tuple[int, int], nnzb: int, channels_last: bool, half: bool
+    kind: str, g: ConvGeometry, blocksize: tuple[int, int], nnzb: int, channels_last: bool, dtype: torch.dtype
 ) -> Terms:
-    """Counts of a product on stored blocks; half: of float16 or bfloat16, computed in float32."""
+    """Counts of a product on stored blocks."""
     bk, bc = blocksize
     weights = nnzb * bk * bc
+    pointwise = g.taps == 1 and g.stride == (1, 1) and g.padding == (0, 0)
+    beside = bc if kind == "dgrad" else bk  # results of a block beside each other
+    lanes = 8 if dtype == torch.float64 else 16
+    if channels_last and not _half(dtype) and beside % (lanes // 2) == 0 and (beside >= 2 * lanes or g.taps == 1):
+        values = g.n * (g.c * g.h * g.w + g.k * g.p * g.q)
+        slower = 1.0 if beside >= 2 * lanes else ONE_VECTOR if beside >= lanes else HALF_A_VECTOR
+        return Terms(1.0, weights, 0.0, 0.0, values, slower * g.n * g.p * g.q * weights, 0.0, 0.0, 0.0)
     c, k = (_padded(g.c), _padded(g.k)) if channels_last else (g.c, g.k)  # vectors of channels are turned into pixels
     values = g.n * (c * g.h * g.w + k * g.p * g.q)
-    in_place = not (channels_last or half) and g.taps == 1 and g.stride == (1, 1) and g.padding == (0, 0)
+    in_place = pointwise and not (channels_last or _half(dtype))
     gap = max(g.padding[1], (g.s - 1) * g.dilation[1] // g.stride[1])  # columns computed and dropped
     pixels = g.n * g.p * (g.q + gap)
     filters = bk if kind != "dgrad" or (bc < 4 <= bk) else bc
@@ -100,13 +117,7 @@ def seconds(terms: Terms, constants: Terms, threads: int) -> float:
     return 1e-9 * (alone + (sum(each) - alone) / threads)
 
 
-def margin(g: ConvGeometry, channels_last: bool) -> float:
-    """The dense product runs where blocks are not estimated to be faster by this factor.
-
-    It is larger where the estimate is least certain: a dense 1x1 kernel reads x in channels_last as it lies, and the
-    blocks transpose it.
-    """
-    return 1.25 if channels_last and g.taps == 1 else 1.1
+MARGIN = 1.1  # the dense product runs where blocks are not estimated to be faster by this factor
 
 
 def known(dtype: torch.dtype) -> bool:
@@ -147,9 +158,8 @@ def on_cpu(
     slower = 1.0
     if setting.memory_format == BATCH_LAST:
         slower = BATCH_LAST_SLOWER[g.n > ONE_CHUNK]
-    half = dtype in (torch.float16, torch.bfloat16)
-    counts = stored_terms(kind, g, blocksize, nnzb, setting.channels_last, half)
+    counts = stored_terms(kind, g, blocksize, nnzb, setting.channels_last, dtype)
     return (
-        slower * margin(g, setting.channels_last) * seconds(counts, stored, setting.threads),
+        slower * MARGIN * seconds(counts, stored, setting.threads),
         seconds(dense_terms(g, blocksize, nnzb), dense, setting.threads),
     )

@@ -199,6 +199,21 @@ void transpose_out(const A* from, int64_t channel, int64_t channels, const int32
         }
 }
 
+// The weights of a block: [bk][bc] as values hold them, [bc][bk] as items do.
+template <class T, class A> void block_in(const T* from, int64_t bk, int64_t bc, A* to) {
+    if (bc == 1) return copy_in(from, 1, to, bk);
+    if (bc >= LANES<A> && bk % LANES<A> == 0) return transpose_in<T, A>(from, bc, bk, bc, to, bk, nullptr);
+    for (int64_t j = 0; j < bc; j++)
+        for (int64_t f = 0; f < bk; f++) to[j * bk + f] = widen(from[f * bc + j]);
+}
+// Up to a vector behind `from` is read.
+template <class T, class A> void block_out(const A* from, int64_t bk, int64_t bc, T* to) {
+    if (bc == 1) return copy_out(from, to, 1, bk);
+    if (bc >= LANES<A> && bk >= LANES<A>) return transpose_out<T, A>(from, bk, bc, nullptr, bk, to, bc);
+    for (int64_t j = 0; j < bc; j++)
+        for (int64_t f = 0; f < bk; f++) to[f * bc + j] = narrow<T>(from[j * bk + f]);
+}
+
 // Runs of `channels` rows to the outputs of a unit: [N, K, P, Q] or the like, with any strides.
 template <class T, class A>
 void write(const A* runs, int64_t channel, int64_t channels, int64_t first, const int32_t* order, const Unit& u,

@@ -82,16 +82,20 @@ extern "C" double bsr_peak_flops(int64_t threads) {
     return best;
 }
 
+namespace {
+Conv rows_joined(const Conv& g) { return joined(g, sizeof(wide<NUMBER>), LANES<wide<NUMBER>>); }
+}  // namespace
+
 extern "C" int bsr_fprop(const Conv* g, const NUMBER* x, const NUMBER* values, const NUMBER* bias,
                          const NUMBER* residual, int64_t relu, const int32_t* packed, NUMBER* y) {
     const Epilogue<NUMBER> last{residual, relu != 0};
-    return guarded([&] { return fprop<NUMBER>(*g, x, values, bias, last, Index(*g, packed), y); });
+    return guarded([&] { return fprop<NUMBER>(rows_joined(*g), x, values, bias, last, Index(*g, packed), y); });
 }
 extern "C" int bsr_dgrad(const Conv* g, const NUMBER* dy, const NUMBER* values, const int32_t* packed, NUMBER* dx) {
-    return guarded([&] { return dgrad<NUMBER>(*g, dy, values, Index(*g, packed), dx); });
+    return guarded([&] { return dgrad<NUMBER>(rows_joined(*g), dy, values, Index(*g, packed), dx); });
 }
 extern "C" int bsr_wgrad(const Conv* g, const NUMBER* x, const NUMBER* dy, const int32_t* packed, NUMBER* dvalues) {
-    return guarded([&] { return wgrad<NUMBER>(*g, x, dy, Index(*g, packed), dvalues); });
+    return guarded([&] { return wgrad<NUMBER>(rows_joined(*g), x, dy, Index(*g, packed), dvalues); });
 }
 // Both gradients: dx has the strides of x.
 extern "C" int bsr_gradients(const Conv* g, const NUMBER* x, const NUMBER* dy, const NUMBER* values, const int32_t* packed,

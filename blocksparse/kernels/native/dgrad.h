@@ -6,6 +6,7 @@
 #include <cstring>
 #include <vector>
 
+#include "channels_last.h"
 #include "copying.h"
 #include "lists.h"
 #include "phases.h"
@@ -18,6 +19,8 @@ template <class T>
 int dgrad(const Conv& g, const T* dy, const T* values, const Index& index, T* dx) {
     using A = wide<T>;
     constexpr int64_t L = LANES<A>;
+    if constexpr (std::is_same<T, A>::value)
+        if (as_they_stand<T>(g, g.bc)) return dgrad_last(g, dy, values, index, dx);
     // The rows and columns of the planes in which dx has pixels.
     const int64_t top = g.padding[0] / g.stride[0], bottom = (g.h - 1 + g.padding[0]) / g.stride[0] + 1;
     const int64_t left = g.padding[1] / g.stride[1], right = (g.w - 1 + g.padding[1]) / g.stride[1] + 1;

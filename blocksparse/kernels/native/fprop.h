@@ -4,6 +4,7 @@
 
 #include <vector>
 
+#include "channels_last.h"
 #include "copying.h"
 #include "finish.h"
 #include "lists.h"
@@ -16,6 +17,8 @@ template <class T>
 int fprop(const Conv& g, const T* x, const T* values, const T* bias, const Epilogue<T>& last, const Index& index, T* y) {
     using A = wide<T>;
     constexpr int64_t L = LANES<A>;
+    if constexpr (std::is_same<T, A>::value)
+        if (as_they_stand<T>(g, g.bk)) return fprop_last(g, x, values, bias, last, index, y);
     const bool in_place = pointwise(g) && rows_in_place<T>(g, g.x_strides, g.h, g.w);
     const bool direct = in_place && index.order == nullptr && rows_in_place<T>(g, g.y_strides, g.p, g.q);
     const Layout lay(g, sizeof(A), L, g.p, in_place);

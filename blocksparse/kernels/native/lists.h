@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "copying.h"
+#include "joined.h"
 
 namespace {
 
@@ -73,17 +74,7 @@ void list_row(const Conv& g, const Layout& lay, const Index& index, const int64_
     each([&](int64_t i, int64_t block, int64_t at, int64_t tap) {
         int32_t* const item = items + at * g.bc;
         for (int64_t j = 0; j < g.bc; j++) item[j] = (block * g.bc + j) * lay.channel + tap;
-        if (values != nullptr) {
-            const T* const from = values + i * g.bk * g.bc;
-            A* const to = weights + at * g.bc * g.bk;
-            if (g.bc == 1)
-                copy_in(from, 1, to, g.bk);
-            else if (g.bc >= LANES<A> && g.bk % LANES<A> == 0)
-                transpose_in<T, A>(from, g.bc, g.bk, g.bc, to, g.bk, nullptr);
-            else
-                for (int64_t j = 0; j < g.bc; j++)
-                    for (int64_t f = 0; f < g.bk; f++) to[j * g.bk + f] = widen(from[f * g.bc + j]);
-        }
+        if (values != nullptr) block_in(values + i * g.bk * g.bc, g.bk, g.bc, weights + at * g.bc * g.bk);
     });
 }
 
@@ -136,15 +127,10 @@ int64_t parts_of(int64_t units, int64_t threads, int64_t rows) {
 // Where part number `part` of so many begins, of `count` things.
 int64_t part_begin(int64_t part, int64_t parts, int64_t count) { return (part * count + parts - 1) / parts; }
 
-constexpr int64_t MOST_SUMS = 4 << 20;  // bytes of the partial sums of a weight gradient, if there are more than two
-
 template <class T> bool rows_in_place(const Conv& g, const int64_t* strides, int64_t height, int64_t width) {
     const int64_t images = g.batch_last ? g.n : 1;  // that lie together
     return std::is_same<T, wide<T>>::value && strides[3] == images && strides[2] == width * images &&
            height * width * images >= 128 && (!g.batch_last || strides[0] == 1);
-}
-bool pointwise(const Conv& g) {
-    return g.r == 1 && g.s == 1 && g.stride[0] == 1 && g.stride[1] == 1 && g.padding[0] == 0 && g.padding[1] == 0;
 }
 bool fits(int64_t channels, int64_t channel) { return channels * channel < INT32_MAX; }
 

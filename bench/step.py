@@ -172,7 +172,7 @@ def measure_network(network: Network, args: argparse.Namespace, deadline: float,
     dense = network.build().to(device)
     x = torch.randn(batch, 3, network.image_size, network.image_size, device=device)
     target = torch.randint(network.classes, (batch,), device=device)
-    ways = [Way("channels_last"), Way("contiguous"), Way("contiguous", fused=True)]
+    ways = [Way("channels_last"), Way("contiguous"), Way("contiguous", fused=True), Way("channels_last", fused=True)]
     if on_gpu:
         graphs = Way("channels_last", "graph"), Way("channels_last", "graph", True), Way("contiguous", "graph")
         ways = [Way("channels_last"), *graphs]

@@ -56,9 +56,7 @@ class Terms(NamedTuple):
     by_1: float  # dense: of 1x1 kernels
 
 
-# Time of a multiplication in channels_last where a block has one vector beside each other, or half of one, over that of
-# two: each waits for a load.
-ONE_VECTOR, HALF_A_VECTOR = 1.4, 2.6
+ONE_VECTOR = 1.4  # time of a multiplication in channels_last where a block is one vector, over that of two: each loads
 
 
 def _half(dtype: torch.dtype) -> bool:
@@ -79,9 +77,9 @@ def stored_terms(
     pointwise = g.taps == 1 and g.stride == (1, 1) and g.padding == (0, 0)
     beside = bc if kind == "dgrad" else bk  # results of a block beside each other
     lanes = 8 if dtype == torch.float64 else 16
-    if channels_last and not _half(dtype) and beside % (lanes // 2) == 0 and (beside >= 2 * lanes or g.taps == 1):
+    if channels_last and not _half(dtype) and beside % lanes == 0 and (beside > lanes or g.taps == 1):
         values = g.n * (g.c * g.h * g.w + g.k * g.p * g.q)
-        slower = 1.0 if beside >= 2 * lanes else ONE_VECTOR if beside >= lanes else HALF_A_VECTOR
+        slower = 1.0 if beside > lanes else ONE_VECTOR
         return Terms(1.0, weights, 0.0, 0.0, values, slower * g.n * g.p * g.q * weights, 0.0, 0.0, 0.0)
     c, k = (_padded(g.c), _padded(g.k)) if channels_last else (g.c, g.k)  # vectors of channels are turned into pixels
     values = g.n * (c * g.h * g.w + k * g.p * g.q)

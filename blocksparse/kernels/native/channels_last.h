@@ -6,7 +6,7 @@
 //     fprop, dgrad    y[p][f] = sum over (tap, c) of w[tap, c][f] * x[table[tap][p]][c]    P pixels x V vectors of filters
 //     wgrad           dv[tap, c][f] += x[p + tap][c] * dy[p][f] of one pixel p after the other, I items x V vectors
 //
-// A block needs whole halves of a vector: of its filters, in dgrad of its channels. Others go through planes.
+// A block needs whole vectors: of filters, in dgrad of channels. Others go through planes.
 
 #pragma once
 
@@ -29,8 +29,8 @@ namespace {
 // one vector loads a pixel of its own: through planes a convolution of many taps is faster.
 template <class T> bool as_they_stand(const Conv& g, int64_t width) {
     constexpr int64_t L = LANES<wide<T>>;
-    return std::is_same<T, wide<T>>::value && L > 2 && !g.batch_last && g.x_strides[1] == 1 && g.y_strides[1] == 1 &&
-           width % (L / 2) == 0 && (width >= 2 * L || g.r * g.s == 1);
+    return std::is_same<T, wide<T>>::value && !g.batch_last && g.x_strides[1] == 1 && g.y_strides[1] == 1 &&
+           width % L == 0 && (width > L || g.r * g.s == 1);
 }
 
 // fprop and dgrad: results of `width` channels for each of `blocks`, from a source of so many channels.
@@ -82,7 +82,7 @@ template <class A> struct Gather {
         const A* const zeros = scratch.at<A>(zeros_at);
         const A** const at = scratch.at<const A*>(own_at) + THREAD * own_pointers;
         A* const place = scratch.at<A>(rows_at) + THREAD * TILE * width;
-        const int64_t parts = parts_of(units, g.threads, blocks), tile = beside<A>(some_lanes<A>(width));
+        const int64_t parts = parts_of(units, g.threads, blocks), tile = most_beside(some_vectors(width / LANES<A>));
 #pragma omp for schedule(dynamic, 1)
         for (int64_t task = 0; task < units * parts; task++) {
             int64_t unit = task / parts, number = 0;
@@ -104,11 +104,11 @@ template <class A> struct Gather {
                     const int64_t at_block = aside ? 0 : b * width;
                     for (int64_t k = 0; aside && k < pixels; k++) to[k] = place + k * width;
                     const Items<A> list{some.taps.data(), ends + b * (taps + 1), items, weights, count, width};
-                    for (int64_t f = 0, lanes; f < width; f += lanes) {
-                        lanes = some_lanes<A>(width - f);
-                        in_pieces(pixels, beside<A>(lanes), [&](int64_t q, int64_t few) {
-                            PIXEL_TILE(gather_pixels_of, A, lanes, few)(at + p + q, size, list, f, start + b * width + f,
-                                                                        results + q, at_block + f);
+                    for (int64_t f = 0, vectors; f < width; f += vectors * LANES<A>) {
+                        vectors = some_vectors((width - f) / LANES<A>);
+                        in_pieces(pixels, most_beside(vectors), [&](int64_t q, int64_t few) {
+                            PIXEL_TILE(gather_pixels_of, A, vectors, few)(at + p + q, size, list, f, start + b * width + f,
+                                                                          results + q, at_block + f);
                         });
                     }
                     finish(results, at_block, out + p, pixels, b);
@@ -215,7 +215,7 @@ struct Pieces {
 };
 
 template <class A> int wgrad_last(const Conv& g, const A* x, const A* dy, const Index& index, A* dvalues) {
-    const int64_t rows = g.k / g.bk, blocks = g.c / g.bc, size_of_block = g.bk * g.bc;
+    const int64_t blocks = g.c / g.bc, size_of_block = g.bk * g.bc;
     const Pieces pieces(g, sizeof(A));
     const Shares shares(g, pieces.count, sizeof(A));
     const int64_t steps[3] = {g.x_strides[0], g.x_strides[2] * g.stride[0], g.x_strides[3] * g.stride[1]};
@@ -247,11 +247,11 @@ template <class A> int wgrad_last(const Conv& g, const A* x, const A* dy, const 
                 from += first * steps[axis] + shift * g.x_strides[axis + 1];
                 d += (first - begin[axis]) * d_steps[axis];
             }
-            for (int64_t f = 0, lanes; f < g.bk; f += lanes) {
-                lanes = some_lanes<A>(g.bk - f);
-                in_pieces((i1 - i0) * g.bc, beside<A>(lanes), [&](int64_t i, int64_t few) {
+            for (int64_t f = 0, vectors; f < g.bk; f += vectors * LANES<A>) {
+                vectors = some_vectors((g.bk - f) / LANES<A>);
+                in_pieces((i1 - i0) * g.bc, most_beside(vectors), [&](int64_t i, int64_t few) {
                     i += i0 * g.bc;
-                    PIXEL_TILE(outer_of, A, lanes, few)(from, items + i, d + b * g.bk + f, walk, sum + i * g.bk + f, g.bk);
+                    PIXEL_TILE(outer_of, A, vectors, few)(from, items + i, d + b * g.bk + f, walk, sum + i * g.bk + f, g.bk);
                 });
             }
         };

@@ -28,7 +28,8 @@ int dgrad(const Conv& g, const T* dy, const T* values, const Index& index, T* dx
     const bool alike = pointwise(g) && rows_in_place<T>(g, g.y_strides, g.p, g.q);
     const bool direct = alike && rows_in_place<T>(g, g.x_strides, g.h, g.w) && !(scatter && index.order);
     const bool in_place = scatter ? direct : alike;
-    Layout lay(g, sizeof(A), L, bottom - top, in_place);
+    const int64_t budget = (scatter && g.batch_last ? 2 : 1) * Layout::BUDGET;  // windows of a scatter: long ones
+    Layout lay(g, sizeof(A), L, bottom - top, in_place, budget);
     const Axis &vertical = lay.vertical, &horizontal = lay.horizontal;
     const Axis whole_rows(g.p, g.p, 1, 1, 0, 1), whole_columns(g.q, g.q, 1, 1, 0, 1);
     const int64_t reach = vertical.reach, blocks = g.c / g.bc, rows = g.k / g.bk, taps = g.r * g.s;

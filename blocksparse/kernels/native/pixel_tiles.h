@@ -6,7 +6,6 @@
 #include <cstdint>
 
 #include "numbers.h"
-#include "rows.h"
 #include "tiles.h"
 
 namespace {
@@ -19,14 +18,15 @@ template <class A> struct Items {
     int64_t count, width;
 };
 
-// y[p][at + f] = start[f] + sum over items of w[item][f] * x[tap][p][item], for P pixels and V vectors of S channels from
+// y[p][at + f] = start[f] + sum over items of w[item][f] * x[tap][p][item], for P pixels and V vectors of filters from
 // number `first` of a block on. x holds a pointer for each tap and pixel, the taps `pixels` apart.
-template <class A, int S, int V, int P>
+template <class A, int V, int P>
 void gather_pixels(const A* const* x, int64_t pixels, const Items<A>& list, int64_t first, const A* start, A* const* y,
                    int64_t at) {
-    part<A, S> sum[P][V];
+    constexpr int L = LANES<A>;
+    vec<A> sum[P][V];
     UNROLL for (int v = 0; v < V; v++)
-        UNROLL for (int p = 0; p < P; p++) sum[p][v] = part_at<A, S>(start + v * S);
+        UNROLL for (int p = 0; p < P; p++) sum[p][v] = load(start + v * L);
     int64_t t = 0, i = list.count ? list.ends[list.taps[0]] : 0;
     for (bool held = false;; held = true) {  // whether y has a part of the sum
         for (int64_t left = PARTIAL; left > 0 && t < list.count;) {
@@ -36,10 +36,10 @@ void gather_pixels(const A* const* x, int64_t pixels, const Items<A>& list, int6
             left -= stop - i;
             for (; i < stop; i++, w += list.width) {
                 const int64_t item = list.items[i];
-                part<A, S> weights[V];
-                UNROLL for (int v = 0; v < V; v++) weights[v] = part_at<A, S>(w + v * S);
+                vec<A> weights[V];
+                UNROLL for (int v = 0; v < V; v++) weights[v] = load(w + v * L);
                 UNROLL for (int p = 0; p < P; p++) {
-                    part<A, S> pixel = from[p][item] - part<A, S>{};
+                    vec<A> pixel = from[p][item] - vec<A>{};
                     if constexpr (V > 1) HOLD(pixel);
                     UNROLL for (int v = 0; v < V; v++) sum[p][v] += pixel * weights[v];
                 }
@@ -50,9 +50,9 @@ void gather_pixels(const A* const* x, int64_t pixels, const Items<A>& list, int6
         }
         UNROLL for (int p = 0; p < P; p++)
             UNROLL for (int v = 0; v < V; v++) {
-                A* const to = y[p] + at + v * S;
-                store_part<A, S>(to, held ? part_at<A, S>(to) + sum[p][v] : sum[p][v]);
-                sum[p][v] = part<A, S>{};
+                A* const to = y[p] + at + v * L;
+                store(to, held ? load(to) + sum[p][v] : sum[p][v]);
+                sum[p][v] = vec<A>{};
             }
         if (t == list.count) break;
     }
@@ -63,20 +63,21 @@ struct Walk {
     int64_t count[3], x[3], y[3];  // images, rows, columns
 };
 
-// dv[item][f] += sum over pixels of x[pixel][item] * dy[pixel][f], for I items and V vectors of S channels.
-template <class A, int S, int V, int I>
+// dv[item][f] += sum over pixels of x[pixel][item] * dy[pixel][f], for I items and V vectors of filters.
+template <class A, int V, int I>
 void outer_tile(const A* x, const int32_t* items, const A* dy, const Walk& walk, A* dv, int64_t width) {
-    part<A, S> sum[I][V];
+    constexpr int L = LANES<A>;
+    vec<A> sum[I][V];
     int64_t at[I];
     UNROLL for (int i = 0; i < I; i++) {
         at[i] = items[i];
-        UNROLL for (int v = 0; v < V; v++) sum[i][v] = part<A, S>{};
+        UNROLL for (int v = 0; v < V; v++) sum[i][v] = vec<A>{};
     }
     const auto add = [&](const A* p, const A* q) {
-        part<A, S> d[V];
-        UNROLL for (int v = 0; v < V; v++) d[v] = part_at<A, S>(q + v * S);
+        vec<A> d[V];
+        UNROLL for (int v = 0; v < V; v++) d[v] = load(q + v * L);
         UNROLL for (int i = 0; i < I; i++) {
-            part<A, S> pixel = p[at[i]] - part<A, S>{};
+            vec<A> pixel = p[at[i]] - vec<A>{};
             if constexpr (V > 1) HOLD(pixel);
             UNROLL for (int v = 0; v < V; v++) sum[i][v] += pixel * d[v];
         }
@@ -94,43 +95,36 @@ void outer_tile(const A* x, const int32_t* items, const A* dy, const Walk& walk,
         }
     UNROLL for (int i = 0; i < I; i++)
         UNROLL for (int v = 0; v < V; v++) {
-            A* const to = dv + i * width + v * S;
-            store_part<A, S>(to, part_at<A, S>(to) + sum[i][v]);
+            A* const to = dv + i * width + v * L;
+            store(to, load(to) + sum[i][v]);
         }
 }
 
-// Most pixels, or items, beside 4, 2 and 1 vectors and half of one, so that sums, and of one vector pointers to pixels,
-// stay in registers.
+// Most pixels, or items, beside 4, 2 and 1 vectors, so that sums, and of one vector pointers to pixels, stay in registers.
 constexpr int most_beside(int vectors) {
     return vectors == 4 ? (REGISTERS == 32 ? 6 : 2) : vectors == 2 ? (REGISTERS == 32 ? 12 : 6) : 8;
 }
+// The vectors of the next tile, of so many that are left.
+INLINE int64_t some_vectors(int64_t left) { return left >= 4 && REGISTERS == 32 ? 4 : left >= 2 ? 2 : 1; }
 
 template <class A>
 using GatherPixels = void (*)(const A* const*, int64_t, const Items<A>&, int64_t, const A*, A* const*, int64_t);
 template <class A> using OuterTile = void (*)(const A*, const int32_t*, const A*, const Walk&, A*, int64_t);
 
-template <class A, int S, int V, int... I>
+template <class A, int V, int... I>
 GatherPixels<A> gather_pixels_of(int64_t count, std::integer_sequence<int, I...>) {
-    static constexpr GatherPixels<A> tiles[] = {gather_pixels<A, S, V, I + 1>...};
+    static constexpr GatherPixels<A> tiles[] = {gather_pixels<A, V, I + 1>...};
     return tiles[count - 1];
 }
-template <class A, int S, int V, int... I>
+template <class A, int V, int... I>
 OuterTile<A> outer_of(int64_t count, std::integer_sequence<int, I...>) {
-    static constexpr OuterTile<A> tiles[] = {outer_tile<A, S, V, I + 1>...};
+    static constexpr OuterTile<A> tiles[] = {outer_tile<A, V, I + 1>...};
     return tiles[count - 1];
 }
-#define PIXEL_TILE(OF, A, lanes, count)                                                                            \
-    ((lanes) == 4 * LANES<A>   ? OF<A, LANES<A>, 4>(count, std::make_integer_sequence<int, most_beside(4)>{})      \
-     : (lanes) == 2 * LANES<A> ? OF<A, LANES<A>, 2>(count, std::make_integer_sequence<int, most_beside(2)>{})      \
-     : (lanes) == LANES<A>     ? OF<A, LANES<A>, 1>(count, std::make_integer_sequence<int, most_beside(1)>{})      \
-                               : OF<A, LANES<A> / 2, 1>(count, std::make_integer_sequence<int, most_beside(1)>{}))
-
-// The lanes of the next tile, of `left` channels that are left, a multiple of half a vector; pixels or items beside them.
-template <class A> INLINE int64_t some_lanes(int64_t left) {
-    constexpr int64_t L = LANES<A>;
-    return left >= 4 * L && REGISTERS == 32 ? 4 * L : left >= 2 * L ? 2 * L : left >= L ? L : L / 2;
-}
-template <class A> INLINE int64_t beside(int64_t lanes) { return most_beside(lanes / LANES<A>); }
+#define PIXEL_TILE(OF, A, vectors, count)                                                   \
+    ((vectors) == 4   ? OF<A, 4>(count, std::make_integer_sequence<int, most_beside(4)>{}) \
+     : (vectors) == 2 ? OF<A, 2>(count, std::make_integer_sequence<int, most_beside(2)>{}) \
+                      : OF<A, 1>(count, std::make_integer_sequence<int, most_beside(1)>{}))
 
 // Calls body(begin, size) for `count` things in the fewest pieces of at most `most`, alike in size.
 template <class Body> INLINE void in_pieces(int64_t count, int64_t most, Body body) {

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "call.h"
+#include "joined.h"
 
 namespace {
 
@@ -51,8 +52,9 @@ struct Layout {
     int64_t image_step, pixel_step;  // within a row of a plane: images side by side, or innermost
     int64_t together;                // rows of a unit that all block-rows take before the next ones
 
-    static constexpr int64_t BUDGET = 1 << 20;    // bytes of planes and results of a unit: they stay in a core's cache
-    static constexpr int64_t FAR = 4;             // that the next cache holds of these
+    static constexpr int64_t BUDGET = 1 << 19;    // bytes of planes and results of a unit: they stay in a core's cache
+    static constexpr int64_t COPIED = 1 << 18;    // of those of a 1x1 convolution that are copied: few items read them
+    static constexpr int64_t FAR = 4;             // budgets that the next cache holds
     static constexpr int64_t RUN = 448;           // pixels of a run that are enough
 
     bool in_place;                   // the tensors are planes as they stand
@@ -62,6 +64,7 @@ struct Layout {
         : vertical(g.h, g.p, g.r, g.stride[0], g.padding[0], g.dilation[0]),
           horizontal(g.w, g.q, g.s, g.stride[1], g.padding[1], g.dilation[1]),
           in_place(in_place), batch_last(g.batch_last != 0) {
+        if (pointwise(g) && !in_place && !batch_last) budget = COPIED;
         out_rows = all_rows;
         pitch = std::max(horizontal.length, (g.w - 1 + g.padding[1]) / g.stride[1] + 1);
         phases = vertical.phases() * horizontal.phases();

@@ -23,9 +23,7 @@ int wgrad(const Conv& g, const T* x, const T* dy, const Index& index, T* dvalues
         if (as_they_stand<T>(g, g.bk)) return wgrad_last(g, x, dy, index, dvalues);
     const bool in_place = pointwise(g) && index.order == nullptr && rows_in_place<T>(g, g.x_strides, g.h, g.w) &&
                           rows_in_place<T>(g, g.y_strides, g.p, g.q);
-    // Long runs, whose sums are added up seldom; of a 1x1 convolution all planes are read for each of few items.
-    const int64_t budget = pointwise(g) && !in_place ? Layout::BUDGET / 2 : 5 * Layout::BUDGET / 2;
-    const Layout lay(g, sizeof(A), L, g.p, in_place, budget);
+    const Layout lay(g, sizeof(A), L, g.p, in_place, 5 * Layout::BUDGET);
     if (!fits(g.c, lay.channel)) return 2;
     const Axis whole_rows(g.p, g.p, 1, 1, 0, 1), whole_columns(g.q, g.q, 1, 1, 0, 1);
     const int64_t rows = g.k / g.bk, size_of_block = g.bk * g.bc;

@@ -159,13 +159,14 @@ def test_a_plan_says_what_copies_cost():
     pattern = bs.BSRPattern.random((64, 64, 3, 3), (8, 8), 0.1)
     x, values = torch.randn(8, 64, 14, 14), torch.randn(pattern.nnzb, 8, 8)
     last = bs.to_batch_last(x)
-    alone, copied = (bs.explain(t, values, pattern, 1, 1, backend="torch") for t in (x, last))
-    assert "copied" not in str(alone)
+    forms = x, x.contiguous(memory_format=torch.channels_last), last
+    *alone, copied = (bs.explain(t, values, pattern, 1, 1, backend="torch") for t in forms)
+    assert "copied" not in "".join(map(str, alone))
     assert "batch_last is copied to " in str(copied)
     assert " and back" in str(copied)
     for kind in ("fprop", "dgrad", "wgrad"):
-        dense, through = (plan.products[kind].estimate.seconds for plan in (alone, copied))
-        assert through > 0.8 * dense + 1e-9 * (x.numel() + 8 * 64 * 14 * 14)
+        *dense, through = (plan.products[kind].estimate.seconds for plan in (*alone, copied))
+        assert through > min(dense) + 1e-9 * (x.numel() + 8 * 64 * 14 * 14)
         assert copied.products[kind].dense.seconds == through  # of a dense weight: PyTorch does not read it, either
 
 

@@ -14,14 +14,17 @@
 //              w[item][f] * dy[f][l] to dx[item + l] from F x V vectors of dy in registers
 //     wgrad    dv[item][f] = sum over l of dy[f][l] * x[item + l]             F filters x I items of dot products
 //
+// In channels_last blocks of whole vectors need no planes: channels_last.h.
+//
 // A task is some images, or some rows of one, times some block-rows; tasks share nothing, and every sum has one order,
 // so that results are the same bits for any number of threads. Nothing is kept between calls but scratch memory.
 // A NaN or infinity in x may show in the weight gradient at other taps of its channel, too: it meets the dropped pixels.
 //
-// One unit of compilation: numbers.h (vectors), call.h (what the caller passes), planes.h (how work is cut), scratch.h,
-// rows.h (rows in vectors), copying.h (planes in, results out), finish.h (residual, ReLU), tiles.h (the innermost
-// loops), lists.h (the index as items), phases.h (a strided dx), and a file for each product; norm.h (batch
-// normalisation) stands by itself. Here are the functions that the library exports.
+// One unit of compilation: numbers.h (vectors), call.h (what the caller passes), joined.h (pixels of 1x1 kernels as long
+// rows), planes.h (how work is cut), scratch.h, rows.h (rows in vectors), copying.h (planes in, results out), finish.h
+// (residual, ReLU), tiles.h (the innermost loops), lists.h (the index as items), shares.h (sums of a weight gradient),
+// phases.h (a strided dx), and a file for each product; sources.h, pixel_tiles.h and channels_last.h (all three on
+// tensors as they stand); norm.h (batch normalisation) stands by itself. Here are the functions that the library exports.
 
 #include <chrono>
 #include <new>

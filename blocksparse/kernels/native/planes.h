@@ -52,7 +52,7 @@ struct Layout {
     int64_t image_step, pixel_step;  // within a row of a plane: images side by side, or innermost
     int64_t together;                // rows of a unit that all block-rows take before the next ones
 
-    static constexpr int64_t BUDGET = 1 << 19;    // bytes of planes and results of a unit: they stay in a core's cache
+    static constexpr int64_t BUDGET = 1 << 19;    // bytes of planes and results of a unit: half of a core's cache
     static constexpr int64_t COPIED = 1 << 18;    // of those of a 1x1 convolution that are copied: few items read them
     static constexpr int64_t FAR = 4;             // budgets that the next cache holds
     static constexpr int64_t RUN = 448;           // pixels of a run that are enough

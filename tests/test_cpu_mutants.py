@@ -56,7 +56,7 @@ for shape, blocksize in LAYERS:
     values = torch.randn(pattern.nnzb, *blocksize)
     for n, size, conv in (
         (3, 13, (1, shape[2] // 2, 1)), (33, 21, (2, shape[2] // 2, 1)), (2, 9, (1, shape[2] - 1, 2)),
-        (7, 5, (1, 0, 1)), (5, 20, ((3, 1), 0, 1)),
+        (7, 5, (1, 0, 1)), (5, 20, ((3, 1), 0, 1)), (2, 15, (1, shape[2] // 2, 1)),
     ):
         for layout in "contiguous", "channels_last", "batch_last":
             x = laid_out(torch.randn(n, shape[1], size, size + 1), layout)
@@ -93,6 +93,8 @@ MUTANTS = {
         "pitch = std::max(horizontal.length, (g.w - 1 + g.padding[1]) / g.stride[1] + 1) - 1;",
     ),
     "a-row-runs-into-the-next": ("at < lead + data", "at <= lead + data"),
+    "no-zeros-between-transposed-rows": ("left |= pitch - horizontal.data[b] > over;", ""),
+    "no-zeros-before-transposed-rows": ("(top < bottom ? horizontal.lead[b] : 0)", "0"),
     "the-last-of-an-odd-row": ("even + half + 1", "even + half"),
     "missing-tail": ("exact ? run / L : (run + L - 1) / L", "run / L"),
     "no-room-for-rows-that-nothing-reads": (
@@ -107,7 +109,7 @@ MUTANTS = {
     "threads-share-planes": ("scratch.at<A>(own_at) + thread * size", "scratch.at<A>(own_at)"),
     "a-pixel-beyond-the-image": ("source < (backward ? out : in)", "source <= (backward ? out : in)"),
     "every-tap-in-every-phase": ("if (backward && (first + padding - tap * dilation) % stride != 0) continue;", ""),
-    "sums-of-64-forgotten": ("held ? part_at<A, S>(to) + sum[p][v] : sum[p][v]", "sum[p][v]"),
+    "sums-of-64-forgotten": ("held ? load(to) + sum[p][v] : sum[p][v]", "sum[p][v]"),
     "the-last-pixel-of-a-row-twice": ("if (j < columns) add(p, q);", "add(p, q);"),
     "an-output-beyond-the-last-tap": ("(in - shift + stride - 1) / stride : 0", "(in - shift) / stride + 1 : 0"),
     "rows-that-do-not-fit": ("if (pixels % some == 0 && ", "if ("),

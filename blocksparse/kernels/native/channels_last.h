@@ -75,8 +75,8 @@ template <class A> struct Gather {
         std::memset(scratch.at<A>(zeros_at), 0, sizeof(A) * channels);
     }
 
-    // By every thread of a team. finish(results, pixel of the tensor, block) after each pixel's results of a block: where
-    // they lie in the tensor, or with `aside` in a place of their own.
+    // By every thread of a team. finish(results, at, pixels, count, b) when results of block b are done for some pixels:
+    // those of pixel k begin at results[k] + at, in the tensor, where pixels[k] is that pixel, or with `aside` elsewhere.
     template <class Finish>
     void run(const A* source, const int64_t* strides, A* result, const int64_t* result_strides, bool aside, Finish finish) {
         const A* const zeros = scratch.at<A>(zeros_at);

@@ -132,8 +132,13 @@ void fill(const T* x, const int64_t* strides, const Axis& vertical, const Axis& 
     const T* const end = x + (u.image + u.images - 1) * strides[0] + (c1 - 1) * strides[1] +
                          (vertical.size - 1) * strides[2] + (horizontal.size - 1) * strides[3] + 1;
     const RowsIn<T, A> copy(horizontal, pitch, strides[3], !across, x, end);
-    bool left = !across;  // whether rows have anything left to write once their pixels are transposed
-    for (int64_t b = 0; b < phases; b++) left |= horizontal.data[b] < pitch;
+    // Whether rows have anything left to write once their pixels are transposed: the last vector of a row ends in zeros,
+    // as many as lie between rows or more, but before the first row.
+    bool left = !across;
+    for (int64_t b = 0; b < phases; b++) {
+        const int64_t over = (LANES<A> - horizontal.data[b] % LANES<A>) % LANES<A>;
+        left |= pitch - horizontal.data[b] > over;
+    }
     for (int64_t a = 0; a < vertical.phases(); a++) {
         const auto row_of = [&](int64_t i) {
             return (begin + i) * vertical.stride + vertical.residue[a] - vertical.padding;
@@ -165,10 +170,11 @@ void fill(const T* x, const int64_t* strides, const Axis& vertical, const Axis& 
             for (int64_t d = c; d < last; d++)
                 for (int64_t b = 0; b < phases; b++) {
                     A* const rows_of = plane_of(d) + b * plane;
-                    zero(rows_of - front, front + top * all);
+                    zero(rows_of - front, front + top * all + (top < bottom ? horizontal.lead[b] : 0));
                     zero(rows_of + bottom * all, plane - front - bottom * all);
                     for (int64_t i = top; i < bottom && u.images < images; i++)
-                        zero(rows_of + (i * images + u.images) * pitch, (images - u.images) * pitch);
+                        zero(rows_of + (i * images + u.images) * pitch,
+                             (images - u.images) * pitch + (i + 1 < bottom ? horizontal.lead[b] : 0));
                 }
             for (int64_t m = 0; m < u.images && top < bottom && left; m++)
                 for (int64_t d = c; d < last; d++)

@@ -47,7 +47,7 @@ struct Pixels {
     std::vector<int32_t> taps;
     int64_t count, units;
 
-    static constexpr int64_t BUDGET = 1 << 18;  // bytes of sources and results of a unit
+    static constexpr int64_t BUDGET = 1 << 18;  // bytes of sources, results and table of a unit
     static constexpr int64_t LEAST = 48;        // pixels of one
 
     Pixels(const Sources& rows, const Sources& columns, const Sources::Class& of_rows, const Sources::Class& of_columns,
@@ -56,7 +56,8 @@ struct Pixels {
           count(g.n * of_rows.results.size() * of_columns.results.size()) {
         for (const int64_t r : of_rows.taps)
             for (const int64_t s : of_columns.taps) taps.push_back(r * g.s + s);
-        const int64_t most = std::max(LEAST, BUDGET / (item * (g.c + g.k)));
+        const int64_t of_pixel = item * (g.c + g.k) + int64_t(sizeof(void*) * (taps.size() + 1));  // and its table
+        const int64_t most = std::max(LEAST, BUDGET / of_pixel);
         units = std::min(count, ((count + most - 1) / most + g.threads - 1) / g.threads * g.threads);
     }
     int64_t begin(int64_t unit) const { return units ? count / units * unit + std::min(unit, count % units) : 0; }

@@ -34,7 +34,7 @@ Conv joined(const Conv& g, int64_t item, int64_t lanes) {
     const auto whole = [&](int64_t width) { return double(width) / ((width + lanes - 1) / lanes * lanes); };
     const int64_t most = std::max(4 * lanes, std::min(LONG, ROW_BYTES / (item * (g.c + g.k))));
     int64_t width = g.w;
-    for (int64_t some = std::min(most, pixels); some > 0; some--)
+    for (int64_t some = std::min(most, pixels); some > 0 && (width > most || whole(width) < 1); some--)
         if (pixels % some == 0 && (width > most || whole(some) > whole(width))) width = some;
     Conv one = g;
     one.n = 1;

@@ -126,14 +126,4 @@ OuterTile<A> outer_of(int64_t count, std::integer_sequence<int, I...>) {
      : (vectors) == 2 ? OF<A, 2>(count, std::make_integer_sequence<int, most_beside(2)>{}) \
                       : OF<A, 1>(count, std::make_integer_sequence<int, most_beside(1)>{}))
 
-// Calls body(begin, size) for `count` things in the fewest pieces of at most `most`, alike in size.
-template <class Body> INLINE void in_pieces(int64_t count, int64_t most, Body body) {
-    const int64_t pieces = (count + most - 1) / most;
-    for (int64_t piece = 0, at = 0; piece < pieces; piece++) {
-        const int64_t size = count / pieces + (piece < count % pieces);
-        body(at, size);
-        at += size;
-    }
-}
-
 }  // namespace

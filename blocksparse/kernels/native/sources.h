@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "call.h"
+#include "lists.h"
 
 namespace {
 
@@ -60,7 +60,7 @@ struct Pixels {
         const int64_t most = std::max(LEAST, BUDGET / of_pixel);
         units = std::min(count, ((count + most - 1) / most + g.threads - 1) / g.threads * g.threads);
     }
-    int64_t begin(int64_t unit) const { return units ? count / units * unit + std::min(unit, count % units) : 0; }
+    int64_t begin(int64_t unit) const { return part_begin(unit, units, count); }
     int64_t most() const { return units ? (count + units - 1) / units : 0; }  // pixels of a unit
 
     // For pixels [first, first + size): where each lies in the result, and at[tap][pixel], where its source does: in

@@ -179,16 +179,21 @@ INLINE int64_t some_filters(int64_t left) {
     return left >= MOST_FILTERS ? MOST_FILTERS : left >= 4 ? 4 : left >= 2 ? 2 : 1;
 }
 
+// Calls body(begin, size) for `count` things in the fewest pieces of at most `most`, alike in size.
+template <class Body> INLINE void in_pieces(int64_t count, int64_t most, Body body) {
+    const int64_t pieces = (count + most - 1) / most;
+    for (int64_t piece = 0, at = 0; piece < pieces; piece++) {
+        const int64_t size = count / pieces + (piece < count % pieces);
+        body(at, size);
+        at += size;
+    }
+}
+
 // Calls body(start, vectors) for tiles of at most `most` vectors that cover `run` pixels. Where nothing may be touched
 // beyond them, the last vector overlaps the one before it.
 template <class A, class Body> INLINE void over_run(int64_t run, int64_t most, bool exact, Body body) {
     constexpr int64_t L = LANES<A>;
-    const int64_t vectors = exact ? run / L : (run + L - 1) / L, tiles = (vectors + most - 1) / most;
-    for (int64_t tile = 0, v = 0; tile < tiles; tile++) {
-        const int64_t count = vectors / tiles + (tile < vectors % tiles);
-        body(v * L, count);
-        v += count;
-    }
+    in_pieces(exact ? run / L : (run + L - 1) / L, most, [&](int64_t v, int64_t count) { body(v * L, count); });
     if (exact && run % L) body(run - L, 1);
 }
 
@@ -261,13 +266,10 @@ void dot_row(const A* x, const int32_t* items, int64_t n, const A* dy, int64_t c
              const Piece& piece, const vec<A>& mask) {
     for (int64_t f = 0, count; f < bk; f += count) {
         count = some_filters(bk - f);
-        const int64_t widest = most(count), tiles = (n + widest - 1) / widest;
-        for (int64_t tile = 0, i = 0; tile < tiles; tile++) {
-            const int64_t some = n / tiles + (tile < n % tiles);
+        in_pieces(n, most(count), [&](int64_t i, int64_t some) {
             TILE(dot_of, A, count, some)(x + piece.begin, items + i, dy + f * channel + piece.begin, channel,
                                          piece.length, piece.masked, &mask, dv + i * bk + f, bk);
-            i += some;
-        }
+        });
     }
 }
 

@@ -24,7 +24,7 @@ class Writer:
     def __init__(self, kind: str, args: argparse.Namespace, machine: Json, *leave_out: str) -> None:
         self._path, self._begin = args.json, time.perf_counter()
         self._head = {"kind": kind, "format": FORMAT}
-        self._facts = {"options": plain(args, *leave_out), "machine": machine}
+        self._facts = {"options": plain(args, "json", "plot", *leave_out), "machine": machine}
 
     def write(self, rows: Sequence[Row], complete: bool, **more: Any) -> None:
         """`complete` False: the run goes on, or was interrupted."""

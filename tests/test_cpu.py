@@ -301,7 +301,7 @@ def test_nothing_is_written_outside_of_the_results(monkeypatch, dtype):
                     assert dvalues.isfinite().all()
 
 
-@pytest.mark.parametrize("blocksize", [(32, 16), (24, 1), (4, 4)], ids=str)
+@pytest.mark.parametrize("blocksize", [(32, 16), (24, 1), (4, 4), (1, 1)], ids=str)
 @pytest.mark.parametrize("taps", [1, 3])
 @pytest.mark.parametrize("relu", [False, True])
 def test_what_follows_a_convolution_in_channels_last(blocksize, taps, relu):
@@ -322,6 +322,64 @@ def test_what_follows_a_convolution_in_channels_last(blocksize, taps, relu):
         )
         torch.testing.assert_close(found.double(), needed.relu() if relu else needed, rtol=1e-5, atol=1e-5)
         assert found.is_contiguous(memory_format=torch.channels_last)
+
+
+def in_memory(t: torch.Tensor, memory_format: str) -> torch.Tensor:
+    """`t` as it is named, or as every second column of something."""
+    if memory_format != "gaps":
+        return layout.laid_out(t, memory_format)
+    whole = torch.full((*t.shape[:3], 2 * t.shape[3] + 1), float("nan"), dtype=t.dtype)
+    whole[..., 1::2] = t
+    return whole[..., 1::2]
+
+
+@pytest.mark.parametrize("formats", [*zip(*[("contiguous", "channels_last", "gaps")] * 2, strict=True),
+                                     ("contiguous", "channels_last")], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    ("n", "size", "conv"),
+    [
+        pytest.param(8, (14, 14), ((1, 1), (1, 1), (1, 1)), id="one-tile-a-row"),
+        pytest.param(3, (7, 33), ((1, 1), (1, 1), (1, 1)), id="tiles-beyond-the-image"),
+        pytest.param(2, (21, 17), ((1, 1), (2, 2), (2, 2)), id="dilated"),
+        pytest.param(9, (16, 9), ((1, 1), (0, 2), (1, 1)), id="padded-on-two-sides"),
+        pytest.param(2, (29, 35), ((2, 2), (1, 1), (1, 1)), id="strided"),
+        pytest.param(2, (29, 35), ((1, 3), (1, 0), (1, 1)), id="strided-on-one-axis"),
+    ],
+)
+@pytest.mark.parametrize("blocksize", [(1, 1), (1, 3), (2, 2), (3, 1)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_tiles_in_lanes(dtype, blocksize, n, size, conv, formats):
+    """Few filters a block, many products of a pixel: tiles at every border, units of which not all lanes have one."""
+    generator = torch.Generator().manual_seed(0)
+    k, c = 24 // blocksize[0] * blocksize[0], 18
+    random = bs.BSRPattern.random((k, c, 3, 3), blocksize, 0.4, generator)
+    order = torch.randperm(k, generator=generator)
+    mask = random.to_dense(torch.ones(random.nnzb, *blocksize)) != 0
+    ordered = bs.BSRPattern.from_mask(mask[torch.argsort(order)], blocksize, order)
+    x = in_memory(torch.randn(n, c, *size, generator=generator).to(dtype), formats[0])
+    values, bias = torch.randn(random.nnzb, *blocksize, generator=generator).to(dtype), torch.randn(k).to(dtype)
+    shape = bs.ConvGeometry.of(x.shape, random.shape, *conv).y_shape
+    dy, residual = (in_memory(torch.randn(shape, generator=generator).to(dtype), formats[1]) for _ in range(2))
+    allowed = {torch.float32: 3e-6, torch.float64: 1e-14, torch.bfloat16: 4e-3}[dtype]
+    wide = [t.double() for t in (x, values, bias, dy, residual)]
+    for pattern in random, ordered:
+        found, others = [], []
+        for threads, results in (1, others), (3, found):
+            with pytorch_threads(threads):
+                results += (
+                    bs.conv2d(x, values, pattern, bias, *conv, backend="cpu", residual=residual, relu=True),
+                    bs.conv2d_dgrad(dy, values, pattern, x.shape, *conv, backend="cpu"),
+                    bs.conv2d_wgrad(x, dy, pattern, *conv, backend="cpu"),
+                )
+        assert all(torch.equal(a, b) for a, b in zip(found, others, strict=True))
+        y = bs.reference.fprop(wide[0], wide[1], pattern, wide[2], *conv)
+        needed = [
+            ((y.to(dtype).double() if dtype == torch.bfloat16 else y) + wide[4]).relu(),
+            bs.reference.dgrad(wide[3], wide[1], pattern, x.shape, *conv),
+            bs.reference.wgrad(wide[0], wide[3], pattern, *conv),
+        ]
+        for a, b in zip(found, needed, strict=True):
+            assert float((a.double() - b).abs().max()) <= allowed * float(b.abs().max())
 
 
 @pytest.mark.parametrize(

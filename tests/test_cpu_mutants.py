@@ -39,6 +39,7 @@ def check(right, *what):
 LAYERS = (
     ((16, 16, 3, 3), (8, 8)), ((160, 640, 1, 1), (32, 32)), ((16, 16, 3, 3), (8, 1)), ((16, 16, 3, 3), (1, 1)),
     ((12, 6, 1, 1), (4, 2)), ((64, 48, 3, 3), (1, 1)), ((64, 32, 3, 3), (32, 32)), ((40, 80, 1, 1), (8, 40)),
+    ((24, 20, 3, 3), (2, 1)),
 )
 pattern = bs.BSRPattern.random((2, 1, 3, 3), (1, 1), 0.9)
 values = torch.randn(pattern.nnzb, 1, 1)
@@ -114,6 +115,10 @@ MUTANTS = {
     "an-output-beyond-the-last-tap": ("(in - shift + stride - 1) / stride : 0", "(in - shift) / stride + 1 : 0"),
     "rows-that-do-not-fit": ("if (pixels % some == 0 && ", "if ("),
     "threads-share-a-table": ("scratch.at<const A*>(own_at) + THREAD * own_pointers", "scratch.at<const A*>(own_at)"),
+    "pixels-beside-the-image-count": ("masked<A, L>(block[j], mask_at<A, L>(&held[(position + j) * L]))", "block[j]"),
+    "a-lane-after-the-last": ("if (i >= total) return {-1, {0, 0}};", ""),
+    "taps-of-dx-not-turned": ("vertical.reach - i, horizontal.reach - j", "i, j"),
+    "rows-of-a-tile-once": ("p[i] += piece.x_step;", "p[i] += 0;"),
     "shares-have-one-sum": ("A* const sum = sums + share * weights;", "A* const sum = sums;"),
 }
 
@@ -159,6 +164,7 @@ def test_no_read_or_write_outside_of_a_tensor(tmp_path):
         ("if (h < 0 || h >= vertical.size) {", "if (h < 0 || h > vertical.size) {"),
         ("(inside - 1) * from_step + offset + reach", "(inside - 1) * from_step + offset + reach - 1"),
         ("from - begin + offset < 0", "from - begin + offset < -1"),
+        ("image + blocks[number].most + READ <= end", "image + blocks[number].most + READ <= end + 1"),
     )):  # fmt: skip
         result = products(mutant(tmp_path / str(i), before, after), tmp_path, "-O0", *flags[1:], **options)
         assert "AddressSanitizer" in result.stderr, before

@@ -14,7 +14,8 @@
 //              w[item][f] * dy[f][l] to dx[item + l] from F x V vectors of dy in registers
 //     wgrad    dv[item][f] = sum over l of dy[f][l] * x[item + l]             F filters x I items of dot products
 //
-// In channels_last blocks of whole vectors need no planes: channels_last.h.
+// In channels_last blocks of whole vectors need no planes: channels_last.h. Single weights in kernels larger than 1x1 read
+// each pixel of x for one product: narrow.h gives each lane of a vector a tile of the image, so that every tap is aligned.
 //
 // A task is some images, or some rows of one, times some block-rows; tasks share nothing, and every sum has one order,
 // so that results are the same bits for any number of threads. Nothing is kept between calls but scratch memory.
@@ -24,7 +25,8 @@
 // rows), planes.h (how work is cut), scratch.h, rows.h (rows in vectors), copying.h (planes in, results out), finish.h
 // (residual, ReLU), tiles.h (the innermost loops), lists.h (the index as items), shares.h (sums of a weight gradient),
 // phases.h (a strided dx), and a file for each product; sources.h, pixel_tiles.h and channels_last.h (all three on
-// tensors as they stand); norm.h (batch normalisation) stands by itself. Here are the functions that the library exports.
+// tensors as they stand); lanes.h and narrow.h (all three on tiles in lanes); norm.h (batch normalisation) stands by
+// itself. Here are the functions that the library exports.
 
 #include <chrono>
 #include <new>

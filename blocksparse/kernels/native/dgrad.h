@@ -9,6 +9,7 @@
 #include "channels_last.h"
 #include "copying.h"
 #include "lists.h"
+#include "narrow.h"
 #include "phases.h"
 #include "scratch.h"
 #include "tiles.h"
@@ -21,11 +22,13 @@ int dgrad(const Conv& g, const T* dy, const T* values, const Index& index, T* dx
     constexpr int64_t L = LANES<A>;
     if constexpr (std::is_same<T, A>::value)
         if (as_they_stand<T>(g, g.bc)) return dgrad_last(g, dy, values, index, dx);
+    if (dgrad_in_lanes<T>(g)) return dgrad_narrow(g, dy, values, index, dx);
     // The rows and columns of the planes in which dx has pixels.
     const int64_t top = g.padding[0] / g.stride[0], bottom = (g.h - 1 + g.padding[0]) / g.stride[0] + 1;
     const int64_t left = g.padding[1] / g.stride[1], right = (g.w - 1 + g.padding[1]) / g.stride[1] + 1;
     const bool scatter = g.bc < 4 && g.bk >= 4;
-    const bool alike = pointwise(g) && rows_in_place<T>(g, g.y_strides, g.p, g.q);
+    const bool alike = pointwise(g) && rows_in_place<T>(g, g.y_strides, g.p, g.q) &&
+                       (scatter || !worth_a_copy(g, g.bc, g.y_strides, L));
     const bool direct = alike && rows_in_place<T>(g, g.x_strides, g.h, g.w) && !(scatter && index.order);
     const bool in_place = scatter ? direct : alike;
     const int64_t budget = (scatter && g.batch_last ? 2 : 1) * Layout::BUDGET;  // windows of a scatter: long ones

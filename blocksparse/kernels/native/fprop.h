@@ -8,6 +8,7 @@
 #include "copying.h"
 #include "finish.h"
 #include "lists.h"
+#include "narrow.h"
 #include "scratch.h"
 #include "tiles.h"
 
@@ -19,7 +20,9 @@ int fprop(const Conv& g, const T* x, const T* values, const T* bias, const Epilo
     constexpr int64_t L = LANES<A>;
     if constexpr (std::is_same<T, A>::value)
         if (as_they_stand<T>(g, g.bk)) return fprop_last(g, x, values, bias, last, index, y);
-    const bool in_place = pointwise(g) && rows_in_place<T>(g, g.x_strides, g.h, g.w);
+    if (fprop_in_lanes<T>(g)) return fprop_narrow(g, x, values, bias, last, index, y);
+    const bool in_place =
+        pointwise(g) && rows_in_place<T>(g, g.x_strides, g.h, g.w) && !worth_a_copy(g, g.bk, g.x_strides, L);
     const bool direct = in_place && index.order == nullptr && rows_in_place<T>(g, g.y_strides, g.p, g.q);
     const Layout lay(g, sizeof(A), L, g.p, in_place);
     if (!fits(g.c, lay.channel)) return 2;
@@ -35,11 +38,12 @@ int fprop(const Conv& g, const T* x, const T* values, const T* bias, const Epilo
     const size_t items_at = scratch.add<int32_t>(g.nnzb * g.bc), weights_at = scratch.add<A>(g.nnzb * g.bc * g.bk);
     const size_t place_at = scratch.add<int32_t>(g.nnzb), start_at = scratch.add<A>(g.k);
     const size_t counts_at = scratch.add<int32_t>(g.threads * (g.c / g.bc));
-    const size_t lists_at = scratch.add<int32_t>(rows * (cut.count + 1));
+    const size_t lists_at = scratch.add<int64_t>(rows * (cut.count + 1));
     const int64_t planes_size = in_place ? 0 : g.c * lay.channel, size = (planes_size + held * channel + 31) / 16 * 16;
     const size_t own_at = scratch.add<A>(g.threads * size);
     scratch.make();
-    int32_t *const items = scratch.at<int32_t>(items_at), *const lists = scratch.at<int32_t>(lists_at);
+    int32_t *const items = scratch.at<int32_t>(items_at);
+    int64_t* const lists = scratch.at<int64_t>(lists_at);
     A *const weights = scratch.at<A>(weights_at), *const start = scratch.at<A>(start_at);
     std::vector<int64_t> taps(g.r * g.s);
     for (int64_t tap = 0; tap < g.r * g.s; tap++) taps[tap] = lay.tap(g, tap);
@@ -51,8 +55,9 @@ int fprop(const Conv& g, const T* x, const T* values, const T* bias, const Epilo
         const int64_t thread = THREAD;
 #pragma omp for schedule(static)
         for (int64_t b = 0; b < rows; b++)
-            list_row<T, A>(g, lay, index, taps.data(), b, scratch.at<int32_t>(counts_at) + thread * (g.c / g.bc), values,
-                           items, weights, scratch.at<int32_t>(place_at), cut, lists + b * (cut.count + 1));
+            list_row<T, A>(g, lay.channel, index, taps.data(), b,
+                           scratch.at<int32_t>(counts_at) + thread * (g.c / g.bc), values, items, weights,
+                           scratch.at<int32_t>(place_at), cut, lists + b * (cut.count + 1));
         A *const planes = scratch.at<A>(own_at) + thread * size, *const results = planes + planes_size;
 #pragma omp for schedule(dynamic, 1)
         for (int64_t task = 0; task < lay.units * parts; task++) {
@@ -73,7 +78,7 @@ int fprop(const Conv& g, const T* x, const T* values, const T* bias, const Epilo
                 };
                 const int64_t step = direct ? g.y_strides[1] : channel;
                 const auto list = [&](int64_t b, int64_t chunk) {
-                    const int32_t* const of_row = lists + b * (cut.count + 1);
+                    const int64_t* const of_row = lists + b * (cut.count + 1);
                     return std::pair<int64_t, int64_t>(of_row[chunk], of_row[chunk + 1]);
                 };
                 if (chunked)

@@ -19,28 +19,32 @@ namespace {
 struct Chunking {
     int64_t size, count;  // channel blocks of a chunk; chunks
 
-    static constexpr int64_t NEAR = 24 << 10;  // bytes of pixels that stay in the first cache
-    static constexpr int64_t FEW = 12;         // items of a row that pay for reading and writing its sums
+    struct Limits {
+        int64_t near;  // bytes of pixels that stay in the first cache
+        int64_t few;   // items of a row that pay for reading and writing its sums
+    };
+    static constexpr Limits OF_PLANES{24 << 10, 12};
+    static constexpr Limits OF_LANES{32 << 10, 28};  // a tile in lanes reads more for as many pixels
 
     // `filters` of a row; `blocks` of `width` channels, of each of which a tile reads `bytes`; `items` in all rows.
-    Chunking(const Conv& g, int64_t filters, int64_t rows, int64_t blocks, int64_t width, int64_t bytes, int64_t items)
+    Chunking(const Conv& g, int64_t filters, int64_t rows, int64_t blocks, int64_t width, int64_t bytes, int64_t items,
+             const Limits& limits = OF_PLANES)
         : size(blocks), count(1) {
         if (filters >= 4 || g.r * g.s == 1 || items == 0) return;
-        const int64_t worth = (FEW * rows * blocks + items - 1) / items;
-        size = std::max<int64_t>({1, NEAR / (bytes * width), worth});
+        const int64_t worth = (limits.few * rows * blocks + items - 1) / items;
+        size = std::max<int64_t>({1, limits.near / (bytes * width), worth});
         count = (blocks + size - 1) / size;
         size = (blocks + count - 1) / count;
     }
 };
 
-// Items and weights of block-row b for fprop and wgrad: an item for each stored (tap, channel). In chunks, and for rows
-// of four filters or more, in the order (channel block, tap), so that taps of a channel find its pixels in the first
-// cache; else (tap, channel block). Weights [item][bk]. `place` gets the item of each block, `starts` where each of
+// Items and weights of block-row b for fprop and wgrad: an item for each stored (channel, tap), in the order (channel
+// block, tap), so that taps of a channel find its pixels in the first cache. Weights [item][bk]. `place` gets the item of each block, `starts` where each of
 // several chunks begins, and the end.
 template <class T, class A>
-void list_row(const Conv& g, const Layout& lay, const Index& index, const int64_t* taps, int64_t b, int32_t* counts,
-              const T* values, int32_t* items, A* weights, int32_t* place, const Chunking& chunks, int32_t* starts) {
-    const bool by_channel = chunks.count > 1 || (g.bk >= 4 && g.r * g.s > 1);
+void list_row(const Conv& g, int64_t channel, const Index& index, const int64_t* taps, int64_t b, int32_t* counts,
+              const T* values, int32_t* items, A* weights, int32_t* place, const Chunking& chunks, int64_t* starts) {
+    const bool by_channel = g.r * g.s > 1;
     const int64_t begin = index.indptr[b], end = index.indptr[b + 1], blocks = g.c / g.bc;
     if (by_channel) {
         std::memset(counts, 0, sizeof(int32_t) * blocks);
@@ -68,12 +72,12 @@ void list_row(const Conv& g, const Layout& lay, const Index& index, const int64_
     };
     if (g.bk == 1 && g.bc == 1)  // few instructions for each of many
         return each([&](int64_t i, int64_t block, int64_t at, int64_t tap) {
-            items[at] = block * lay.channel + tap;
+            items[at] = block * channel + tap;
             if (values != nullptr) weights[at] = widen(values[i]);
         });
     each([&](int64_t i, int64_t block, int64_t at, int64_t tap) {
         int32_t* const item = items + at * g.bc;
-        for (int64_t j = 0; j < g.bc; j++) item[j] = (block * g.bc + j) * lay.channel + tap;
+        for (int64_t j = 0; j < g.bc; j++) item[j] = (block * g.bc + j) * channel + tap;
         if (values != nullptr) block_in(values + i * g.bk * g.bc, g.bk, g.bc, weights + at * g.bc * g.bk);
     });
 }
@@ -131,6 +135,11 @@ template <class T> bool rows_in_place(const Conv& g, const int64_t* strides, int
     const int64_t images = g.batch_last ? g.n : 1;  // that lie together
     return std::is_same<T, wide<T>>::value && strides[3] == images && strides[2] == width * images &&
            height * width * images >= 128 && (!g.batch_last || strides[0] == 1);
+}
+// Whether tiles of `width` filters, or channels, are faster on copies of channels that lie as these do: as fast as their
+// loads, of which one that crosses a line of memory takes twice as long.
+bool worth_a_copy(const Conv& g, int64_t width, const int64_t* strides, int64_t lanes) {
+    return width < 4 && !g.batch_last && strides[1] % lanes != 0;
 }
 bool fits(int64_t channels, int64_t channel) { return channels * channel < INT32_MAX; }
 

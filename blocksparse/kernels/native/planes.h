@@ -53,7 +53,8 @@ struct Layout {
     int64_t together;                // rows of a unit that all block-rows take before the next ones
 
     static constexpr int64_t BUDGET = 1 << 19;    // bytes of planes and results of a unit: half of a core's cache
-    static constexpr int64_t COPIED = 1 << 18;    // of those of a 1x1 convolution that are copied: few items read them
+    static constexpr int64_t ACROSS = 1 << 18;    // of a 1x1 kernel in channels_last: few items read what is copied across
+    static constexpr int64_t COPIED = 1 << 20;    // of one that is copied as it lies, at least: small images, short runs
     static constexpr int64_t FAR = 4;             // budgets that the next cache holds
     static constexpr int64_t RUN = 448;           // pixels of a run that are enough
 
@@ -64,7 +65,8 @@ struct Layout {
         : vertical(g.h, g.p, g.r, g.stride[0], g.padding[0], g.dilation[0]),
           horizontal(g.w, g.q, g.s, g.stride[1], g.padding[1], g.dilation[1]),
           in_place(in_place), batch_last(g.batch_last != 0) {
-        if (pointwise(g) && !in_place && !batch_last) budget = COPIED;
+        if (pointwise(g) && !in_place && !batch_last)
+            budget = g.x_strides[1] == 1 && g.c > 1 ? ACROSS : std::max(budget, COPIED);
         out_rows = all_rows;
         pitch = std::max(horizontal.length, (g.w - 1 + g.padding[1]) / g.stride[1] + 1);
         phases = vertical.phases() * horizontal.phases();

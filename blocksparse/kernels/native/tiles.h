@@ -108,36 +108,46 @@ template <class A, int N> INLINE void add_some(const A* from, A* to) {
     }
 }
 
-// dv[item][f] += sum over l of dy[f][l] * x[item + l], for F filters and I items. Of the vector at
-// `masked`, unless that is INT64_MIN, only the lanes of `mask` count.
+// A piece of a run for which filters of a tile stay in the first cache from item to item; or some rows of a tile.
+struct Piece {
+    int64_t begin, length;
+    int64_t masked = INT64_MIN;                 // a vector of which only the lanes of a mask count
+    int64_t rows = 1, x_step = 0, dy_step = 0;  // from row to row
+};
+
+// dv[item][f] += sum over l of dy[f][l] * x[item + l], for F filters and I items.
 template <class A, int F, int I>
-void dot_tile(const A* x, const int32_t* items, const A* dy, int64_t channel, int64_t length, int64_t masked,
-              const vec<A>* mask, A* dv, int64_t bk) {
+void dot_tile(const A* x, const int32_t* items, const A* dy, int64_t channel, const Piece& piece, const vec<A>* mask, A* dv,
+              int64_t bk) {
     constexpr int L = LANES<A>;
     vec<A> sum[I * F];
     UNROLL for (int i = 0; i < I * F; i++) sum[i] = vec<A>{};
     const A* p[I];
     UNROLL for (int i = 0; i < I; i++) p[i] = x + items[i];
-    for (int64_t l = 0; l < length; l += L) {
-        if constexpr (F >= I) {
-            vec<A> pixels[I];
-            UNROLL for (int i = 0; i < I; i++) pixels[i] = load(p[i] + l);
-            UNROLL for (int f = 0; f < F; f++) {
-                vec<A> d = load(dy + f * channel + l);
-                HOLD(d);
-                UNROLL for (int i = 0; i < I; i++) sum[i * F + f] += d * pixels[i];
-            }
-        } else {
-            vec<A> d[F];
-            UNROLL for (int f = 0; f < F; f++) d[f] = load(dy + f * channel + l);
-            UNROLL for (int i = 0; i < I; i++) {
-                vec<A> pixels = load(p[i] + l);
-                if constexpr (F > 1) HOLD(pixels);
-                UNROLL for (int f = 0; f < F; f++) sum[i * F + f] += d[f] * pixels;
+    for (int64_t row = 0; row < piece.rows; row++) {
+        for (int64_t l = 0; l < piece.length; l += L) {
+            if constexpr (F >= I) {
+                vec<A> pixels[I];
+                UNROLL for (int i = 0; i < I; i++) pixels[i] = load(p[i] + l);
+                UNROLL for (int f = 0; f < F; f++) {
+                    vec<A> d = load(dy + f * channel + l);
+                    HOLD(d);
+                    UNROLL for (int i = 0; i < I; i++) sum[i * F + f] += d * pixels[i];
+                }
+            } else {
+                vec<A> d[F];
+                UNROLL for (int f = 0; f < F; f++) d[f] = load(dy + f * channel + l);
+                UNROLL for (int i = 0; i < I; i++) {
+                    vec<A> pixels = load(p[i] + l);
+                    if constexpr (F > 1) HOLD(pixels);
+                    UNROLL for (int f = 0; f < F; f++) sum[i * F + f] += d[f] * pixels;
+                }
             }
         }
+        UNROLL for (int i = 0; i < I; i++) p[i] += piece.x_step;
+        dy += piece.dy_step;
     }
-    if (masked != INT64_MIN)
+    if (const int64_t masked = piece.masked; masked != INT64_MIN)
         UNROLL for (int f = 0; f < F; f++)
             UNROLL for (int i = 0; i < I; i++) sum[i * F + f] += load(dy + f * channel + masked) * *mask * load(p[i] + masked);
     A total[(I * F + L - 1) / L * L];
@@ -154,7 +164,7 @@ constexpr int most(int filters) {
 template <class A> using GatherTile = void (*)(const A*, const int32_t*, const A*, int64_t, int64_t, const A*, A*, int64_t);
 template <class A> using ScatterTile = void (*)(A*, const int32_t*, const A*, int64_t, int64_t, const A*, int64_t);
 template <class A>
-using DotTile = void (*)(const A*, const int32_t*, const A*, int64_t, int64_t, int64_t, const vec<A>*, A*, int64_t);
+using DotTile = void (*)(const A*, const int32_t*, const A*, int64_t, const Piece&, const vec<A>*, A*, int64_t);
 
 template <class A, int F, int... I> GatherTile<A> gather_of(int v, std::integer_sequence<int, I...>) {
     static constexpr GatherTile<A> tiles[] = {gather_tile<A, F, I + 1>...};
@@ -204,6 +214,8 @@ void gather_row(const A* x, const int32_t* items, const A* w, int64_t n, int64_t
     over_run<A>(run, most(some_filters(bk)), exact, [&](int64_t l, int64_t v) {
         for (int64_t f = 0, count; f < bk; f += count) {
             count = some_filters(bk - f);
+            for (int64_t i = count; exact && i < 2 * count; i++)  // where the next filters go: straight into a tensor
+                for (int64_t j = 0; j < v; j++) __builtin_prefetch(out + (f + i) * channel + l + j * LANES<A>, 1);
             TILE(gather_of, A, count, v)(x + l, items, w + f, n, bk, start + f, out + f * channel + l, channel);
         }
     });
@@ -245,20 +257,17 @@ void scatter_row(A* dx, const int32_t* items, const A* w, int64_t n, int64_t bk,
         TILE(scatter_of, A, count, 1)(dx + run - L, items, w + f, n, bk, last, L);
     }
 }
-// A piece of a run for which filters of a tile stay in the first cache from item to item.
-struct Piece {
-    int64_t begin, length, masked;  // masked: as in dot_tile
-};
-constexpr int64_t DOT_VECTORS = 32;
+constexpr int64_t DOT_VECTORS = 40;
 
 // Calls body(piece) for the pieces of a run.
 template <class A, class Body> INLINE void over_pieces(int64_t run, bool exact, Body body) {
-    constexpr int64_t L = LANES<A>, LENGTH = DOT_VECTORS * L;
-    const int64_t whole = exact ? run / L * L : (run + L - 1) / L * L;
-    for (int64_t begin = 0; begin < std::max<int64_t>(whole, 1); begin += LENGTH) {
-        const int64_t length = std::min(LENGTH, whole - begin);
-        body(Piece{begin, length, exact && run % L && begin + length == whole ? run - L - begin : INT64_MIN});
-    }
+    constexpr int64_t L = LANES<A>;
+    const int64_t vectors = exact ? run / L : (run + L - 1) / L, masked = exact && run % L ? run - L : INT64_MIN;
+    if (vectors == 0) return body(Piece{0, 0, masked});
+    in_pieces(vectors, DOT_VECTORS, [&](int64_t begin, int64_t some) {
+        const bool last = begin + some == vectors && masked != INT64_MIN;
+        body(Piece{begin * L, some * L, last ? masked - begin * L : INT64_MIN});
+    });
 }
 // bk filters on n items in a piece of a run; `mask`: of its last vector.
 template <class A>
@@ -267,8 +276,8 @@ void dot_row(const A* x, const int32_t* items, int64_t n, const A* dy, int64_t c
     for (int64_t f = 0, count; f < bk; f += count) {
         count = some_filters(bk - f);
         in_pieces(n, most(count), [&](int64_t i, int64_t some) {
-            TILE(dot_of, A, count, some)(x + piece.begin, items + i, dy + f * channel + piece.begin, channel,
-                                         piece.length, piece.masked, &mask, dv + i * bk + f, bk);
+            TILE(dot_of, A, count, some)(x + piece.begin, items + i, dy + f * channel + piece.begin, channel, piece, &mask,
+                                         dv + i * bk + f, bk);
         });
     }
 }

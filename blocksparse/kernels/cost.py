@@ -83,11 +83,12 @@ def stored_terms(
         return Terms(1.0, weights, 0.0, 0.0, values, slower * g.n * g.p * g.q * weights, 0.0, 0.0, 0.0)
     c, k = (_padded(g.c), _padded(g.k)) if channels_last else (g.c, g.k)  # vectors of channels are turned into pixels
     values = g.n * (c * g.h * g.w + k * g.p * g.q)
-    in_place = pointwise and not (channels_last or _half(dtype))
     gap = max(g.padding[1], (g.s - 1) * g.dilation[1] // g.stride[1])  # columns computed and dropped
     pixels = g.n * g.p * (g.q + gap)
     filters = bk if kind != "dgrad" or (bc < 4 <= bk) else bc
     tile = 8 if filters >= 8 else 4 if filters >= 4 else 2 if filters >= 2 else 1
+    aligned = kind == "wgrad" or tile >= 4 or g.h * g.w % lanes == 0  # else the channels are copied (lists.h)
+    in_place = pointwise and aligned and not (channels_last or _half(dtype))
     work = float(pixels * weights)
     return Terms(
         1.0, weights, 0.0, 0.0 if in_place else values, values if in_place else 0.0,

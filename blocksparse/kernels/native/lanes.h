@@ -166,10 +166,9 @@ template <class T> class InLanes {
         held.resize(at.size());
         for (size_t i = 0; i < at.size(); i++) std::memset(&held[i], at[i] < 0 ? 0 : 0xff, sizeof(A));
         const int64_t step = lines[1].step * strides[3];
-        if constexpr (std::is_same<T, A>::value) {
-            if (step == 1) return read_rows<1>(x, end, c, count, to);
+        if (step == 1) return read_rows<1>(x, end, c, count, to);
+        if constexpr (std::is_same<T, A>::value)
             if (step == 2) return read_rows<2>(x, end, c, count, to);
-        }
         read_rows<0>(x, end, c, count, to);
     }
     void write(const A* from, int64_t c, int64_t count, T* y) const {
@@ -200,7 +199,7 @@ template <class T> class InLanes {
                         vec<A> block[L];
                         UNROLL for (int64_t l = 0; l < L; l++)
                             if constexpr (STEP == 1)
-                                block[l] = load(image + from[l].begin);
+                                block[l] = load_wide<T, A>(image + from[l].begin, L);
                             else
                                 block[l] = every_second<A, L, 0>(load(image + from[l].begin), load(image + from[l].begin + L),
                                                                  std::make_index_sequence<L>{});

@@ -20,27 +20,6 @@ namespace {
 constexpr int64_t PIECE = 256;            // numbers that one lane of a float sum takes
 constexpr int64_t CHUNK_BYTES = 1 << 17;  // of a chunk of rows: half of a small L2 cache holds two of them
 
-template <class T> INLINE vec<wide<T>> take(const T* p) {
-    using A = wide<T>;
-    if constexpr (std::is_same<T, A>::value) {
-        return load(p);
-    } else {
-        A lanes[LANES<A>];
-        for (int j = 0; j < LANES<A>; j++) lanes[j] = widen(p[j]);
-        return load(lanes);
-    }
-}
-template <class T> INLINE void put(T* p, vec<wide<T>> v) {
-    using A = wide<T>;
-    if constexpr (std::is_same<T, A>::value) {
-        store(p, v);
-    } else {
-        A lanes[LANES<A>];
-        store(lanes, v);
-        for (int j = 0; j < LANES<A>; j++) p[j] = narrow<T>(lanes[j]);
-    }
-}
-
 // Two sums, as vectors or as numbers.
 template <class V> struct Two {
     V first, second;

@@ -37,16 +37,14 @@ template <class A, int STEP = 1> INLINE void transpose(vec<A>* rows) {
         transpose<A, 2 * STEP>(rows);
     }
 }
-template <class T, class A> INLINE vec<A> load_wide(const T* from, int64_t count) {
-    if constexpr (std::is_same<T, A>::value)
-        if (count == LANES<A>) return load(from);
+template <class T, class A> INLINE vec<A> load_some(const T* from, int64_t count) {
+    if (count == LANES<A>) return load_wide(from);
     A lanes[LANES<A>] = {};
     for (int64_t j = 0; j < count; j++) lanes[j] = widen(from[j]);
     return load(lanes);
 }
-template <class T, class A> INLINE void store_narrow(vec<A> v, T* to, const int32_t* at, int64_t count) {
-    if constexpr (std::is_same<T, A>::value)
-        if (at == nullptr && count == LANES<A>) return store(to, v);
+template <class T, class A> INLINE void store_some(vec<A> v, T* to, const int32_t* at, int64_t count) {
+    if (at == nullptr && count == LANES<A>) return store_narrow(to, v);
     A lanes[LANES<A>];
     store(lanes, v);
     for (int64_t j = 0; j < count; j++) to[at ? at[j] : j] = narrow<T>(lanes[j]);
@@ -64,7 +62,7 @@ void transpose_in(const T* from, int64_t pixel, int64_t count, int64_t channels,
             vec<A> block[L];
             UNROLL for (int64_t a = 0; a < L; a++) {
                 __builtin_prefetch(from + (j + L + a) * pixel + c);
-                block[a] = a < js ? load_wide<T, A>(from + (j + a) * pixel + c, cs) : vec<A>{};
+                block[a] = a < js ? load_some<T, A>(from + (j + a) * pixel + c, cs) : vec<A>{};
             }
             transpose<A>(block);
             UNROLL for (int64_t b = 0; b < L; b++)
@@ -201,7 +199,7 @@ void transpose_out(const A* from, int64_t channel, int64_t channels, const int32
             transpose<A>(block);
             UNROLL for (int64_t a = 0; a < L; a++)
                 if (a < js)
-                    store_narrow<T, A>(block[a], to + (j + a) * pixel + (order ? 0 : c), order ? order + c : nullptr, cs);
+                    store_some<T, A>(block[a], to + (j + a) * pixel + (order ? 0 : c), order ? order + c : nullptr, cs);
         }
 }
 

@@ -199,7 +199,7 @@ template <class T> class InLanes {
                         vec<A> block[L];
                         UNROLL for (int64_t l = 0; l < L; l++)
                             if constexpr (STEP == 1)
-                                block[l] = load_wide<T, A>(image + from[l].begin, L);
+                                block[l] = load_wide(image + from[l].begin);
                             else
                                 block[l] = every_second<A, L, 0>(load(image + from[l].begin), load(image + from[l].begin + L),
                                                                  std::make_index_sequence<L>{});
@@ -225,7 +225,7 @@ template <class T> class InLanes {
                 vec<A> block[L];
                 UNROLL for (int64_t l = 0; l < L; l++)
                     if (order == nullptr) {
-                        block[l] = load_wide<T, A>(from[l] + k, some);
+                        block[l] = load_some<T, A>(from[l] + k, some);
                     } else {
                         A lanes[L] = {};
                         for (int64_t j = 0; j < some; j++) lanes[j] = widen(from[l][order[c + k + j]]);
@@ -268,7 +268,7 @@ template <class T> class InLanes {
                 transpose<A>(block);
                 UNROLL for (int64_t l = 0; l < L; l++)
                     if (at[i + l] >= 0)
-                        store_narrow<T, A>(block[l], y + at[i + l] + (order ? 0 : c + k), order ? order + c + k : nullptr,
+                        store_some<T, A>(block[l], y + at[i + l] + (order ? 0 : c + k), order ? order + c + k : nullptr,
                                            some);
             }
     }

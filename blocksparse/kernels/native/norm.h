@@ -32,9 +32,9 @@ void apply_run(const T* x, const T* residual, T* y, const wide<T>* scales, const
     each<A>(
         count,
         [=](int64_t j) {
-            vec<A> v = take(x + j) * scale.at(j) + shift.at(j);
-            if (RESIDUAL) v += take(residual + j);
-            put(y + j, RELU ? cut(v) : v);
+            vec<A> v = load_wide(x + j) * scale.at(j) + shift.at(j);
+            if (RESIDUAL) v += load_wide(residual + j);
+            store_narrow(y + j, RELU ? cut(v) : v);
         },
         [=](int64_t j) {
             A v = widen(x[j]) * scale.one(j) + shift.one(j);
@@ -66,9 +66,9 @@ template <class T, bool ACROSS, int RELU> struct Reader {
 
     INLINE Reader at(int64_t j) const { return {s.at(j), mean, scale, shift}; }
     INLINE vec<A> gradient(int64_t j, vec<A> x) const {
-        const vec<A> dy = take(s.dy + j);
+        const vec<A> dy = load_wide(s.dy + j);
         if (RELU == PLAIN) return dy;
-        return passed(dy, RELU == FROM_Y ? take(s.y + j) : x * scale.at(j) + shift.at(j));
+        return passed(dy, RELU == FROM_Y ? load_wide(s.y + j) : x * scale.at(j) + shift.at(j));
     }
     INLINE A gradient_one(int64_t j, A x) const {
         const A dy = widen(s.dy[j]);
@@ -95,9 +95,9 @@ INLINE void gradients_run(const R& r, const wide<T>* offsets, const wide<T>* slo
     each<A>(
         count,
         [=](int64_t j) {
-            const vec<A> x = take(r.s.x + j), g = r.gradient(j, x);
-            if (dresidual) put(dresidual + j, g);
-            if (dx) put(dx + j, (g - offset.at(j) - (x - r.mean.at(j)) * slope.at(j)) * r.scale.at(j));
+            const vec<A> x = load_wide(r.s.x + j), g = r.gradient(j, x);
+            if (dresidual) store_narrow(dresidual + j, g);
+            if (dx) store_narrow(dx + j, (g - offset.at(j) - (x - r.mean.at(j)) * slope.at(j)) * r.scale.at(j));
         },
         [=](int64_t j) {
             const A x = widen(r.s.x[j]), g = r.gradient_one(j, x);
@@ -127,7 +127,7 @@ int norm_forward(const Norm& g, const T* x, const T* residual, const wide<T>* we
         for (int64_t c = 0; c < g.channels; c++) {
             if (g.training) {
                 const double sum = sums_of_channel<T>(
-                    g, c, [=](int64_t j) { return Two<vec<A>>{take(x + j), vec<A>{}}; },
+                    g, c, [=](int64_t j) { return Two<vec<A>>{load_wide(x + j), vec<A>{}}; },
                     [=](int64_t j) { return Two<A>{widen(x[j]), 0}; }).first;
                 const double average = sum / (double(g.rows) * g.inner);
                 const A m = A(average);
@@ -135,7 +135,7 @@ int norm_forward(const Norm& g, const T* x, const T* residual, const wide<T>* we
                 const double squares = sums_of_channel<T>(
                     g, c,
                     [=](int64_t j) {
-                        const vec<A> d = take(x + j) - mv;
+                        const vec<A> d = load_wide(x + j) - mv;
                         return Two<vec<A>>{d * d, vec<A>{}};
                     },
                     [=](int64_t j) {
@@ -161,13 +161,13 @@ int norm_forward(const Norm& g, const T* x, const T* residual, const wide<T>* we
             const int64_t rows = chunks.size(g, i);
             sums_across<A>(
                 width, rows, m, (A*)nullptr,
-                [=](int64_t r, int64_t j) { return Two<vec<A>>{take(from + r * width + j), vec<A>{}}; },
+                [=](int64_t r, int64_t j) { return Two<vec<A>>{load_wide(from + r * width + j), vec<A>{}}; },
                 [=](int64_t r, int64_t j) { return Two<A>{widen(from[r * width + j]), 0}; });
             for (int64_t j = 0; j < width; j++) m[j] /= A(rows);
             sums_across<A>(
                 width, rows, chunk_squares + i * width, (A*)nullptr,
                 [=](int64_t r, int64_t j) {
-                    const vec<A> d = take(from + r * width + j) - load(m + j);
+                    const vec<A> d = load_wide(from + r * width + j) - load(m + j);
                     return Two<vec<A>>{d * d, vec<A>{}};
                 },
                 [=](int64_t r, int64_t j) {
@@ -236,7 +236,7 @@ int norm_backward(const Norm& g, const T* dy, const T* x, const T* y, const wide
                 const Two<double> sums = sums_of_channel<T>(
                     g, c,
                     [=](int64_t j) {
-                        const vec<A> v = take(x + j), d = r.gradient(j, v);
+                        const vec<A> v = load_wide(x + j), d = r.gradient(j, v);
                         return Two<vec<A>>{d, d * (v - mv)};
                     },
                     [=](int64_t j) {
@@ -263,7 +263,7 @@ int norm_backward(const Norm& g, const T* dy, const T* x, const T* y, const wide
                 width, chunks.size(g, i), chunk_g + i * width, chunk_gx + i * width,
                 [=](int64_t row, int64_t j) {
                     const auto r = whole.at(row * width);
-                    const vec<A> v = take(r.s.x + j), d = r.gradient(j, v);
+                    const vec<A> v = load_wide(r.s.x + j), d = r.gradient(j, v);
                     return Two<vec<A>>{d, d * (v - load(mean + j))};
                 },
                 [=](int64_t row, int64_t j) {

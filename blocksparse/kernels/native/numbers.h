@@ -116,4 +116,41 @@ template <> INLINE float16 narrow<float16>(float v) {
 
 template <class T> using wide = typename std::conditional<std::is_same<T, double>::value, double, float>::type;
 
+// Vectors of 16-bit numbers, the same numbers as one by one.
+constexpr int HALF_LANES = LANES<float>;
+typedef uint16_t Halves __attribute__((vector_size(2 * HALF_LANES), aligned(2), may_alias));
+typedef uint32_t Bits __attribute__((vector_size(4 * HALF_LANES)));
+
+INLINE vec<float> bits_as_floats(Bits bits) { return (vec<float>)bits; }
+INLINE Bits floats_as_bits(vec<float> v) { return (Bits)v; }
+
+INLINE vec<float> load_wide(const float* p) { return load(p); }
+INLINE vec<double> load_wide(const double* p) { return load(p); }
+INLINE vec<float> load_wide(const bfloat16* p) {
+    return bits_as_floats(__builtin_convertvector(*(const Halves*)p, Bits) << 16);
+}
+INLINE vec<float> load_wide(const float16* p) {
+    const Bits half = __builtin_convertvector(*(const Halves*)p, Bits);
+    const vec<float> scaled = bits_as_floats((half & 0x7fff) << 13) * bits_to_float(0x77800000);
+    const Bits infinite = (Bits)((half & 0x7c00) == 0x7c00) & 0x7f800000;
+    return bits_as_floats(floats_as_bits(scaled) | (half & 0x8000) << 16 | infinite);
+}
+
+INLINE void store_narrow(float* p, vec<float> v) { store(p, v); }
+INLINE void store_narrow(double* p, vec<double> v) { store(p, v); }
+INLINE void store_narrow(bfloat16* p, vec<float> v) {
+    const Bits bits = floats_as_bits(v), nan = (Bits)((bits & 0x7fffffff) > 0x7f800000);
+    const Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    *(Halves*)p = __builtin_convertvector((nan & ((bits >> 16) | 0x40)) | (~nan & rounded), Halves);
+}
+INLINE void store_narrow(float16* p, vec<float> v) {
+    const Bits bits = floats_as_bits(v), size = bits & 0x7fffffff;
+    const Bits nan = (Bits)(size > 0x7f800000), infinite = (Bits)(size >= 0x477ff000), small = (Bits)(size < 0x38800000);
+    const Bits subnormal = floats_as_bits(bits_as_floats(size) + 0.5f) - 0x3f000000;
+    const Bits normal = (size - 0x38000000 + 0x0fff + ((size >> 13) & 1)) >> 13;
+    const Bits finite = (small & subnormal) | (~small & normal);
+    const Bits all = (nan & 0x7e00) | (~nan & ((infinite & 0x7c00) | (~infinite & finite)));
+    *(Halves*)p = __builtin_convertvector(all | (bits >> 16 & 0x8000), Halves);
+}
+
 }  // namespace

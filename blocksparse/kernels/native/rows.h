@@ -64,12 +64,17 @@ template <class A, int S> INLINE void copy_row(const A* from, A* to, int64_t cou
 template <class T, class A> INLINE void copy_in(const T* from, int64_t step, A* to, int64_t count) {
     if constexpr (std::is_same<T, A>::value)
         if (step == 1 && with_part<A>(count, [&](auto lanes) { copy_row<A, lanes>(from, to, count); })) return;
-    for (int64_t j = 0; j < count; j++) to[j] = widen(from[j * step]);
+    int64_t j = 0;
+    for (; !std::is_same<T, A>::value && step == 1 && j + LANES<A> <= count; j += LANES<A>) store(to + j, load_wide(from + j));
+    for (; j < count; j++) to[j] = widen(from[j * step]);
 }
 template <class T, class A> INLINE void copy_out(const A* from, T* to, int64_t step, int64_t count) {
     if constexpr (std::is_same<T, A>::value)
         if (step == 1 && with_part<A>(count, [&](auto lanes) { copy_row<A, lanes>(from, to, count); })) return;
-    for (int64_t j = 0; j < count; j++) to[j * step] = narrow<T>(from[j]);
+    int64_t j = 0;
+    for (; !std::is_same<T, A>::value && step == 1 && j + LANES<A> <= count; j += LANES<A>)
+        store_narrow(to + j, load(from + j));
+    for (; j < count; j++) to[j * step] = narrow<T>(from[j]);
 }
 template <class A> INLINE void zero(A* to, int64_t count) {
     if (count > 8)

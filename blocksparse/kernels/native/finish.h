@@ -21,13 +21,12 @@ template <class T>
 void finish_row(T* y, const T* residual, bool relu, int64_t step, int64_t count) {
     using A = wide<T>;
     int64_t j = 0;
-    if constexpr (std::is_same<T, A>::value)
-        for (; step == 1 && j + LANES<A> <= count; j += LANES<A>) {
-            vec<A> v = load(y + j);
-            if (residual) v += load(residual + j);
-            if (relu) v = v < 0 ? vec<A>{} : v;
-            store(y + j, v);
-        }
+    for (; step == 1 && j + LANES<A> <= count; j += LANES<A>) {
+        vec<A> v = load_wide(y + j);
+        if (residual) v += load_wide(residual + j);
+        if (relu) v = v < 0 ? vec<A>{} : v;
+        store_narrow(y + j, v);
+    }
     const A least = relu ? A(0) : -std::numeric_limits<A>::infinity();  // NaN stays
     for (; j < count; j++) {
         A v = widen(y[j * step]);

@@ -167,8 +167,7 @@ template <class T> class InLanes {
         for (size_t i = 0; i < at.size(); i++) std::memset(&held[i], at[i] < 0 ? 0 : 0xff, sizeof(A));
         const int64_t step = lines[1].step * strides[3];
         if (step == 1) return read_rows<1>(x, end, c, count, to);
-        if constexpr (std::is_same<T, A>::value)
-            if (step == 2) return read_rows<2>(x, end, c, count, to);
+        if (step == 2) return read_rows<2>(x, end, c, count, to);
         read_rows<0>(x, end, c, count, to);
     }
     void write(const A* from, int64_t c, int64_t count, T* y) const {
@@ -201,7 +200,7 @@ template <class T> class InLanes {
                             if constexpr (STEP == 1)
                                 block[l] = load_wide(image + from[l].begin);
                             else
-                                block[l] = every_second<A, L, 0>(load(image + from[l].begin), load(image + from[l].begin + L),
+                                block[l] = every_second<A, L, 0>(load_wide(image + from[l].begin), load_wide(image + from[l].begin + L),
                                                                  std::make_index_sequence<L>{});
                         transpose<A>(block);
                         UNROLL for (int64_t j = 0; j < L; j++)
@@ -248,11 +247,10 @@ template <class T> class InLanes {
                 transpose<A>(block);
                 UNROLL for (int64_t l = 0; l < L; l++) store(numbers + l * L, block[l]);
                 const Run* const to = &runs[number * L];
-                if constexpr (std::is_same<T, A>::value)
-                    if (step == 1 && blocks[number].all && with_part<A>(some, [&](auto lanes) {
-                            for (int64_t l = 0; l < L; l++) copy_row<A, lanes>(numbers + l * L, image + to[l].begin, some);
-                        }))
-                        return;
+                if (step == 1 && blocks[number].all && with_part<A>(some, [&](auto lanes) {
+                        for (int64_t l = 0; l < L; l++) copy_row<lanes>(numbers + l * L, image + to[l].begin, some);
+                    }))
+                    return;
                 for (int64_t l = 0; l < L; l++)
                     copy_out(numbers + l * L + to[l].skip, image + to[l].begin + to[l].skip * step, step, to[l].count);
             });

@@ -116,41 +116,57 @@ template <> INLINE float16 narrow<float16>(float v) {
 
 template <class T> using wide = typename std::conditional<std::is_same<T, double>::value, double, float>::type;
 
-// Vectors of 16-bit numbers, the same numbers as one by one.
-constexpr int HALF_LANES = LANES<float>;
-typedef uint16_t Halves __attribute__((vector_size(2 * HALF_LANES), aligned(2), may_alias));
-typedef uint32_t Bits __attribute__((vector_size(4 * HALF_LANES)));
+// Vectors of S lanes, S a power of two up to that of a whole one.
+template <class A, int S> struct Part {};
+template <int S> struct Vector<Part<float, S>> {
+    typedef float anywhere __attribute__((vector_size(4 * S), aligned(4), may_alias));
+    typedef int32_t indices __attribute__((vector_size(4 * S)));
+    typedef int32_t indices_anywhere __attribute__((vector_size(4 * S), aligned(4), may_alias));
+    typedef uint32_t bits __attribute__((vector_size(4 * S)));
+    typedef uint16_t halves __attribute__((vector_size(2 * S), aligned(2), may_alias));
+};
+template <int S> struct Vector<Part<double, S>> {
+    typedef double anywhere __attribute__((vector_size(8 * S), aligned(8), may_alias));
+    typedef int64_t indices __attribute__((vector_size(8 * S)));
+    typedef int64_t indices_anywhere __attribute__((vector_size(8 * S), aligned(8), may_alias));
+};
+template <class A, int S> using part = typename Vector<Part<A, S>>::anywhere;
+template <class A, int S> using part_mask = typename Vector<Part<A, S>>::indices;
+template <int S> using part_bits = typename Vector<Part<float, S>>::bits;
+template <int S> using half_part = typename Vector<Part<float, S>>::halves;
 
-INLINE vec<float> bits_as_floats(Bits bits) { return (vec<float>)bits; }
-INLINE Bits floats_as_bits(vec<float> v) { return (Bits)v; }
-
-INLINE vec<float> load_wide(const float* p) { return load(p); }
-INLINE vec<double> load_wide(const double* p) { return load(p); }
-INLINE vec<float> load_wide(const bfloat16* p) {
-    return bits_as_floats(__builtin_convertvector(*(const Halves*)p, Bits) << 16);
+// S numbers, 16-bit ones as floats: the same as widen() and narrow() make of each.
+template <int S> INLINE part<float, S> load_part(const float* p) { return *(const part<float, S>*)p; }
+template <int S> INLINE part<double, S> load_part(const double* p) { return *(const part<double, S>*)p; }
+template <int S> INLINE part<float, S> load_part(const bfloat16* p) {
+    return (part<float, S>)(__builtin_convertvector(*(const half_part<S>*)p, part_bits<S>) << 16);
 }
-INLINE vec<float> load_wide(const float16* p) {
-    const Bits half = __builtin_convertvector(*(const Halves*)p, Bits);
-    const vec<float> scaled = bits_as_floats((half & 0x7fff) << 13) * bits_to_float(0x77800000);
-    const Bits infinite = (Bits)((half & 0x7c00) == 0x7c00) & 0x7f800000;
-    return bits_as_floats(floats_as_bits(scaled) | (half & 0x8000) << 16 | infinite);
+template <int S> INLINE part<float, S> load_part(const float16* p) {
+    typedef part_bits<S> bits;
+    const bits half = __builtin_convertvector(*(const half_part<S>*)p, bits);
+    const part<float, S> scaled = (part<float, S>)((half & 0x7fff) << 13) * bits_to_float(0x77800000);
+    const bits infinite = (bits)((half & 0x7c00) == 0x7c00) & 0x7f800000;
+    return (part<float, S>)((bits)scaled | (half & 0x8000) << 16 | infinite);
 }
-
-INLINE void store_narrow(float* p, vec<float> v) { store(p, v); }
-INLINE void store_narrow(double* p, vec<double> v) { store(p, v); }
-INLINE void store_narrow(bfloat16* p, vec<float> v) {
-    const Bits bits = floats_as_bits(v), nan = (Bits)((bits & 0x7fffffff) > 0x7f800000);
+template <int S> INLINE void store_part(float* p, part<float, S> v) { *(part<float, S>*)p = v; }
+template <int S> INLINE void store_part(double* p, part<double, S> v) { *(part<double, S>*)p = v; }
+template <int S> INLINE void store_part(bfloat16* p, part<float, S> v) {
+    typedef part_bits<S> Bits;
+    const Bits bits = (Bits)v, nan = (Bits)((bits & 0x7fffffff) > 0x7f800000);
     const Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    *(Halves*)p = __builtin_convertvector((nan & ((bits >> 16) | 0x40)) | (~nan & rounded), Halves);
+    *(half_part<S>*)p = __builtin_convertvector((nan & ((bits >> 16) | 0x40)) | (~nan & rounded), half_part<S>);
 }
-INLINE void store_narrow(float16* p, vec<float> v) {
-    const Bits bits = floats_as_bits(v), size = bits & 0x7fffffff;
+template <int S> INLINE void store_part(float16* p, part<float, S> v) {
+    typedef part_bits<S> Bits;
+    const Bits bits = (Bits)v, size = bits & 0x7fffffff;
     const Bits nan = (Bits)(size > 0x7f800000), infinite = (Bits)(size >= 0x477ff000), small = (Bits)(size < 0x38800000);
-    const Bits subnormal = floats_as_bits(bits_as_floats(size) + 0.5f) - 0x3f000000;
+    const Bits subnormal = (Bits)((part<float, S>)size + 0.5f) - 0x3f000000;
     const Bits normal = (size - 0x38000000 + 0x0fff + ((size >> 13) & 1)) >> 13;
     const Bits finite = (small & subnormal) | (~small & normal);
     const Bits all = (nan & 0x7e00) | (~nan & ((infinite & 0x7c00) | (~infinite & finite)));
-    *(Halves*)p = __builtin_convertvector(all | (bits >> 16 & 0x8000), Halves);
+    *(half_part<S>*)p = __builtin_convertvector(all | (bits >> 16 & 0x8000), half_part<S>);
 }
+template <class T> INLINE vec<wide<T>> load_wide(const T* p) { return (vec<wide<T>>)load_part<LANES<wide<T>>>(p); }
+template <class T> INLINE void store_narrow(T* p, vec<wide<T>> v) { store_part<LANES<wide<T>>>(p, v); }
 
 }  // namespace

@@ -13,26 +13,9 @@
 
 namespace {
 
-// Vectors of S lanes, S a power of two up to that of a whole one.
-template <class A, int S> struct Part {};
-template <int S> struct Vector<Part<float, S>> {
-    typedef float anywhere __attribute__((vector_size(4 * S), aligned(4), may_alias));
-    typedef int32_t indices __attribute__((vector_size(4 * S)));
-    typedef int32_t indices_anywhere __attribute__((vector_size(4 * S), aligned(4), may_alias));
-};
-template <int S> struct Vector<Part<double, S>> {
-    typedef double anywhere __attribute__((vector_size(8 * S), aligned(8), may_alias));
-    typedef int64_t indices __attribute__((vector_size(8 * S)));
-    typedef int64_t indices_anywhere __attribute__((vector_size(8 * S), aligned(8), may_alias));
-};
-template <class A, int S> using part = typename Vector<Part<A, S>>::anywhere;
-template <class A, int S> using part_mask = typename Vector<Part<A, S>>::indices;
-
 template <class A, int S> INLINE part_mask<A, S> mask_at(const A* lanes) {
     return *(const typename Vector<Part<A, S>>::indices_anywhere*)lanes;
 }
-template <class A, int S> INLINE part<A, S> part_at(const A* p) { return *(const part<A, S>*)p; }
-template <class A, int S> INLINE void store_part(A* p, part<A, S> v) { *(part<A, S>*)p = v; }
 template <class A, int S> INLINE part<A, S> masked(part<A, S> v, part_mask<A, S> mask) {
     return (part<A, S>)((part_mask<A, S>)v & mask);
 }
@@ -56,25 +39,18 @@ template <class A, int S = LANES<A>, class Body> INLINE bool with_part(int64_t c
     return false;
 }
 
-template <class A, int S> INLINE void copy_row(const A* from, A* to, int64_t count) {
-    for (int64_t j = 0; j < count - S; j += S) store_part<A, S>(to + j, part_at<A, S>(from + j));
-    store_part<A, S>(to + count - S, part_at<A, S>(from + count - S));
+template <int S, class From, class To> INLINE void copy_row(const From* from, To* to, int64_t count) {
+    for (int64_t j = 0; j < count - S; j += S) store_part<S>(to + j, load_part<S>(from + j));
+    store_part<S>(to + count - S, load_part<S>(from + count - S));
 }
 // `count` numbers that are `step` apart in a tensor.
 template <class T, class A> INLINE void copy_in(const T* from, int64_t step, A* to, int64_t count) {
-    if constexpr (std::is_same<T, A>::value)
-        if (step == 1 && with_part<A>(count, [&](auto lanes) { copy_row<A, lanes>(from, to, count); })) return;
-    int64_t j = 0;
-    for (; !std::is_same<T, A>::value && step == 1 && j + LANES<A> <= count; j += LANES<A>) store(to + j, load_wide(from + j));
-    for (; j < count; j++) to[j] = widen(from[j * step]);
+    if (step == 1 && with_part<A>(count, [&](auto lanes) { copy_row<lanes>(from, to, count); })) return;
+    for (int64_t j = 0; j < count; j++) to[j] = widen(from[j * step]);
 }
 template <class T, class A> INLINE void copy_out(const A* from, T* to, int64_t step, int64_t count) {
-    if constexpr (std::is_same<T, A>::value)
-        if (step == 1 && with_part<A>(count, [&](auto lanes) { copy_row<A, lanes>(from, to, count); })) return;
-    int64_t j = 0;
-    for (; !std::is_same<T, A>::value && step == 1 && j + LANES<A> <= count; j += LANES<A>)
-        store_narrow(to + j, load(from + j));
-    for (; j < count; j++) to[j * step] = narrow<T>(from[j]);
+    if (step == 1 && with_part<A>(count, [&](auto lanes) { copy_row<lanes>(from, to, count); })) return;
+    for (int64_t j = 0; j < count; j++) to[j * step] = narrow<T>(from[j]);
 }
 template <class A> INLINE void zero(A* to, int64_t count) {
     if (count > 8)
@@ -100,21 +76,21 @@ template <class A> struct Ends {
 };
 
 // One vector of rows_in.
-template <class A, int S, int STRIDE, bool PAIR>
-INLINE void part_in(const A* from, A* to, int64_t plane, part_mask<A, S> mask, part_mask<A, S> mask_of_pair) {
+template <class A, int S, int STRIDE, bool PAIR, class T>
+INLINE void part_in(const T* from, A* to, int64_t plane, part_mask<A, S> mask, part_mask<A, S> mask_of_pair) {
     constexpr auto lanes = std::make_index_sequence<S>{};
     if constexpr (STRIDE == 1) {
-        store_part<A, S>(to, masked<A, S>(part_at<A, S>(from), mask));
+        store_part<S>(to, masked<A, S>(load_part<S>(from), mask));
     } else {
-        const part<A, S> a = part_at<A, S>(from), b = part_at<A, S>(from + S);
-        store_part<A, S>(to, masked<A, S>(every_second<A, S, 0>(a, b, lanes), mask));
-        if constexpr (PAIR) store_part<A, S>(to + plane, masked<A, S>(every_second<A, S, 1>(a, b, lanes), mask_of_pair));
+        const part<A, S> a = load_part<S>(from), b = load_part<S>(from + S);
+        store_part<S>(to, masked<A, S>(every_second<A, S, 0>(a, b, lanes), mask));
+        if constexpr (PAIR) store_part<S>(to + plane, masked<A, S>(every_second<A, S, 1>(a, b, lanes), mask_of_pair));
     }
 }
 // Rows of `pitch` elements: element j is from[STRIDE * j] where that is a pixel, otherwise zero. With PAIR also those of
 // from[STRIDE * j + 1], `plane` further on, which have the second ends.
-template <class A, int S, int STRIDE, bool PAIR>
-__attribute__((noinline)) void rows_in(const A* from, int64_t from_step, A* to, int64_t to_step, int64_t plane,
+template <class T, class A, int S, int STRIDE, bool PAIR>
+__attribute__((noinline)) void rows_in(const T* from, int64_t from_step, A* to, int64_t to_step, int64_t plane,
                                        int64_t rows, int64_t pitch, const Ends<A>* ends) {
     const auto first = mask_at<A, S>(ends[0].first), last = mask_at<A, S>(ends[0].last), all = ~part_mask<A, S>{};
     const auto first_of_pair = mask_at<A, S>(ends[PAIR].first), last_of_pair = mask_at<A, S>(ends[PAIR].last);
@@ -129,7 +105,7 @@ __attribute__((noinline)) void rows_in(const A* from, int64_t from_step, A* to, 
 // Rows of a tensor, all columns, into the planes of a channel for each residue of the stride: `lead` zeros, the pixels,
 // zeros.
 template <class T, class A> class RowsIn {
-    typedef void Copy(const A*, int64_t, A*, int64_t, int64_t, int64_t, int64_t, const Ends<A>*);
+    typedef void Copy(const T*, int64_t, A*, int64_t, int64_t, int64_t, int64_t, const Ends<A>*);
     const Axis& axis;
     const int64_t pitch, element;
     const bool pixels;            // whether these are copied, too, or the zeros beside them alone
@@ -147,7 +123,7 @@ template <class T, class A> class RowsIn {
                 if (middle > S && (lead > S || after < middle)) return;
                 ends[b] = Ends<A>(lead, axis.data[b], pitch, S);
             }
-            copy = rows_in<A, S, STRIDE, PAIR>;
+            copy = rows_in<T, A, S, STRIDE, PAIR>;
         });
     }
     void one_by_one(const T* from, A* to, int64_t plane) const {
@@ -164,23 +140,20 @@ template <class T, class A> class RowsIn {
     RowsIn(const Axis& axis, int64_t pitch, int64_t element, bool pixels, const T* begin, const T* end)
         : axis(axis), pitch(pitch), element(element), pixels(pixels), begin(begin), end(end),
           offset(axis.residue[0] - axis.padding), reach(axis.stride * pitch) {
-        if constexpr (std::is_same<T, A>::value) {
-            if (!pixels || element != 1) return;
-            if (axis.stride == 1) in_vectors<1, false>();
-            if (axis.stride == 2) axis.phases() == 2 ? in_vectors<2, true>() : in_vectors<2, false>();
-        }
+        if (!pixels || element != 1) return;
+        if (axis.stride == 1) in_vectors<1, false>();
+        if (axis.stride == 2) axis.phases() == 2 ? in_vectors<2, true>() : in_vectors<2, false>();
     }
     // `from`: the first pixel of a row.
     void operator()(const T* from, int64_t from_step, A* to, int64_t to_step, int64_t plane, int64_t rows) const {
-        if constexpr (std::is_same<T, A>::value)
-            if (copy) {  // all but the rows at the tensor's ends
-                for (; rows > 0 && from - begin + offset < 0; rows--, from += from_step, to += to_step)
-                    one_by_one(from, to, plane);
-                int64_t inside = rows;
-                while (inside > 0 && end - from < (inside - 1) * from_step + offset + reach) inside--;
-                copy(from + offset, from_step, to, to_step, plane, inside, pitch, ends);
-                from += inside * from_step, to += inside * to_step, rows -= inside;
-            }
+        if (copy) {  // all but the rows at the tensor's ends
+            for (; rows > 0 && from - begin + offset < 0; rows--, from += from_step, to += to_step)
+                one_by_one(from, to, plane);
+            int64_t inside = rows;
+            while (inside > 0 && end - from < (inside - 1) * from_step + offset + reach) inside--;
+            copy(from + offset, from_step, to, to_step, plane, inside, pitch, ends);
+            from += inside * from_step, to += inside * to_step, rows -= inside;
+        }
         for (; rows > 0; rows--, from += from_step, to += to_step) one_by_one(from, to, plane);
     }
 };
@@ -188,26 +161,25 @@ template <class T, class A> class RowsIn {
 // ---------------------------------------------------------------------- rows of planes into a tensor
 
 // Rows of `count` elements.
-template <class A, int S>
-__attribute__((noinline)) void rows_out(const A* from, int64_t from_step, A* to, int64_t to_step, int64_t rows,
+template <class T, class A, int S>
+__attribute__((noinline)) void rows_out(const A* from, int64_t from_step, T* to, int64_t to_step, int64_t rows,
                                         int64_t count) {
-    for (; rows > 0; rows--, from += from_step, to += to_step) copy_row<A, S>(from, to, count);
+    for (; rows > 0; rows--, from += from_step, to += to_step) copy_row<S>(from, to, count);
 }
 // Rows of `count` results to pixels that are `step` apart.
 template <class T, class A>
 INLINE void copy_rows(const A* from, int64_t from_step, T* to, int64_t to_step, int64_t rows, int64_t step, int64_t count) {
-    if constexpr (std::is_same<T, A>::value)
-        if (step == 1 && with_part<A>(count, [&](auto lanes) {
-                rows_out<A, lanes>(from, from_step, to, to_step, rows, count);
-            }))
-            return;
+    if (step == 1 && with_part<A>(count, [&](auto lanes) {
+            rows_out<T, A, lanes>(from, from_step, to, to_step, rows, count);
+        }))
+        return;
     for (; rows > 0; rows--, from += from_step, to += to_step) copy_out<T, A>(from, to, step, count);
 }
 
 // Rows of `count` elements: to[2 j] = even[j] and to[2 j + 1] = odd[j]; zero where there is none. Up to a vector behind
 // them is read.
-template <class A, int S>
-__attribute__((noinline)) void rows_woven(const A* even, const A* odd, int64_t from_step, A* to, int64_t to_step,
+template <class T, class A, int S>
+__attribute__((noinline)) void rows_woven(const A* even, const A* odd, int64_t from_step, T* to, int64_t to_step,
                                           int64_t rows, int64_t count) {
     constexpr auto lanes = std::make_index_sequence<S>{};
     const auto from_even = even ? ~part_mask<A, S>{} : part_mask<A, S>{};
@@ -217,22 +189,21 @@ __attribute__((noinline)) void rows_woven(const A* even, const A* odd, int64_t f
     const int64_t last = count - S, half = last / 2;
     for (; rows > 0; rows--, even += from_step, odd += from_step, to += to_step) {
         for (int64_t j = 0; j < last; j += S)
-            store_part<A, S>(to + j, in_turn<A, S>(masked<A, S>(part_at<A, S>(even + j / 2), from_even),
-                                                   masked<A, S>(part_at<A, S>(odd + j / 2), from_odd), lanes));
+            store_part<S>(to + j, in_turn<A, S>(masked<A, S>(load_part<S>(even + j / 2), from_even),
+                                                   masked<A, S>(load_part<S>(odd + j / 2), from_odd), lanes));
         if (last % 2 == 0)
-            store_part<A, S>(to + last, in_turn<A, S>(masked<A, S>(part_at<A, S>(even + half), from_even),
-                                                      masked<A, S>(part_at<A, S>(odd + half), from_odd), lanes));
+            store_part<S>(to + last, in_turn<A, S>(masked<A, S>(load_part<S>(even + half), from_even),
+                                                      masked<A, S>(load_part<S>(odd + half), from_odd), lanes));
         else
-            store_part<A, S>(to + last, in_turn<A, S>(masked<A, S>(part_at<A, S>(odd + half), from_odd),
-                                                      masked<A, S>(part_at<A, S>(even + half + 1), from_even), lanes));
+            store_part<S>(to + last, in_turn<A, S>(masked<A, S>(load_part<S>(odd + half), from_odd),
+                                                      masked<A, S>(load_part<S>(even + half + 1), from_even), lanes));
     }
 }
 // The same into a tensor. Not both of even and odd are null.
 template <class T, class A>
 void weave(const A* even, const A* odd, int64_t from_step, T* to, int64_t to_step, int64_t rows, int64_t count) {
-    if constexpr (std::is_same<T, A>::value)
-        if (with_part<A>(count, [&](auto lanes) { rows_woven<A, lanes>(even, odd, from_step, to, to_step, rows, count); }))
-            return;
+    if (with_part<A>(count, [&](auto lanes) { rows_woven<T, A, lanes>(even, odd, from_step, to, to_step, rows, count); }))
+        return;
     for (; rows > 0; rows--, to += to_step) {
         for (int64_t j = 0; j < count; j++) {
             const A* const from = j % 2 ? odd : even;

@@ -200,7 +200,8 @@ template <class T> class InLanes {
                             if constexpr (STEP == 1)
                                 block[l] = load_wide(image + from[l].begin);
                             else
-                                block[l] = every_second<A, L, 0>(load_wide(image + from[l].begin), load_wide(image + from[l].begin + L),
+                                block[l] = every_second<A, L, 0>(load_wide(image + from[l].begin),
+                                                                 load_wide(image + from[l].begin + L),
                                                                  std::make_index_sequence<L>{});
                         transpose<A>(block);
                         UNROLL for (int64_t j = 0; j < L; j++)

@@ -83,7 +83,7 @@ template <class T> bool wgrad_in_lanes(const Conv& g) { return g.bk < 4 && lanes
 template <class T> struct GatherInLanes {
     using A = wide<T>;
     const Conv& g;
-    const InLanes<T>&of_source, of_target;
+    const InLanes<T>&of_source, &of_target;
     const LaneTiles& cut;
     const int64_t blocks, channels, parts, planes_size, size;
     const Chunking chunks;

@@ -19,8 +19,13 @@ template <class A> INLINE void add(const A* from, A* to, int64_t count) {
 }
 INLINE int64_t clamped(int64_t v, int64_t least, int64_t most) { return std::max(least, std::min(v, most)); }
 // Whether channels are innermost, so that they are copied across.
+bool innermost(const int64_t* strides) { return strides[1] == 1 && strides[3] != 1; }
 bool transposed(const int64_t* strides, int64_t channels, int64_t pitch) {
-    return strides[1] == 1 && channels > 1 && (strides[3] != 1 || pitch == 1);
+    return channels > 1 && (innermost(strides) || (strides[1] == 1 && pitch == 1));
+}
+// Behind the last element of a tensor of these sizes.
+template <class T> const T* end_of(const T* p, const int64_t* strides, int64_t n, int64_t c, int64_t h, int64_t w) {
+    return p + (n - 1) * strides[0] + (c - 1) * strides[1] + (h - 1) * strides[2] + (w - 1) * strides[3] + 1;
 }
 
 // One step of a transposition: lanes j of a with j & STEP change places with lanes j - STEP of b.
@@ -127,8 +132,7 @@ void fill(const T* x, const int64_t* strides, const Axis& vertical, const Axis& 
     const int64_t phases = horizontal.phases(), channel = plane * vertical.phases() * phases;
     const int64_t pitch = lay.pitch, images = lay.images, all = images * pitch, row_step = vertical.stride * strides[2];
     const bool across = transposed(strides, c1 - c0, pitch);
-    const T* const end = x + (u.image + u.images - 1) * strides[0] + (c1 - 1) * strides[1] +
-                         (vertical.size - 1) * strides[2] + (horizontal.size - 1) * strides[3] + 1;
+    const T* const end = end_of(x, strides, u.image + u.images, c1, vertical.size, horizontal.size);
     const RowsIn<T, A> copy(horizontal, pitch, strides[3], !across, x, end);
     // Whether rows have anything left to write once their pixels are transposed: the last vector of a row ends in zeros,
     // as many as lie between rows or more, but before the first row.

@@ -14,8 +14,6 @@
 
 namespace {
 
-bool innermost(const int64_t* strides) { return strides[1] == 1 && strides[3] != 1; }  // channels
-
 // An axis of a tensor in tiles: position i of phase a is pixel i * step + offset[a], if the tensor has that pixel. Tiles
 // hold `reach` positions more than they are long.
 struct Line {

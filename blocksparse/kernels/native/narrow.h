@@ -19,10 +19,6 @@
 
 namespace {
 
-template <class T> const T* end_of(const T* p, const int64_t* strides, int64_t n, int64_t c, int64_t h, int64_t w) {
-    return p + (n - 1) * strides[0] + (c - 1) * strides[1] + (h - 1) * strides[2] + (w - 1) * strides[3] + 1;
-}
-
 // A convolution as tiles of x and of y, or the other way round.
 template <class T> struct Narrow {
     static constexpr int64_t L = LANES<wide<T>>;

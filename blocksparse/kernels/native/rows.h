@@ -190,13 +190,13 @@ __attribute__((noinline)) void rows_woven(const A* even, const A* odd, int64_t f
     for (; rows > 0; rows--, even += from_step, odd += from_step, to += to_step) {
         for (int64_t j = 0; j < last; j += S)
             store_part<S>(to + j, in_turn<A, S>(masked<A, S>(load_part<S>(even + j / 2), from_even),
-                                                   masked<A, S>(load_part<S>(odd + j / 2), from_odd), lanes));
+                                                masked<A, S>(load_part<S>(odd + j / 2), from_odd), lanes));
         if (last % 2 == 0)
             store_part<S>(to + last, in_turn<A, S>(masked<A, S>(load_part<S>(even + half), from_even),
-                                                      masked<A, S>(load_part<S>(odd + half), from_odd), lanes));
+                                                   masked<A, S>(load_part<S>(odd + half), from_odd), lanes));
         else
             store_part<S>(to + last, in_turn<A, S>(masked<A, S>(load_part<S>(odd + half), from_odd),
-                                                      masked<A, S>(load_part<S>(even + half + 1), from_even), lanes));
+                                                   masked<A, S>(load_part<S>(even + half + 1), from_even), lanes));
     }
 }
 // The same into a tensor. Not both of even and odd are null.

@@ -143,10 +143,17 @@ def test_rows_of_every_width_in_memory_that_held_nan(dtype):
 
 def test_a_change_of_any_source_compiles_anew(monkeypatch, tmp_path):
     commands = []
+
+    def run(command):
+        commands.append(command)
+        if "-o" in command:
+            Path(command[-1]).touch()
+        return ""
+
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(cpu_build, "_run", lambda command: commands.append(command) or "")
-    sources = shutil.copytree(cpu_build.SOURCE.parent, tmp_path / "native")
-    monkeypatch.setattr(cpu_build, "SOURCE", sources / "cpu.cpp")
+    monkeypatch.setattr(cpu_build, "_run", run)
+    sources = shutil.copytree(cpu_build.SOURCES, tmp_path / "native")
+    monkeypatch.setattr(cpu_build, "SOURCES", sources)
     built = {cpu_build._built("c++", ())}
     for file in sorted(sources.iterdir()):
         file.write_text(f"{file.read_text()}\n")

@@ -1,4 +1,4 @@
-"""native/cpu.cpp as shared libraries, one for each type of numbers: compiled on first use by the system's compiler, for
+"""native/*.cpp as shared libraries, one for each type of numbers: compiled on first use by the system's compiler, for
 this processor, kept in the user's cache.
 
 A file's name is a hash of the sources, the flags, the compiler and the processor, so that a change of any of them
@@ -16,15 +16,16 @@ import shutil
 import subprocess
 import tempfile
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from .machine import cache, processor
 
-SOURCE = Path(__file__).with_name("native") / "cpu.cpp"  # includes the headers beside it
+SOURCES = Path(__file__).with_name("native")
 COMPILERS = ("c++", "g++", "clang++")  # tried in this order, after $CXX
-SECONDS = 300  # that a compiler may take: 5 on a quiet machine
+SECONDS = 300  # that a compiler may take: 7 on two quiet cores
 FLAGS = (
-    "-std=c++17", "-O2", "-fPIC", "-shared", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math",
+    "-std=c++17", "-O2", "-fPIC", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math",
     "-Wno-unknown-pragmas", "-Wno-ignored-optimization-argument",
     # g++ 12.2 turns a choice of one and two filters into a comparison, an addition that overwrites its flags, and a
     # conditional move: of one filter the tile of two ran, and wrote behind y (on skylake-avx512 and icelake-server).
@@ -71,18 +72,17 @@ def _compiler() -> str | None:
 def _built(compiler: str, flags: tuple[str, ...]) -> Path:
     """The library, compiled unless it is in the cache."""
     made_by = _run([compiler, "--version"]) + _run([compiler, "-dumpmachine"])
-    files = sorted(file for file in SOURCE.parent.iterdir() if file.suffix in (".h", ".cpp"))
+    files = sorted(file for file in SOURCES.iterdir() if file.suffix in (".h", ".cpp"))
     text = "\0".join(f"{file.name}\0{file.read_text()}" for file in files)
     key = "\0".join((text, *flags, compiler, made_by, processor()))
     path = cache() / f"cpu-{hashlib.sha256(key.encode()).hexdigest()[:32]}.so"
     if not path.exists():
-        handle, part = tempfile.mkstemp(dir=path.parent, prefix=".cpu-", suffix=".so")
-        os.close(handle)
-        try:
-            _run([compiler, *flags, str(SOURCE), "-o", part])
-            os.replace(part, path)
-        finally:
-            Path(part).unlink(missing_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".cpu-") as made, ThreadPoolExecutor() as pool:
+            units = {str(file): f"{made}/{file.stem}.o" for file in files if file.suffix == ".cpp"}
+            compiled = [[compiler, *flags, "-c", unit, "-o", to] for unit, to in units.items()]
+            list(pool.map(_run, compiled))
+            _run([compiler, *flags, "-shared", *units.values(), "-o", f"{made}/cpu.so"])
+            os.replace(f"{made}/cpu.so", path)
     return path
 
 

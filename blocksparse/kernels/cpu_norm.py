@@ -1,4 +1,4 @@
-"""Batch normalisation on the native CPU backend: native/norm.h, called on tensors as they lie."""
+"""Batch normalisation on the native CPU backend: native/norm.cpp, called on tensors as they lie."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ int64 = ctypes.c_int64
 
 
 class _Norm(ctypes.Structure):
-    """Norm in native/norm.h."""
+    """Norm in native/norm.cpp."""
 
     _fields_ = [
         *((name, int64) for name in ("rows", "channels", "inner", "threads", "training", "relu")),

@@ -1,4 +1,4 @@
-// Channels of a tensor [rows, channels, inner]: their sums, and what statistics make of them. norm.h says more.
+// Channels of a tensor [rows, channels, inner]: their sums, and what statistics make of them. norm.cpp says more.
 
 #pragma once
 

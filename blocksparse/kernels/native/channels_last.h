@@ -103,11 +103,11 @@ template <class A> struct Gather {
                     A *to[TILE], **const results = aside ? to : out + p;
                     const int64_t at_block = aside ? 0 : b * width;
                     for (int64_t k = 0; aside && k < pixels; k++) to[k] = place + k * width;
-                    const Items<A> list{some.taps.data(), ends + b * (taps + 1), items, weights, count, width};
+                    const Items list{some.taps.data(), ends + b * (taps + 1), items, weights, count, width};
                     for (int64_t f = 0, vectors; f < width; f += vectors * LANES<A>) {
                         vectors = some_vectors((width - f) / LANES<A>);
                         in_pieces(pixels, most_beside(vectors), [&](int64_t q, int64_t few) {
-                            PIXEL_TILE(gather_pixels_of, A, vectors, few)(at + p + q, size, list, f, start + b * width + f,
+                            gather_pixels(vectors, few)(at + p + q, size, list, f, start + b * width + f,
                                                                           results + q, at_block + f);
                         });
                     }
@@ -251,7 +251,7 @@ template <class A> int wgrad_last(const Conv& g, const A* x, const A* dy, const 
                 vectors = some_vectors((g.bk - f) / LANES<A>);
                 in_pieces((i1 - i0) * g.bc, most_beside(vectors), [&](int64_t i, int64_t few) {
                     i += i0 * g.bc;
-                    PIXEL_TILE(outer_of, A, vectors, few)(from, items + i, d + b * g.bk + f, walk, sum + i * g.bk + f, g.bk);
+                    outer_tile(vectors, few)(from, items + i, d + b * g.bk + f, walk, sum + i * g.bk + f, g.bk);
                 });
             }
         };

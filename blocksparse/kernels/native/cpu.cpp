@@ -21,39 +21,18 @@
 // so that results are the same bits for any number of threads. Nothing is kept between calls but scratch memory.
 // A NaN or infinity in x may show in the weight gradient at other taps of its channel, too: it meets the dropped pixels.
 //
-// One unit of compilation: numbers.h (vectors), call.h (what the caller passes), joined.h (pixels of 1x1 kernels as long
-// rows), planes.h (how work is cut), scratch.h, rows.h (rows in vectors), copying.h (planes in, results out), finish.h
-// (residual, ReLU), tiles.h (the innermost loops), lists.h (the index as items), shares.h (sums of a weight gradient),
-// phases.h (a strided dx), and a file for each product; sources.h, pixel_tiles.h and channels_last.h (all three on
-// tensors as they stand); lanes.h and narrow.h (all three on tiles in lanes); norm.h (batch normalisation) stands by
-// itself. Here are the functions that the library exports.
+// numbers.h (vectors), call.h (what the caller passes), joined.h (pixels of 1x1 kernels as long rows), planes.h (how work
+// is cut), scratch.h, rows.h (rows in vectors), copying.h (planes in, results out), finish.h (residual, ReLU), tiles.h
+// (rows as tiles), lists.h (the index as items), shares.h (sums of a weight gradient), phases.h (a strided dx), and a file
+// for each product; sources.h, pixel_tiles.h and channels_last.h (all three on tensors as they stand); lanes.h and
+// narrow.h (all three on tiles in lanes). Here are the functions that the library exports. Units of their own are
+// tiles.cpp (the innermost loops) and norm.cpp (batch normalisation): compiled at once, in less time.
 
 #include <chrono>
-#include <new>
 
 #include "dgrad.h"
 #include "fprop.h"
-#include "norm.h"
 #include "wgrad.h"
-
-namespace {
-
-template <class Body> int guarded(Body body) {
-    try {
-        return body();
-    } catch (const std::bad_alloc&) {
-        return 1;
-    }
-}
-
-}  // namespace
-
-// ---------------------------------------------------------------------- the calls: 0, or 1: no memory, 2: too large
-
-// A library is for numbers of one type, given as -DNUMBER=float, double, bfloat16 or float16.
-#ifndef NUMBER
-#define NUMBER float
-#endif
 
 // Whether several threads work.
 extern "C" int bsr_parallel() {
@@ -66,7 +45,7 @@ extern "C" int bsr_parallel() {
 
 // Fused multiplications and additions a second, twice counted, of so many threads that do nothing else.
 extern "C" double bsr_peak_flops(int64_t threads) {
-    using A = wide<NUMBER>;
+    using A = Wide;
     constexpr int64_t N = 12, STEPS = 1 << 20;  // products under way at once: more than a core starts before one ends
     double best = 0;
     for (int round = 0; round < 5; round++) {
@@ -88,9 +67,10 @@ extern "C" double bsr_peak_flops(int64_t threads) {
 }
 
 namespace {
-Conv rows_joined(const Conv& g) { return joined(g, sizeof(wide<NUMBER>), LANES<wide<NUMBER>>); }
+Conv rows_joined(const Conv& g) { return joined(g, sizeof(Wide), LANES<Wide>); }
 }  // namespace
 
+// The calls: 0, or 1: no memory, 2: too large.
 extern "C" int bsr_fprop(const Conv* g, const NUMBER* x, const NUMBER* values, const NUMBER* bias,
                          const NUMBER* residual, int64_t relu, const int32_t* packed, NUMBER* y) {
     const Epilogue<NUMBER> last{residual, relu != 0};
@@ -107,18 +87,4 @@ extern "C" int bsr_gradients(const Conv* g, const NUMBER* x, const NUMBER* dy, c
                              NUMBER* dx, NUMBER* dvalues) {
     const int failed = bsr_dgrad(g, dy, values, packed, dx);
     return failed ? failed : bsr_wgrad(g, x, dy, packed, dvalues);
-}
-
-extern "C" int bsr_norm_forward(const Norm* g, const NUMBER* x, const NUMBER* residual, const wide<NUMBER>* weight,
-                                const wide<NUMBER>* bias, wide<NUMBER>* running_mean, wide<NUMBER>* running_var,
-                                wide<NUMBER>* mean, wide<NUMBER>* invstd, NUMBER* y) {
-    return guarded(
-        [&] { return norm_forward(*g, x, residual, weight, bias, running_mean, running_var, mean, invstd, y); });
-}
-extern "C" int bsr_norm_backward(const Norm* g, const NUMBER* dy, const NUMBER* x, const NUMBER* y,
-                                 const wide<NUMBER>* weight, const wide<NUMBER>* bias, wide<NUMBER>* mean,
-                                 wide<NUMBER>* invstd, NUMBER* dx, NUMBER* dresidual, wide<NUMBER>* dweight,
-                                 wide<NUMBER>* dbias) {
-    return guarded(
-        [&] { return norm_backward(*g, dy, x, y, weight, bias, mean, invstd, dx, dresidual, dweight, dbias); });
 }

@@ -43,6 +43,11 @@
 #define UNROLL _Pragma("GCC unroll 64")
 #define INLINE inline __attribute__((always_inline))
 
+// A library is for numbers of one type, given as -DNUMBER=float, double, bfloat16 or float16.
+#ifndef NUMBER
+#define NUMBER float
+#endif
+
 namespace {
 
 template <class A> struct Vector;
@@ -115,6 +120,7 @@ template <> INLINE float16 narrow<float16>(float v) {
 }
 
 template <class T> using wide = typename std::conditional<std::is_same<T, double>::value, double, float>::type;
+using Wide = wide<NUMBER>;
 
 // Vectors of S lanes, S a power of two up to that of a whole one.
 template <class A, int S> struct Part {};

@@ -65,4 +65,13 @@ class Scratch {
     }
 };
 
+// What body returns, or 1: there is no memory.
+template <class Body> int guarded(Body body) {
+    try {
+        return body();
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
+}
+
 }  // namespace

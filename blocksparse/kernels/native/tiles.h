@@ -1,4 +1,4 @@
-// The innermost loops: tiles of filters x vectors of pixels, or x items, in registers.
+// Rows of results in tiles of filters x vectors of pixels, or x items, whose loops are in tiles.cpp.
 
 #pragma once
 
@@ -7,107 +7,6 @@
 
 #include "numbers.h"
 
-namespace {
-
-// Items whose products are added up by themselves: sums of sums round less than one long sum.
-constexpr int64_t PARTIAL = 64;
-
-// out[f][l] = start[f] + sum over items of w[item][f] * x[item + l], for F filters and V vectors of pixels; `start` of
-// nullptr is what out holds.
-template <class A, int F, int V>
-void gather_tile(const A* x, const int32_t* items, const A* w, int64_t n, int64_t bk, const A* start, A* out,
-                 int64_t channel) {
-    constexpr int L = LANES<A>;
-    vec<A> sum[F][V];
-    UNROLL for (int f = 0; f < F; f++)
-        UNROLL for (int v = 0; v < V; v++) sum[f][v] = vec<A>{} + (start ? start[f] : A(0));
-    bool held = start == nullptr;  // whether out has a part of the sum
-    for (int64_t i = 0; i < n; i++, w += bk) {
-        if (i % PARTIAL == 0 && i > 0) {
-            UNROLL for (int f = 0; f < F; f++)
-                UNROLL for (int v = 0; v < V; v++) {
-                    A* const to = out + f * channel + v * L;
-                    store(to, held ? load(to) + sum[f][v] : sum[f][v]);
-                    sum[f][v] = vec<A>{};
-                }
-            held = true;
-        }
-        const A* const p = x + items[i];
-        if constexpr (F > 4) {
-            vec<A> pixels[V];
-            UNROLL for (int v = 0; v < V; v++) pixels[v] = load(p + v * L);
-            UNROLL for (int f = 0; f < F; f++)
-                UNROLL for (int v = 0; v < V; v++) sum[f][v] += pixels[v] * w[f];
-        } else {
-            UNROLL for (int v = 0; v < V; v++) {
-                vec<A> pixels = load(p + v * L);
-                if constexpr (F > 1) HOLD(pixels);
-                UNROLL for (int f = 0; f < F; f++) sum[f][v] += pixels * w[f];
-            }
-        }
-    }
-    UNROLL for (int f = 0; f < F; f++)
-        UNROLL for (int v = 0; v < V; v++) {
-            A* const to = out + f * channel + v * L;
-            store(to, held ? load(to) + sum[f][v] : sum[f][v]);
-        }
-}
-
-// dx[item + l] += sum over f of w[item][f] * dy[f][l].
-template <class A, int F, int V>
-void scatter_tile(A* dx, const int32_t* items, const A* w, int64_t n, int64_t bk, const A* dy, int64_t channel) {
-    constexpr int L = LANES<A>;
-    vec<A> pixels[F][V];
-    UNROLL for (int f = 0; f < F; f++)
-        UNROLL for (int v = 0; v < V; v++) pixels[f][v] = load(dy + f * channel + v * L);
-    for (int64_t i = 0; i < n; i++, w += bk) {
-        A* const p = dx + items[i];
-        vec<A> sum[V];
-        UNROLL for (int v = 0; v < V; v++) sum[v] = pixels[0][v] * w[0];
-        UNROLL for (int f = 1; f < F; f++)
-            UNROLL for (int v = 0; v < V; v++) sum[v] += pixels[f][v] * w[f];
-        UNROLL for (int v = 0; v < V; v++) store(p + v * L, load(p + v * L) + sum[v]);
-    }
-}
-
-// The sums of pairs of neighbouring lanes: those of a, then those of b.
-template <class A, size_t... J> INLINE vec<A> pairs(vec<A> a, vec<A> b, std::index_sequence<J...>) {
-    return SHUFFLE(a, b, 2 * J, A) + SHUFFLE(a, b, 2 * J + 1, A);
-}
-// A vector whose lane i is the sum of vector i, of N vectors, a power of two; LEFT lanes are still to be added up.
-template <class A, int N, int LEFT = LANES<A>> INLINE vec<A> lane_sums(const vec<A>* v) {
-    if constexpr (LEFT == 1) {
-        return v[0];
-    } else if constexpr (N == 1) {
-        const vec<A> half = pairs<A>(v[0], v[0], std::make_index_sequence<LANES<A>>{});
-        return lane_sums<A, 1, LEFT / 2>(&half);
-    } else {
-        vec<A> half[N / 2];
-        UNROLL for (int i = 0; i < N / 2; i++)
-            half[i] = pairs<A>(v[2 * i], v[2 * i + 1], std::make_index_sequence<LANES<A>>{});
-        return lane_sums<A, N / 2, LEFT / 2>(half);
-    }
-}
-constexpr int power_of_two(int n) { return n <= 1 ? 1 : 2 * power_of_two((n + 1) / 2); }
-
-// to[i] = the sum of the lanes of vector i, of N vectors; `to` has room for a whole number of vectors.
-template <class A, int N> INLINE void add_lanes(const vec<A>* v, A* to) {
-    constexpr int COUNT = N < LANES<A> ? N : LANES<A>, WIDTH = power_of_two(COUNT);
-    vec<A> part[WIDTH];
-    UNROLL for (int i = 0; i < WIDTH; i++) part[i] = i < COUNT ? v[i] : vec<A>{};
-    store(to, lane_sums<A, WIDTH>(part));
-    if constexpr (N > COUNT) add_lanes<A, N - COUNT>(v + COUNT, to + COUNT);
-}
-// to[0..N) += from[0..N), as one vector.
-template <class A, int N> INLINE void add_some(const A* from, A* to) {
-    if constexpr (N == 1) {
-        *to += *from;
-    } else {
-        typedef A some __attribute__((vector_size(N * sizeof(A)), aligned(alignof(A)), may_alias));
-        *(some*)to += *(const some*)from;
-    }
-}
-
 // A piece of a run for which filters of a tile stay in the first cache from item to item; or some rows of a tile.
 struct Piece {
     int64_t begin, length;
@@ -115,45 +14,22 @@ struct Piece {
     int64_t rows = 1, x_step = 0, dy_step = 0;  // from row to row
 };
 
-// dv[item][f] += sum over l of dy[f][l] * x[item + l], for F filters and I items.
-template <class A, int F, int I>
-void dot_tile(const A* x, const int32_t* items, const A* dy, int64_t channel, const Piece& piece, const vec<A>* mask, A* dv,
-              int64_t bk) {
-    constexpr int L = LANES<A>;
-    vec<A> sum[I * F];
-    UNROLL for (int i = 0; i < I * F; i++) sum[i] = vec<A>{};
-    const A* p[I];
-    UNROLL for (int i = 0; i < I; i++) p[i] = x + items[i];
-    for (int64_t row = 0; row < piece.rows; row++) {
-        for (int64_t l = 0; l < piece.length; l += L) {
-            if constexpr (F >= I) {
-                vec<A> pixels[I];
-                UNROLL for (int i = 0; i < I; i++) pixels[i] = load(p[i] + l);
-                UNROLL for (int f = 0; f < F; f++) {
-                    vec<A> d = load(dy + f * channel + l);
-                    HOLD(d);
-                    UNROLL for (int i = 0; i < I; i++) sum[i * F + f] += d * pixels[i];
-                }
-            } else {
-                vec<A> d[F];
-                UNROLL for (int f = 0; f < F; f++) d[f] = load(dy + f * channel + l);
-                UNROLL for (int i = 0; i < I; i++) {
-                    vec<A> pixels = load(p[i] + l);
-                    if constexpr (F > 1) HOLD(pixels);
-                    UNROLL for (int f = 0; f < F; f++) sum[i * F + f] += d[f] * pixels;
-                }
-            }
-        }
-        UNROLL for (int i = 0; i < I; i++) p[i] += piece.x_step;
-        dy += piece.dy_step;
-    }
-    if (const int64_t masked = piece.masked; masked != INT64_MIN)
-        UNROLL for (int f = 0; f < F; f++)
-            UNROLL for (int i = 0; i < I; i++) sum[i * F + f] += load(dy + f * channel + masked) * *mask * load(p[i] + masked);
-    A total[(I * F + L - 1) / L * L];
-    add_lanes<A, I * F>(sum, total);
-    UNROLL for (int i = 0; i < I; i++) add_some<A, F>(total + i * F, dv + i * bk);
-}
+// Tiles of so many filters (8, 4, 2, 1) and vectors, or items:
+//     gather     out[f][l] = start[f] + sum over items of w[item][f] * x[item + l]; `start` of nullptr is what out holds
+//     scatter    dx[item + l] += sum over f of w[item][f] * dy[f][l]
+//     dot        dv[item][f] += sum over l of dy[f][l] * x[item + l]
+// bk is the distance from item to item in w and dv, channel that from filter to filter in out and dy.
+using GatherTile = void (*)(const Wide* x, const int32_t* items, const Wide* w, int64_t n, int64_t bk, const Wide* start,
+                            Wide* out, int64_t channel);
+using ScatterTile = void (*)(Wide* dx, const int32_t* items, const Wide* w, int64_t n, int64_t bk, const Wide* dy,
+                             int64_t channel);
+using DotTile = void (*)(const Wide* x, const int32_t* items, const Wide* dy, int64_t channel, const Piece& piece,
+                         const vec<Wide>* mask, Wide* dv, int64_t bk);
+GatherTile gather_tile(int64_t filters, int64_t vectors);
+ScatterTile scatter_tile(int64_t filters, int64_t vectors);
+DotTile dot_tile(int64_t filters, int64_t items);
+
+namespace {
 
 // The tiles that leave registers enough: most vectors, or items, of a tile of 8, 4, 2, 1 filters.
 constexpr int MOST_FILTERS = REGISTERS == 32 ? 8 : 4;
@@ -161,28 +37,6 @@ constexpr int most(int filters) {
     return REGISTERS == 32 ? (filters == 8 ? 3 : filters == 4 ? 6 : filters == 2 ? 10 : 16)
                            : (filters == 4 ? 3 : filters == 2 ? 5 : 8);
 }
-template <class A> using GatherTile = void (*)(const A*, const int32_t*, const A*, int64_t, int64_t, const A*, A*, int64_t);
-template <class A> using ScatterTile = void (*)(A*, const int32_t*, const A*, int64_t, int64_t, const A*, int64_t);
-template <class A>
-using DotTile = void (*)(const A*, const int32_t*, const A*, int64_t, const Piece&, const vec<A>*, A*, int64_t);
-
-template <class A, int F, int... I> GatherTile<A> gather_of(int v, std::integer_sequence<int, I...>) {
-    static constexpr GatherTile<A> tiles[] = {gather_tile<A, F, I + 1>...};
-    return tiles[v - 1];
-}
-template <class A, int F, int... I> ScatterTile<A> scatter_of(int v, std::integer_sequence<int, I...>) {
-    static constexpr ScatterTile<A> tiles[] = {scatter_tile<A, F, I + 1>...};
-    return tiles[v - 1];
-}
-template <class A, int F, int... I> DotTile<A> dot_of(int v, std::integer_sequence<int, I...>) {
-    static constexpr DotTile<A> tiles[] = {dot_tile<A, F, I + 1>...};
-    return tiles[v - 1];
-}
-#define TILE(OF, A, filters, v)                                                                      \
-    ((filters) == 8   ? OF<A, MOST_FILTERS>(v, std::make_integer_sequence<int, most(MOST_FILTERS)>{}) \
-     : (filters) == 4 ? OF<A, 4>(v, std::make_integer_sequence<int, most(4)>{})                       \
-     : (filters) == 2 ? OF<A, 2>(v, std::make_integer_sequence<int, most(2)>{})                       \
-                      : OF<A, 1>(v, std::make_integer_sequence<int, most(1)>{}))
 
 // The next filters of a block-row of which `left` are left.
 INLINE int64_t some_filters(int64_t left) {
@@ -216,7 +70,7 @@ void gather_row(const A* x, const int32_t* items, const A* w, int64_t n, int64_t
             count = some_filters(bk - f);
             for (int64_t i = count; exact && i < 2 * count; i++)  // where the next filters go: straight into a tensor
                 for (int64_t j = 0; j < v; j++) __builtin_prefetch(out + (f + i) * channel + l + j * LANES<A>, 1);
-            TILE(gather_of, A, count, v)(x + l, items, w + f, n, bk, start + f, out + f * channel + l, channel);
+            gather_tile(count, v)(x + l, items, w + f, n, bk, start + f, out + f * channel + l, channel);
         }
     });
 }
@@ -232,7 +86,7 @@ void gather_rows(const A* x, const int32_t* items, const A* w, int64_t bk, int64
                 if (chunk > 0 && at == end) continue;
                 for (int64_t f = 0, count; f < bk; f += count) {
                     count = some_filters(bk - f);
-                    TILE(gather_of, A, count, v)(x + l, items + at, w + at * bk + f, end - at, bk,
+                    gather_tile(count, v)(x + l, items + at, w + at * bk + f, end - at, bk,
                                                  chunk ? nullptr : start(b) + f, out(b) + f * channel + l, channel);
                 }
             }
@@ -245,7 +99,7 @@ void scatter_row(A* dx, const int32_t* items, const A* w, int64_t n, int64_t bk,
     over_run<A>(exact ? run / L * L : run, most(some_filters(bk)), false, [&](int64_t l, int64_t v) {
         for (int64_t f = 0, count; f < bk; f += count) {
             count = some_filters(bk - f);
-            TILE(scatter_of, A, count, v)(dx + l, items, w + f, n, bk, dy + f * channel + l, channel);
+            scatter_tile(count, v)(dx + l, items, w + f, n, bk, dy + f * channel + l, channel);
         }
     });
     if (!exact || run % L == 0) return;
@@ -254,7 +108,7 @@ void scatter_row(A* dx, const int32_t* items, const A* w, int64_t n, int64_t bk,
         A last[MOST_FILTERS * L];
         for (int64_t i = 0; i < count; i++)
             for (int64_t j = 0; j < L; j++) last[i * L + j] = j < L - run % L ? A(0) : dy[(f + i) * channel + run - L + j];
-        TILE(scatter_of, A, count, 1)(dx + run - L, items, w + f, n, bk, last, L);
+        scatter_tile(count, 1)(dx + run - L, items, w + f, n, bk, last, L);
     }
 }
 constexpr int64_t DOT_VECTORS = 40;
@@ -276,7 +130,7 @@ void dot_row(const A* x, const int32_t* items, int64_t n, const A* dy, int64_t c
     for (int64_t f = 0, count; f < bk; f += count) {
         count = some_filters(bk - f);
         in_pieces(n, most(count), [&](int64_t i, int64_t some) {
-            TILE(dot_of, A, count, some)(x + piece.begin, items + i, dy + f * channel + piece.begin, channel, piece, &mask,
+            dot_tile(count, some)(x + piece.begin, items + i, dy + f * channel + piece.begin, channel, piece, &mask,
                                          dv + i * bk + f, bk);
         });
     }

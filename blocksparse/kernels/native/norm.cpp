@@ -10,8 +10,6 @@
 // the same bits for any number of threads. Squares are those of differences from the mean; sums of a few thousand numbers
 // at most are float, those of all are double.
 
-#pragma once
-
 #include <cstdint>
 
 #include "channels.h"
@@ -296,3 +294,17 @@ int norm_backward(const Norm& g, const T* dy, const T* x, const T* y, const wide
 }
 
 }  // namespace
+
+// The calls: 0, or 1: no memory.
+extern "C" int bsr_norm_forward(const Norm* g, const NUMBER* x, const NUMBER* residual, const Wide* weight,
+                                const Wide* bias, Wide* running_mean, Wide* running_var, Wide* mean, Wide* invstd,
+                                NUMBER* y) {
+    return guarded(
+        [&] { return norm_forward(*g, x, residual, weight, bias, running_mean, running_var, mean, invstd, y); });
+}
+extern "C" int bsr_norm_backward(const Norm* g, const NUMBER* dy, const NUMBER* x, const NUMBER* y, const Wide* weight,
+                                 const Wide* bias, Wide* mean, Wide* invstd, NUMBER* dx, NUMBER* dresidual,
+                                 Wide* dweight, Wide* dbias) {
+    return guarded(
+        [&] { return norm_backward(*g, dy, x, y, weight, bias, mean, invstd, dx, dresidual, dweight, dbias); });
+}

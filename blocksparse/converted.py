@@ -31,7 +31,8 @@ class _Converted(Backend):
     def __init__(self, backend: Backend, work: Work) -> None:
         self.backend, self.name, self.order = backend, backend.name, backend.order
         self.formats = (work.setting.memory_format,)
-        self.inner = min(backend.formats, key=lambda form: self._seconds_in(work.laid_out(form)))
+        first, *more = backend.formats
+        self.inner = min(backend.formats, key=lambda form: self._seconds_in(work.laid_out(form))) if more else first
         self.note = f"{work.setting.memory_format} is copied to {self.inner} and back"
 
     def _seconds_in(self, work: Work) -> float:
@@ -71,6 +72,10 @@ class _Converted(Backend):
     def estimate(self, kind: str, work: Work) -> Estimate | None:
         found, around = self.backend.estimate(kind, self._work(work)), self._copying(kind, work)
         return found and found._replace(seconds=found.seconds + (around or 0.0))
+
+    def at_least(self, kind: str, work: Work) -> float:
+        around = self._copying(kind, work) if work.gpu is not None else None
+        return 0.0 if around is None else self.backend.at_least(kind, self._work(work)) + around
 
     def tile(self, kind: str, work: Work) -> Any:
         return self.backend.tile(kind, self._work(work))

@@ -8,6 +8,7 @@ fprop, dgrad and wgrad are chosen one by one: one layer may run its forward pass
 from __future__ import annotations
 
 import functools
+import heapq
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -242,22 +243,29 @@ def _defaults(work: Work, who: str, here: bool) -> dict[str, tuple[Backend, str]
     obstacles: dict[str, str | None] = {}  # asked for where a backend's turn comes: its answer may compile, or import
     chosen = {}
     for kind in KINDS:
-        times = {run.name: found for run, _, _ in offers if (found := run.estimate(kind, work)) is not None}
+        times: dict[str, Estimate | None] = {}
         skipped = []
-
-        def order(offer: tuple[Backend, int, str], times: dict[str, Estimate] = times) -> tuple[int, float]:
-            run, turn, _ = offer
-            return turn, times[run.name].seconds if run.name in times else math.inf
-
-        for run, turn, why in sorted(offers, key=order):  # stable: otherwise in the order of all_backends()
+        # By turn, then time, then the order of all_backends(). An estimate is made where its least comes first.
+        waiting = [(turn, run.at_least(kind, work), i) for i, (run, turn, _) in enumerate(offers)]
+        heapq.heapify(waiting)
+        while waiting:
+            turn, least, i = heapq.heappop(waiting)
+            run, _, why = offers[i]
+            if run.name not in times:
+                found = times[run.name] = run.estimate(kind, work)
+                heapq.heappush(waiting, (turn, math.inf if found is None else max(least, found.seconds), i))
+                continue
             if run.name not in obstacles:
                 obstacles[run.name] = _obstacle(run, work, here)
             if (obstacle := obstacles[run.name]) is not None:
                 skipped.append(obstacle)
                 continue
-            alike = {other.name: times[other.name] for other, at, _ in offers if at == turn and other.name in times}
-            if run.name in alike and len(alike) > 1:
-                why = _compared(run.name, alike) + (f"; threads: {work.setting.threads}" if work.gpu is None else "")
+            alike = [other for other, at, _ in offers if at == turn]
+            known = {other.name: found for other in alike if (found := times.get(other.name)) is not None}
+            beyond = {other.name: other.at_least(kind, work) for other in alike if other.name not in times}
+            if run.name in known and len(known) + len(beyond) > 1:
+                why = _compared(run.name, known, beyond)
+                why += f"; threads: {work.setting.threads}" if work.gpu is None else ""
             chosen[kind] = run, "; ".join([why, *skipped])
             break
         else:
@@ -265,13 +273,14 @@ def _defaults(work: Work, who: str, here: bool) -> dict[str, tuple[Backend, str]
     return chosen
 
 
-def _compared(name: str, times: dict[str, Estimate]) -> str:
-    """The times of all; on a GPU the chosen one's first, with what bounds it."""
-    own = times[name]
+def _compared(name: str, known: dict[str, Estimate], beyond: dict[str, float]) -> str:
+    """The times of all, those beyond the chosen one's as at least; on a GPU its own first, with what bounds it."""
+    own = known[name]
     if not _said(own):
-        return "estimated " + ", ".join(f"{1e3 * found.seconds:.3g} ms by {other}" for other, found in times.items())
-    others = {other: found for other, found in times.items() if other != name}
-    return f"{_said(own)}; {', '.join(f'{_microseconds(found)} by {other}' for other, found in others.items())}"
+        return "estimated " + ", ".join(f"{1e3 * found.seconds:.3g} ms by {other}" for other, found in known.items())
+    others = [f"{_microseconds(found)} by {other}" for other, found in known.items() if other != name]
+    others += [f"at least {1e6 * seconds:.3g} us by {other}" for other, seconds in beyond.items()]
+    return f"{_said(own)}; {', '.join(others)}"
 
 
 def _said(found: Estimate | None) -> str:

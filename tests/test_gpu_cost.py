@@ -19,7 +19,7 @@ from bench.layers.patterns import groups_used
 from blocksparse import ConvGeometry, plan
 from blocksparse.backends import Backend
 from blocksparse.geometry import KINDS
-from blocksparse.kernels import counted, cupy_conv, gpu_cost, gpus, measured, slots, tiles
+from blocksparse.kernels import counted, cupy_conv, gpu_cost, gpus, measured, slot_cost, slots, tiles
 from blocksparse.plan import plan_on
 
 LAYERS = [layer for layer in resnet50() if layer.name != "stem"]
@@ -107,6 +107,25 @@ def test_no_other_backend_would_be_faster(gpu, density):
                     continue
                 for kind in KINDS:
                     assert found.products[kind].estimate.seconds <= other.products[kind].estimate.seconds
+
+
+def test_no_estimate_is_made_of_what_takes_longer_at_best(monkeypatch):
+    """Two copies of x and y take longer than the whole product on blocks: no tile is picked for what comes between."""
+    monkeypatch.setattr(slot_cost, "pick", None)
+    for name in "layer1.3x3", "layer2.3x3", "layer3.3x3":
+        assert " us by torch, at least " in plan_of(named(name), (32, 32), 0.1).products["fprop"].why
+
+
+@pytest.mark.parametrize("memory_format", ["contiguous", "channels_last", "batch_last"])
+def test_no_estimate_is_below_its_least(memory_format):
+    for layer, blocksize in itertools.product(LAYERS[::4], ((32, 32), (8, 1))):
+        bound = geometry(layer), (blocks_of(layer, blocksize, 0.1), *blocksize), torch.float16
+        for name in ("torch", "cupy"):
+            found = plan_on("h200", *bound, memory_format=memory_format, backend=name)
+            run, work = found.fprop.func.__self__, found.fprop.args[0]
+            for kind in KINDS:
+                assert 0.0 <= run.at_least(kind, work) <= found.products[kind].estimate.seconds
+        assert run.at_least("fprop", work) > 5e-6  # of cupy
 
 
 def test_a_dense_filter_bank_costs_launches_alone():

@@ -162,17 +162,25 @@ class Backend:
 
     def estimate(self, kind: str, work: Work) -> Estimate | None:
         """What `explain` says and the choice goes by: measured where there is a table, else predicted, else None."""
-        if work.gpu is not None:
-            facts = measured.facts(
-                self.name, kind, work.geometry, work.blocksize, work.nnzb, work.dtype, work.precision,
-                work.setting.channels_last,
-            )  # fmt: skip
-            if (timed := measured.seconds(work.gpu.name, facts)) is not None:
-                return Estimate(timed, "", measured=True)
-        found = self.predicted(kind, work)
+        found = self.measured(kind, work) or self.predicted(kind, work)
         if found is None and (seconds := self.seconds(kind, work)) is not None:
             return Estimate(seconds, "")
         return found
+
+    def measured(self, kind: str, work: Work) -> Estimate | None:
+        """From the table of this GPU, where it has the very product."""
+        if work.gpu is None:
+            return None
+        facts = measured.facts(
+            self.name, kind, work.geometry, work.blocksize, work.nnzb, work.dtype, work.precision,
+            work.setting.channels_last,
+        )  # fmt: skip
+        timed = measured.seconds(work.gpu.name, facts)
+        return None if timed is None else Estimate(timed, "", measured=True)
+
+    def at_least(self, kind: str, work: Work) -> float:
+        """Seconds below which no estimate is, known much sooner: where others take less, none is made. 0: not known."""
+        return 0.0
 
     def tile(self, kind: str, work: Work) -> Any:
         """How the product is cut, from sizes alone. `explain` shows it; None: nothing to show."""

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ..index import IndexTables
-from ..kernels import slot_cost, slots
+from ..kernels import gpu_cost, slot_cost, slots
 from ..kernels.gpu_cost import Estimate
 from ..kernels.gpus import NAMED
 from ..kernels.slots import SlotTile
@@ -44,6 +44,11 @@ class Cupy(Backend):
         if work.gpu is None or self.refusal(work) is not None:
             return None
         return slot_cost.estimate(kind, *work[:4], work.precision, self.tile(kind, work), work.gpu)
+
+    def at_least(self, kind: str, work: Work) -> float:
+        if work.gpu is None or self.measured(kind, work) is not None:
+            return 0.0
+        return gpu_cost.least(sum(gpu_cost.activations(work.geometry)) * work.dtype.itemsize, work.gpu)
 
     def tile(self, kind: str, work: Work) -> SlotTile:
         return slot_cost.pick(kind, *work[:4], work.precision, work.gpu or NAMED["h100"])

@@ -119,6 +119,11 @@ def estimate(demand: Demand, gpu: Gpu, before: float = 0.0) -> Estimate:
     return Estimate(found[bound] + fixed, bound if found[bound] >= fixed else "launch")
 
 
+def least(nbytes: float, gpu: Gpu) -> float:
+    """Seconds that no kernel is predicted to be below which moves so many bytes through HBM."""
+    return nbytes / (HBM * MEMORY * gpu.memory) + LAUNCH
+
+
 def passes(nbytes: float, launches: int, gpu: Gpu) -> float:
     """Seconds of small kernels that read and write so many bytes together."""
     return launches * SMALL_LAUNCH + nbytes / (DENSE_HBM * MEMORY * gpu.memory)

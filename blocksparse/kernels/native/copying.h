@@ -141,21 +141,20 @@ void fill(const T* x, const int64_t* strides, const Axis& vertical, const Axis& 
         const int64_t over = (LANES<A> - horizontal.data[b] % LANES<A>) % LANES<A>;
         left |= pitch - horizontal.data[b] > over;
     }
-    for (int64_t a = 0; a < vertical.phases(); a++) {
-        const auto row_of = [&](int64_t i) {
-            return (begin + i) * vertical.stride + vertical.residue[a] - vertical.padding;
-        };
-        const auto plane_of = [&](int64_t c) {
-            return to + (place ? place[c] : c - c0) * channel + a * phases * plane + front;
-        };
-        const int64_t top = clamped(vertical.lead[a] - begin, 0, rows);
-        const int64_t bottom = clamped(vertical.lead[a] + vertical.data[a] - begin, top, rows);
-        for (int64_t b = 0; across && b < phases; b++) {
+    const auto row_of = [&](int64_t i, int64_t a) {
+        return (begin + i) * vertical.stride + vertical.residue[a] - vertical.padding;
+    };
+    const auto top_of = [&](int64_t a) { return clamped(vertical.lead[a] - begin, 0, rows); };
+    const auto bottom_of = [&](int64_t a) {
+        return clamped(vertical.lead[a] + vertical.data[a] - begin, top_of(a), rows);
+    };
+    for (int64_t a = 0; across && a < vertical.phases(); a++)
+        for (int64_t b = 0; b < phases; b++) {
             const T* const image = x + u.image * strides[0] + horizontal.first[b] * strides[3] + c0;
             A* const planes = to + (a * phases + b) * plane + front;
             const int64_t lead = horizontal.lead[b], data = horizontal.data[b];
-            for (int64_t i = top; i < bottom; i++) {
-                const T* const from = image + row_of(i) * strides[2];
+            for (int64_t i = top_of(a); i < bottom_of(a); i++) {
+                const T* const from = image + row_of(i, a) * strides[2];
                 if (pitch == 1)  // an image has one pixel: images take the place of pixels
                     transpose_in(from, strides[0], data * u.images, c1 - c0, planes + i * images, channel, place);
                 else
@@ -164,11 +163,15 @@ void fill(const T* x, const int64_t* strides, const Axis& vertical, const Axis& 
                                      planes + (i * images + m) * pitch + lead, channel, place);
             }
         }
-        // An image's channels lie side by side in memory: one image after the other, of as many channels as have their
-        // planes in the first cache.
-        const int64_t some = std::max<int64_t>(1, 128 / (rows * phases));
-        for (int64_t c = c0; c < c1; c += some) {
-            const int64_t last = std::min(c + some, c1);
+    // An image's channels lie side by side in memory: one image after the other, of as many channels as have their
+    // planes in the first cache. Rows of all residues follow each other: each line of memory is read once.
+    const int64_t some = std::max<int64_t>(1, 128 / (rows * phases));
+    for (int64_t c = c0; c < c1; c += some)
+        for (int64_t a = 0; a < vertical.phases(); a++) {
+            const int64_t last = std::min(c + some, c1), top = top_of(a), bottom = bottom_of(a);
+            const auto plane_of = [&](int64_t d) {
+                return to + (place ? place[d] : d - c0) * channel + a * phases * plane + front;
+            };
             for (int64_t d = c; d < last; d++)
                 for (int64_t b = 0; b < phases; b++) {
                     A* const rows_of = plane_of(d) + b * plane;
@@ -180,10 +183,9 @@ void fill(const T* x, const int64_t* strides, const Axis& vertical, const Axis& 
                 }
             for (int64_t m = 0; m < u.images && top < bottom && left; m++)
                 for (int64_t d = c; d < last; d++)
-                    copy(x + (u.image + m) * strides[0] + d * strides[1] + row_of(top) * strides[2], row_step,
+                    copy(x + (u.image + m) * strides[0] + d * strides[1] + row_of(top, a) * strides[2], row_step,
                          plane_of(d) + (top * images + m) * pitch, all, plane, bottom - top);
         }
-    }
 }
 
 // `count` pixels of `channels` rows to a pixel-major matrix; row c goes to channel order[c], or c. Up to a vector behind

@@ -177,7 +177,8 @@ def mutant(folder: Path, before: str, after: str) -> None:
 
 def products(folders: list[Path], cache: Path, flags: str, **environment: str) -> list[tuple[int, str]]:
     """Of each folder's sources: how the process ended, and what it printed."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(cache), "OMP_NUM_THREADS": "3", **environment}
+    threads = {"OMP_NUM_THREADS": "3", "OMP_WAIT_POLICY": "passive"}  # maybe more than cores: none waits busily
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(cache), **threads, **environment}
     result = processes.run([sys.executable, "-c", PRODUCTS, flags, *map(str, folders)], env=env, limit=1800)
     assert result.returncode == 0, result.stderr[-3000:]
     return [(int((folder / "status").read_text()), (folder / "said").read_text()) for folder in folders]

@@ -42,6 +42,8 @@
 // Tiles live in registers: their loops disappear, whatever the level of optimisation.
 #define UNROLL _Pragma("GCC unroll 64")
 #define INLINE inline __attribute__((always_inline))
+// Of the library's units of compilation among themselves: no library that a process loads has any part in it.
+#define INTERNAL __attribute__((visibility("hidden")))
 
 // A library is for numbers of one type, given as -DNUMBER=float, double, bfloat16 or float16.
 #ifndef NUMBER

@@ -27,8 +27,8 @@ using GatherPixels = void (*)(const Wide* const* x, int64_t pixels, const Items&
                               Wide* const* y, int64_t at);
 using OuterTile = void (*)(const Wide* x, const int32_t* items, const Wide* dy, const Walk& walk, Wide* dv,
                            int64_t width);
-GatherPixels gather_pixels(int64_t vectors, int64_t pixels);
-OuterTile outer_tile(int64_t vectors, int64_t items);
+INTERNAL GatherPixels gather_pixels(int64_t vectors, int64_t pixels);
+INTERNAL OuterTile outer_tile(int64_t vectors, int64_t items);
 
 namespace {
 

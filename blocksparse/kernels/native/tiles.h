@@ -25,9 +25,9 @@ using ScatterTile = void (*)(Wide* dx, const int32_t* items, const Wide* w, int6
                              int64_t channel);
 using DotTile = void (*)(const Wide* x, const int32_t* items, const Wide* dy, int64_t channel, const Piece& piece,
                          const vec<Wide>* mask, Wide* dv, int64_t bk);
-GatherTile gather_tile(int64_t filters, int64_t vectors);
-ScatterTile scatter_tile(int64_t filters, int64_t vectors);
-DotTile dot_tile(int64_t filters, int64_t items);
+INTERNAL GatherTile gather_tile(int64_t filters, int64_t vectors);
+INTERNAL ScatterTile scatter_tile(int64_t filters, int64_t vectors);
+INTERNAL DotTile dot_tile(int64_t filters, int64_t items);
 
 namespace {
 
